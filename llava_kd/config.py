@@ -1,0 +1,291 @@
+"""The configuration tree and `load`: YAML plus dotted overrides. The only file that imports draccus."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import draccus
+import yaml
+from draccus.utils import DraccusException
+
+PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+ENGINES = ("auto", "single", "ddp", "fsdp2", "deepspeed")
+DIVERGENCES = ("forward", "reverse", "jsd", "skewed_forward", "skewed_reverse")
+TAPS = ("logits", "hidden", "projector")
+STRATEGIES = ("default", "full")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    _require(value in choices, f"`{name}` must be one of {', '.join(choices)}; got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """Either `checkpoint`, a LLaVA directory to go on from, or the parts of a new model."""
+
+    checkpoint: str | None = None
+    vision_tower: str | None = None
+    language_model: str | None = None
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: str = "full"
+
+    def __post_init__(self) -> None:
+        parts = (self.vision_tower, self.language_model)
+        _require(
+            (self.checkpoint is not None) != any(parts) and (self.checkpoint is not None or all(parts)),
+            "`student` needs either `checkpoint`, or both `vision_tower` and `language_model`; got "
+            f"checkpoint={self.checkpoint}, vision_tower={parts[0]}, language_model={parts[1]}",
+        )
+        _one_of("vision_feature_select_strategy", self.vision_feature_select_strategy, STRATEGIES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """A stock LLaVA directory; `dtype` bfloat16, float16 or float32."""
+
+    checkpoint: str
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _one_of("teacher.dtype", self.dtype, ("bfloat16", "float16", "float32"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """LLaVA JSON and its image folder, and how records become sequences."""
+
+    path: str
+    images: str
+    template: str = "vicuna"
+    max_length: int = 2048
+    image_aspect: str = "square"
+    num_workers: int = 4
+    max_bad_rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        _one_of("data.image_aspect", self.image_aspect, ("square", "pad"))
+        _require(self.max_length > 0, f"`data.max_length` must be positive; got {self.max_length}")
+        _require(0 <= self.max_bad_rate <= 1, f"`data.max_bad_rate` is a share; got {self.max_bad_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropyConfig:
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLConfig:
+    """`mix` is the beta of `jsd` and the alpha of the skewed forms; the others ignore it."""
+
+    weight: float = 1.0
+    temperature: float = 1.0
+    divergence: str = "forward"
+    mix: float = 0.5
+
+    def __post_init__(self) -> None:
+        _one_of("divergence", self.divergence, DIVERGENCES)
+        _require(self.temperature > 0, f"`temperature` must be positive; got {self.temperature}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelationConfig:
+    """`tap`: where the visual tokens are compared; LM-head logits, hidden states, or projector output."""
+
+    weight: float = 0.5
+    tap: str = "logits"
+    centre: bool = False
+    normalise: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("relation.tap", self.tap, TAPS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """A term that is absent is off. `losses`: `fast`, or `reference` for the plain formulas."""
+
+    cross_entropy: CrossEntropyConfig | None = None
+    response_kl: KLConfig | None = None
+    visual_kl: KLConfig | None = None
+    relation: RelationConfig | None = None
+    losses: str = "fast"
+
+    def __post_init__(self) -> None:
+        _one_of("objective.losses", self.losses, ("fast", "reference"))
+        terms = (self.cross_entropy, self.response_kl, self.visual_kl, self.relation)
+        _require(any(t is not None for t in terms), "`objective` has no term; give it at least one")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(t is not None for t in (self.response_kl, self.visual_kl, self.relation))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with a cosine schedule. `lr_by_part` overrides `lr` for the named parts."""
+
+    lr: float
+    lr_by_part: dict[str, float] = field(default_factory=dict)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.03
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        unknown = set(self.lr_by_part) - set(PARTS)
+        _require(not unknown, f"`optim.lr_by_part` names no part {sorted(unknown)}; parts are {list(PARTS)}")
+        _require(0 <= self.warmup_ratio <= 1, f"`optim.warmup_ratio` is a share; got {self.warmup_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """`auto` is `single` on one process and `ddp` on several. `zero_stage` is read by `deepspeed` alone."""
+
+    kind: str = "auto"
+    zero_stage: int = 3
+    precision: str = "bf16"
+    activation_checkpointing: bool = False
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("engine.kind", self.kind, ENGINES)
+        _one_of("engine.precision", self.precision, ("bf16", "fp32"))
+        _require(
+            self.zero_stage in (1, 2, 3), f"`engine.zero_stage` must be 1, 2 or 3; got {self.zero_stage}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """`metrics.jsonl` is always written; the trackers are extra."""
+
+    every: int = 10
+    wandb_project: str | None = None
+    tensorboard: bool = False
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Every `every` steps and at the end; the newest `keep` are kept."""
+
+    every: int = 500
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One stage."""
+
+    output_dir: str
+    student: StudentConfig
+    data: DataConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    trainable: list[str]
+    global_batch_size: int
+    micro_batch_size: int
+    epochs: float = 1.0
+    max_steps: int | None = None
+    seed: int = 0
+    teacher: TeacherConfig | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        unknown = set(self.trainable) - set(PARTS)
+        _require(not unknown, f"`trainable` names no part {sorted(unknown)}; parts are {list(PARTS)}")
+        _require(bool(self.trainable), f"`trainable` is empty; name at least one of {list(PARTS)}")
+        if self.objective.needs_teacher and self.teacher is None:
+            raise ValueError(
+                "`objective` has distillation terms but `teacher` is null; set teacher.checkpoint, or remove "
+                "response_kl, visual_kl and relation"
+            )
+        if self.teacher is not None and not self.objective.needs_teacher:
+            raise ValueError(
+                "`teacher` is set but no term of `objective` uses it; add response_kl, visual_kl or "
+                "relation, or set teacher to null"
+            )
+        for name in ("global_batch_size", "micro_batch_size"):
+            _require(getattr(self, name) > 0, f"`{name}` must be positive; got {getattr(self, name)}")
+        _require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            f"`global_batch_size` ({self.global_batch_size}) must be a multiple of `micro_batch_size` "
+            f"({self.micro_batch_size})",
+        )
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML loader that refuses a key given twice: plain YAML lets the second win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        doubled = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if doubled:
+            raise ValueError(f"line {node.start_mark.line + 1}: the key {doubled} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _apply(tree: dict, override: str) -> None:
+    """Set the dotted key of `--a.b=value` in `tree`; the value is read as YAML."""
+    if not override.startswith("--") or "=" not in override:
+        raise ValueError(f"an override looks like --optim.lr=1e-4; got {override!r}")
+    dotted, text = override[2:].split("=", 1)
+    *parents, last = dotted.split(".")
+    for name in parents:
+        if not isinstance(tree.get(name), dict):
+            tree[name] = {}
+        tree = tree[name]
+    tree[last] = yaml.safe_load(text)
+
+
+def _messages(error: BaseException) -> str:
+    """The chain of causes as one line, where then why, without the library's own wrapping words."""
+    parts: list[str] = []
+    current: BaseException | None = error
+    while current is not None:
+        text = re.sub(
+            r"(Couldn't instantiate class \w+ using the given arguments\.:? ?)+", "", str(current)
+        ).strip()
+        if text and not any(text in part for part in parts):
+            parts.append(text)
+        current = current.__cause__
+    return ": ".join(parts)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read `path`, apply overrides such as `--optim.lr=1e-4` or `--teacher=null`, and check the whole.
+
+    Raises ValueError for a missing file, an unknown or doubled key, a value of the wrong type, or settings
+    that do not fit together; the message names the file and the key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no config file {path}; the recipes are scripts/*.yaml")
+    try:
+        tree = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
+        if not isinstance(tree, dict):
+            raise ValueError("the file must hold `key: value` lines")
+        for override in overrides:
+            _apply(tree, override)
+        return draccus.decode(TrainConfig, tree)
+    except (DraccusException, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {_messages(error)}") from error
+
+
+def dump(config: TrainConfig) -> str:
+    """YAML text that `load` reads back into an equal tree."""
+    stream = io.StringIO()
+    draccus.dump(config, stream)
+    return stream.getvalue()

@@ -1,0 +1,1 @@
+"""Which rows of which prediction go to which loss, with which weight."""

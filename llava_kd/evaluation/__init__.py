@@ -1,0 +1,1 @@
+"""Answer generation, scoring, and the report."""

@@ -1,0 +1,1 @@
+"""The one door to PyTorch's and DeepSpeed's training engines."""

@@ -1,0 +1,1 @@
+"""The loop, the schedule, the figures it logs, and its checkpoints."""
