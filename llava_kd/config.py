@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import draccus
 import yaml
@@ -16,7 +17,6 @@ PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 ENGINES = ("auto", "single", "ddp", "fsdp2", "deepspeed")
 DIVERGENCES = ("forward", "reverse", "jsd", "skewed_forward", "skewed_reverse")
 TAPS = ("logits", "hidden", "projector")
-STRATEGIES = ("default", "full")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -36,7 +36,7 @@ class StudentConfig:
     vision_tower: str | None = None
     language_model: str | None = None
     vision_feature_layer: int = -2
-    vision_feature_select_strategy: str = "full"
+    vision_feature_select_strategy: Literal["default", "full"] = "full"
 
     def __post_init__(self) -> None:
         parts = (self.vision_tower, self.language_model)
@@ -45,7 +45,6 @@ class StudentConfig:
             "`student` needs either `checkpoint`, or both `vision_tower` and `language_model`; got "
             f"checkpoint={self.checkpoint}, vision_tower={parts[0]}, language_model={parts[1]}",
         )
-        _one_of("vision_feature_select_strategy", self.vision_feature_select_strategy, STRATEGIES)
 
 
 @dataclass(frozen=True, kw_only=True)

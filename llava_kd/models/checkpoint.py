@@ -1,0 +1,184 @@
+"""Stock LLaVA directories in and out, and a new student composed of a tower and a language model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+
+from llava_kd.models.vision_tower import (
+    TOWER_CLASSES,
+    num_cls_tokens,
+    text_config,
+    tokens_per_image,
+    vision_config,
+)
+
+IMAGE_TOKEN = "<image>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A stock model and the processor that feeds it."""
+
+    stock: LlavaForConditionalGeneration
+    processor: LlavaProcessor
+
+    @property
+    def tokens_per_image(self) -> int:
+        return tokens_per_image(self.stock.config)
+
+
+def _existing(name: str, what: str) -> str:
+    """`name` if it is a directory or could be a hub id; ValueError for a path that is not there."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{what} {name} has no config.json: it is not a model directory")
+        return name
+    looks_like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
+    if looks_like_a_path or (path.parent.is_dir() and str(path.parent) != "."):
+        raise ValueError(f"{what} {name} does not exist; give a model directory or a hub id such as org/name")
+    return name
+
+
+def load_stock(name: str, *, dtype: torch.dtype = torch.float32) -> Parts:
+    """Read a stock LLaVA directory or hub id.
+
+    Raises ValueError if it is missing, is another kind of model, or lacks its processor.
+    """
+    name = _existing(name, "the LLaVA checkpoint")
+    config = AutoConfig.from_pretrained(name)
+    if not isinstance(config, LlavaConfig):
+        raise ValueError(f"{name} is a {config.model_type!r} model; a LLaVA checkpoint must be 'llava'")
+    stock = LlavaForConditionalGeneration.from_pretrained(name, dtype=dtype)
+    processor = LlavaProcessor.from_pretrained(name)
+    if processor.patch_size is None:
+        raise ValueError(f"the processor of {name} has no patch_size; add it to processor_config.json")
+    return Parts(stock=stock, processor=processor)
+
+
+def compose(
+    *,
+    vision_tower: str,
+    language_model: str,
+    vision_feature_layer: int = -2,
+    vision_feature_select_strategy: Literal["default", "full"] = "full",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Parts:
+    """A new student: pretrained tower and language model, and a random two-layer GELU projector.
+
+    The tokenizer gets an image token only if it has none, and the embeddings grow only if it has no row.
+    """
+    tower = _load_tower(_existing(vision_tower, "the vision tower"), dtype)
+    name = _existing(language_model, "the language model")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    causal = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if len(tokenizer) > causal.config.get_text_config().vocab_size:
+        causal.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=causal.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy=vision_feature_select_strategy,
+        projector_hidden_act="gelu",
+        tie_word_embeddings=causal.config.tie_word_embeddings,
+    )
+    config.image_seq_length = tokens_per_image(config)
+    stock = _assemble(config, tower, causal, seed=seed, dtype=dtype)
+    image_processor = AutoImageProcessor.from_pretrained(vision_tower)
+    return Parts(stock=stock, processor=make_processor(config, tokenizer, image_processor))
+
+
+def make_processor(
+    config: LlavaConfig, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor
+) -> LlavaProcessor:
+    """The stock processor whose placeholder count equals the tower's token count."""
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=vision_config(config).patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=num_cls_tokens(config),
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    model_type = AutoConfig.from_pretrained(name).model_type
+    if model_type not in TOWER_CLASSES:
+        raise ValueError(
+            f"vision tower {name} is a {model_type!r} model; stock LLaVA needs one of {sorted(TOWER_CLASSES)}"
+        )
+    tower = TOWER_CLASSES[model_type].from_pretrained(name, dtype=dtype)
+    assert isinstance(tower, PreTrainedModel)
+    return tower
+
+
+def _assemble(
+    config: LlavaConfig, tower: PreTrainedModel, causal: PreTrainedModel, *, seed: int, dtype: torch.dtype
+) -> LlavaForConditionalGeneration:
+    """Put pretrained parts into an empty stock model; only the projector is drawn, from `seed`."""
+    with torch.device("meta"):
+        stock = LlavaForConditionalGeneration(config)
+    stock.model.vision_tower = tower
+    stock.model.language_model = causal.get_decoder()
+    stock.set_output_embeddings(causal.get_output_embeddings())
+    projector = stock.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for linear in (projector.linear_1, projector.linear_2):
+        nn.init.normal_(linear.weight, std=text_config(config).initializer_range, generator=generator)
+        nn.init.zeros_(linear.bias)
+    stock.tie_weights()
+    stock.generation_config = causal.generation_config
+    return stock
+
+
+def save_stock(parts: Parts, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write a stock LLaVA directory, complete or not at all; an existing one is replaced at the end.
+
+    `dtype` casts a copy of the weights; None keeps them.
+    """
+    directory = Path(directory)
+    scratch = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    state = parts.stock.state_dict()
+    if dtype is not None:
+        state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    parts.stock.save_pretrained(scratch, state_dict=state, safe_serialization=True)
+    parts.processor.save_pretrained(scratch)
+    for path in scratch.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    if directory.exists():
+        retired = directory.with_name(f".{directory.name}.retired")
+        shutil.rmtree(retired, ignore_errors=True)
+        directory.rename(retired)
+        scratch.rename(directory)
+        shutil.rmtree(retired)
+    else:
+        scratch.rename(directory)

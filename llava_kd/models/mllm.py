@@ -1,0 +1,128 @@
+"""A LLaVA model as student and teacher both use it: features and ids in, final hidden states and head out.
+
+Shape legend: B rows, T tokens, I images, N tokens of an image, E tower width, D width of the language
+model, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from llava_kd.batch import Inputs
+from llava_kd.models.vision_tower import feature_layer, image_features, vision_config
+
+PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the losses read. Logits are `hidden_BTD @ head_VD.T (+ bias_V)`; they are never formed here."""
+
+    hidden_BTD: Tensor
+    projected_IND: Tensor
+    head_VD: Tensor
+    bias_V: Tensor | None
+
+
+class MLLM(nn.Module):
+    """The parts of a stock `LlavaForConditionalGeneration`, used so that logits are never formed.
+
+    The tower is a child only where it is trained: a frozen one runs once, outside, for both models, and no
+    training engine needs to know of it. `stock` stays reachable for saving and generation but is no child.
+    """
+
+    def __init__(self, stock: LlavaForConditionalGeneration, *, trainable: Iterable[str] = ()) -> None:
+        super().__init__()
+        trainable = set(trainable)
+        if unknown := trainable - set(PARTS):
+            raise ValueError(f"no part named {sorted(unknown)}; a model has {list(PARTS)}")
+        self._stock = (stock,)  # in a tuple, so that nn.Module does not register it
+        self.multi_modal_projector = stock.model.multi_modal_projector
+        self.language_model = stock.model.language_model
+        self.lm_head = stock.lm_head
+        self.train_tower = "vision_tower" in trainable
+        if self.train_tower:
+            self.vision_tower = stock.model.vision_tower
+        stock.requires_grad_(False)
+        for module in self.parts(trainable).values():
+            for child in module:
+                child.requires_grad_(True)
+
+    @property
+    def stock(self) -> LlavaForConditionalGeneration:
+        return self._stock[0]
+
+    def parts(self, names: Iterable[str] = PARTS) -> dict[str, list[nn.Module]]:
+        """Modules of each named part; the head belongs to the language model."""
+        model = self.stock.model
+        modules = {
+            "vision_tower": [model.vision_tower],
+            "multi_modal_projector": [model.multi_modal_projector],
+            "language_model": [model.language_model, self.stock.lm_head],
+        }
+        return {name: modules[name] for name in PARTS if name in set(names)}
+
+    def image_features(self, inputs: Inputs) -> Tensor:
+        """[I, N, E] features of the batch's images; no gradient where the tower is frozen."""
+        config = self.stock.config
+        tower = self.stock.model.vision_tower
+        if inputs.num_images == 0:
+            width = vision_config(config).hidden_size
+            return torch.zeros(0, 1, width, device=inputs.pixels_ICHW.device, dtype=self.stock.dtype)
+        with torch.set_grad_enabled(self.train_tower and torch.is_grad_enabled()):
+            return image_features(
+                tower,
+                inputs.pixels_ICHW,
+                layer=feature_layer(config),
+                strategy=config.vision_feature_select_strategy,
+            )
+
+    def forward(self, inputs: Inputs, features_INE: Tensor) -> Prediction:
+        """Final hidden states of every position. Raises ValueError if features and placeholders differ."""
+        embedded_BTD = self.language_model.get_input_embeddings()(inputs.input_ids_BT)
+        projected_IND = self._project(features_INE, embedded_BTD.dtype)
+        if inputs.num_images == 0:
+            # A batch without images must still touch the projector, or sharded engines wait for its gradient.
+            embedded_BTD = embedded_BTD + 0.0 * projected_IND.sum()
+            projected_IND = projected_IND[:0]
+        else:
+            self._check_placeholders(inputs, projected_IND)
+            mask_BT1 = inputs.visual_BT.unsqueeze(-1)
+            embedded_BTD = embedded_BTD.masked_scatter(mask_BT1, projected_IND.to(embedded_BTD.dtype))
+        # Without an attention mask the model is causal within each run of positions: right padding is
+        # never seen by a real token, and packed records never see each other.
+        hidden_BTD = self.language_model(
+            inputs_embeds=embedded_BTD,
+            position_ids=inputs.position_ids_BT if inputs.is_packed else None,
+            attention_mask=None,
+            use_cache=False,
+        ).last_hidden_state
+        return Prediction(
+            hidden_BTD=hidden_BTD,
+            projected_IND=projected_IND,
+            head_VD=self.lm_head.weight,
+            bias_V=self.lm_head.bias,
+        )
+
+    def _project(self, features_INE: Tensor, dtype: torch.dtype) -> Tensor:
+        if features_INE.shape[0] == 0:
+            features_INE = features_INE.new_zeros(1, 1, features_INE.shape[2])
+        return self.multi_modal_projector(features_INE.to(dtype))
+
+    @staticmethod
+    def _check_placeholders(inputs: Inputs, projected_IND: Tensor) -> None:
+        if inputs.visual_BT.device.type != "cpu":
+            return  # counting on the device would wait for it; the loader builds both from the same records
+        placeholders = int(inputs.visual_BT.sum())
+        rows = projected_IND.shape[0] * projected_IND.shape[1]
+        if placeholders != rows:
+            raise ValueError(
+                f"the batch has {placeholders} visual positions but the tower and projector gave {rows} "
+                f"features ({projected_IND.shape[0]} images of {projected_IND.shape[1]}); "
+                "check tokens_per_image against vision_feature_select_strategy"
+            )
