@@ -1,4 +1,4 @@
-"""A tiny random stock LLaVA directory, for tests: SigLIP or CLIP tower, MLP projector, Qwen2 language model."""
+"""A tiny random stock LLaVA directory for tests: SigLIP or CLIP tower, MLP projector, Qwen2."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def make_tiny_llava(
     strategy: Literal["full", "default"] = "full",
     seed: int = 0,
 ) -> Path:
-    """Write a stock LLaVA directory (config, safetensors, processor, tokenizer, chat template); the directory.
+    """Write a stock LLaVA directory: config, safetensors, processor, tokenizer, chat template.
 
     `vocab_size` (rows of embedding and head) may exceed the tokenizer's length: the rest is padding rows.
     With the defaults an image fills 16 tokens; "default" drops the first feature, as a CLIP tower needs.

@@ -1,0 +1,127 @@
+"""Answers on disk: appended as JSON lines, each written once, continued after a kill.
+
+Rank 0 appends to answers.jsonl and rank R to answers.rankR.jsonl; `merge` makes one file of them, in the
+order of the questions, when all are answered.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+logger = logging.getLogger(__name__)
+
+MAIN = "answers.jsonl"
+RUN = "run.json"
+
+
+def answers_file(directory: Path, rank: int = 0) -> Path:
+    return directory / (MAIN if rank == 0 else f"answers.rank{rank}.jsonl")
+
+
+def _all_files(directory: Path) -> list[Path]:
+    return [
+        path for path in [directory / MAIN, *sorted(directory.glob("answers.rank*.jsonl"))] if path.exists()
+    ]
+
+
+def mend(path: Path) -> None:
+    """Cut off a last line that a kill left half-written, and say so."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    tail = data[end:]
+    if not tail:
+        return
+    logger.warning("%s ends in the middle of a line (%d bytes): dropped, it is asked again", path, len(tail))
+    with path.open("r+b") as file:
+        file.truncate(end)
+
+
+def read_lines(path: Path) -> list[dict[str, str]]:
+    """Answers of one file; a line that is not an answer is refused with its number."""
+    answers = []
+    # Not splitlines(): an answer may hold U+2028 and its like, which only that would take for line ends.
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+        if not line and number == 1:
+            break
+        try:
+            answer = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number} is not JSON ({error}); mend or delete that line"
+            ) from error
+        if not isinstance(answer, dict) or "id" not in answer or "answer" not in answer:
+            raise ValueError(f"{path}, line {number} has no id or no answer; mend or delete that line")
+        answers.append(answer)
+    return answers
+
+
+def read_all(directory: Path) -> dict[str, dict[str, str]]:
+    """Answers by id over the files of every rank; the first one counts."""
+    answers: dict[str, dict[str, str]] = {}
+    for path in _all_files(directory):
+        for answer in read_lines(path):
+            answers.setdefault(str(answer["id"]), answer)
+    return answers
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def merge(directory: Path, order: Iterable[str]) -> list[dict[str, str]]:
+    """Answers in the order of the ids, in one answers.jsonl; the files of the other ranks go."""
+    answers = read_all(directory)
+    merged = [answers[name] for name in order if name in answers]
+    write_atomic(directory / MAIN, "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in merged))
+    for path in _all_files(directory)[1:]:
+        path.unlink()
+    return merged
+
+
+def claim(directory: Path, identity: dict[str, str | int]) -> None:
+    """Mark a results directory as belonging to this model, data and setting, or refuse another's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / RUN
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in identity if found.get(key) != identity[key]]
+        if changed:
+            lines = ", ".join(f"{key} {found.get(key)!r} there, {identity[key]!r} now" for key in changed)
+            raise ValueError(f"{directory} holds the answers of another run ({lines}); give another --out")
+        return
+    if _all_files(directory):
+        raise ValueError(f"{directory} holds answers and no {RUN} to tell whose; give another --out")
+    write_atomic(path, json.dumps(identity, indent=2) + "\n")
+
+
+class AnswerWriter:
+    """Appends answers to a rank's file, each batch flushed to the system at once."""
+
+    def __init__(self, directory: Path, rank: int) -> None:
+        self._path = answers_file(directory, rank)
+
+    def __enter__(self) -> AnswerWriter:
+        self._file = self._path.open("a", encoding="utf-8", newline="\n")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, answers: Iterable[dict[str, str]]) -> None:
+        self._file.write("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        self._file.flush()

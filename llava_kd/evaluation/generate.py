@@ -1,0 +1,256 @@
+"""Batched greedy answers of a stock LLaVA model.
+
+Shape legend: B questions of a batch, T prompt tokens (left-padded), N new tokens.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AutoProcessor,
+    BatchFeature,
+    DynamicCache,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from llava_kd.evaluation.answers import AnswerWriter
+from llava_kd.evaluation.questions import IMAGE_PLACEHOLDER, Question
+from llava_kd.evaluation.ranks import Ranks
+
+
+def check_llava_directory(directory: str | Path) -> Path:
+    """The directory, when it is a stock LLaVA one; a ValueError that says what is wrong otherwise."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"no model directory {directory}")
+    config = directory / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{directory} has no config.json; give a directory that save_pretrained wrote")
+    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    if model_type != "llava":
+        raise ValueError(
+            f"{directory} must hold a stock LLaVA model (model_type 'llava' in config.json), "
+            f"got {model_type!r}; convert it first"
+        )
+    if not list(directory.glob("*.safetensors")):
+        raise ValueError(f"{directory} has no .safetensors weights")
+    return directory
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A LLaVA model and its processor, ready to answer batches of questions."""
+
+    model: LlavaForConditionalGeneration
+    processor: LlavaProcessor
+    max_new_tokens: int = 32
+    early_stop: bool = (
+        True  # False: every batch takes the same number of steps on every rank (sharded models)
+    )
+
+    @staticmethod
+    def load(
+        directory: str | Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        max_new_tokens: int = 32,
+    ) -> Generator:
+        """Load a stock LLaVA directory: bf16 on a GPU and fp32 on the CPU unless `dtype` says otherwise."""
+        directory = check_llava_directory(directory)
+        if dtype is None:
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        processor = load_processor(directory)
+        model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        return Generator(model.to(device).eval(), processor, max_new_tokens)  # pyright: ignore[reportArgumentType]
+
+    def answer(self, questions: Sequence[Question]) -> list[str]:
+        return self.decode(self.greedy(self.prepare(questions)))
+
+    def prepare(self, questions: Sequence[Question]) -> BatchFeature:
+        """Processor output for a batch: left-padded ids and pixel values, on the CPU."""
+        texts = [render_prompt(self.processor, question.text) for question in questions]
+        images = [_open_image(q, k) for q in questions for k in range(len(q.images))]
+        tokenizer = self.processor.tokenizer
+        bos = tokenizer.bos_token
+        return self.processor(
+            text=texts,
+            images=images or None,
+            text_kwargs={
+                "padding": True,
+                "return_tensors": "pt",
+                "padding_side": "left",
+                "add_special_tokens": not (bos and texts[0].startswith(bos)),
+            },
+            images_kwargs={"return_tensors": "pt"},
+        )
+
+    @torch.no_grad()
+    def greedy(self, inputs: BatchFeature) -> Tensor:
+        """Greedy continuation ids_BN with a KV cache; after its end token a row is filled with padding."""
+        device, dtype = self.model.device, self.model.dtype
+        mask_BT = inputs["attention_mask"].to(device)
+        given = {"input_ids": inputs["input_ids"].to(device)}
+        if "pixel_values" in inputs:
+            given["pixel_values"] = inputs["pixel_values"].to(device, dtype)
+        position_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        end_ids = torch.tensor(self.end_ids, device=device)
+        finished_B = torch.zeros(len(mask_BT), dtype=torch.bool, device=device)
+        steps: list[Tensor] = []
+        while True:
+            output = self.model(
+                **given,
+                attention_mask=mask_BT,
+                position_ids=position_BT,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            next_B = output.logits[:, -1].argmax(-1)
+            next_B = torch.where(finished_B, end_ids[0], next_B)
+            steps.append(next_B)
+            finished_B = finished_B | torch.isin(next_B, end_ids)
+            if len(steps) == self.max_new_tokens or (self.early_stop and bool(finished_B.all())):
+                return torch.stack(steps, dim=1)
+            given = {"input_ids": next_B[:, None]}
+            mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
+            position_BT = position_BT[:, -1:] + 1
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids that end an answer: the tokenizer's and the generation config's."""
+        ids = [self.processor.tokenizer.eos_token_id]
+        generation = self.model.generation_config
+        configured = generation.eos_token_id if generation is not None else None
+        ids += configured if isinstance(configured, list) else [configured]
+        return sorted({i for i in ids if i is not None})
+
+    def decode(self, ids_BN: Tensor) -> list[str]:
+        """Text of each row up to its first end token."""
+        ends = set(self.end_ids)
+        rows = []
+        for row in ids_BN.tolist():
+            stop = next((k for k, token in enumerate(row) if token in ends), len(row))
+            rows.append(self.processor.tokenizer.decode(row[:stop], skip_special_tokens=True).strip())
+        return rows
+
+
+def load_processor(directory: Path) -> LlavaProcessor:
+    processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
+    if not isinstance(processor, LlavaProcessor):
+        raise ValueError(f"{directory} must hold a LlavaProcessor, got {type(processor).__name__}")
+    if processor.chat_template is None:
+        raise ValueError(f"{directory} has no chat template; save the training template with the processor")
+    if processor.tokenizer.eos_token_id is None:
+        raise ValueError(f"{directory}: the tokenizer has no end-of-text token, so no answer would end")
+    if processor.tokenizer.pad_token_id is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def render_prompt(processor: LlavaProcessor, text: str) -> str:
+    """The chat template around one user message, ready for the answer.
+
+    A template that prints string content gets the text as it is, placeholders in place; one that only
+    takes a list of parts gets the images first, as the LLaVA data have them.
+    """
+    prompt = _apply(processor, text)
+    if text in prompt:
+        return prompt
+    count = text.count(IMAGE_PLACEHOLDER)
+    words = text.replace(IMAGE_PLACEHOLDER, "").strip()
+    prompt = _apply(processor, [{"type": "image"}] * count + [{"type": "text", "text": words}])
+    if words not in prompt or prompt.count(IMAGE_PLACEHOLDER) != count:
+        raise ValueError(f"the chat template lost the question or its images: {text!r} became {prompt!r}")
+    return prompt
+
+
+def _apply(processor: LlavaProcessor, content: str | list[dict[str, str]]) -> str:
+    message = {"role": "user", "content": content}
+    return processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+
+
+def _open_image(question: Question, index: int) -> Image.Image:
+    data = question.image_bytes(index)
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        where = question.image_name() or f"image {index}"
+        raise ValueError(
+            f"question {question.id!r}: cannot read {where}: {error}; mend or replace it"
+        ) from error
+
+
+@contextmanager
+def evaluation_mode(model: LlavaForConditionalGeneration) -> Iterator[None]:
+    """The model in eval mode; afterwards every module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def batches_by_length(questions: Sequence[Question], batch_size: int) -> list[list[Question]]:
+    """Batches of questions of similar length, the longest first, so that a lack of memory shows at once."""
+    ordered = sorted(questions, key=lambda q: (len(q.images), len(q.text)), reverse=True)
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def generate(
+    generator: Generator,
+    questions: Sequence[Question],
+    *,
+    out_dir: Path,
+    ranks: Ranks | None = None,
+    batch_size: int = 32,
+    prefetch: int = 2,
+    progress: bool = True,
+) -> None:
+    """Answer this rank's part of the questions, batch by batch, appending to its file in `out_dir`."""
+    ranks = ranks or Ranks()
+    ordered = sorted(questions, key=lambda q: (len(q.images), len(q.text)), reverse=True)
+    batches = batches_by_length(ordered[ranks.rank :: ranks.world_size], batch_size)
+    bar = tqdm(total=sum(map(len, batches)), desc="answers", unit="q", disable=not progress or ranks.rank > 0)
+    with AnswerWriter(out_dir, ranks.rank) as writer, bar, ThreadPoolExecutor(prefetch) as pool:
+        for batch, inputs in _prefetched(generator, batches, pool, prefetch):
+            texts = generator.decode(generator.greedy(inputs))
+            writer.write(_answer(question, text) for question, text in zip(batch, texts, strict=True))
+            bar.update(len(batch))
+
+
+def _prefetched(
+    generator: Generator, batches: list[list[Question]], pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[tuple[list[Question], BatchFeature]]:
+    """Each batch with its inputs; the next ones are read while this one is answered."""
+    waiting: list[Future[BatchFeature]] = []
+    for index, batch in enumerate(batches):
+        while len(waiting) <= ahead and index + len(waiting) < len(batches):
+            waiting.append(pool.submit(generator.prepare, batches[index + len(waiting)]))
+        yield batch, waiting.pop(0).result()
+
+
+def _answer(question: Question, text: str) -> dict[str, str]:
+    return {
+        "id": question.id,
+        "type": question.kind,
+        "question": question.text,
+        "image": question.image_name(),
+        "truth": question.truth,
+        "answer": text,
+    }

@@ -1,0 +1,170 @@
+"""Evaluate a stock LLaVA directory on a LLaVA JSON test file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+from llava_kd.evaluation.answers import answers_file, claim, mend, merge, read_all, write_atomic
+from llava_kd.evaluation.generate import Generator, check_llava_directory, generate
+from llava_kd.evaluation.questions import Question, fingerprint, read_llava_json
+from llava_kd.evaluation.ranks import Ranks, join_ranks
+from llava_kd.evaluation.scorers.exact import score_exact
+
+logger = logging.getLogger(__name__)
+
+SUMMARY = "summary.json"
+
+
+class Summary(TypedDict):
+    """What summary.json holds; accuracies are fractions."""
+
+    accuracy: float
+    by_type: dict[str, float]
+    count: int
+    count_by_type: dict[str, int]
+    seconds: float
+    model: str
+    data: str
+    fingerprints: dict[str, str | int]
+    versions: dict[str, str]
+
+
+def evaluate(
+    model_dir: str | Path,
+    data_json: str | Path,
+    out_dir: str | Path,
+    *,
+    image_root: str | Path | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: bool = True,
+) -> Summary:
+    """Ask every question of a LLaVA JSON file, write OUT/answers.jsonl and OUT/summary.json; the summary.
+
+    Under torchrun each rank answers its part. A killed run continues from the answers on disk; a directory
+    that holds the answers of another model, file or setting is refused.
+    """
+    model_dir, out_dir = check_llava_directory(model_dir), Path(out_dir)
+    questions = read_llava_json(data_json, image_root=image_root)
+    ranks = join_ranks()
+    answers, seconds = answer_questions(
+        model_dir,
+        questions,
+        out_dir,
+        ranks=ranks,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    )
+    score = score_exact(answers)
+    summary: Summary = {
+        "accuracy": score.accuracy,
+        "by_type": score.by_type,
+        "count": score.count,
+        "count_by_type": score.count_by_type,
+        "seconds": round(seconds, 3),
+        "model": str(model_dir),
+        "data": str(data_json),
+        "fingerprints": json.loads((out_dir / "run.json").read_text(encoding="utf-8")),
+        "versions": versions(),
+    }
+    if ranks.rank == 0:
+        previous = out_dir / SUMMARY
+        if seconds == 0.0 and previous.exists():  # nothing was asked now: keep the time it took
+            summary["seconds"] = json.loads(previous.read_text(encoding="utf-8"))["seconds"]
+        write_atomic(previous, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def answer_questions(
+    model_dir: Path,
+    questions: Sequence[Question],
+    out_dir: Path,
+    *,
+    ranks: Ranks,
+    batch_size: int,
+    max_new_tokens: int,
+    device: str | None,
+    dtype: str | None,
+    progress: bool,
+) -> tuple[list[dict[str, str]], float]:
+    """Every question answered, on disk, in the order of the questions; and the seconds spent now."""
+    target = ranks.device(device)
+    numbers = dtype or ("bfloat16" if target.type == "cuda" else "float32")
+    if numbers not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {numbers!r}")
+    identity: dict[str, str | int] = {
+        "model": model_fingerprint(model_dir),
+        "data": fingerprint(questions),
+        "max_new_tokens": max_new_tokens,
+        "dtype": numbers,
+    }
+    if ranks.rank == 0:
+        claim(out_dir, identity)
+        for path in [answers_file(out_dir), *out_dir.glob("answers.rank*.jsonl")]:
+            mend(path)
+    ranks.barrier()
+    done = read_all(out_dir)
+    todo = [question for question in questions if question.id not in done]
+    if done and todo and ranks.rank == 0:
+        logger.warning("%s: %d of %d questions are answered; continuing", out_dir, len(done), len(questions))
+    start = time.perf_counter()
+    if todo:
+        generator = Generator.load(
+            model_dir, device=target, dtype=getattr(torch, numbers), max_new_tokens=max_new_tokens
+        )
+        ranks.barrier()  # every rank has read what was there before any adds to it
+        generate(generator, todo, out_dir=out_dir, ranks=ranks, batch_size=batch_size, progress=progress)
+    seconds = time.perf_counter() - start if todo else 0.0
+    ranks.barrier()
+    if ranks.rank == 0:
+        merge(out_dir, [question.id for question in questions])
+    ranks.barrier()
+    answers = read_all(out_dir)
+    missing = [question.id for question in questions if question.id not in answers]
+    if missing:
+        raise ValueError(
+            f"{out_dir}: {len(missing)} questions have no answer, the first is {missing[0]!r}; run again"
+        )
+    return [answers[question.id] for question in questions], seconds
+
+
+def model_fingerprint(directory: Path) -> str:
+    """Hash of a model directory: small files whole, of large ones the size and 16 evenly spaced pieces."""
+    digest = hashlib.sha256()
+    piece = 1 << 20
+    names = [
+        p for p in directory.iterdir() if p.suffix in (".json", ".jinja", ".safetensors", ".model", ".txt")
+    ]
+    for path in sorted(names):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            if size <= 64 * piece:
+                digest.update(file.read())
+                continue
+            for k in range(16):
+                file.seek((size - piece) * k // 15)
+                digest.update(file.read(piece))
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "tokenizers", "pillow")
+    found = {name: version(name) for name in names}
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    return found

@@ -1,0 +1,201 @@
+"""Batched generation and the run around it, on a tiny random stock LLaVA directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_llava import make_tiny_llava
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from llava_kd.evaluation.generate import Generator, evaluation_mode, render_prompt
+from llava_kd.evaluation.questions import Question, read_llava_json
+from llava_kd.evaluation.runner import evaluate
+
+WORDS = ("What colour is it?", "How many?", "Is there a red circle to the left of the blue square?", "Shape?")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llava(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def data_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    (root / "images").mkdir()
+    generator = np.random.default_rng(0)
+    records = []
+    for k in range(11):
+        name = f"images/{k}.png"
+        pixels = generator.integers(0, 256, (20 + k, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / name)
+        turns = [
+            {"from": "human", "value": f"<image>\n{WORDS[k % 4]} {k}"},
+            {"from": "gpt", "value": "red"},
+        ]
+        records.append({"id": k, "image": name, "type": ["colour", "count"][k % 2], "conversations": turns})
+    (root / "test.json").write_text(json.dumps(records))
+    return root / "test.json"
+
+
+@pytest.fixture(scope="module")
+def generator(model_dir: Path) -> Generator:
+    return Generator.load(model_dir, device=torch.device("cpu"), max_new_tokens=12)
+
+
+def stock_answer(model_dir: Path, question: Question) -> str:
+    """What the stock classes answer, one question at a time, by transformers' own greedy search."""
+    processor = AutoProcessor.from_pretrained(model_dir)
+    model = AutoModelForImageTextToText.from_pretrained(model_dir)
+    content = [{"type": "image"}, {"type": "text", "text": question.text.removeprefix("<image>\n")}]
+    message = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(message, add_generation_prompt=True)
+    path = question.images[0]
+    assert isinstance(path, Path)
+    inputs = processor(text=[text], images=[Image.open(path)], return_tensors="pt")
+    ids_BT = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    return processor.decode(ids_BT[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_batched_answers_equal_stock_greedy_search(
+    model_dir: Path, data_json: Path, generator: Generator
+) -> None:
+    questions = read_llava_json(data_json)[:6]
+    expected = [stock_answer(model_dir, question) for question in questions]
+    assert generator.answer(questions) == expected
+    assert len(set(expected)) > 1
+
+
+def test_answers_do_not_depend_on_the_batch(data_json: Path, generator: Generator) -> None:
+    questions = read_llava_json(data_json)
+    together = generator.answer(questions)
+    assert together == [generator.answer([question])[0] for question in questions]
+    assert together[::-1] == generator.answer(questions[::-1])
+
+
+def test_decode_stops_at_the_end_token(generator: Generator) -> None:
+    end = generator.processor.tokenizer.eos_token_id
+    red, blue = (generator.processor.tokenizer.encode(word) for word in ("red", "blue"))
+    ids_BN = torch.tensor([[*red, end, *blue], [*blue, *red, end]])
+    assert generator.decode(ids_BN) == ["red", "bluered"]
+
+
+def test_a_template_for_lists_gets_the_same_prompt_as_one_for_strings(generator: Generator) -> None:
+    processor = generator.processor
+    expected = render_prompt(processor, "<image>\nWhat?")
+    template = processor.chat_template
+    lists_only = template.replace(
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}", ""
+    )
+    processor.chat_template = lists_only.replace("{% endif %}<|im_end|>", "<|im_end|>")
+    try:
+        assert processor.chat_template != template
+        assert render_prompt(processor, "<image>\nWhat?") == expected
+    finally:
+        processor.chat_template = template
+
+
+def test_evaluation_mode_puts_every_module_back(generator: Generator) -> None:
+    model = generator.model
+    model.model.language_model.train()
+    with evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+    assert model.model.language_model.training
+    assert not model.model.vision_tower.training
+    model.eval()
+
+
+def test_evaluate_writes_answers_and_summary(model_dir: Path, data_json: Path, tmp_path: Path) -> None:
+    summary = evaluate(model_dir, data_json, tmp_path, batch_size=4, max_new_tokens=4, progress=False)
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == [str(k) for k in range(11)]
+    assert set(answers[0]) == {"id", "type", "question", "image", "truth", "answer"}
+    assert summary["count_by_type"] == {"colour": 6, "count": 5}
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_a_killed_run_continues_and_asks_nothing_twice(
+    model_dir: Path, data_json: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluate(model_dir, data_json, tmp_path / "whole", max_new_tokens=4, progress=False)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    lines = (tmp_path / "whole" / "answers.jsonl").read_text().splitlines(keepends=True)
+    kept = json.loads(lines[3]) | {"answer": "kept from the first run"}
+    (tmp_path / "cut" / "answers.jsonl").write_text(json.dumps(kept) + "\n" + lines[0] + lines[5][:20])
+    evaluate(model_dir, data_json, tmp_path / "cut", max_new_tokens=4, progress=False)
+    resumed = (tmp_path / "cut" / "answers.jsonl").read_text().splitlines(keepends=True)
+    assert "in the middle of a line (20 bytes)" in caplog.text
+    assert json.loads(resumed[3])["answer"] == "kept from the first run"
+    assert resumed[:3] + resumed[4:] == lines[:3] + lines[4:]
+
+
+def test_a_directory_with_another_runs_answers_is_refused(
+    model_dir: Path, data_json: Path, tmp_path: Path
+) -> None:
+    evaluate(model_dir, data_json, tmp_path / "out", max_new_tokens=4, progress=False)
+    other = make_tiny_llava(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"answers of another run.*model"):
+        evaluate(other, data_json, tmp_path / "out", max_new_tokens=4, progress=False)
+    with pytest.raises(ValueError, match="max_new_tokens 4 there, 5 now"):
+        evaluate(model_dir, data_json, tmp_path / "out", max_new_tokens=5, progress=False)
+
+
+def test_a_damaged_line_in_the_middle_is_named(model_dir: Path, data_json: Path, tmp_path: Path) -> None:
+    evaluate(model_dir, data_json, tmp_path, max_new_tokens=4, progress=False)
+    path = tmp_path / "answers.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + "{broken\n" + lines[1])
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        evaluate(model_dir, data_json, tmp_path, max_new_tokens=4, progress=False)
+
+
+def test_a_directory_that_is_not_stock_llava_is_refused(data_json: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no model directory"):
+        evaluate(tmp_path / "none", data_json, tmp_path / "out")
+    (tmp_path / "bert").mkdir()
+    with pytest.raises(ValueError, match="has no config"):
+        evaluate(tmp_path / "bert", data_json, tmp_path / "out")
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match=r"stock LLaVA.*'bert'"):
+        evaluate(tmp_path / "bert", data_json, tmp_path / "out")
+
+
+def one_record(tmp_path: Path, **changes: object) -> Path:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
+    record = {"id": "r7", "image": "a.png", "conversations": turns} | changes
+    (tmp_path / "test.json").write_text(json.dumps([record]))
+    return tmp_path / "test.json"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": "../a.png"}, "'r7'.*leaves the image root"),
+        ({"image": ["a.png", "a.png"]}, "'r7' has 1 <image> and 2 images"),
+        ({"conversations": []}, "'r7' must hold one human and one gpt turn"),
+        (
+            {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": " "}]},
+            "'r7' has an empty gpt",
+        ),
+    ],
+    ids=["escape", "count", "no-turns", "empty"],
+)
+def test_a_bad_record_is_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_llava_json(one_record(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("content", [None, b"not an image", b"\x89PNG\r\n\x1a\n\0\0"])
+def test_an_unreadable_image_names_the_question(
+    model_dir: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    if content is not None:
+        (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"question 'r7'.*a\.png"):
+        evaluate(model_dir, one_record(tmp_path), tmp_path / "out", progress=False)
