@@ -1,0 +1,207 @@
+"""Every loss formula in plain PyTorch: short, slow, and the oracle that the fast modules are tested against.
+
+Logits are z = hidden @ head.T (+ bias). With softmax taken over the columns that both models share,
+p_t = softmax(z_t / T) and p_s = softmax(z_s / T), a row's divergence is T^2 times
+
+    forward         KL(p_t || p_s)                                        Hinton et al. 2015; LLaVA-KD (arXiv
+                                                                          2410.16236), L_res and L_vis
+    reverse         KL(p_s || p_t)                                        MiniLLM, arXiv 2306.08543
+    jsd             b KL(p_t || m) + (1 - b) KL(p_s || m), m = b p_t + (1 - b) p_s     GKD, arXiv 2306.13649
+    skewed_forward  KL(p_t || a p_t + (1 - a) p_s)                        DistiLLM, arXiv 2402.03898
+    skewed_reverse  KL(p_s || (1 - a) p_t + a p_s)                        DistiLLM
+
+and its cross-entropy is -log softmax(z_s)[target], at temperature 1 over all of the student's columns.
+A relation row is 1 - cos(vec(Y_s Y_s^T), vec(Y_t Y_t^T)) over the N tokens of one image (LLaVA-KD, L_rel).
+
+Arithmetic is fp32 (fp64 for fp64 inputs), also under autocast. A row whose weight is zero is not read, so
+what it holds cannot matter. A row that is read and holds NaN or Inf makes the loss NaN.
+
+Shape legend: N rows (in a relation: tokens of an image), V student vocabulary, U teacher vocabulary,
+C common columns, D student width, E teacher width, I images, M teacher tokens of an image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from llava_kd.losses.checks import check_head_inputs, check_relation_inputs, check_targets
+
+Kind = Literal["forward", "reverse", "jsd", "skewed_forward", "skewed_reverse"]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Distance between two softmaxes. `mix` is b of `jsd` and a of the skewed forms; no other reads it."""
+
+    kind: Kind = "forward"
+    mix: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"divergence must be one of {list(get_args(Kind))}; got {self.kind!r}")
+        if not 0 < self.mix < 1:
+            raise ValueError(
+                f"mix must lie strictly between 0 and 1; got {self.mix}. At the ends, `forward` and `reverse`"
+            )
+
+
+FORWARD = Divergence()
+
+
+class HeadLoss(NamedTuple):
+    """`loss` = sum(ce_weight * ce) + sum(kl_weight * kl), differentiable; rows are detached."""
+
+    loss: Tensor
+    ce_N: Tensor
+    kl_N: Tensor
+
+
+def head_loss(
+    student_ND: Tensor,
+    student_head_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    ce_weight_N: Tensor,
+    student_bias_V: Tensor | None = None,
+    teacher_NE: Tensor | None = None,
+    teacher_head_UE: Tensor | None = None,
+    teacher_bias_U: Tensor | None = None,
+    kl_weight_N: Tensor | None = None,
+    temperature: float = 1.0,
+    divergence: Divergence = FORWARD,
+    num_common: int | None = None,
+) -> HeadLoss:
+    """Weighted sums of cross-entropy and T^2-scaled divergence over rows; `kl_N` carries the T^2.
+
+    The softmaxes of the divergence see the first `num_common` columns (default: all, if V == U). The teacher
+    receives no gradient. Targets are read where `ce_weight_N` is not zero and may hold anything elsewhere.
+    """
+    num_common = check_head_inputs(
+        student_ND,
+        student_head_VD,
+        targets_N,
+        ce_weight_N=ce_weight_N,
+        student_bias_V=student_bias_V,
+        teacher_NE=teacher_NE,
+        teacher_head_UE=teacher_head_UE,
+        teacher_bias_U=teacher_bias_U,
+        kl_weight_N=kl_weight_N,
+        temperature=temperature,
+        num_common=num_common,
+    )
+    check_targets(targets_N, ce_weight_N, student_head_VD.shape[0])
+    with torch.autocast(student_ND.device.type, enabled=False):
+        rows = ce_weight_N.nonzero().squeeze(1)
+        logits_NV = _logits(student_ND[rows], student_head_VD, student_bias_V)
+        ce = -logits_NV.log_softmax(1).gather(1, targets_N[rows].unsqueeze(1)).squeeze(1)
+        ce_N = _spread(ce, rows, ce_weight_N)
+        loss = (ce_weight_N * ce_N).sum()
+        kl_N = torch.zeros_like(ce_N)
+        if teacher_NE is not None and teacher_head_UE is not None and kl_weight_N is not None:
+            rows = kl_weight_N.nonzero().squeeze(1)
+            student_NV = _logits(student_ND[rows], student_head_VD, student_bias_V)
+            teacher_NU = _logits(teacher_NE[rows], teacher_head_UE, teacher_bias_U).detach()
+            kl = divergence_rows(
+                student_NV[:, :num_common].div(temperature).log_softmax(1),
+                teacher_NU[:, :num_common].div(temperature).log_softmax(1),
+                divergence,
+            )
+            kl_N = _spread(temperature**2 * kl, rows, kl_weight_N)
+            loss = loss + (kl_weight_N * kl_N).sum()
+    return HeadLoss(loss=loss, ce_N=ce_N.detach(), kl_N=kl_N.detach())
+
+
+def divergence_rows(student_logp_NC: Tensor, teacher_logp_NC: Tensor, divergence: Divergence) -> Tensor:
+    """Divergence of each row between two log-softmaxes, without T^2."""
+    s, t, mix = student_logp_NC, teacher_logp_NC, divergence.mix
+    match divergence.kind:
+        case "forward":
+            return _kl(t, s)
+        case "reverse":
+            return _kl(s, t)
+        case "jsd":
+            m = _log_mixture(t, s, mix)
+            return mix * _kl(t, m) + (1 - mix) * _kl(s, m)
+        case "skewed_forward":
+            return _kl(t, _log_mixture(t, s, mix))
+        case "skewed_reverse":
+            return _kl(s, _log_mixture(s, t, mix))
+
+
+def _kl(logp_NC: Tensor, logq_NC: Tensor) -> Tensor:
+    return (logp_NC.exp() * (logp_NC - logq_NC)).sum(1)
+
+
+def _log_mixture(logp_NC: Tensor, logq_NC: Tensor, share: float) -> Tensor:
+    """log(share * p + (1 - share) * q)."""
+    return torch.logaddexp(logp_NC + math.log(share), logq_NC + math.log1p(-share))
+
+
+def relation_rows(
+    student_IND: Tensor,
+    teacher_IME: Tensor,
+    *,
+    student_head_VD: Tensor | None = None,
+    teacher_head_UE: Tensor | None = None,
+    centre: bool = False,
+    normalise: bool = False,
+    student_gram_DD: Tensor | None = None,
+    teacher_gram_EE: Tensor | None = None,
+) -> Tensor:
+    """1 - cos between the two token-by-token relation matrices R = Y Y^T of each image.
+
+    Y is the logits where heads are given and the features themselves where they are not; the two vocabularies
+    need not agree. `centre` subtracts from Y its mean over the tokens of the image, `normalise` then scales
+    each token to length one. The Gram matrices are taken so that this function and the fast one can be
+    exchanged; the oracle does not use them, it forms the logits.
+    """
+    check_relation_inputs(student_IND, teacher_IME, student_head_VD, teacher_head_UE)
+    del student_gram_DD, teacher_gram_EE
+    dtype = accumulation_dtype(student_IND)
+    with torch.autocast(student_IND.device.type, enabled=False):
+        student_INN = _relation(student_IND, student_head_VD, dtype, centre=centre, normalise=normalise)
+        with torch.no_grad():
+            teacher_INN = _relation(teacher_IME, teacher_head_UE, dtype, centre=centre, normalise=normalise)
+        return 1 - cosine_rows(student_INN, teacher_INN)
+
+
+def _relation(
+    features_IND: Tensor, head_VD: Tensor | None, dtype: torch.dtype, *, centre: bool, normalise: bool
+) -> Tensor:
+    y_INV = features_IND.to(dtype)
+    if head_VD is not None:
+        y_INV = y_INV @ head_VD.to(dtype).T
+    if centre:
+        y_INV = y_INV - y_INV.mean(1, keepdim=True)
+    if normalise:
+        y_INV = y_INV / (y_INV * y_INV).sum(2, keepdim=True).clamp_min(torch.finfo(dtype).tiny).sqrt()
+    return y_INV @ y_INV.mT
+
+
+def cosine_rows(a_INN: Tensor, b_INN: Tensor) -> Tensor:
+    """Cosine of each pair of flattened matrices; zero, with a zero gradient, where one of them is zero."""
+    tiny = torch.finfo(a_INN.dtype).tiny
+    dot, aa, bb = ((x * y).sum((1, 2)) for x, y in ((a_INN, b_INN), (a_INN, a_INN), (b_INN, b_INN)))
+    return dot / (aa.clamp_min(tiny).sqrt() * bb.clamp_min(tiny).sqrt())
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64 inputs."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _logits(hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    dtype = accumulation_dtype(hidden_ND)
+    logits_NV = hidden_ND.to(dtype) @ head_VD.to(dtype).T
+    return logits_NV if bias_V is None else logits_NV + bias_V.to(dtype)
+
+
+def _spread(values: Tensor, rows: Tensor, like_N: Tensor) -> Tensor:
+    """`values` at `rows` and 0 elsewhere, with NaN in place of Inf."""
+    values = values + 0 * values.detach()
+    return torch.zeros_like(like_N, dtype=values.dtype).index_put((rows,), values)
