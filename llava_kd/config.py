@@ -14,18 +14,14 @@ import yaml
 from draccus.utils import DraccusException
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
-ENGINES = ("auto", "single", "ddp", "fsdp2", "deepspeed")
-DIVERGENCES = ("forward", "reverse", "jsd", "skewed_forward", "skewed_reverse")
-TAPS = ("logits", "hidden", "projector")
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Divergence = Literal["forward", "reverse", "jsd", "skewed_forward", "skewed_reverse"]
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    _require(value in choices, f"`{name}` must be one of {', '.join(choices)}; got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +48,7 @@ class TeacherConfig:
     """A stock LLaVA directory; `dtype` bfloat16, float16 or float32."""
 
     checkpoint: str
-    dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        _one_of("teacher.dtype", self.dtype, ("bfloat16", "float16", "float32"))
+    dtype: Dtype = "bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +59,11 @@ class DataConfig:
     images: str
     template: str = "vicuna"
     max_length: int = 2048
-    image_aspect: str = "square"
+    image_aspect: Literal["square", "pad"] = "square"
     num_workers: int = 4
     max_bad_rate: float = 0.001
 
     def __post_init__(self) -> None:
-        _one_of("data.image_aspect", self.image_aspect, ("square", "pad"))
         _require(self.max_length > 0, f"`data.max_length` must be positive; got {self.max_length}")
         _require(0 <= self.max_bad_rate <= 1, f"`data.max_bad_rate` is a share; got {self.max_bad_rate}")
 
@@ -87,11 +79,10 @@ class KLConfig:
 
     weight: float = 1.0
     temperature: float = 1.0
-    divergence: str = "forward"
+    divergence: Divergence = "forward"
     mix: float = 0.5
 
     def __post_init__(self) -> None:
-        _one_of("divergence", self.divergence, DIVERGENCES)
         _require(self.temperature > 0, f"`temperature` must be positive; got {self.temperature}")
 
 
@@ -100,12 +91,9 @@ class RelationConfig:
     """`tap`: where the visual tokens are compared; LM-head logits, hidden states, or projector output."""
 
     weight: float = 0.5
-    tap: str = "logits"
+    tap: Literal["logits", "hidden", "projector"] = "logits"
     centre: bool = False
     normalise: bool = False
-
-    def __post_init__(self) -> None:
-        _one_of("relation.tap", self.tap, TAPS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +104,9 @@ class ObjectiveConfig:
     response_kl: KLConfig | None = None
     visual_kl: KLConfig | None = None
     relation: RelationConfig | None = None
-    losses: str = "fast"
+    losses: Literal["fast", "reference"] = "fast"
 
     def __post_init__(self) -> None:
-        _one_of("objective.losses", self.losses, ("fast", "reference"))
         terms = (self.cross_entropy, self.response_kl, self.visual_kl, self.relation)
         _require(any(t is not None for t in terms), "`objective` has no term; give it at least one")
 
@@ -150,18 +137,11 @@ class OptimConfig:
 class EngineConfig:
     """`auto` is `single` on one process and `ddp` on several. `zero_stage` is read by `deepspeed` alone."""
 
-    kind: str = "auto"
-    zero_stage: int = 3
-    precision: str = "bf16"
+    kind: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
+    zero_stage: Literal[1, 2, 3] = 3
+    precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: bool = False
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        _one_of("engine.kind", self.kind, ENGINES)
-        _one_of("engine.precision", self.precision, ("bf16", "fp32"))
-        _require(
-            self.zero_stage in (1, 2, 3), f"`engine.zero_stage` must be 1, 2 or 3; got {self.zero_stage}"
-        )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

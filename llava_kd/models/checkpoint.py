@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -157,19 +159,28 @@ def _assemble(
     return stock
 
 
-def save_stock(parts: Parts, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
+def save_stock(
+    parts: Parts,
+    directory: str | Path,
+    *,
+    trained: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write a stock LLaVA directory, complete or not at all; an existing one is replaced at the end.
 
-    `dtype` casts a copy of the weights; None keeps them.
+    `trained` holds weights by their name in an `MLLM`, such as a sharded engine gathers; they replace those
+    of `parts`. `dtype` casts what is written; None keeps it.
     """
     directory = Path(directory)
     scratch = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    state = parts.stock.state_dict()
+    state = _stock_state(parts.stock, trained or {})
     if dtype is not None:
         state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
-    parts.stock.save_pretrained(scratch, state_dict=state, safe_serialization=True)
+    parts.stock.save_pretrained(scratch, state_dict=state)
+    if dtype is not None:
+        _record_dtype(scratch / "config.json", dtype)
     parts.processor.save_pretrained(scratch)
     for path in scratch.iterdir():
         with path.open("rb") as stream:
@@ -182,3 +193,25 @@ def save_stock(parts: Parts, directory: str | Path, *, dtype: torch.dtype | None
         shutil.rmtree(retired)
     else:
         scratch.rename(directory)
+
+
+def _stock_state(stock: LlavaForConditionalGeneration, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stock state dictionary with `trained` put in; tied heads follow their embeddings."""
+    state = stock.state_dict()
+    for name, tensor in trained.items():
+        stock_name = name if name.startswith("lm_head.") else f"model.{name}"
+        if stock_name not in state:
+            raise ValueError(f"the model has no weight {stock_name!r}; it has {sorted(state)[:5]} ...")
+        state[stock_name] = tensor
+    if stock.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
+    return state
+
+
+def _record_dtype(config_path: Path, dtype: torch.dtype) -> None:
+    """Say in every part of `config.json` in which type the weights beside it are."""
+    config = json.loads(config_path.read_text())
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if "dtype" in part:
+            part["dtype"] = str(dtype).removeprefix("torch.")
+    config_path.write_text(json.dumps(config, indent=2) + "\n")

@@ -63,10 +63,13 @@ def image_features(tower: nn.Module, pixels_ICHW: Tensor, *, layer: int, strateg
     return hidden_INE[:, 1:] if strategy == "default" else hidden_INE
 
 
-def tower_fingerprint(tower: nn.Module, config: LlavaConfig, image_processor: Mapping) -> str:
+def tower_fingerprint(
+    tower: nn.Module, config: LlavaConfig, image_processor: Mapping, *, dtype: torch.dtype
+) -> str:
     """SHA-256 over weights, preprocessing, layer and strategy: equal means equal features for every image.
 
-    `image_processor` is the processor's own dictionary; keys that do not change pixels are left out.
+    Weights are hashed as they are in `dtype`, the one that the tower computes in. `image_processor` is the
+    processor's own dictionary; keys that do not change pixels are left out.
     """
     digest = hashlib.sha256()
     pixels = {
@@ -75,6 +78,8 @@ def tower_fingerprint(tower: nn.Module, config: LlavaConfig, image_processor: Ma
     choice = (config.vision_feature_layer, config.vision_feature_select_strategy)
     digest.update(json.dumps([pixels, choice], sort_keys=True, default=str).encode())
     for name, tensor in sorted(tower.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        value = tensor.detach().cpu()
+        value = value.to(dtype) if value.is_floating_point() else value
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

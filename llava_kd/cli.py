@@ -1,0 +1,115 @@
+"""`llava-kd`: each command parses its words and calls one function."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llava_kd import __version__
+from llava_kd.config import load
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command. A mistake that the user can mend is one line on stderr and exit status 2."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    if rest and arguments.run is not _train:
+        parser.error(f"unknown words: {' '.join(rest)}")
+    arguments.overrides = rest
+    try:
+        return arguments.run(arguments)
+    except ValueError as error:
+        print(f"llava-kd {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llava-kd", description="Distil large LLaVA models into small.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = _command(commands, "train", _train, "run one stage from its YAML file")
+    train.add_argument("config", help="YAML file; any setting may follow as --a.b=value")
+
+    evaluate = _command(commands, "eval", _eval, "answer and score a LLaVA JSON test file")
+    evaluate.add_argument("--model", required=True, help="stock LLaVA directory")
+    evaluate.add_argument("--data", required=True, help="test file; records may carry a `type`")
+    evaluate.add_argument("--out", required=True, help="directory for answers.jsonl and summary.json")
+    evaluate.add_argument("--images", help="image root (default: the folder of the test file)")
+    evaluate.add_argument("--batch_size", type=int, default=32)
+    evaluate.add_argument("--max_new_tokens", type=int, default=32)
+
+    report = _command(commands, "report", _report, "write results.json and report.html of a comparison run")
+    report.add_argument("--run", required=True, dest="directory")
+
+    data = commands.add_parser("data", help="make data").add_subparsers(dest="command", required=True)
+    shapes = _command(data, "shapes", _shapes, "generate pictures of shapes with captions and questions")
+    shapes.add_argument("--out", required=True)
+    shapes.add_argument("--num_train", type=int, default=4000, help="training scenes")
+    shapes.add_argument("--num_validation", type=int, default=200)
+    shapes.add_argument("--num_test", type=int, default=200)
+    shapes.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _command(
+    group: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], int], what: str
+) -> argparse.ArgumentParser:
+    parser = group.add_parser(name, help=what, description=what)
+    parser.set_defaults(run=run, command=name)
+    return parser
+
+
+# Commands import what they need: `llava-kd --help` should not wait for PyTorch.
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = load(arguments.config, arguments.overrides)
+    from llava_kd.build import train
+
+    train(config)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from llava_kd.evaluation.runner import evaluate
+
+    summary = evaluate(
+        arguments.model,
+        arguments.data,
+        arguments.out,
+        image_root=arguments.images,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    shown = {name: summary[name] for name in ("accuracy", "count", "by_type")}
+    print(json.dumps(shown, indent=2))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from llava_kd.evaluation.report import report
+
+    print(report(arguments.directory))
+    return 0
+
+
+def _shapes(arguments: argparse.Namespace) -> int:
+    from llava_kd.data.shapes import write_shapes
+
+    blind = write_shapes(
+        Path(arguments.out),
+        num_train=arguments.num_train,
+        num_validation=arguments.num_validation,
+        num_test=arguments.num_test,
+        seed=arguments.seed,
+    )
+    print(f"accuracy without looking: {json.dumps(dict(blind))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

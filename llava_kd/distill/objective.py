@@ -1,0 +1,239 @@
+"""Which rows of which prediction go to which loss, with which weight and which denominator.
+
+Shape legend: B rows, T tokens, N selected rows, M visual tokens of an image, I images, D student width,
+E teacher width, V and U rows of the student's and the teacher's head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llava_kd.batch import IGNORE_INDEX, Batch, Counts, Inputs
+from llava_kd.losses.reference import Divergence, HeadLoss, head_loss, relation_rows
+from llava_kd.models.mllm import Prediction
+
+Tap = Literal["logits", "hidden", "projector"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy:
+    """Next-token cross-entropy over response targets."""
+
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class KL:
+    """T^2 times a divergence between teacher and student over the common vocabulary."""
+
+    weight: float = 1.0
+    temperature: float = 1.0
+    divergence: Divergence = field(default_factory=lambda: Divergence("forward"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relation:
+    """1 - cosine between the visual tokens' similarity matrices, one value an image."""
+
+    weight: float = 0.5
+    tap: Tap = "logits"
+    centre: bool = False
+    normalise: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """`loss` is the weighted sum over this micro-batch, already divided by the global counts.
+
+    `means` holds each term unweighted, divided by the same counts: summed over micro-batches and ranks they
+    are the global means that the log shows.
+    """
+
+    loss: Tensor
+    means: dict[str, Tensor]
+
+
+def targets_of_rows(inputs: Inputs, rows_N: Tensor) -> Tensor:
+    return inputs.targets_BT.flatten()[rows_N]
+
+
+def response_rows(inputs: Inputs) -> Tensor:
+    """Flat positions whose next token is a target."""
+    return (inputs.targets_BT.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+
+
+def visual_rows(inputs: Inputs) -> Tensor:
+    """Flat positions of valid visual tokens: their own prediction is distilled, it is not shifted."""
+    return inputs.distilled_visual_BT.flatten().nonzero().squeeze(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The weighted sum of the terms that are present.
+
+    `num_common` is the number of vocabulary columns that both heads share; `head_loss` and `relation_rows`
+    are the formulas, fast or reference.
+    """
+
+    cross_entropy: CrossEntropy | None = None
+    response_kl: KL | None = None
+    visual_kl: KL | None = None
+    relation: Relation | None = None
+    num_common: int | None = None
+    head_loss: Callable[..., HeadLoss] = head_loss
+    relation_rows: Callable[..., Tensor] = relation_rows
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(term is not None for term in (self.response_kl, self.visual_kl, self.relation))
+
+    def __call__(
+        self, student: Prediction, teacher: Prediction | None, batch: Batch, counts: Counts
+    ) -> Losses:
+        """Raises ValueError if a term needs a teacher that is not there, or the sides do not line up."""
+        if self.needs_teacher and teacher is None:
+            raise ValueError("the objective has distillation terms but got no teacher prediction")
+        loss = student.hidden_BTD.new_zeros((), dtype=torch.float32)
+        means: dict[str, Tensor] = {}
+        for part in (self._head_terms, self._relation_term):
+            partial = part(student, teacher, batch, counts)
+            if partial is not None:
+                loss = loss + partial.loss
+                means |= partial.means
+        return Losses(loss=loss, means=means)
+
+    def _head_terms(
+        self, student: Prediction, teacher: Prediction | None, batch: Batch, counts: Counts
+    ) -> Losses | None:
+        """CE and both KLs; terms of equal temperature and divergence go through the head together."""
+        share = 1.0 / counts.response_tokens.clamp_min(1), 1.0 / counts.visual_tokens.clamp_min(1)
+        groups: dict[tuple[float, Divergence] | None, list[str]] = {}
+        if self.response_kl is not None:
+            groups.setdefault(_kind(self.response_kl), []).append("response")
+        if self.visual_kl is not None:
+            groups.setdefault(_kind(self.visual_kl), []).append("visual")
+        if self.cross_entropy is not None and not any("response" in g for g in groups.values()):
+            groups.setdefault(None, []).append("response")
+        if not groups:
+            return None
+        loss = student.hidden_BTD.new_zeros((), dtype=torch.float32)
+        means: dict[str, Tensor] = {}
+        for kind, names in groups.items():
+            rows = [_Rows.select(name, batch, with_teacher=kind is not None) for name in names]
+            result = self._one_head_call(student, teacher, rows, kind, share)
+            loss = loss + result.loss
+            ends = torch.tensor([len(r.student_N) for r in rows]).cumsum(0).tolist()
+            for begin, end, row in zip([0, *ends[:-1]], ends, rows, strict=True):
+                scale = share[0] if row.name == "response" else share[1]
+                if row.name == "response" and self.cross_entropy is not None:
+                    means["cross_entropy"] = result.ce_N[begin:end].sum() * scale.float()
+                if kind is not None:
+                    means[f"{row.name}_kl"] = result.kl_N[begin:end].sum() * scale.float()
+        return Losses(loss=loss, means=means)
+
+    def _one_head_call(
+        self,
+        student: Prediction,
+        teacher: Prediction | None,
+        rows: list[_Rows],
+        kind: tuple[float, Divergence] | None,
+        share: tuple[Tensor, Tensor],
+    ) -> HeadLoss:
+        flat_D = student.hidden_BTD.flatten(0, 1)
+        student_ND = flat_D[torch.cat([r.student_N for r in rows])]
+        targets_N = torch.cat([r.targets_N for r in rows])
+        ce = 0.0 if self.cross_entropy is None else self.cross_entropy.weight
+        ce_N = torch.cat([_fill(r, ce * share[0] if r.name == "response" else 0.0 * share[0]) for r in rows])
+        common = {"student_bias_V": student.bias_V, "ce_weight_N": ce_N}
+        if kind is None or teacher is None:
+            return self.head_loss(student_ND, student.head_VD, targets_N, **common)
+        weights = {
+            "response": 0.0 if self.response_kl is None else self.response_kl.weight * share[0],
+            "visual": 0.0 if self.visual_kl is None else self.visual_kl.weight * share[1],
+        }
+        teacher_flat_E = teacher.hidden_BTD.flatten(0, 1)
+        return self.head_loss(
+            student_ND,
+            student.head_VD,
+            targets_N,
+            **common,
+            teacher_NE=teacher_flat_E[torch.cat([r.teacher_N for r in rows])],
+            teacher_head_UE=teacher.head_VD,
+            teacher_bias_U=teacher.bias_V,
+            kl_weight_N=torch.cat([_fill(r, weights[r.name]) for r in rows]),
+            temperature=kind[0],
+            divergence=kind[1],
+            num_common=self.num_common,
+        )
+
+    def _relation_term(
+        self, student: Prediction, teacher: Prediction | None, batch: Batch, counts: Counts
+    ) -> Losses | None:
+        if self.relation is None or teacher is None:
+            return None
+        valid_I = batch.student.image_is_valid_I
+        heads = {}
+        if self.relation.tap == "logits":
+            heads = {"student_head_VD": student.head_VD, "teacher_head_UE": teacher.head_VD}
+        rows_I = self.relation_rows(
+            visual_features(student, batch.student, self.relation.tap),
+            visual_features(teacher, batch.teacher_inputs, self.relation.tap),
+            centre=self.relation.centre,
+            normalise=self.relation.normalise,
+            **heads,
+        )
+        mean = (rows_I * valid_I).sum() / counts.images.clamp_min(1).float()
+        return Losses(loss=self.relation.weight * mean, means={"relation": mean.detach()})
+
+
+def visual_features(prediction: Prediction, inputs: Inputs, tap: Tap) -> Tensor:
+    """[I, M, D] of the tap; the logits tap reads hidden states, its head is applied by the loss."""
+    if tap == "projector":
+        return prediction.projected_IND
+    hidden_D = prediction.hidden_BTD[inputs.visual_BT]
+    if inputs.num_images == 0:
+        return hidden_D.view(0, 1, prediction.hidden_BTD.shape[2])
+    return hidden_D.view(inputs.num_images, -1, hidden_D.shape[1])
+
+
+def _kind(term: KL) -> tuple[float, Divergence]:
+    return term.temperature, term.divergence
+
+
+def _fill(rows: _Rows, value: Tensor | float) -> Tensor:
+    """One fp32 weight a row, without waiting for the device."""
+    ones_N = torch.ones(len(rows.student_N), device=rows.student_N.device)
+    return ones_N * (value.float() if isinstance(value, Tensor) else value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """Flat positions of one kind of row on both sides; the same count, in the same order."""
+
+    name: str
+    student_N: Tensor
+    teacher_N: Tensor
+    targets_N: Tensor
+
+    @staticmethod
+    def select(name: str, batch: Batch, *, with_teacher: bool) -> _Rows:
+        choose = response_rows if name == "response" else visual_rows
+        student_N = choose(batch.student)
+        teacher_N = student_N
+        if with_teacher and batch.teacher is not None:
+            teacher_N = choose(batch.teacher)
+            if len(teacher_N) != len(student_N):
+                raise ValueError(
+                    f"{name} rows must line up: the student has {len(student_N)}, the teacher "
+                    f"{len(teacher_N)}, in the records {', '.join(batch.record_ids)}"
+                )
+        if name == "response":
+            targets_N = targets_of_rows(batch.student, student_N)
+        else:
+            targets_N = torch.full_like(student_N, IGNORE_INDEX)
+        return _Rows(name=name, student_N=student_N, teacher_N=teacher_N, targets_N=targets_N)

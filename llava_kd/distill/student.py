@@ -1,0 +1,38 @@
+"""The module that an engine wraps: student forward, head and losses in one `forward`.
+
+Shape legend: I images, N tokens of an image, E tower width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from llava_kd.batch import Batch, Counts
+from llava_kd.distill.objective import Losses, Objective
+from llava_kd.models.mllm import MLLM, Prediction
+
+
+class Student(nn.Module):
+    """Losses of one micro-batch. `forward` uses the head, since there sharded engines have gathered it."""
+
+    def __init__(self, mllm: MLLM, objective: Objective) -> None:
+        super().__init__()
+        self.mllm = mllm
+        self._objective = objective
+
+    @property
+    def objective(self) -> Objective:
+        return self._objective
+
+    def forward(
+        self,
+        batch: Batch,
+        counts: Counts,
+        features_INE: Tensor | None = None,
+        teacher: Prediction | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and logged means. `features_INE` is None where the tower is trained, and runs here."""
+        if features_INE is None:
+            features_INE = self.mllm.image_features(batch.student)
+        losses: Losses = self._objective(self.mllm(batch.student, features_INE), teacher, batch, counts)
+        return losses.loss, losses.means

@@ -1,0 +1,36 @@
+"""The frozen teacher: a callable that no optimiser, checkpoint or `train()` can reach.
+
+Shape legend: I images, N tokens of an image, E tower width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava_kd.batch import Batch
+from llava_kd.models.mllm import MLLM, Prediction
+
+
+class Teacher:
+    """Predictions of a frozen model. Not a Module, so the student's tree cannot hold it."""
+
+    def __init__(self, mllm: MLLM, *, shares_tower: bool) -> None:
+        """`shares_tower`: the student's features are the teacher's, checked by fingerprint by the caller."""
+        self._mllm = mllm.eval().requires_grad_(False)
+        self._mllm.stock.eval()
+        self.shares_tower = shares_tower
+
+    @property
+    def mllm(self) -> MLLM:
+        return self._mllm
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, student_features_INE: Tensor | None = None) -> Prediction:
+        """Predict on the teacher's side of `batch`, from the student's features where the tower is shared."""
+        inputs = batch.teacher_inputs
+        if self.shares_tower and student_features_INE is not None:
+            features_INE = student_features_INE
+        else:
+            features_INE = self._mllm.image_features(inputs)
+        return self._mllm(inputs, features_INE)

@@ -1,0 +1,109 @@
+"""DeepSpeed ZeRO-1, 2 and 3, driven directly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+from llava_kd.parallel.engine import STATE_KINDS, AdamWSettings, ParameterGroup, split_state
+from llava_kd.parallel.world import World
+
+
+class DeepSpeedEngine:
+    """ZeRO over one module. DeepSpeed keeps fp32 masters and clips; the schedule stays the trainer's."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[ParameterGroup],
+        *,
+        world: World,
+        zero_stage: int,
+        adamw: AdamWSettings,
+        bf16: bool,
+        max_grad_norm: float,
+        micro_batch_size: int,
+        accumulation: int,
+    ) -> None:
+        self.world = world
+        self._module = module
+        self._trained = {name: module.get_parameter(name) for group in groups for name in group.names}
+        self._lrs = [group.lr for group in groups]
+        optimizer = torch.optim.AdamW(
+            [{"params": [self._trained[name] for name in g.names], "lr": g.lr} for g in groups],
+            betas=adamw.betas,
+            eps=adamw.eps,
+            weight_decay=adamw.weight_decay,
+        )
+        self._engine: Any = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": micro_batch_size,
+                "gradient_accumulation_steps": accumulation,
+                "gradient_clipping": max_grad_norm,
+                "bf16": {"enabled": bf16},
+                "zero_optimization": {"stage": zero_stage},
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 10**12,
+            },
+        )[0]
+
+    def forward(self, *args: Any, is_last: bool, **kwargs: Any) -> Any:
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        # ZeRO averages gradients over ranks; ours are shares of one global sum.
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def step(self, *, lr_multiplier: float, max_grad_norm: float) -> Tensor:
+        for group, lr in zip(self._engine.optimizer.param_groups, self._lrs, strict=True):
+            group["lr"] = lr * lr_multiplier
+        self._engine.step()
+        return torch.as_tensor(self._engine.get_global_grad_norm())
+
+    def parameters(self) -> dict[str, Tensor]:
+        whole: dict[str, Tensor] = {}
+        for name, parameter in self._module.named_parameters():
+            value = safe_get_full_fp32_param(parameter) if name in self._trained else None
+            if value is None:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    value = parameter.detach().clone()
+            if self.world.is_main:
+                whole[name] = value.detach().cpu().clone()
+        return whole
+
+    def state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for name, parameter in self._trained.items():
+            values = (
+                safe_get_full_fp32_param(parameter),
+                *(safe_get_full_optimizer_state(parameter, key) for key in STATE_KINDS[1:]),
+            )
+            if self.world.is_main:
+                for kind, value in zip(STATE_KINDS, values, strict=True):
+                    assert value is not None  # every trained parameter has a master and both moments
+                    state[f"{kind}/{name}"] = value.detach().cpu().clone()
+        return state
+
+    def load_state(self, state: dict[str, Tensor], *, num_steps: int) -> None:
+        for name, parameter in self._trained.items():
+            values = [value.to(self.world.device) for value in split_state(state, name)]
+            safe_set_full_fp32_param(parameter, values[0])
+            for key, value in zip(STATE_KINDS[1:], values[1:], strict=True):
+                safe_set_full_optimizer_state(parameter, value, key)
+        for slots in self._engine.optimizer.optimizer.state.values():
+            slots["step"] = torch.tensor(float(num_steps))

@@ -1,0 +1,74 @@
+"""What the trainer asks of a training engine, and the state that every engine can write and read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from llava_kd.parallel.world import World
+
+STATE_KINDS = ("parameter", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters of the unwrapped module, by name, that share a learning rate."""
+
+    names: Sequence[str]
+    lr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWSettings:
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+class Engine(Protocol):
+    """One optimiser over one wrapped module.
+
+    `state` holds the trained parameters in fp32 and both Adam moments under their names in the unwrapped
+    module, whole, on the CPU, on rank 0 (empty on the others): the same from every engine, so that a run may
+    go on under another engine or on another number of ranks.
+    """
+
+    world: World
+
+    def forward(self, *args: Any, is_last: bool, **kwargs: Any) -> Any:
+        """Call the wrapped module; gradients are exchanged only where `is_last`."""
+        ...
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """`loss` is divided by global counts already: the gradient is its sum over ranks, not its mean."""
+        ...
+
+    def step(self, *, lr_multiplier: float, max_grad_norm: float) -> Tensor:
+        """Clip, update, clear gradients; returns the norm before clipping."""
+        ...
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Every parameter of the unwrapped module, whole, on rank 0."""
+        ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, state: dict[str, Tensor], *, num_steps: int) -> None:
+        """Every rank passes the same whole state; `num_steps` is how many updates it has seen."""
+        ...
+
+
+def split_state(state: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Parameter and both moments of `name`. Raises ValueError if the state holds other parameters."""
+    keys = [f"{kind}/{name}" for kind in STATE_KINDS]
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise ValueError(
+            f"the checkpoint has no {missing[0]!r}: it was written by a run that trained other parts; "
+            "resume with the same `trainable`, or start in a new output_dir"
+        )
+    parameter, exp_avg, exp_avg_sq = (state[key] for key in keys)
+    return parameter, exp_avg, exp_avg_sq

@@ -1,0 +1,136 @@
+"""PyTorch's own engines: one device, DDP, and FSDP2 (`fully_shard`)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from llava_kd.parallel.engine import STATE_KINDS, AdamWSettings, ParameterGroup, split_state
+from llava_kd.parallel.world import World
+
+Kind = Literal["single", "ddp", "fsdp2"]
+
+
+class TorchEngine:
+    """fp32 parameters; with `bf16`, autocast (single, DDP) or a mixed-precision policy (FSDP2)."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[ParameterGroup],
+        *,
+        world: World,
+        kind: Kind,
+        adamw: AdamWSettings,
+        bf16: bool,
+        shard_units: Sequence[nn.Module] = (),
+    ) -> None:
+        """`shard_units`: modules that FSDP2 gathers one at a time, such as decoder layers, inner ones first.
+
+        Raises ValueError for `single` on several ranks.
+        """
+        if kind == "single" and world.size > 1:
+            raise ValueError(f"engine.kind is single but {world.size} processes run; use ddp or fsdp2")
+        self.world = world
+        self._module = module
+        self._autocast = bf16 and kind != "fsdp2"
+        if kind == "fsdp2":
+            _shard(module, shard_units, world, bf16)
+        self._wrapped: nn.Module = module
+        if kind == "ddp":
+            self._wrapped = DistributedDataParallel(
+                module, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        # FSDP2 puts new parameter objects in place, so they are looked up after wrapping.
+        self._trained = {name: module.get_parameter(name) for group in groups for name in group.names}
+        self._lrs = [group.lr for group in groups]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": [self._trained[name] for name in g.names], "lr": g.lr} for g in groups],
+            betas=adamw.betas,
+            eps=adamw.eps,
+            weight_decay=adamw.weight_decay,
+            fused=True,
+        )
+
+    def forward(self, *args: Any, is_last: bool, **kwargs: Any) -> Any:
+        if isinstance(self._wrapped, FSDPModule):
+            self._wrapped.set_requires_gradient_sync(is_last)
+        with self._exchange(is_last), torch.autocast(self.world.device.type, torch.bfloat16, self._autocast):
+            return self._wrapped(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        # DDP and FSDP average gradients over ranks; ours are shares of one global sum.
+        with self._exchange(is_last):
+            (loss * self.world.size).backward()
+
+    def _exchange(self, is_last: bool) -> contextlib.AbstractContextManager:
+        if isinstance(self._wrapped, DistributedDataParallel) and not is_last:
+            return self._wrapped.no_sync()
+        return contextlib.nullcontext()
+
+    def step(self, *, lr_multiplier: float, max_grad_norm: float) -> Tensor:
+        parameters = self._trained.values()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
+            group["lr"] = lr * lr_multiplier
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {n: t for n, p in self._module.named_parameters() if (t := self._whole(p)) is not None}
+
+    def state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for name, parameter in self._trained.items():
+            slots = self._optimizer.state[parameter]
+            moments = [slots.get(key, torch.zeros_like(parameter)) for key in ("exp_avg", "exp_avg_sq")]
+            for kind, tensor in zip(STATE_KINDS, (parameter, *moments), strict=True):
+                whole = self._whole(tensor)
+                if whole is not None:
+                    state[f"{kind}/{name}"] = whole
+        return state
+
+    def load_state(self, state: dict[str, Tensor], *, num_steps: int) -> None:
+        for name, parameter in self._trained.items():
+            values = [_like(parameter, value) for value in split_state(state, name)]
+            with torch.no_grad():
+                parameter.copy_(values[0])
+            self._optimizer.state[parameter] = {
+                "step": torch.tensor(float(num_steps), device=self.world.device),
+                "exp_avg": values[1],
+                "exp_avg_sq": values[2],
+            }
+
+    def _whole(self, tensor: Tensor) -> Tensor | None:
+        """The whole tensor on the CPU of rank 0; a collective where it is sharded."""
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return whole.detach().cpu().clone() if self.world.is_main else None
+
+
+def _shard(module: nn.Module, units: Sequence[nn.Module], world: World, bf16: bool) -> None:
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for unit in (*units, module):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+
+
+def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """`value` with the device, dtype and sharding of `parameter`."""
+    value = value.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value.clone()

@@ -1,0 +1,141 @@
+"""What a run reports: a JSON line every few steps, a progress bar, and optional trackers."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TextIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+class Tracker(Protocol):
+    """Where figures go besides `metrics.jsonl`."""
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class WandbTracker:
+    """Needs the `wandb` package; offline, and without an account, where WANDB_MODE says so."""
+
+    def __init__(self, *, project: str, name: str, config: Mapping[str, object]) -> None:
+        import wandb
+
+        self._run = wandb.init(project=project, name=name, config=dict(config))
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoardTracker:
+    """Needs the `tensorboard` package."""
+
+    def __init__(self, directory: str | Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory))
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Metrics:
+    """Means over the steps since the last line; tensors stay on the device until a line is written."""
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        num_steps: int,
+        every: int = 10,
+        trackers: Sequence[Tracker] = (),
+        progress: bool = True,
+        title: str = "train",
+    ) -> None:
+        self._path = Path(directory) / "metrics.jsonl"
+        self._every = max(1, every)
+        self._num_steps = num_steps
+        self._trackers = trackers
+        self._bar = tqdm(total=num_steps, desc=title, unit="step", disable=not progress, mininterval=1.0)
+        self._file: TextIO | None = None
+        self._pending: list[dict[str, Tensor]] = []
+        self._amounts = {"tokens": 0.0, "samples": 0.0}
+        self._since = time.monotonic()
+
+    def resume(self, step: int) -> None:
+        """Drop lines of steps that are about to be done again, and put the bar at `step`."""
+        if self._path.exists():
+            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+            self._path.write_text("".join(f"{line}\n" for line in kept))
+        self._bar.n = step
+        self._bar.refresh()
+        self._since = time.monotonic()
+
+    def add(
+        self,
+        step: int,
+        figures: Mapping[str, Tensor],
+        amounts: Mapping[str, Tensor],
+        extra: Mapping[str, float],
+    ) -> None:
+        """`figures` are averaged, `amounts` become rates per second; `extra` is written as it is.
+
+        `step` counts updates from 1.
+        """
+        self._pending.append({**figures, **{f"amount/{name}": value for name, value in amounts.items()}})
+        self._bar.update()
+        if step % self._every == 0 or step == self._num_steps:
+            self._write(step, extra)
+
+    def _write(self, step: int, extra: Mapping[str, float]) -> None:
+        means = {name: _mean([p[name] for p in self._pending if name in p]) for name in self._pending[-1]}
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        count = len(self._pending)
+        line = {"step": step, **{n: v for n, v in means.items() if not n.startswith("amount/")}, **extra}
+        for name, value in means.items():
+            if name.startswith("amount/"):
+                line[f"{name.removeprefix('amount/')}_per_s"] = value * count / seconds
+        line["seconds_per_step"] = seconds / count
+        if self._file is None:
+            self._file = self._path.open("a")
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.log(step, {name: value for name, value in line.items() if name != "step"})
+        shown = {name: f"{line[name]:.3g}" for name in ("loss", "lr") if name in line}
+        self._bar.set_postfix(shown, refresh=False)
+        self._pending.clear()
+        self._since = time.monotonic()
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def _step_of(line: str) -> float:
+    """Step of a metrics line; infinity for a line that was cut off, so that it is dropped."""
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return math.inf
+
+
+def _mean(values: Sequence[Tensor]) -> float:
+    return torch.stack([value.double() for value in values]).mean().item()

@@ -1,0 +1,195 @@
+"""The loop: one optimiser step, and a run of them that can stop and go on.
+
+Shape legend: I images, N tokens of an image, E tower width.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from types import FrameType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llava_kd.batch import Batch, Counts
+from llava_kd.distill.student import Student
+from llava_kd.distill.teacher import Teacher
+from llava_kd.parallel.engine import Engine
+from llava_kd.training.checkpoint import Checkpoints, Saved
+from llava_kd.training.metrics import Metrics
+
+
+class Loader(Protocol):
+    """Micro-batches of each optimiser step, a pure function of the step."""
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[list[Batch]]: ...
+
+    def telemetry(self) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """Figures of one update, still on the device; `means` are global, `stop` says that a rank must stop."""
+
+    means: dict[str, Tensor]
+    grad_norm: Tensor
+    counts: Counts
+    num_samples: Tensor
+    stop: bool
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGINT or SIGUSR1; read once a step so that every rank stops at the same one."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in self.SIGNALS:
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal() itself returned
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self.signal_name = signal.Signals(number).name
+
+
+class Trainer:
+    """Runs `num_steps` updates of one student."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        student: Student,
+        teacher: Teacher | None,
+        loader: Loader,
+        checkpoints: Checkpoints,
+        metrics: Metrics | None,
+        lr_multiplier: Callable[[int], float],
+        base_lr: float,
+        num_steps: int,
+        max_grad_norm: float = 1.0,
+        save_every: int = 500,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """`metrics` is None on every rank but the first. `student` is what `engine` wraps."""
+        self._engine = engine
+        self._student = student
+        self._teacher = teacher
+        self._loader = loader
+        self._checkpoints = checkpoints
+        self._metrics = metrics
+        self._lr_multiplier = lr_multiplier
+        self._base_lr = base_lr
+        self._num_steps = num_steps
+        self._max_grad_norm = max_grad_norm
+        self._save_every = save_every
+        self._say = say
+        self._stop = StopRequest()
+
+    def fit(self) -> bool:
+        """Go on from the newest checkpoint to the end. False if a signal stopped it, after a checkpoint."""
+        first = self._resume()
+        with self._stop:
+            for step, batches in enumerate(self._loader.batches(first, self._num_steps), start=first):
+                result = self.step(batches, step)
+                self._check_finite(result, batches, step)
+                self._log(result, step + 1)
+                done = step + 1
+                if done % self._save_every == 0 or done == self._num_steps or result.stop:
+                    self._save(done)
+                if result.stop and done < self._num_steps:
+                    name = self._stop.signal_name or "a signal on another rank"
+                    self._say(f"stopped by {name} after step {done}; the same command goes on from there")
+                    return False
+        return True
+
+    def step(self, batches: Sequence[Batch], step: int) -> StepResult:
+        """One update from the micro-batches of this rank."""
+        counts, num_samples, stop = self._global_counts(batches)
+        means: dict[str, Tensor] = {}
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
+            loss, partial = self._losses(batch, counts, is_last)
+            self._engine.backward(loss, is_last=is_last)
+            for name, value in {"loss": loss.detach(), **partial}.items():
+                means[name] = means.get(name, 0.0) + value
+        norm = self._engine.step(lr_multiplier=self._lr_multiplier(step), max_grad_norm=self._max_grad_norm)
+        names = sorted(means)
+        summed = self._engine.world.sum(torch.stack([means[name].float() for name in names]))
+        return StepResult(
+            means=dict(zip(names, summed.unbind(), strict=True)),
+            grad_norm=norm,
+            counts=counts,
+            num_samples=num_samples,
+            stop=stop,
+        )
+
+    def _losses(self, batch: Batch, counts: Counts, is_last: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        mllm = self._student.mllm
+        features_INE = None if mllm.train_tower else mllm.image_features(batch.student)
+        prediction = None if self._teacher is None else self._teacher(batch, features_INE)
+        return self._engine.forward(batch, counts, features_INE, prediction, is_last=is_last)
+
+    def _global_counts(self, batches: Sequence[Batch]) -> tuple[Counts, Tensor, bool]:
+        """Counts of all micro-batches on all ranks, before any forward; stop requests travel with them."""
+        local = reduce(add, (batch.counts() for batch in batches)).stack()
+        samples = sum(len(batch.record_ids) for batch in batches)
+        wants_stop = self._stop.signal_name is not None
+        others = torch.tensor([samples, wants_stop], dtype=local.dtype, device=local.device)
+        summed = self._engine.world.sum(torch.cat([local, others]))
+        stop = wants_stop if self._engine.world.size == 1 else bool(summed[4] > 0)
+        return Counts.unstack(summed[:3]), summed[3], stop
+
+    def _check_finite(self, result: StepResult, batches: Sequence[Batch], step: int) -> None:
+        if bool(torch.isfinite(result.means["loss"])) and bool(torch.isfinite(result.grad_norm)):
+            return
+        ids = [name for batch in batches for name in batch.record_ids]
+        figures = {name: float(value) for name, value in result.means.items()}
+        raise ValueError(
+            f"step {step + 1}: the loss or its gradient is not finite ({figures}, gradient norm "
+            f"{float(result.grad_norm)}); nothing of this step was saved. Lower optim.lr or look at this "
+            f"rank's records: {', '.join(ids)}"
+        )
+
+    def _log(self, result: StepResult, done: int) -> None:
+        if self._metrics is None:
+            return
+        multiplier = self._lr_multiplier(done - 1)
+        amounts = {"samples": result.num_samples, "response_tokens": result.counts.response_tokens}
+        amounts["visual_tokens"] = result.counts.visual_tokens
+        figures = {**result.means, "grad_norm": result.grad_norm}
+        extra = {"lr": self._base_lr * multiplier, **self._loader.telemetry()}
+        self._metrics.add(done, figures, amounts, extra)
+
+    def _resume(self) -> int:
+        saved, problems = self._checkpoints.load_newest()
+        for problem in problems:
+            self._say(problem)
+        if saved is None:
+            if self._metrics is not None:
+                self._metrics.resume(0)
+            return 0
+        self._engine.load_state(saved.state, num_steps=saved.step)
+        if self._metrics is not None:
+            self._metrics.resume(saved.step)
+        self._say(f"going on from step {saved.step}")
+        return saved.step
+
+    def _save(self, done: int) -> None:
+        state = self._engine.state()
+        if self._engine.world.is_main:
+            self._checkpoints.save(Saved(step=done, state=state))
+        self._engine.world.barrier()
