@@ -88,7 +88,7 @@ def _count_questions(scene: Scene) -> Iterator[Question]:
 
 
 def _exist_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    """As many "no" as "yes"; half of the absent shapes have their colour and their form in the scene, apart."""
+    """As many "no" as "yes"; half of the absent shapes have their colour and form in the scene, apart."""
     present = sorted({(s.colour, s.shape) for s in scene})
     absent = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in present]
     colours, shapes = {c for c, _ in present}, {s for _, s in present}
