@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import transformers
 
 from llava_kd import __version__
 from llava_kd.config import DataConfig, KLConfig, ObjectiveConfig, StudentConfig, TrainConfig, dump, load
@@ -58,6 +59,7 @@ def _train(config: TrainConfig, world: World) -> bool:
         say(f"{output} is complete: nothing to do; its student is {output / 'model'}")
         return True
     torch.manual_seed(config.seed)
+    transformers.logging.disable_progress_bar()
     student = student_parts(config.student, template=config.data.template, seed=config.seed)
     teacher = None
     if config.teacher is not None:

@@ -97,8 +97,8 @@ def check_relation_inputs(
     """ValueError where the two sides do not have the same images, tokens or tap."""
     if student_IND.ndim != 3 or teacher_IME.ndim != 3 or student_IND.shape[:2] != teacher_IME.shape[:2]:
         raise ValueError(
-            "a relation compares the same tokens of the same images: [images, tokens, width] must agree in the "
-            f"first two sizes; got student {list(student_IND.shape)}, teacher {list(teacher_IME.shape)}"
+            "a relation compares the same tokens of the same images: [images, tokens, width] must agree in "
+            f"the first two sizes; got student {list(student_IND.shape)}, teacher {list(teacher_IME.shape)}"
         )
     if (student_head_VD is None) != (teacher_head_UE is None):
         raise ValueError("give both heads to compare logits, or neither to compare the features themselves")

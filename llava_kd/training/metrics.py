@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -90,26 +90,28 @@ class Metrics:
         step: int,
         figures: Mapping[str, Tensor],
         amounts: Mapping[str, Tensor],
-        extra: Mapping[str, float],
+        telemetry: Callable[[], Mapping[str, float]],
     ) -> None:
-        """`figures` are averaged, `amounts` become rates per second; `extra` is written as it is.
+        """`figures` are averaged, `amounts` become rates per second, `telemetry` is read once a line.
 
         `step` counts updates from 1.
         """
         self._pending.append({**figures, **{f"amount/{name}": value for name, value in amounts.items()}})
         self._bar.update()
         if step % self._every == 0 or step == self._num_steps:
-            self._write(step, extra)
+            self._write(step, telemetry())
 
-    def _write(self, step: int, extra: Mapping[str, float]) -> None:
+    def _write(self, step: int, telemetry: Mapping[str, float]) -> None:
         means = {name: _mean([p[name] for p in self._pending if name in p]) for name in self._pending[-1]}
         seconds = max(time.monotonic() - self._since, 1e-9)
         count = len(self._pending)
-        line = {"step": step, **{n: v for n, v in means.items() if not n.startswith("amount/")}, **extra}
+        line = {"step": step, **{n: v for n, v in means.items() if not n.startswith("amount/")}, **telemetry}
         for name, value in means.items():
             if name.startswith("amount/"):
                 line[f"{name.removeprefix('amount/')}_per_s"] = value * count / seconds
         line["seconds_per_step"] = seconds / count
+        if "data_wait_s" in telemetry:
+            line["data_wait_share"] = telemetry["data_wait_s"] / seconds
         if self._file is None:
             self._file = self._path.open("a")
         self._file.write(json.dumps(line) + "\n")

@@ -101,6 +101,13 @@ class Trainer:
 
     def fit(self) -> bool:
         """Go on from the newest checkpoint to the end. False if a signal stopped it, after a checkpoint."""
+        try:
+            return self._fit()
+        finally:
+            if self._metrics is not None:
+                self._metrics.close()
+
+    def _fit(self) -> bool:
         first = self._resume()
         with self._stop:
             for step, batches in enumerate(self._loader.batches(first, self._num_steps), start=first):
@@ -171,8 +178,12 @@ class Trainer:
         amounts = {"samples": result.num_samples, "response_tokens": result.counts.response_tokens}
         amounts["visual_tokens"] = result.counts.visual_tokens
         figures = {**result.means, "grad_norm": result.grad_norm}
-        extra = {"lr": self._base_lr * multiplier, **self._loader.telemetry()}
-        self._metrics.add(done, figures, amounts, extra)
+        self._metrics.add(
+            done,
+            figures,
+            amounts,
+            lambda: {"lr": self._base_lr * multiplier, **self._loader.telemetry()},
+        )
 
     def _resume(self) -> int:
         saved, problems = self._checkpoints.load_newest()
