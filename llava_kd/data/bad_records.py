@@ -1,0 +1,53 @@
+"""Bad records of a run: named in a file, counted, and a reason to stop where there are too many."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_ALWAYS_ALLOWED = 3
+_SHOWN = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadRecord:
+    id: str
+    source: str
+    reason: str
+
+
+class BadRecords:
+    """What was bad so far.
+
+    The run stops once more than `max_rate` of the records are bad, counted over those read so far or over
+    one epoch, whichever is more. Up to three never stop a run, unless the rate is 0: that stops at the first.
+    """
+
+    def __init__(self, *, max_rate: float, records_per_epoch: float, path: Path | None) -> None:
+        self._max_rate = max_rate
+        self._records_per_epoch = records_per_epoch
+        self._path = path
+        self._num_read = 0
+        self._bad: list[BadRecord] = []
+
+    def add(self, bad: tuple[BadRecord, ...], *, num_read: int) -> None:
+        """Write down the bad ones of `num_read` records. ValueError with the list if the run must stop."""
+        self._num_read += num_read
+        if not bad:
+            return
+        self._bad.extend(bad)
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as stream:
+                stream.writelines(json.dumps(asdict(record)) + "\n" for record in bad)
+        allowed = self._max_rate * max(self._num_read, self._records_per_epoch)
+        if self._max_rate > 0:
+            allowed = max(allowed, _ALWAYS_ALLOWED)
+        if len(self._bad) > allowed:
+            shown = "\n  ".join(f"{record.id}: {record.reason}" for record in self._bad[:_SHOWN])
+            raise ValueError(
+                f"{len(self._bad)} of the {self._num_read} records read are bad, more than max_bad_rate "
+                f"{self._max_rate} allows; run `llava-kd data verify`, mend or remove them, or raise the "
+                f"rate:\n  {shown}"
+            )

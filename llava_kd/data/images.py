@@ -1,0 +1,231 @@
+"""Encoded image bytes to pixels: strict decoding, and the resize and normalisation of a processor's config.
+
+Shape legend: H height, W width, C channels, I images.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BaseImageProcessor
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+try:
+    import cv2  # pyright: ignore[reportMissingImports]
+except ImportError:
+    cv2 = None
+
+MAX_PIXELS = 89_478_485  # Pillow's own default against decompression bombs
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO")
+GREY = 128
+_JPEG_MAGIC = b"\xff\xd8\xff"
+_JPEG_END = b"\xff\xd9"
+_PILLOW_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """RGB pixels as uint8 [H, W, 3]; ValueError for what is not a whole, readable image of bounded size.
+
+    The orientation tag is ignored and other modes become RGB as Pillow's `convert` does, since that is how
+    published checkpoints were trained. Quick JPEG decoders are used where installed; a JPEG that they cannot
+    settle is Pillow's to judge, so every installation gives the same pixels.
+    """
+    if not data:
+        raise ValueError("the image file is empty")
+    if data.startswith(_JPEG_MAGIC):
+        if simplejpeg is not None:
+            pixels = _decode_simplejpeg(data, max_pixels)
+        elif cv2 is not None:
+            pixels = _decode_cv2(data, max_pixels)
+        else:
+            pixels = None
+        if pixels is not None:
+            return torch.from_numpy(pixels)
+    return torch.from_numpy(_decode_pillow(data, max_pixels))
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ValueError(f"an image may have at most {max_pixels} pixels, got {width} x {height}")
+
+
+def _decode_simplejpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
+    """Pixels, or None where Pillow must judge: four components, or a file that only warns."""
+    assert simplejpeg is not None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    _check_size(int(width), int(height), max_pixels)
+    if colorspace in ("CMYK", "YCCK"):
+        return None
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
+    except ValueError as error:
+        if "extraneous bytes" in str(error):  # the picture itself is whole
+            return None
+        raise ValueError(f"the JPEG is damaged: {error}") from None
+
+
+def _decode_cv2(data: bytes, max_pixels: int) -> np.ndarray | None:
+    """Pixels, or None where Pillow must judge: OpenCV fills the missing part of a cut file in silence."""
+    assert cv2 is not None
+    with _open(data, max_pixels) as image:
+        if image.mode not in ("RGB", "L") or _JPEG_END not in data[-64:]:
+            return None
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Image with only its header read."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except _PILLOW_ERRORS as error:
+        raise ValueError(f"not a readable image of {', '.join(FORMATS)}: {error}") from None
+    _check_size(*image.size, max_pixels)
+    return image
+
+
+def _decode_pillow(data: bytes, max_pixels: int) -> np.ndarray:
+    with _open(data, max_pixels) as image:
+        try:
+            return np.array(image.convert("RGB"))
+        except _PILLOW_ERRORS as error:
+            raise ValueError(f"the {image.format} file is damaged: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTransform:
+    """Pixels of a fixed size, normalised, as a model's image processor makes them.
+
+    `aspect` "square" stretches to `size`; "pad" first pads to a square with the mean colour; "crop" resizes
+    the shorter edge to `shortest_edge` and takes the middle. `resample` is Pillow's number of the filter.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: int = 3
+    rescale: float = 1 / 255
+    aspect: Literal["square", "pad", "crop"] = "square"
+    shortest_edge: int | None = None
+
+    @classmethod
+    def from_processor(
+        cls, processor: BaseImageProcessor, aspect: Literal["square", "pad"] = "square"
+    ) -> ImageTransform:
+        """What the processor's config says; "square" keeps a centre crop if that is what it does."""
+        config = processor.to_dict()
+        size = config["size"]
+        crop = config.get("crop_size") if config.get("do_center_crop") else None
+        shortest_edge = size.get("shortest_edge")
+        if "height" in size:
+            target = (size["height"], size["width"])
+        elif shortest_edge is not None and crop is not None:
+            target = (crop["height"], crop["width"])
+        else:
+            raise ValueError(
+                f"the image processor must give a fixed size, got size {dict(size)} and crop {crop}; set "
+                "height and width in preprocessor_config.json"
+            )
+        if shortest_edge is not None and shortest_edge < max(target):
+            raise ValueError(f"the crop {target} must not exceed the resized shortest edge {shortest_edge}")
+        pads = aspect == "pad" or bool(config.get("do_pad"))
+        return cls(
+            size=target,
+            mean=_three(config["image_mean"]) if config.get("do_normalize", True) else (0.0, 0.0, 0.0),
+            std=_three(config["image_std"]) if config.get("do_normalize", True) else (1.0, 1.0, 1.0),
+            resample=int(config["resample"]),
+            rescale=float(config["rescale_factor"]) if config.get("do_rescale", True) else 1.0,
+            aspect="pad" if pads else "crop" if crop is not None and shortest_edge is not None else "square",
+            shortest_edge=shortest_edge,
+        )
+
+    def __call__(self, pixels_HWC: Tensor) -> Tensor:
+        """float32 [C, H, W] from uint8 [H, W, C]."""
+        return self.normalise(self.resize(pixels_HWC)[None])[0]
+
+    def resize(self, pixels_HWC: Tensor) -> Tensor:
+        """uint8 pixels of `size`, padded or cropped as `aspect` says."""
+        if self.aspect == "pad":
+            pixels_HWC = pad_to_square(pixels_HWC, self.mean)
+        if self.aspect != "crop":
+            return resize(pixels_HWC, self.size, self.resample)
+        assert self.shortest_edge is not None
+        height, width = pixels_HWC.shape[:2]
+        shorter, longer = sorted((height, width))
+        scaled = int(self.shortest_edge * longer / shorter)
+        size = (scaled, self.shortest_edge) if height > width else (self.shortest_edge, scaled)
+        return centre_crop(resize(pixels_HWC, size, self.resample), self.size)
+
+    def normalise(self, pixels_IHWC: Tensor) -> Tensor:
+        """float32 [I, C, H, W] from uint8 [I, H, W, C], equal bit for bit to the stock processor's."""
+        table_CV = self._table().to(pixels_IHWC.device)
+        channels = [table_CV[c][pixels_IHWC[..., c].int()] for c in range(3)]
+        return torch.stack(channels, dim=1)
+
+    def _table(self) -> Tensor:
+        """Normalised value of each channel and pixel value."""
+        values = (np.arange(256, dtype=np.float64) * self.rescale).astype(np.float32)
+        mean = np.array(self.mean, dtype=np.float32)[:, None]
+        std = np.array(self.std, dtype=np.float32)[:, None]
+        return torch.from_numpy((values - mean) / std)
+
+
+def _three(values: float | list[float]) -> tuple[float, float, float]:
+    if isinstance(values, (int, float)):
+        return (float(values), float(values), float(values))
+    first, second, third = values
+    return (first, second, third)
+
+
+def pad_to_square(pixels_HWC: Tensor, mean: tuple[float, float, float]) -> Tensor:
+    """The image in the middle of a square of the mean colour."""
+    height, width, _ = pixels_HWC.shape
+    if height == width:
+        return pixels_HWC
+    side = max(height, width)
+    colour = torch.tensor([int(x * 255) for x in mean], dtype=torch.uint8, device=pixels_HWC.device)
+    square_HWC = colour.expand(side, side, 3).clone()
+    top, left = (side - height) // 2, (side - width) // 2
+    square_HWC[top : top + height, left : left + width] = pixels_HWC
+    return square_HWC
+
+
+def centre_crop(pixels_HWC: Tensor, size: tuple[int, int]) -> Tensor:
+    top, left = (pixels_HWC.shape[0] - size[0]) // 2, (pixels_HWC.shape[1] - size[1]) // 2
+    return pixels_HWC[top : top + size[0], left : left + size[1]]
+
+
+def resize(pixels_HWC: Tensor, size: tuple[int, int], resample: int) -> Tensor:
+    """uint8 [size, C] by Pillow's filter number `resample`."""
+    if tuple(pixels_HWC.shape[:2]) == size:
+        return pixels_HWC
+    image = Image.fromarray(pixels_HWC.numpy())
+    return torch.from_numpy(np.array(image.resize((size[1], size[0]), Image.Resampling(resample))))

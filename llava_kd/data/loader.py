@@ -1,0 +1,138 @@
+"""Records in, micro-batches on the device out, in an order that only the seed sets.
+
+A bad record (unreadable image, text that cannot be encoded) keeps its place: its labels are off, its images
+are grey and not valid, it is counted, and it is named in a file. `BadRecords` says when the run stops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from llava_kd.batch import Batch
+from llava_kd.data.bad_records import BadRecords
+from llava_kd.data.images import MAX_PIXELS
+from llava_kd.data.micro_batches import Micro, MicroBatches
+from llava_kd.data.plan import Plan
+from llava_kd.data.records import Source
+from llava_kd.data.side import Side
+
+
+class Loader:
+    """Micro-batches of optimiser steps. `teacher` is None where it reads exactly what the student reads.
+
+    Epochs follow each other without a seam (see `Plan`); a step of the same number holds the same records
+    with any number of workers, and over all ranks with any number of ranks.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Source,
+        student: Side,
+        teacher: Side | None,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device | str,
+        num_workers: int = 0,
+        max_bad_rate: float = 0.001,
+        bad_records_path: str | Path | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        plan = Plan(
+            num_records=len(source), seed=seed, rows_per_step=global_batch_size, world_size=world_size
+        )
+        sides = (student,) if teacher is None else (student, teacher)
+        self._dataset = MicroBatches(
+            source=source,
+            sides=sides,
+            plan=plan,
+            micro_batch_size=micro_batch_size,
+            rank=rank,
+            max_pixels=max_pixels,
+        )
+        self._student, self._teacher = student, teacher
+        self._micros_per_step = -(-(global_batch_size // world_size) // micro_batch_size)
+        self._device = torch.device(device)
+        self._num_workers = num_workers
+        self._bad_records = BadRecords(
+            max_rate=max_bad_rate,
+            records_per_epoch=len(source) / world_size,
+            path=None if bad_records_path is None else Path(bad_records_path),
+        )
+        self._since_last_call = _zero_telemetry()
+        self.steps_per_epoch = plan.steps_per_epoch
+        parts = (source.fingerprint, *(side.fingerprint for side in sides), str(seed), str(global_batch_size))
+        self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each of the steps `first_step`, ..., `last_step - 1`; steps count from 0."""
+        keys = [(step, m) for step in range(first_step, last_step) for m in range(self._micros_per_step)]
+        micros = iter(self._micros(keys))
+        for _ in range(first_step, last_step):
+            started = time.perf_counter()
+            group = [self._batch(next(micros)) for _ in range(self._micros_per_step)]
+            self._since_last_call["data_wait_s"] += time.perf_counter() - started
+            yield group
+
+    def telemetry(self) -> dict[str, float]:
+        """Seconds waited for data, and counts, since the last call."""
+        result, self._since_last_call = self._since_last_call, _zero_telemetry()
+        return result
+
+    def _micros(self, keys: list[tuple[int, int]]) -> Iterator[Micro]:
+        if self._num_workers == 0:
+            for key in keys:
+                yield self._dataset[key]
+            return
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["llava_kd.data.micro_batches"])  # imported once for all workers
+        workers = DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=keys,
+            num_workers=self._num_workers,
+            multiprocessing_context=context,
+            prefetch_factor=4,
+        )
+        try:
+            yield from workers
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(
+                f"a data worker died ({error}); the machine may be out of memory: use fewer data.num_workers"
+            ) from error
+
+    def _batch(self, micro: Micro) -> Batch:
+        counts = self._since_last_call
+        segments_BT = micro.student.segment_ids_BT
+        counts["records"] += len(micro.record_ids)
+        counts["images"] += len(micro.student.images_IHWC)
+        counts["tokens"] += int((segments_BT > 0).sum())
+        counts["token_places"] += segments_BT.numel()
+        counts["truncated_records"] += micro.num_truncated
+        counts["bad_records"] += len(micro.bad)
+        self._bad_records.add(micro.bad, num_read=len(micro.record_ids))
+        teacher = None
+        if micro.teacher is not None and self._teacher is not None:
+            teacher = micro.teacher.inputs(self._teacher.transform, self._device)
+        return Batch(
+            student=micro.student.inputs(self._student.transform, self._device),
+            teacher=teacher,
+            record_ids=micro.record_ids,
+        )
+
+
+def _zero_telemetry() -> dict[str, float]:
+    names = ("data_wait_s", "records", "images", "tokens", "token_places", "truncated_records", "bad_records")
+    return dict.fromkeys(names, 0.0)

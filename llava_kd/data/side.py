@@ -1,0 +1,47 @@
+"""How one of the two models reads a record."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+from llava_kd.data.images import ImageTransform
+from llava_kd.data.template import Encoder, Template
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """Tokenizer, template and image transform of a model. An image fills `tokens_per_image` positions."""
+
+    tokenizer: PreTrainedTokenizerFast
+    template: Template
+    image_token_id: int
+    tokens_per_image: int
+    transform: ImageTransform
+    max_length: int
+
+    def encoder(self) -> Encoder:
+        return Encoder(
+            template=self.template,
+            tokenizer=self.tokenizer,
+            image_token_id=self.image_token_id,
+            tokens_per_image=self.tokens_per_image,
+            max_length=self.max_length,
+        )
+
+    @property
+    def pad_id(self) -> int:
+        pad_id = self.tokenizer.pad_token_id
+        return pad_id if isinstance(pad_id, int) else 0  # padding is never read
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the tokens and pixels."""
+        parts = (
+            self.tokenizer.backend_tokenizer.to_str(),
+            repr(self.template),
+            repr((self.image_token_id, self.tokens_per_image, self.max_length, self.transform)),
+        )
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
