@@ -1,0 +1,24 @@
+# Sourced by the other scripts: put the pinned packages into .venv once, and use it.
+# setup_env EXTRAS installs llava_kd[EXTRAS]; VENV names another directory, PYTHON another interpreter.
+setup_env() {
+  local extras="$1" root venv stamp wanted constraints
+  root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+  venv="${VENV:-$root/.venv}"
+  constraints="${CONSTRAINTS:-$root/constraints.txt}"
+  stamp="$venv/.installed-${extras:-core}"
+  wanted="$(cat "$constraints" "$root/pyproject.toml" | sha256sum | cut -d' ' -f1)"
+  if [ ! -x "$venv/bin/python" ]; then
+    "${PYTHON:-python3}" - <<'PY' || return 1
+import sys
+sys.exit(None if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}. Set PYTHON.")
+PY
+    "${PYTHON:-python3}" -m venv "$venv" || return 1
+  fi
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing pinned packages into $venv (about 2 minutes and 6 GB) ..." >&2
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" \
+      --editable "$root${extras:+[$extras]}" 2> >(grep -v '^WARNING: Location' >&2) || return 1
+    echo "$wanted" > "$stamp"
+  fi
+  export PATH="$venv/bin:$PATH"
+}

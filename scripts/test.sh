@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Set up .venv and run the tests; words after it go to pytest. --floor uses the oldest supported versions.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup_env.sh
+if [ "${1:-}" = "--floor" ]; then
+  shift
+  export VENV="$PWD/.venv-floor" CONSTRAINTS="$PWD/constraints-floor.txt"
+  setup_env dev
+else
+  setup_env all,dev
+fi
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu
+exec python -m pytest "$@"

@@ -1,0 +1,97 @@
+"""The house rules: who imports whom, sizes, and no stage in library code."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "llava_kd"
+ROOMS = {
+    "batch": set(),
+    "config": set(),
+    "losses": set(),
+    "models": {"batch"},
+    "data": {"batch"},
+    "parallel": {"batch", "models"},
+    "distill": {"batch", "losses", "models"},
+    "training": {"batch", "distill", "parallel"},
+    "evaluation": {"batch", "data", "models"},
+    "build": {
+        *("batch", "config", "data", "distill", "evaluation", "losses", "models", "parallel", "training"),
+    },
+    "cli": {"build", "config", "data", "evaluation"},
+}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imports(tree: ast.AST) -> list[tuple[str, int]]:
+    """Modules that a file imports, with the line."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            assert node.names[0].name != "*", f"line {node.lineno}: no star imports"
+            found.append((node.module or "", node.lineno))
+            if node.module == "llava_kd":
+                found += [(f"llava_kd.{a.name}", node.lineno) for a in node.names if a.name[0] != "_"]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_keeps_the_house_rules(path: Path) -> None:
+    text = path.read_text()
+    tree = ast.parse(text)
+    room = room_of(path)
+    assert text.isascii(), f"{path}: ASCII only"
+    lines = len(text.splitlines())
+    assert lines <= MAX_FILE_LINES, f"{path} has {lines} lines; split it"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            size = (node.end_lineno or 0) - node.lineno + 1
+            assert size <= MAX_FUNCTION_LINES, f"{path}:{node.lineno} {node.name} has {size} lines; split it"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            stages = {"dpt", "sft", "dft"} & set(node.value.lower().split())
+            assert not stages, f"{path}:{node.lineno} names a stage {stages}; stages are YAML files"
+    if room == "__init__":
+        return
+    for module, line in imports(tree):
+        if module.startswith("llava_kd."):
+            other = module.split(".")[1]
+            allowed = ROOMS[room] | {room}
+            assert other in allowed, f"{path}:{line} imports {other}; {room} may import {sorted(allowed)}"
+        top = module.split(".")[0]
+        assert top != "draccus" or room == "config", f"{path}:{line}: only config.py imports draccus"
+        if room == "losses":
+            known = {"torch", "triton", "llava_kd", *sys.stdlib_module_names}
+            assert top in known, f"{path}:{line}: losses import only torch and triton, not {top}"
+
+
+@pytest.mark.parametrize("folder", ["data", "eval"])
+def test_top_level_script_folders_are_not_packages(folder: str) -> None:
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_the_stage_scripts_carry_no_hyperparameter() -> None:
+    for script in sorted((ROOT / "scripts").glob("stage*.sh")):
+        text = script.read_text()
+        assert f"{script.stem}.yaml" in text
+        assert not any(word in text for word in ("lr", "batch", "weight")), script
+
+
+def test_a_planted_back_import_is_found() -> None:
+    tree = ast.parse("from llava_kd.training.trainer import Trainer")
+    assert [module for module, _ in imports(tree)] == ["llava_kd.training.trainer"]
+    assert "training" not in ROOMS["losses"]
