@@ -27,7 +27,7 @@ except ImportError:
     cv2 = None
 
 MAX_PIXELS = 89_478_485  # Pillow's own default against decompression bombs
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 GREY = 128
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
