@@ -39,8 +39,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 VERSIONED = ("torch", "transformers", "numpy", "pillow")
 
 
-def train(config: TrainConfig) -> bool:
-    """Run one stage to its end, or go on with it. False if a signal stopped it.
+def train(config: TrainConfig) -> str | None:
+    """Run one stage to its end, or go on with it. The name of the signal, if one stopped it.
 
     Writes `metrics.jsonl`, `checkpoints/` and, at the end, the student as a stock LLaVA directory `model/`
     into `config.output_dir`. Raises ValueError for settings that do not fit the models, data or machine.
@@ -52,12 +52,12 @@ def train(config: TrainConfig) -> bool:
         leave()
 
 
-def _train(config: TrainConfig, world: World) -> bool:
+def _train(config: TrainConfig, world: World) -> str | None:
     output = Path(config.output_dir)
     say = _speaker(world)
     if claim(config, world):
         say(f"{output} is complete: nothing to do; its student is {output / 'model'}")
-        return True
+        return None
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
     student = student_parts(config.student, template=config.data.template, seed=config.seed)
@@ -65,8 +65,8 @@ def _train(config: TrainConfig, world: World) -> bool:
     if config.teacher is not None:
         teacher = load_stock(config.teacher.checkpoint, dtype=DTYPES[config.teacher.dtype])
     trainer, engine = assemble(config, world, student, teacher, say)
-    if not trainer.fit():
-        return False
+    if (stopped := trainer.fit()) is not None:
+        return stopped
     trained = {name.removeprefix("mllm."): tensor for name, tensor in engine.parameters().items()}
     if world.is_main:
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
@@ -74,7 +74,7 @@ def _train(config: TrainConfig, world: World) -> bool:
         write_text(output / "run.json", json.dumps({"completed": True, "versions": versions()}, indent=2))
     world.barrier()
     say(f"done: the student is {output / 'model'}")
-    return True
+    return None
 
 
 def assemble(
@@ -342,7 +342,8 @@ def _metrics(config: TrainConfig, world: World, num_steps: int) -> Metrics | Non
         every=config.log.every,
         trackers=trackers,
         progress=config.log.progress,
-        title=output.name,
+        title=f"{output.parent.name}/{output.name}",
+        line=config.log.progress_line,
     )
 
 

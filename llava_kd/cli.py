@@ -11,6 +11,8 @@ from pathlib import Path
 from llava_kd import __version__
 from llava_kd.config import load
 
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command. A mistake that the user can mend is one line on stderr and exit status 2."""
@@ -70,8 +72,8 @@ def _train(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.overrides)
     from llava_kd.build import train
 
-    train(config)
-    return 0
+    # A preempted run is not a failure: its checkpoint is written and the same command goes on from it.
+    return INTERRUPTED if train(config) == "SIGINT" else 0
 
 
 def _eval(arguments: argparse.Namespace) -> int:

@@ -146,12 +146,13 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """`metrics.jsonl` is always written; the trackers are extra."""
+    """`metrics.jsonl` is always written; the trackers are extra. `progress_line`: where its bar stands."""
 
     every: int = 10
     wandb_project: str | None = None
     tensorboard: bool = False
     progress: bool = True
+    progress_line: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

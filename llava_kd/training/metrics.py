@@ -65,12 +65,16 @@ class Metrics:
         trackers: Sequence[Tracker] = (),
         progress: bool = True,
         title: str = "train",
+        line: int = 0,
     ) -> None:
+        """`line` keeps the bars of runs that share a terminal apart."""
         self._path = Path(directory) / "metrics.jsonl"
         self._every = max(1, every)
         self._num_steps = num_steps
         self._trackers = trackers
-        self._bar = tqdm(total=num_steps, desc=title, unit="step", disable=not progress, mininterval=1.0)
+        self._bar = tqdm(
+            total=num_steps, desc=title, unit="step", disable=not progress, mininterval=1.0, position=line
+        )
         self._file: TextIO | None = None
         self._pending: list[dict[str, Tensor]] = []
         self._amounts = {"tokens": 0.0, "samples": 0.0}

@@ -99,15 +99,15 @@ class Trainer:
         self._say = say
         self._stop = StopRequest()
 
-    def fit(self) -> bool:
-        """Go on from the newest checkpoint to the end. False if a signal stopped it, after a checkpoint."""
+    def fit(self) -> str | None:
+        """Go on from the newest checkpoint to the end. The signal that stopped it, after a checkpoint."""
         try:
             return self._fit()
         finally:
             if self._metrics is not None:
                 self._metrics.close()
 
-    def _fit(self) -> bool:
+    def _fit(self) -> str | None:
         first = self._resume()
         with self._stop:
             for step, batches in enumerate(self._loader.batches(first, self._num_steps), start=first):
@@ -118,10 +118,10 @@ class Trainer:
                 if done % self._save_every == 0 or done == self._num_steps or result.stop:
                     self._save(done)
                 if result.stop and done < self._num_steps:
-                    name = self._stop.signal_name or "a signal on another rank"
+                    name = self._stop.signal_name or "SIGTERM"  # on another rank
                     self._say(f"stopped by {name} after step {done}; the same command goes on from there")
-                    return False
-        return True
+                    return name
+        return None
 
     def step(self, batches: Sequence[Batch], step: int) -> StepResult:
         """One update from the micro-batches of this rank."""

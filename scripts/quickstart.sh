@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# From nothing to a report: set up .venv, make the shapes data, train a tiny student twice from the same start
+# (undistilled, and by the three distilled stages), score both and the shipped teacher, write the report.
+# Run it again after an interruption and it goes on. QUICKSTART_SEEDS=3 repeats both trainings for three seeds;
+# RUN names the output directory.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+run="${RUN:-runs/quickstart}"
+seeds="${QUICKSTART_SEEDS:-1}"
+backbones=scripts/quickstart/backbones
+no_teacher=(--teacher=null --objective.response_kl=null --objective.visual_kl=null --objective.relation=null)
+started=$SECONDS
+
+source scripts/setup_env.sh
+setup_env ""
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 NPROC=1
+installed=$SECONDS
+
+mkdir -p "$run"
+llava-kd data shapes --out "$run/data" --num_train 4000 --num_validation 100 --num_test 300 --seed 0
+
+# stage NAME SEED ARM LINE [overrides]: one stage of one arm, through the script that a cluster runs.
+stage() {
+  local name="$1" seed="$2" arm="$3" line="$4"; shift 4
+  CONFIG="scripts/quickstart/$name.yaml" bash "scripts/$name.sh" --seed="$seed" --data.images="$run/data" \
+    --log.progress_line="$line" "$@"
+}
+
+# The undistilled arm runs the same recipes with the teacher's terms switched off.
+arm() {
+  local seed="$1" arm="$2" line="$3"; shift 3
+  local out="$run/seed$seed/$arm"
+  stage stage1_dpt "$seed" "$arm" "$line" --output_dir="$out/stage1" --data.path="$run/data/captions.json" "$@"
+  stage stage2_sft "$seed" "$arm" "$line" --output_dir="$out/stage2" --data.path="$run/data/instructions.json" \
+    --student.checkpoint="$out/stage1/model"
+  stage stage3_dft "$seed" "$arm" "$line" --output_dir="$out/stage3" --data.path="$run/data/instructions.json" \
+    --student.checkpoint="$out/stage2/model" "$@"
+}
+
+# both FIRST SECOND: the two commands at once, one core each; fails if either does.
+both() {
+  local status=0
+  $1 & local first=$!
+  $2 & local second=$!
+  trap 'kill -TERM $first $second 2>/dev/null || true' INT TERM
+  wait $first || status=$?
+  wait $second || status=$?
+  trap - INT TERM
+  return $status
+}
+
+score() {
+  llava-kd eval --model "$1" --data "$run/data/test.json" --out "$2" >"$run/eval.log"
+}
+
+for ((seed = 0; seed < seeds; seed++)); do
+  undistilled() { arm "$seed" sft 0 "${no_teacher[@]}"; }
+  distilled() { arm "$seed" kd 1; }
+  both undistilled distilled
+done
+trained=$SECONDS
+
+score "$backbones/teacher" "$run/teacher/eval"
+for ((seed = 0; seed < seeds; seed++)); do
+  score_undistilled() { score "$run/seed$seed/sft/stage3/model" "$run/seed$seed/sft/eval"; }
+  score_distilled() { score "$run/seed$seed/kd/stage3/model" "$run/seed$seed/kd/eval"; }
+  both score_undistilled score_distilled
+done
+
+if [ ! -f "$run/seconds.json" ]; then
+  printf '{"install": %d, "train": %d, "eval": %d}\n' \
+    $((installed - started)) $((trained - installed)) $((SECONDS - trained)) >"$run/seconds.json"
+fi
+llava-kd report --run "$run"
+echo "open $run/report.html"
