@@ -13,6 +13,8 @@ from PIL import Image
 from tiny_llava import make_tiny_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from llava_kd.data.records import Turn
+from llava_kd.data.template import TEMPLATES
 from llava_kd.evaluation.generate import Generator, evaluation_mode, render_prompt
 from llava_kd.evaluation.questions import Question, read_llava_json
 from llava_kd.evaluation.runner import evaluate
@@ -84,6 +86,34 @@ def test_decode_stops_at_the_end_token(generator: Generator) -> None:
     red, blue = (generator.processor.tokenizer.encode(word) for word in ("red", "blue"))
     ids_BN = torch.tensor([[*red, end, *blue], [*blue, *red, end]])
     assert generator.decode(ids_BN) == ["red", "bluered"]
+
+
+@pytest.mark.parametrize("name", ["vicuna", "llava_v1", "chatml"])
+def test_the_prompt_is_what_the_training_template_renders(generator: Generator, name: str) -> None:
+    template = TEMPLATES[name]
+    processor = generator.processor
+    kept = processor.chat_template
+    processor.chat_template = template.chat_template_for(processor.tokenizer)
+    try:
+        segments = template.render([Turn("user", "<image>\nWhat?")], eos_token=processor.tokenizer.eos_token)
+        expected = "".join(segment.text for segment in segments)
+        assert render_prompt(processor, "<image>\nWhat?") == expected
+        fresh = Generator(generator.model, processor)
+        assert template.end_token_id(processor.tokenizer) in fresh.end_ids
+    finally:
+        processor.chat_template = kept
+
+
+def test_the_end_token_of_the_template_ends_answers(generator: Generator) -> None:
+    tokenizer = generator.processor.tokenizer
+    model = generator.model
+    kept = tokenizer.eos_token, model.generation_config.eos_token_id
+    tokenizer.eos_token, model.generation_config.eos_token_id = "<|endoftext|>", None
+    try:
+        ends = Generator(model, generator.processor).end_ids
+        assert ends == sorted(tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]))
+    finally:
+        tokenizer.eos_token, model.generation_config.eos_token_id = kept
 
 
 def test_a_template_for_lists_gets_the_same_prompt_as_one_for_strings(generator: Generator) -> None:
@@ -176,12 +206,12 @@ def one_record(tmp_path: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image": "../a.png"}, "'r7'.*leaves the image root"),
-        ({"image": ["a.png", "a.png"]}, "'r7' has 1 <image> and 2 images"),
-        ({"conversations": []}, "'r7' must hold one human and one gpt turn"),
+        ({"image": "../a.png"}, "'r7'.*below the image root"),
+        ({"image": ["a.png", "a.png"]}, "'r7'.*got 1 for 2 images"),
+        ({"conversations": []}, "'r7': no conversations"),
         (
             {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": " "}]},
-            "'r7' has an empty gpt",
+            "'r7': turn 1 is an empty answer",
         ),
     ],
     ids=["escape", "count", "no-turns", "empty"],
@@ -189,6 +219,15 @@ def one_record(tmp_path: Path, **changes: object) -> Path:
 def test_a_bad_record_is_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_llava_json(one_record(tmp_path, **changes))
+
+
+def test_an_image_link_that_leaves_the_root_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
+    (root / "a.png").symlink_to(tmp_path / "outside.png")
+    with pytest.raises(ValueError, match=r"'r7'.*leaves the image root"):
+        read_llava_json(one_record(root))
 
 
 @pytest.mark.parametrize("content", [None, b"not an image", b"\x89PNG\r\n\x1a\n\0\0"])

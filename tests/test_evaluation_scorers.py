@@ -214,6 +214,7 @@ def test_mmmu_takes_the_last_option_and_guesses_only_when_told() -> None:
     assert mmmu_choice("it is A I think, not iron", "AB", texts).letter == "A"
     assert mmmu_choice("well that would have to be Iron Oxide", "AB", texts).letter == "B"
     assert mmmu_choice("iron oxide", "AB", texts) == mmmu_choice("no idea", "AB", texts)
+    assert mmmu_choice("I would say iron oxide", "AB", texts).is_guess
     guess = mmmu_choice("no idea", "AB", texts, guess=random.Random(42))
     assert guess.is_guess
     assert guess.letter == random.Random(42).choice("AB")
@@ -224,6 +225,7 @@ def test_mmmu_takes_the_last_option_and_guesses_only_when_told() -> None:
     [
         ("0.956", "0.963", True), ("The answer is 24.3", "24.32", False), ("x = 1,000", "1000", True),
         ("so it is Paris", ["paris", "Lyon"], True), ("nothing", "n", False), ("it is n", "n", True),
+        ("v = abc", "v", False), ("v = abc\nw", "v", True),
     ],
 )  # fmt: skip
 def test_mmmu_open_answers(response: str, gold: str | list[str], is_right: bool) -> None:

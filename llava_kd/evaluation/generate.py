@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -25,8 +26,9 @@ from transformers import (
     LlavaProcessor,
 )
 
+from llava_kd.data.records import IMAGE_PLACEHOLDER
 from llava_kd.evaluation.answers import AnswerWriter
-from llava_kd.evaluation.questions import IMAGE_PLACEHOLDER, Question
+from llava_kd.evaluation.questions import Question
 from llava_kd.evaluation.ranks import Ranks
 
 
@@ -129,13 +131,18 @@ class Generator:
             mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
             position_BT = position_BT[:, -1:] + 1
 
-    @property
+    @cached_property
     def end_ids(self) -> list[int]:
-        """Ids that end an answer: the tokenizer's and the generation config's."""
-        ids = [self.processor.tokenizer.eos_token_id]
+        """Ids that end an answer: the tokenizer's, the generation config's, and the chat template's."""
+        tokenizer = self.processor.tokenizer
         generation = self.model.generation_config
         configured = generation.eos_token_id if generation is not None else None
-        ids += configured if isinstance(configured, list) else [configured]
+        ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+        # What the template puts after an answer; a base model's own end token is often another one.
+        talk = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "\u2603"}]
+        after = self.processor.apply_chat_template(talk, tokenize=False).rpartition("\u2603")[2]
+        follows = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+        ids += [i for i in follows if i in tokenizer.added_tokens_decoder]
         return sorted({i for i in ids if i is not None})
 
     def decode(self, ids_BN: Tensor) -> list[str]:

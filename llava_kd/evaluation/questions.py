@@ -6,9 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-IMAGE_PLACEHOLDER = "<image>"
+from llava_kd.data.records import IMAGE_PLACEHOLDER, LlavaJson
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,55 +60,52 @@ def check_questions(questions: list[Question], source: str | Path) -> None:
             )
 
 
-def image_path(root: Path, name: str, *, owner: str) -> Path:
-    """`root / name`; a name that leaves the root is refused."""
-    path = (root / name).resolve()
-    if not path.is_relative_to(root.resolve()):
-        raise ValueError(f"{owner}: image path {name!r} leaves the image root {root}")
+def check_images(questions: Iterable[Question]) -> None:
+    """Refuse, before any model is loaded, questions whose image files are not there."""
+    paths = ((q.id, image) for q in questions for image in q.images if isinstance(image, Path))
+    missing = [(name, path) for name, path in paths if not path.is_file()]
+    if missing:
+        shown = "\n  ".join(f"question {name!r}: no image file {path}" for name, path in missing[:5])
+        raise ValueError(f"{len(missing)} images are missing; check the image root:\n  {shown}")
+
+
+def image_path(root: Path, name: str, *, owner: str, follow_symlinks: bool = True) -> Path:
+    """`root / name`; a name that leaves the root is refused, a link out of it unless `follow_symlinks`."""
+    path = PurePosixPath(name)
+    leaves = path.is_absolute() or ".." in path.parts
+    if leaves or not (follow_symlinks or (root / name).resolve().is_relative_to(root.resolve())):
+        raise ValueError(f"{owner}: the image path {name!r} leaves the image root {root}")
     return root / name
 
 
 def read_llava_json(path: str | Path, *, image_root: str | Path | None = None) -> list[Question]:
-    """Questions of a LLaVA JSON file whose records hold one human and one gpt turn; "type" is the kind.
+    """Questions of a LLaVA file whose records hold one human and one gpt turn; "type" is the kind.
 
     Image paths start at `image_root`, which is the directory of the file when it is not given.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no test file {path}; give a LLaVA JSON file")
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(records, list):
-        raise ValueError(f"{path} must hold a JSON list of records, got {type(records).__name__}")
     root = Path(image_root) if image_root is not None else path.parent
-    if image_root is not None and not root.is_dir():
-        raise ValueError(f"image root {root} is not a directory")
-    questions = [_question(record, index, path, root) for index, record in enumerate(records)]
+    if not path.is_file():
+        raise ValueError(f"no test file {path}; give a LLaVA .json or .jsonl file")
+    source = LlavaJson(path, root)
+    questions = []
+    for k in range(len(source)):
+        record = source.record(k)
+        if len(record.turns) != 2:
+            raise ValueError(
+                f"{path}: record {record.id!r} must hold one question and one answer to be scored, "
+                f"got {len(record.turns)} turns"
+            )
+        owner = f"{path}: record {record.id!r}"
+        images = (image_path(root, name, owner=owner, follow_symlinks=False) for name in record.images)
+        questions.append(
+            Question(
+                id=record.id,
+                text=record.turns[0].text,
+                images=tuple(images),
+                truth=record.turns[1].text,
+                kind=record.extra.get("type", "all"),
+            )
+        )
     check_questions(questions, path)
     return questions
-
-
-def _question(record: object, index: int, path: Path, root: Path) -> Question:
-    if not isinstance(record, dict) or "id" not in record:
-        raise ValueError(f"{path}: record {index} has no id")
-    name = str(record["id"])
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or [t.get("from") for t in turns if isinstance(t, dict)] != [
-        "human",
-        "gpt",
-    ]:
-        raise ValueError(f"{path}: record {name!r} must hold one human and one gpt turn to be scored")
-    for turn in turns:
-        if not isinstance(turn.get("value"), str) or not turn["value"].strip():
-            raise ValueError(f"{path}: record {name!r} has an empty {turn['from']} turn")
-    images = record.get("image") or []
-    images = images if isinstance(images, list) else [images]
-    return Question(
-        id=name,
-        text=turns[0]["value"],
-        images=tuple(image_path(root, str(image), owner=f"record {name!r}") for image in images),
-        truth=turns[1]["value"],
-        kind=str(record.get("type", "all")),
-    )

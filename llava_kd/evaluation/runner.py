@@ -15,7 +15,7 @@ import torch
 
 from llava_kd.evaluation.answers import answers_file, claim, mend, merge, read_all, write_atomic
 from llava_kd.evaluation.generate import Generator, check_llava_directory, generate
-from llava_kd.evaluation.questions import Question, fingerprint, read_llava_json
+from llava_kd.evaluation.questions import Question, check_images, fingerprint, read_llava_json
 from llava_kd.evaluation.ranks import Ranks, join_ranks
 from llava_kd.evaluation.scorers.exact import score_exact
 
@@ -121,6 +121,7 @@ def answer_questions(
     todo = [question for question in questions if question.id not in done]
     if done and todo and ranks.rank == 0:
         logger.warning("%s: %d of %d questions are answered; continuing", out_dir, len(done), len(questions))
+    check_images(todo)
     start = time.perf_counter()
     if todo:
         generator = Generator.load(
