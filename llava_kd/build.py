@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from llava_kd.distill.student import Student
 from llava_kd.distill.teacher import Teacher
 from llava_kd.losses import reference
 from llava_kd.models.checkpoint import Parts, compose, load_stock, save_stock
-from llava_kd.models.mllm import MLLM
+from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.vision_tower import tower_fingerprint
 from llava_kd.models.vocabulary import num_common_columns
 from llava_kd.parallel.engine import AdamWSettings, Engine, ParameterGroup
@@ -86,7 +86,9 @@ def assemble(
 ) -> tuple[Trainer, Engine]:
     """Trainer and engine of a stage from its loaded models."""
     mllm = MLLM(student.stock, trainable=config.trainable)
-    _place(mllm, config, world)
+    _place(mllm, world.device, _student_dtypes(config))
+    if config.engine.activation_checkpointing:
+        student.stock.gradient_checkpointing_enable({"use_reentrant": False})
     loader, shares_tower = _loader(config, world, student, teacher)
     module = Student(mllm, objective(config.objective, student, teacher)).train()
     num_steps = _num_steps(config, loader.steps_per_epoch)
@@ -94,7 +96,8 @@ def assemble(
     frozen_teacher = None
     if teacher is not None:
         teacher_mllm = MLLM(teacher.stock)
-        teacher.stock.to(world.device)
+        assert config.teacher is not None
+        _place(teacher_mllm, world.device, dict.fromkeys(PARTS, DTYPES[config.teacher.dtype]))
         frozen_teacher = Teacher(teacher_mllm, shares_tower=shares_tower)
         say("the tower runs once for both models" if shares_tower else "each model runs its own tower")
     trainer = Trainer(
@@ -265,14 +268,17 @@ def _same_tower(config: TrainConfig, student: Parts, teacher: Parts) -> bool:
     return prints[0] == prints[1]
 
 
-def _place(mllm: MLLM, config: TrainConfig, world: World) -> None:
-    """Onto the device; frozen parts in the computing type, trained ones in fp32."""
-    frozen_dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+def _place(mllm: MLLM, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Each part onto the device, in its type."""
     for name, modules in mllm.parts().items():
         for module in modules:
-            module.to(world.device, torch.float32 if name in config.trainable else frozen_dtype)
-    if config.engine.activation_checkpointing:
-        mllm.stock.gradient_checkpointing_enable({"use_reentrant": False})
+            module.to(device, dtypes[name])
+
+
+def _student_dtypes(config: TrainConfig) -> dict[str, torch.dtype]:
+    """Trained parts in fp32, the masters of the optimiser; frozen ones in the computing type."""
+    frozen = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    return {name: torch.float32 if name in config.trainable else frozen for name in PARTS}
 
 
 def _num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
