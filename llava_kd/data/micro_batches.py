@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 from llava_kd.batch import IGNORE_INDEX
 from llava_kd.data.bad_records import BadRecord
 from llava_kd.data.collate import Item, Rows, collate, masked
+from llava_kd.data.conversation import Record, Source
 from llava_kd.data.images import GREY, decode
 from llava_kd.data.plan import Plan
-from llava_kd.data.records import Record, Source
 from llava_kd.data.side import Side
 from llava_kd.data.template import Encoded
 
@@ -78,7 +78,7 @@ class MicroBatches(Dataset[Micro]):
         record = self._source.record(i)
         encoded = self._encode(i, record)
         if isinstance(encoded, str):
-            bad.append(BadRecord(id=record.id, source=self._source.name, reason=encoded))
+            bad.append(BadRecord(id=record.id, source=self._source.name_of(i), reason=encoded))
             return tuple(_stand_in(side) for side in self._sides)
         images: list[list[torch.Tensor]] = [[] for _ in self._sides]
         reasons = []
@@ -99,7 +99,7 @@ class MicroBatches(Dataset[Micro]):
             for e, pixels in zip(encoded, images, strict=True)
         )
         if reasons:
-            bad.append(BadRecord(id=record.id, source=self._source.name, reason="; ".join(reasons)))
+            bad.append(BadRecord(id=record.id, source=self._source.name_of(i), reason="; ".join(reasons)))
             return tuple(masked(item) for item in items)
         return items
 

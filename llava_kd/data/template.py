@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from llava_kd.batch import IGNORE_INDEX
-from llava_kd.data.records import IMAGE_PLACEHOLDER, Record, Turn
+from llava_kd.data.conversation import IMAGE_PLACEHOLDER, Record, Turn
 
 LLAVA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
