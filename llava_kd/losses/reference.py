@@ -96,6 +96,10 @@ def head_loss(
     )
     check_targets(targets_N, ce_weight_N, student_head_VD.shape[0])
     with torch.autocast(student_ND.device.type, enabled=False):
+        # Widened once, so that low-precision inputs have their gradient summed before it is rounded.
+        dtype = accumulation_dtype(student_ND)
+        student_ND, student_head_VD = student_ND.to(dtype), student_head_VD.to(dtype)
+        student_bias_V = None if student_bias_V is None else student_bias_V.to(dtype)
         rows = ce_weight_N.nonzero().squeeze(1)
         logits_NV = _logits(student_ND[rows], student_head_VD, student_bias_V)
         ce = -logits_NV.log_softmax(1).gather(1, targets_N[rows].unsqueeze(1)).squeeze(1)

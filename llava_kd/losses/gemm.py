@@ -1,0 +1,61 @@
+"""Matrix products of low-precision operands with fp32 results.
+
+On CUDA cuBLAS writes fp32 itself. Other devices have no such product: there the operands are widened, the
+head a block of rows at a time, so that no fp32 copy of a whole head exists.
+
+Shape legend: C rows of a chunk, V vocabulary, D width, W rows of a block of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+HEAD_ROWS_AT_A_TIME = 8192
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether a dtype has 16 bits."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def write_logits(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor) -> None:
+    """Write hidden @ head.T into `out_CV`, rounding to its dtype once, at the end."""
+    if out_CV.dtype == hidden_CD.dtype == head_VD.dtype and (out_CV.is_cuda or not is_half(out_CV.dtype)):
+        torch.mm(hidden_CD, head_VD.T, out=out_CV)
+    elif out_CV.is_cuda:
+        torch.mm(hidden_CD, head_VD.T, out_dtype=out_CV.dtype, out=out_CV)
+    else:
+        dtype = torch.promote_types(out_CV.dtype, torch.float32)
+        wide_CD = hidden_CD.to(dtype)
+        for block, head_WD in _wide_blocks(head_VD, dtype):
+            out_CV[:, block] = wide_CD @ head_WD.T
+
+
+def times_head(gradient_CV: Tensor, head_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient @ head in `dtype`, fp32 or wider."""
+    if gradient_CV.dtype == head_VD.dtype == dtype:
+        return gradient_CV @ head_VD
+    if gradient_CV.is_cuda:
+        return torch.mm(gradient_CV, head_VD, out_dtype=dtype)
+    result_CD = gradient_CV.new_zeros((gradient_CV.shape[0], head_VD.shape[1]), dtype=dtype)
+    for block, head_WD in _wide_blocks(head_VD, dtype):
+        result_CD.addmm_(gradient_CV[:, block].to(dtype), head_WD)
+    return result_CD
+
+
+def add_outer(total_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
+    """Add gradient.T @ hidden to `total_VD`, which is fp32 or wider."""
+    if gradient_CV.is_cuda and gradient_CV.dtype != total_VD.dtype:
+        hidden_CD = hidden_CD.to(gradient_CV.dtype)
+        torch.addmm(total_VD, gradient_CV.T, hidden_CD, out_dtype=total_VD.dtype, out=total_VD)
+    else:
+        total_VD.addmm_(gradient_CV.T, hidden_CD.to(total_VD.dtype))
+
+
+def _wide_blocks(head_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    for start in range(0, head_VD.shape[0], HEAD_ROWS_AT_A_TIME):
+        block = slice(start, start + HEAD_ROWS_AT_A_TIME)
+        yield block, head_VD[block].to(dtype)

@@ -1,0 +1,156 @@
+"""The row kernels of row_kernel.py in plain PyTorch, for devices without Triton; the CPU path.
+
+A few rows at a time, so that the temporaries stay in the cache and their memory does not grow with the chunk.
+Formulas are those of reference.py; with g = d divergence / d p_s, dz = p_s (g - sum(p_s g)).
+
+Shape legend: C rows of a chunk, R rows at a time, V student vocabulary, U teacher vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from llava_kd.losses.reference import Divergence
+
+ELEMENTS_AT_A_TIME = 2**20
+
+
+def torch_rows(
+    student_CV: Tensor,
+    teacher_CU: Tensor | None,
+    *,
+    targets_C: Tensor,
+    ce_weight_C: Tensor,
+    kl_weight_C: Tensor | None,
+    student_bias_V: Tensor | None,
+    teacher_bias_U: Tensor | None,
+    temperature: float,
+    divergence: Divergence,
+    num_common: int,
+    gradient_CV: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and T^2 divergence of each row of logits; fills `gradient_CV` where it is given.
+
+    `gradient_CV` may share the storage of `student_CV` where the two have the same element size. A target
+    outside the vocabulary makes its row NaN.
+    """
+    num_rows, num_classes = student_CV.shape
+    dtype = torch.promote_types(student_CV.dtype, torch.float32)
+    ce_C, kl_C = student_CV.new_zeros((2, num_rows), dtype=dtype)
+    step = max(1, ELEMENTS_AT_A_TIME // num_classes)
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        logits_RV = _as_logits(student_CV[rows], student_bias_V, dtype)
+        gradient_RV = None if gradient_CV is None else gradient_CV[rows]
+        ce_weight_R = ce_weight_C[rows]
+        log_p_RV = slope_RV = None
+        if bool(ce_weight_R.count_nonzero()):
+            log_p_RV = logits_RV.log_softmax(1)
+            ce_C[rows], slope_RV = _cross_entropy(
+                log_p_RV, targets_C[rows], ce_weight_R, wants_slope=gradient_CV is not None
+            )
+        if teacher_CU is None or kl_weight_C is None:
+            _store(gradient_RV, slope_RV)
+            continue
+        weight_R = kl_weight_C[rows]
+        teacher_RU = _as_logits(teacher_CU[rows], teacher_bias_U, dtype)
+        if log_p_RV is None or temperature != 1 or num_common != num_classes:
+            log_p_RV = (logits_RV[:, :num_common] / temperature).log_softmax(1)
+        log_q_RV = (teacher_RU[:, :num_common] / temperature).log_softmax(1)
+        kl_R, kl_slope_RV = _divergence(log_p_RV, log_q_RV, divergence)
+        kl_C[rows] = torch.where(weight_R == 0, 0.0, _nan_unless_finite(kl_R * temperature**2))
+        if gradient_RV is not None:
+            kl_slope_RV *= (weight_R * temperature).unsqueeze(1)
+            kl_slope_RV[weight_R == 0] = 0
+            _store(gradient_RV, slope_RV, kl_slope_RV)
+    return ce_C, kl_C
+
+
+def _as_logits(logits_RV: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """fp32 or wider, bias added. An fp16 logit that overflowed makes its row NaN, a negative one too."""
+    wide_RV = logits_RV.to(dtype)
+    if wide_RV is not logits_RV:
+        wide_RV.masked_fill_(wide_RV.isinf().any(1, keepdim=True), torch.nan)
+    return wide_RV if bias_V is None else wide_RV + bias_V
+
+
+def _cross_entropy(
+    log_p_RV: Tensor, targets_R: Tensor, weight_R: Tensor, *, wants_slope: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Value of each row and the weighted gradient of its logits; zero where the weight is zero."""
+    num_classes = log_p_RV.shape[1]
+    is_valid_R = (targets_R >= 0) & (targets_R < num_classes)
+    index_R1 = targets_R.clamp(0, num_classes - 1).unsqueeze(1)
+    ce_R = -log_p_RV.gather(1, index_R1).squeeze(1)
+    ce_R = torch.where(is_valid_R, _nan_unless_finite(ce_R), torch.nan)
+    ce_R = torch.where(weight_R == 0, 0.0, ce_R)
+    if not wants_slope:
+        return ce_R, None
+    slope_RV = log_p_RV.exp().scatter_add_(1, index_R1, -torch.ones_like(ce_R).unsqueeze(1))
+    slope_RV *= torch.where(is_valid_R | (weight_R == 0), weight_R, torch.nan).unsqueeze(1)
+    slope_RV[weight_R == 0] = 0
+    return ce_R, slope_RV
+
+
+def _divergence(s_RV: Tensor, t_RV: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    """Value of each row and its gradient with respect to z / T, from the log-softmaxes of the two sides."""
+    mix = divergence.mix
+    p_s_RV = s_RV.exp()
+    match divergence.kind:
+        case "forward":
+            p_t_RV = t_RV.exp()
+            value_R = _dot(p_t_RV, t_RV - s_RV)
+            return value_R, p_s_RV.sub_(p_t_RV)
+        case "reverse":
+            ratio_RV = s_RV - t_RV
+            value_R = _dot(p_s_RV, ratio_RV)
+            return value_R, ratio_RV.sub_(value_R.unsqueeze(1)).mul_(p_s_RV)
+        case "jsd":
+            m_RV = _log_mixture(t_RV, s_RV, mix)
+            ratio_RV = s_RV - m_RV
+            student_R = _dot(p_s_RV, ratio_RV)
+            value_R = mix * _dot(t_RV.exp(), t_RV - m_RV) + (1 - mix) * student_R
+            return value_R, ratio_RV.sub_(student_R.unsqueeze(1)).mul_(p_s_RV).mul_(1 - mix)
+        case "skewed_forward":
+            m_RV = _log_mixture(t_RV, s_RV, mix)
+            share_RV = (t_RV - m_RV).exp_()
+            value_R = _dot(t_RV.exp(), t_RV - m_RV)
+            mean_R = _dot(p_s_RV, share_RV)
+            return value_R, share_RV.neg_().add_(mean_R.unsqueeze(1)).mul_(p_s_RV).mul_(1 - mix)
+        case "skewed_reverse":
+            m_RV = _log_mixture(s_RV, t_RV, mix)
+            ratio_RV = s_RV - m_RV
+            value_R = _dot(p_s_RV, ratio_RV)
+            ratio_RV -= ratio_RV.exp().mul_(mix)
+            return value_R, ratio_RV.sub_(_dot(p_s_RV, ratio_RV).unsqueeze(1)).mul_(p_s_RV)
+
+
+def _dot(a_RV: Tensor, b_RV: Tensor) -> Tensor:
+    return (a_RV * b_RV).sum(1)
+
+
+def _log_mixture(log_p_RV: Tensor, log_q_RV: Tensor, share: float) -> Tensor:
+    """log(share p + (1 - share) q)."""
+    return torch.logaddexp(log_p_RV + math.log(share), log_q_RV + math.log1p(-share))
+
+
+def _nan_unless_finite(values: Tensor) -> Tensor:
+    return torch.where(values.isfinite(), values, torch.nan)
+
+
+def _store(gradient_RV: Tensor | None, slope_RV: Tensor | None, common_RV: Tensor | None = None) -> None:
+    """Write the sum of the slopes; `common_RV` covers the leading columns alone."""
+    if gradient_RV is None:
+        return
+    if slope_RV is None:
+        if common_RV is None or common_RV.shape[1] < gradient_RV.shape[1]:
+            gradient_RV.zero_()
+        if common_RV is not None:
+            gradient_RV[:, : common_RV.shape[1]].copy_(common_RV)
+        return
+    if common_RV is not None:
+        slope_RV[:, : common_RV.shape[1]] += common_RV
+    gradient_RV.copy_(slope_RV)
