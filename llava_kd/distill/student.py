@@ -18,11 +18,7 @@ class Student(nn.Module):
     def __init__(self, mllm: MLLM, objective: Objective) -> None:
         super().__init__()
         self.mllm = mllm
-        self._objective = objective
-
-    @property
-    def objective(self) -> Objective:
-        return self._objective
+        self.objective = objective
 
     def forward(
         self,
@@ -34,5 +30,5 @@ class Student(nn.Module):
         """Loss and logged means. `features_INE` is None where the tower is trained, and runs here."""
         if features_INE is None:
             features_INE = self.mllm.image_features(batch.student)
-        losses: Losses = self._objective(self.mllm(batch.student, features_INE), teacher, batch, counts)
+        losses: Losses = self.objective(self.mllm(batch.student, features_INE), teacher, batch, counts)
         return losses.loss, losses.means
