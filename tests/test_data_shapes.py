@@ -207,7 +207,7 @@ def test_large_shapes_fill_more_of_the_picture_than_small_ones() -> None:
 
 
 def test_files_are_llava_records_with_readable_images(written: Path) -> None:
-    for name, length in (("captions", 40), ("instructions", 40), ("validation", 12), ("test", 18)):
+    for name, length in (("captions", 40), ("instructions", 50), ("validation", 12), ("test", 18)):
         records = json.loads((written / f"{name}.json").read_text())
         assert len(records) == length
         for record in records:
@@ -220,6 +220,20 @@ def test_files_are_llava_records_with_readable_images(written: Path) -> None:
                 picture.load()
             assert (record["image"].endswith(".png")) == (picture.format == "PNG")
             assert ("type" in record) == (name in ("validation", "test"))
+
+
+def test_some_scenes_are_described_among_the_instructions_apart_from_their_questions(written: Path) -> None:
+    captions = json.loads((written / "captions.json").read_text())
+    caption_of = {record["image"]: record["conversations"][1]["value"] for record in captions}
+    records = json.loads((written / "instructions.json").read_text())
+    described = [r for r in records if r["id"].endswith("_described")]
+    assert len(described) == 10
+    for record in described:
+        question, answer = (turn["value"] for turn in record["conversations"])
+        assert question == "<image>\nDescribe the picture."
+        assert answer == caption_of[record["image"]]
+    assert not any("Describe" in json.dumps(r) for r in records if r not in described)
+    assert len({r["id"] for r in records}) == len(records)
 
 
 def test_pictures_vary_in_format_and_size(written: Path) -> None:

@@ -20,6 +20,9 @@ from llava_kd.data.shapes_questions import TYPES, Picker, Question, blind_accura
 from llava_kd.data.shapes_scene import Scene, encode_picture, random_scene
 
 MANIFEST = "shapes.json"
+DESCRIBE = "Describe the picture."
+DESCRIBED_SHARE = 1 / 4  # of the training scenes are also described in full among the instructions
+
 _FORMAT = 1  # raised whenever the same arguments give other files
 _MAX_TRIES = 20_000
 
@@ -66,7 +69,7 @@ def write_shapes(
     for example in tqdm(everything, desc="drawing shapes", unit="image", disable=not progress):
         (partial / _image_path(example.id)).write_bytes(_picture(example, seed))
     _write_json(partial / "captions.json", [_caption_record(e) for e in examples["train"]])
-    _write_json(partial / "instructions.json", [_instruction_record(e) for e in examples["train"]])
+    _write_json(partial / "instructions.json", list(_instruction_records(examples["train"])))
     for split in ("validation", "test"):
         _write_json(partial / f"{split}.json", [_question_record(e) for e in examples[split]])
     blind = blind_accuracy(
@@ -154,13 +157,23 @@ def _caption_record(example: Example) -> Record:
     return _conversation(example, [("", caption(example.scene))])
 
 
-def _instruction_record(example: Example) -> Record:
-    return _conversation(example, [(q.text, q.answer) for q in example.questions])
+def _instruction_records(examples: Sequence[Example]) -> Iterator[Record]:
+    """Questions about every scene, and apart from them descriptions of some."""
+    every = round(1 / DESCRIBED_SHARE)
+    for i, example in enumerate(examples):
+        yield _conversation(example, _turns(example))
+        if i % every == 0:
+            record = _conversation(example, [(DESCRIBE, caption(example.scene))])
+            yield {**record, "id": f"{example.id}_described"}
 
 
 def _question_record(example: Example) -> Record:
     (question,) = example.questions
-    return {**_instruction_record(example), "type": question.type}
+    return {**_conversation(example, _turns(example)), "type": question.type}
+
+
+def _turns(example: Example) -> list[tuple[str, str]]:
+    return [(q.text, q.answer) for q in example.questions]
 
 
 def _existing(out_dir: Path, wanted: Mapping[str, object]) -> Mapping[str, float] | None:

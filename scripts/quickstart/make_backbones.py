@@ -1,0 +1,104 @@
+"""Makes what the quickstart starts from: a tokenizer, a vision tower that sees, and two language models.
+
+    python scripts/quickstart/make_backbones.py --out scripts/quickstart/backbones
+
+writes OUT/vision_tower (SigLIP, with its image processor), OUT/teacher_llm and OUT/student_llm (Qwen2, each
+with the one tokenizer). The trained teacher, OUT/teacher, is made from these by the project's own stages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from backbone_llm import make_llm, texts, train_llm
+from backbone_tokenizer import make_tokenizer
+from backbone_tower import label_accuracy, labelled_pictures, make_image_processor, make_tower, train_tower
+from transformers import Qwen2Tokenizer
+
+VOCAB_SIZE = 448
+STORAGE = torch.bfloat16  # half the size in the repository; loaded in whatever type is asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmSize:
+    vocab_rows: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+
+
+# The teacher has padding rows that the student has not, as Qwen2.5 7B against 0.5B.
+LLM_SIZES = {
+    "teacher": LlmSize(vocab_rows=512, width=128, layers=4, heads=4, mlp_width=384),
+    "student": LlmSize(vocab_rows=448, width=64, layers=2, heads=4, mlp_width=192),
+}
+
+
+def save_tower(out: Path, *, steps: int, num_pictures: int, seed: int) -> dict[str, object]:
+    """Trains and writes the tower; returns how well it reads held-out pictures."""
+    torch.manual_seed(seed)
+    tower = make_tower()
+    data = labelled_pictures(num_pictures, seed=seed)
+    heads = train_tower(tower, data, steps=steps, batch_size=64, learning_rate=1e-3, seed=seed)
+    held_out = labelled_pictures(max(num_pictures // 15, 20), seed=seed + 1)
+    accuracy = label_accuracy(tower, heads, held_out)
+    tower.to(dtype=STORAGE).save_pretrained(out / "vision_tower")
+    make_image_processor().save_pretrained(out / "vision_tower")
+    return dict(zip(("occupied", "colour", "shape", "size", "cell"), accuracy, strict=True))
+
+
+def save_llm(out: Path, tokenizer: Qwen2Tokenizer, *, name: str, steps: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = make_llm(tokenizer, **asdict(LLM_SIZES[name]))
+    train_llm(
+        model,
+        tokenizer,
+        name=f"{name} language model",
+        steps=steps,
+        batch_size=16,
+        learning_rate=2e-3,
+        seed=seed,
+    )
+    model.to(dtype=STORAGE).save_pretrained(out / f"{name}_llm")
+    tokenizer.save_pretrained(out / f"{name}_llm")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="directory to write; must be new or empty")
+    parser.add_argument("--tower-steps", type=int, default=600)
+    parser.add_argument("--tower-pictures", type=int, default=6000)
+    parser.add_argument("--teacher-steps", type=int, default=150, help="text steps of the teacher's LLM")
+    parser.add_argument("--student-steps", type=int, default=150, help="text steps of the student's LLM")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.out.exists() and any(args.out.iterdir()):
+        parser.error(f"--out must be new or empty; {args.out} holds files. Choose another or empty it.")
+    torch.set_num_threads(args.threads)
+
+    start = time.monotonic()
+    tokenizer = make_tokenizer(itertools.islice(texts(seed=args.seed), 2000), vocab_size=VOCAB_SIZE)
+    reading = save_tower(args.out, steps=args.tower_steps, num_pictures=args.tower_pictures, seed=args.seed)
+    save_llm(args.out, tokenizer, name="teacher", steps=args.teacher_steps, seed=args.seed)
+    save_llm(args.out, tokenizer, name="student", steps=args.student_steps, seed=args.seed)
+    made = {
+        "arguments": {name: value for name, value in vars(args).items() if name != "out"},
+        "seconds": round(time.monotonic() - start),
+        "tower_accuracy_on_held_out_pictures": reading,
+    }
+    (args.out / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+    print(json.dumps(made, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The command that makes the backbones runs at reduced length; what is shipped is small and loads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen2ForCausalLM, SiglipVisionModel
+
+SCRIPTS = Path(__file__).parents[1] / "scripts" / "quickstart"
+SHIPPED = SCRIPTS / "backbones"
+MOST_BYTES = 8_000_000
+REDUCED = ("--tower-steps=2", "--tower-pictures=20", "--teacher-steps=2", "--student-steps=2", "--threads=1")
+
+
+def make(out: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / "make_backbones.py"), f"--out={out}", *REDUCED]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quickstart") / "backbones"
+    done = make(out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def layouts(made: Path) -> list[Path]:
+    return [made, *([SHIPPED] if SHIPPED.exists() else [])]
+
+
+def test_the_parts_load_and_fit_each_other(made: Path) -> None:
+    for root in layouts(made):
+        tower = SiglipVisionModel.from_pretrained(root / "vision_tower", dtype=torch.float32)
+        processor = AutoImageProcessor.from_pretrained(root / "vision_tower")
+        size = (processor.size["height"], processor.size["width"])
+        assert size == (tower.config.image_size,) * 2
+        for name in ("teacher", "student"):
+            tokenizer = AutoTokenizer.from_pretrained(root / f"{name}_llm")
+            model = Qwen2ForCausalLM.from_pretrained(root / f"{name}_llm", dtype=torch.float32)
+            assert model.config.vocab_size >= len(tokenizer)
+            assert model.config.eos_token_id == tokenizer.eos_token_id
+            assert model.config.pad_token_id == tokenizer.pad_token_id
+            ids = torch.tensor([tokenizer("Where is the red circle?")["input_ids"]])
+            assert torch.isfinite(model(input_ids=ids).logits).all()
+
+
+def test_teacher_and_student_have_one_tokenizer(made: Path) -> None:
+    for root in layouts(made):
+        teacher, student = (
+            (root / f"{name}_llm" / "tokenizer.json").read_bytes() for name in ("teacher", "student")
+        )
+        assert teacher == student
+
+
+@pytest.mark.parametrize(
+    "text", ["What colour is the star?", "Zürich 1.5 €\n\t{}", "<|im_start|>user\nhi<|im_end|>"]
+)
+def test_the_tokenizer_can_spell_any_text(made: Path, text: str) -> None:
+    for root in layouts(made):
+        tokenizer = AutoTokenizer.from_pretrained(root / "student_llm")
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        assert len(tokenizer("<image>")["input_ids"]) == 1
+
+
+def test_words_of_the_shapes_data_are_single_tokens(made: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(made / "student_llm")
+    for word in ("red", "triangle", "cross", "centre", "large", "yes", "no", "USER", "ASSISTANT"):
+        assert len(tokenizer(f" {word}")["input_ids"]) == 1
+
+
+def test_a_directory_that_holds_files_is_refused(made: Path) -> None:
+    done = make(made)
+    assert done.returncode == 2
+    assert "must be new or empty" in done.stderr
+
+
+def test_the_record_of_how_it_was_made_is_complete(made: Path) -> None:
+    record = json.loads((made / "made.json").read_text())
+    assert record["arguments"]["seed"] == 0
+    assert set(record["tower_accuracy_on_held_out_pictures"]) == {
+        "occupied",
+        "colour",
+        "shape",
+        "size",
+        "cell",
+    }
+
+
+def test_what_is_shipped_is_small_and_holds_no_code() -> None:
+    if not SHIPPED.exists():
+        pytest.skip("nothing is shipped yet")
+    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < MOST_BYTES
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".md"}
