@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import io
+import math
 import re
+import types
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import draccus
 import yaml
@@ -63,10 +66,6 @@ class DataConfig:
     num_workers: int = 4
     max_bad_rate: float = 0.001
 
-    def __post_init__(self) -> None:
-        _require(self.max_length > 0, f"`data.max_length` must be positive; got {self.max_length}")
-        _require(0 <= self.max_bad_rate <= 1, f"`data.max_bad_rate` is a share; got {self.max_bad_rate}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropyConfig:
@@ -81,9 +80,6 @@ class KLConfig:
     temperature: float = 1.0
     divergence: Divergence = "forward"
     mix: float = 0.5
-
-    def __post_init__(self) -> None:
-        _require(self.temperature > 0, f"`temperature` must be positive; got {self.temperature}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +126,6 @@ class OptimConfig:
     def __post_init__(self) -> None:
         unknown = set(self.lr_by_part) - set(PARTS)
         _require(not unknown, f"`optim.lr_by_part` names no part {sorted(unknown)}; parts are {list(PARTS)}")
-        _require(0 <= self.warmup_ratio <= 1, f"`optim.warmup_ratio` is a share; got {self.warmup_ratio}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,8 +192,6 @@ class TrainConfig:
                 "`teacher` is set but no term of `objective` uses it; add response_kl, visual_kl or "
                 "relation, or set teacher to null"
             )
-        for name in ("global_batch_size", "micro_batch_size"):
-            _require(getattr(self, name) > 0, f"`{name}` must be positive; got {getattr(self, name)}")
         _require(
             self.global_batch_size % self.micro_batch_size == 0,
             f"`global_batch_size` ({self.global_batch_size}) must be a multiple of `micro_batch_size` "
@@ -241,7 +234,91 @@ def _messages(error: BaseException) -> str:
         if text and not any(text in part for part in parts):
             parts.append(text)
         current = current.__cause__
-    return ": ".join(parts)
+    return " ".join(": ".join(parts).split())
+
+
+# Which numbers a setting may take, by its own name or that of the mapping it is in.
+_POSITIVE = {"lr", "lr_by_part", "eps", "max_grad_norm", "temperature", "max_length", "global_batch_size"}
+_POSITIVE |= {"micro_batch_size", "epochs", "max_steps", "every", "keep"}
+_NOT_NEGATIVE = {"weight", "weight_decay", "seed", "num_workers", "progress_line"}
+_SHARES = {"betas", "warmup_ratio", "max_bad_rate", "mix"}
+_SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _check(value: object, kind: type, where: str) -> None:
+    """ValueError naming the dotted key `where` if `value`, as YAML gave it, is not of that `kind`."""
+    if is_dataclass(kind):
+        _check_section(value, kind, where)
+    elif get_origin(kind) in (Union, types.UnionType):
+        options = get_args(kind)
+        if value is not None or type(None) not in options:
+            _check(value, next(option for option in options if option is not type(None)), where)
+    elif get_origin(kind) is Literal:
+        choices = [str(choice) for choice in get_args(kind)]
+        near = _nearest(str(value), choices)
+        _require(
+            value in get_args(kind), f"`{where}` must be one of {', '.join(choices)}; got {value!r}{near}"
+        )
+    elif get_origin(kind) in (list, tuple):
+        _require(isinstance(value, list | tuple), f"`{where}` must be a list; got {value!r}")
+        assert isinstance(value, list | tuple)
+        length = len(get_args(kind)) if get_origin(kind) is tuple else len(value)
+        _require(len(value) == length, f"`{where}` must be a list of {length}; got {value!r}")
+        for number, item in enumerate(value):
+            _check(item, get_args(kind)[0], f"{where}[{number}]")
+    elif get_origin(kind) is dict:
+        _require(isinstance(value, dict), f"`{where}` must be `name: value` lines; got {value!r}")
+        assert isinstance(value, dict)
+        for name, item in value.items():
+            _check(item, get_args(kind)[1], f"{where}.{name}")
+    else:
+        _require(_is_scalar(value, kind), f"`{where}` must be {_SCALARS[kind]}; got {value!r}")
+        if kind in (int, float):
+            _check_range(float(str(value)), where)
+
+
+def _check_range(number: float, where: str) -> None:
+    names = set(re.split(r"[.\[]", where))
+    _require(math.isfinite(number), f"`{where}` must be finite; got {number}")
+    if names & _POSITIVE:
+        _require(number > 0, f"`{where}` must be more than 0; got {number:g}")
+    elif names & _NOT_NEGATIVE:
+        _require(number >= 0, f"`{where}` must not be negative; got {number:g}")
+    elif names & _SHARES:
+        _require(0 <= number <= 1, f"`{where}` must be from 0 to 1; got {number:g}")
+
+
+def _check_section(value: object, section: type, where: str) -> None:
+    if not isinstance(value, dict):
+        name = f"`{where}`" if where else "the file"
+        raise ValueError(f"{name} must hold `key: value` lines; got {value!r}")
+    kinds = get_type_hints(section)
+    known = [f.name for f in fields(section)]
+    for key, item in value.items():
+        if key not in known:
+            of = f" in `{where}`" if where else ""
+            near = _nearest(str(key), known)
+            raise ValueError(f"no setting `{key}`{of}{near}; the settings are {', '.join(known)}")
+        _check(item, kinds[key], f"{where}.{key}" if where else key)
+    required = [f.name for f in fields(section) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in required if name not in value]:
+        raise ValueError(f"`{where}.{missing[0]}` is missing" if where else f"`{missing[0]}` is missing")
+
+
+def _nearest(word: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=1)
+    return f" (did you mean `{near[0]}`?)" if near else ""
+
+
+def _is_scalar(value: object, kind: type) -> bool:
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            float(value)
+        except ValueError:
+            return False
+        return True
+    accepted = {float: (int, float), str: (str, int, float)}.get(kind, (kind,))
+    return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -259,6 +336,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
             raise ValueError("the file must hold `key: value` lines")
         for override in overrides:
             _apply(tree, override)
+        _check(tree, TrainConfig, "")
         return draccus.decode(TrainConfig, tree)
     except (DraccusException, ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {_messages(error)}") from error
