@@ -59,3 +59,40 @@ def _wide_blocks(head_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, T
     for start in range(0, head_VD.shape[0], HEAD_ROWS_AT_A_TIME):
         block = slice(start, start + HEAD_ROWS_AT_A_TIME)
         yield block, head_VD[block].to(dtype)
+
+
+def gram(head_VD: Tensor) -> Tensor:
+    """head.T @ head in fp32, or fp64 for an fp64 head."""
+    dtype = torch.promote_types(head_VD.dtype, torch.float32)
+    if dtype == head_VD.dtype:
+        return head_VD.T @ head_VD
+    if head_VD.is_cuda:
+        return torch.mm(head_VD.T, head_VD, out_dtype=dtype)
+    total_DD = head_VD.new_zeros((head_VD.shape[1], head_VD.shape[1]), dtype=dtype)
+    for _, head_WD in _wide_blocks(head_VD, dtype):
+        total_DD.addmm_(head_WD.T, head_WD)
+    return total_DD
+
+
+def head_times(head_VD: Tensor, matrix_DD: Tensor) -> Tensor:
+    """head @ matrix in the head's dtype. On CUDA the matrix is rounded to it, elsewhere the head is widened."""
+    if head_VD.dtype == matrix_DD.dtype or head_VD.is_cuda:
+        return head_VD @ matrix_DD.to(head_VD.dtype)
+    result_VD = torch.empty_like(head_VD)
+    for block, head_WD in _wide_blocks(head_VD, matrix_DD.dtype):
+        result_VD[block] = head_WD @ matrix_DD
+    return result_VD
+
+
+def times_wide(rows_CD: Tensor, matrix_DK: Tensor) -> Tensor:
+    """rows @ matrix with a wide matrix, to about its precision.
+
+    16-bit rows on CUDA meet the matrix as a sum of two 16-bit ones (the rounded matrix and what rounding
+    left): two fast products, for an error near 1e-6 where rounding alone would leave 1e-3.
+    """
+    if not (rows_CD.is_cuda and is_half(rows_CD.dtype)):
+        return rows_CD.to(matrix_DK.dtype) @ matrix_DK
+    high_DK = matrix_DK.to(rows_CD.dtype)
+    low_DK = (matrix_DK - high_DK).to(rows_CD.dtype)
+    result_CK = torch.mm(rows_CD, high_DK, out_dtype=matrix_DK.dtype)
+    return torch.addmm(result_CK, rows_CD, low_DK, out_dtype=matrix_DK.dtype, out=result_CK)

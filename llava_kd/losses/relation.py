@@ -1,0 +1,130 @@
+"""The fast form of reference.relation_rows: relations of logits without forming the logits.
+
+With Y = H W^T, Y Y^T = H (W^T W) H^T exactly, and W^T W is only as large as the width squared. A frozen
+head's is computed once by its owner and passed in; a moving head's is computed here and carries the head's
+gradient W (dG + dG^T). Centring over tokens commutes with the head, so it is done to H; normalising divides R
+by the roots of its diagonal. W^T W stays fp32: rounded to bf16 it would cost three digits.
+
+Shape legend: I images, N student tokens of an image, M teacher tokens, D student width, E teacher width,
+V student vocabulary, U teacher vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from llava_kd.losses import gemm
+from llava_kd.losses.checks import check_relation_inputs
+from llava_kd.losses.reference import accumulation_dtype, cosine_rows
+
+
+@torch.compiler.disable
+def relation_rows(
+    student_IND: Tensor,
+    teacher_IME: Tensor,
+    *,
+    student_head_VD: Tensor | None = None,
+    teacher_head_UE: Tensor | None = None,
+    centre: bool = False,
+    normalise: bool = False,
+    student_gram_DD: Tensor | None = None,
+    teacher_gram_EE: Tensor | None = None,
+) -> Tensor:
+    """What reference.relation_rows returns, one image at a time through the heads' Gram matrices.
+
+    `head_gram` of a frozen head, passed in, saves computing it; the head itself is then not needed. Logits
+    are compared where each side has a head or its Gram matrix, the features themselves where neither has.
+    """
+    if student_gram_DD is not None and student_head_VD is not None and student_head_VD.requires_grad:
+        raise ValueError("student_gram_DD carries no gradient to a trainable head; leave it out")
+    student_tap = student_gram_DD if student_gram_DD is not None else student_head_VD
+    teacher_tap = teacher_gram_EE if teacher_gram_EE is not None else teacher_head_UE
+    check_relation_inputs(student_IND, teacher_IME, student_tap, teacher_tap)
+    with torch.autocast(student_IND.device.type, enabled=False):
+        if student_gram_DD is None and student_head_VD is not None:
+            student_gram_DD = head_gram(student_head_VD)
+        if teacher_gram_EE is None and teacher_head_UE is not None:
+            teacher_gram_EE = head_gram(teacher_head_UE.detach())
+        rows = [
+            1
+            - cosine_rows(
+                _relation(student_ND, student_gram_DD, centre=centre, normalise=normalise),
+                _relation(teacher_ME.detach(), teacher_gram_EE, centre=centre, normalise=normalise),
+            )
+            for student_ND, teacher_ME in zip(student_IND, teacher_IME, strict=True)
+        ]
+    if rows:
+        return torch.cat(rows)
+    empty_I = student_IND.sum((1, 2), dtype=accumulation_dtype(student_IND))  # keeps the graph whole
+    return empty_I if student_head_VD is None else empty_I + student_head_VD[:0].sum()
+
+
+def head_gram(head_VD: Tensor) -> Tensor:
+    """W^T W of a head, fp32 (fp64 for an fp64 head), with a gradient where the head wants one."""
+    return _Gram.apply(head_VD)
+
+
+def _relation(features_ND: Tensor, gram_DD: Tensor | None, *, centre: bool, normalise: bool) -> Tensor:
+    """R of one image, as a batch of one."""
+    dtype = accumulation_dtype(features_ND)
+    if centre:
+        features_ND = features_ND.to(dtype)
+        features_ND = features_ND - features_ND.mean(0)
+    if gram_DD is None:
+        features_ND = features_ND.to(dtype)
+        relation_NN = features_ND @ features_ND.T
+    else:
+        relation_NN = _Quadratic.apply(features_ND, gram_DD.to(dtype))
+    if normalise:
+        length_N = relation_NN.diagonal().clamp_min(torch.finfo(dtype).tiny).sqrt()
+        relation_NN = relation_NN / length_N / length_N.unsqueeze(1)
+    return relation_NN.unsqueeze(0)
+
+
+class _Context(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+
+class _Gram(torch.autograd.Function):
+    """W^T W. Saves an alias of W: a sharding engine may put another tensor in the parameter's place."""
+
+    @staticmethod
+    def forward(ctx: _Context, head_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(head_VD.detach())
+        return gemm.gram(head_VD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, grad_DD: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (head_VD,) = ctx.saved_tensors
+        with torch.autocast(grad_DD.device.type, enabled=False):
+            return gemm.head_times(head_VD, grad_DD + grad_DD.T)
+
+
+class _Quadratic(torch.autograd.Function):
+    """H G H^T for a symmetric G."""
+
+    @staticmethod
+    def forward(ctx: _Context, features_ND: Tensor, gram_DD: Tensor) -> Tensor:
+        product_ND = gemm.times_wide(features_ND, gram_DD)
+        ctx.save_for_backward(features_ND, product_ND)
+        return gemm.times_wide(features_ND, product_ND.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: _Context, grad_NN: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        features_ND, product_ND = ctx.saved_tensors
+        needs_features, needs_gram = ctx.needs_input_grad
+        dfeatures_ND = dgram_DD = None
+        with torch.autocast(grad_NN.device.type, enabled=False):
+            if needs_features:
+                dfeatures_ND = ((grad_NN + grad_NN.T) @ product_ND).to(features_ND.dtype)
+            if needs_gram:
+                wide_ND = features_ND.to(grad_NN.dtype)
+                dgram_DD = wide_ND.T @ (grad_NN @ wide_ND)
+        return dfeatures_ND, dgram_DD
