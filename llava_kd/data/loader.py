@@ -17,10 +17,12 @@ from torch.utils.data import DataLoader
 
 from llava_kd.batch import Batch
 from llava_kd.data.bad_records import BadRecords
+from llava_kd.data.conversation import Source
 from llava_kd.data.images import MAX_PIXELS
+from llava_kd.data.lengths import record_sizes
 from llava_kd.data.micro_batches import Micro, MicroBatches
+from llava_kd.data.packing import Packing
 from llava_kd.data.plan import Plan
-from llava_kd.data.records import Source
 from llava_kd.data.side import Side
 
 
@@ -28,7 +30,9 @@ class Loader:
     """Micro-batches of optimiser steps. `teacher` is None where it reads exactly what the student reads.
 
     Epochs follow each other without a seam (see `Plan`); a step of the same number holds the same records
-    with any number of workers, and over all ranks with any number of ranks.
+    with any number of workers, and over all ranks with any number of ranks. With `packing` a row holds
+    several records, and `micro_batch_size` counts rows; `one_record_per_row` lays the same records out
+    unpacked, as the oracle of the packed layout.
     """
 
     def __init__(
@@ -47,11 +51,26 @@ class Loader:
         max_bad_rate: float = 0.001,
         bad_records_path: str | Path | None = None,
         max_pixels: int = MAX_PIXELS,
+        packing: Packing | None = None,
+        one_record_per_row: bool = False,
+        cache: str | Path | None = None,
+        progress: bool = False,
     ) -> None:
-        plan = Plan(
-            num_records=len(source), seed=seed, rows_per_step=global_batch_size, world_size=world_size
-        )
         sides = (student,) if teacher is None else (student, teacher)
+        if packing is not None and packing.max_tokens < (longest := max(s.max_length for s in sides)):
+            raise ValueError(
+                f"a pack must have room for one record of max_length {longest}, got packing.max_tokens "
+                f"{packing.max_tokens}"
+            )
+        sizes = None if packing is None else record_sizes(source, sides, cache=cache, progress=progress)
+        plan = Plan(
+            num_records=len(source),
+            seed=seed,
+            global_batch_size=global_batch_size,
+            world_size=world_size,
+            packing=packing,
+            sizes=sizes,
+        )
         self._dataset = MicroBatches(
             source=source,
             sides=sides,
@@ -59,9 +78,10 @@ class Loader:
             micro_batch_size=micro_batch_size,
             rank=rank,
             max_pixels=max_pixels,
+            one_record_per_row=one_record_per_row,
         )
         self._student, self._teacher = student, teacher
-        self._micros_per_step = -(-(global_batch_size // world_size) // micro_batch_size)
+        self._micros_per_step = -(-(plan.rows_per_step // world_size) // micro_batch_size)
         self._device = torch.device(device)
         self._num_workers = num_workers
         self._bad_records = BadRecords(
@@ -71,7 +91,8 @@ class Loader:
         )
         self._since_last_call = _zero_telemetry()
         self.steps_per_epoch = plan.steps_per_epoch
-        parts = (source.fingerprint, *(side.fingerprint for side in sides), str(seed), str(global_batch_size))
+        order = repr((seed, plan.rows_per_step, packing))
+        parts = (source.fingerprint, *(side.fingerprint for side in sides), order)
         self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def batches(self, first_step: int, last_step: int) -> Iterator[list[Batch]]:

@@ -42,6 +42,7 @@ class MicroBatches(Dataset[Micro]):
         micro_batch_size: int,
         rank: int,
         max_pixels: int,
+        one_record_per_row: bool = False,
     ) -> None:
         self._source = source
         self._sides = sides
@@ -50,6 +51,7 @@ class MicroBatches(Dataset[Micro]):
         self._micro_batch_size = micro_batch_size
         self._rank = rank
         self._max_pixels = max_pixels
+        self._one_record_per_row = one_record_per_row
         self._encoded: dict[int, tuple[Encoded, ...] | str] = {}
         self._cached_tokens = 0
 
@@ -57,6 +59,8 @@ class MicroBatches(Dataset[Micro]):
         step, number = key
         first = number * self._micro_batch_size
         rows = self._plan.rows(step, self._rank)[first : first + self._micro_batch_size]
+        if self._one_record_per_row:
+            rows = [(i,) for row in rows for i in row]
         bad: list[BadRecord] = []
         items = [[self._items(i, bad) for i in row] for row in rows]
         sides = [

@@ -2,46 +2,103 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from llava_kd.data.packing import Packing, Sizes, pack
 
-def permutation(num_records: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Order of the records in an epoch; the same with every version of numpy."""
-    keys = np.random.Philox(key=[seed, epoch]).random_raw(num_records)
+
+def permutation(num: int, *, seed: int, epoch: int, purpose: int = 0) -> np.ndarray:
+    """Order of an epoch; the same with every version of numpy, since only raw random bits are drawn."""
+    keys = np.random.Philox(key=[seed, 2 * epoch + purpose]).random_raw(num)
     return np.argsort(keys, kind="stable")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """Rows of one epoch: row `r` holds `records[offsets[r]:offsets[r + 1]]`."""
+
+    records: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row(self, r: int) -> tuple[int, ...]:
+        return tuple(self.records[self.offsets[r] : self.offsets[r + 1]].tolist())
 
 
 class Plan:
     """Rows of records, dealt to steps and ranks.
 
     The epochs follow each other without a seam: an epoch gives every record once, in its own order, and the
-    last step of an epoch goes on into the next, so nothing is dropped or repeated.
+    last step of an epoch goes on into the next, so nothing is dropped or repeated, and every rank has the
+    same number of rows at every step. Without `packing` a row is one record.
     """
 
-    def __init__(self, *, num_records: int, seed: int, rows_per_step: int, world_size: int) -> None:
-        if rows_per_step % world_size:
-            raise ValueError(
-                f"the global batch ({rows_per_step}) must be a multiple of the number of ranks ({world_size})"
-            )
+    def __init__(
+        self,
+        *,
+        num_records: int,
+        seed: int,
+        global_batch_size: int,
+        world_size: int,
+        packing: Packing | None = None,
+        sizes: Sizes | None = None,
+    ) -> None:
+        if (packing is None) != (sizes is None):
+            raise ValueError("packing and the sizes of the records come together; got one without the other")
         self._num_records = num_records
         self._seed = seed
-        self._rows_per_step = rows_per_step
         self._world_size = world_size
-        self._orders: dict[int, np.ndarray] = {}
+        self._packing = packing
+        self._sizes = sizes
+        self._epochs: dict[int, Epoch] = {}
+        self._starts = [0]  # number of rows before each epoch that was planned
+        self.rows_per_step = self._rows_per_step(global_batch_size)
+        if self.rows_per_step % world_size:
+            raise ValueError(
+                f"the global batch ({self.rows_per_step} rows) must be a multiple of the number of ranks "
+                f"({world_size})"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self._num_records // self._rows_per_step)
+        return -(-len(self._epoch(0)) // self.rows_per_step)
 
     def rows(self, step: int, rank: int) -> list[tuple[int, ...]]:
         """Record numbers of each of the rank's rows at an optimiser step."""
-        first = step * self._rows_per_step
-        places = range(first + rank, first + self._rows_per_step, self._world_size)
+        first = step * self.rows_per_step
+        places = range(first + rank, first + self.rows_per_step, self._world_size)
         return [self._row(place) for place in places]
 
     def _row(self, place: int) -> tuple[int, ...]:
-        epoch, i = divmod(place, self._num_records)
-        if epoch not in self._orders:
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = permutation(self._num_records, seed=self._seed, epoch=epoch)
-        return (int(self._orders[epoch][i]),)
+        while place >= self._starts[-1]:
+            last = len(self._starts) - 1
+            self._starts.append(self._starts[-1] + len(self._epoch(last)))
+        epoch = int(np.searchsorted(self._starts, place, side="right")) - 1
+        return self._epoch(epoch).row(place - self._starts[epoch])
+
+    def _epoch(self, epoch: int) -> Epoch:
+        if epoch not in self._epochs:
+            self._epochs = {e: kept for e, kept in self._epochs.items() if abs(e - epoch) == 1}
+            self._epochs[epoch] = self._make(epoch)
+        return self._epochs[epoch]
+
+    def _make(self, epoch: int) -> Epoch:
+        order = permutation(self._num_records, seed=self._seed, epoch=epoch)
+        if self._packing is None or self._sizes is None:
+            return Epoch(records=order, offsets=np.arange(self._num_records + 1))
+        packs = pack(order, self._sizes, self._packing)
+        packs = [packs[r] for r in permutation(len(packs), seed=self._seed, epoch=epoch, purpose=1).tolist()]
+        offsets = np.cumsum([0, *(len(members) for members in packs)])
+        return Epoch(records=np.array([i for members in packs for i in members]), offsets=offsets)
+
+    def _rows_per_step(self, global_batch_size: int) -> int:
+        if self._packing is None:
+            return global_batch_size
+        if self._packing.packs_per_step is not None:
+            return self._packing.packs_per_step
+        packs = global_batch_size * len(self._epoch(0)) / self._num_records
+        return max(1, round(packs / self._world_size)) * self._world_size

@@ -37,11 +37,16 @@ class Side:
         return pad_id if isinstance(pad_id, int) else 0  # padding is never read
 
     @property
-    def fingerprint(self) -> str:
-        """Hash of everything that decides the tokens and pixels."""
+    def text_fingerprint(self) -> str:
+        """Hash of everything that decides the tokens."""
         parts = (
             self.tokenizer.backend_tokenizer.to_str(),
             repr(self.template),
-            repr((self.image_token_id, self.tokens_per_image, self.max_length, self.transform)),
+            repr((self.image_token_id, self.tokens_per_image, self.max_length)),
         )
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the tokens and pixels."""
+        return hashlib.sha256(f"{self.text_fingerprint}\0{self.transform!r}".encode()).hexdigest()

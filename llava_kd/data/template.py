@@ -237,10 +237,25 @@ class Encoder:
         labels = torch.where(is_target, ids, IGNORE_INDEX)
         return Encoded(ids=ids, labels=labels, visual=visual, is_truncated=is_truncated)
 
+    def lengths(self, records: Sequence[Record]) -> list[int]:
+        """Number of tokens of each record: exact, or an upper bound for a record that has no encoding."""
+        texts = ["".join(segment.text for segment in self._segments(record)) for record in records]
+        encodings = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        more = self.tokens_per_image - 1
+        return [
+            min(len(ids) + more * len(record.images), self.max_length)
+            for ids, record in zip(encodings["input_ids"], records, strict=True)
+        ]
+
+    def _segments(self, record: Record) -> list[Segment]:
+        segments = self.template.render(record.turns, eos_token=_special(self.tokenizer, "eos_token") or "")
+        return _merged([Segment(self._bos, False), *segments])
+
     def _tokenise(self, record: Record) -> tuple[Tensor, Tensor]:
         """Ids of the rendered record and which of them are targets, before images take their places."""
-        segments = self.template.render(record.turns, eos_token=_special(self.tokenizer, "eos_token") or "")
-        segments = _merged([Segment(self._bos, False), *segments])
+        segments = self._segments(record)
         encoding = self.tokenizer(
             "".join(segment.text for segment in segments),
             add_special_tokens=False,
