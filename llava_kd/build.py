@@ -22,7 +22,7 @@ from llava_kd.data.template import TEMPLATES
 from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
 from llava_kd.distill.student import Student
 from llava_kd.distill.teacher import Teacher
-from llava_kd.losses import reference
+from llava_kd.losses import head_loss, reference
 from llava_kd.models.checkpoint import Parts, compose, load_stock, save_stock
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.vision_tower import tower_fingerprint
@@ -36,6 +36,7 @@ from llava_kd.training.schedule import cosine_with_warmup
 from llava_kd.training.trainer import Trainer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEAD_LOSSES = {"fast": head_loss.head_loss, "reference": reference.head_loss}
 VERSIONED = ("torch", "transformers", "numpy", "pillow")
 
 
@@ -192,7 +193,7 @@ def objective(config: ObjectiveConfig, student: Parts, teacher: Parts | None) ->
             normalise=relation.normalise,
         ),
         num_common=num_common,
-        head_loss=reference.head_loss,
+        head_loss=HEAD_LOSSES[config.losses],
         relation_rows=reference.relation_rows,
     )
 
