@@ -22,7 +22,7 @@ from llava_kd.data.template import TEMPLATES
 from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
 from llava_kd.distill.student import Student
 from llava_kd.distill.teacher import Teacher
-from llava_kd.losses import head_loss, reference
+from llava_kd.losses import head_loss, reference, relation
 from llava_kd.models.checkpoint import Parts, compose, load_stock, save_stock
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.vision_tower import tower_fingerprint
@@ -37,6 +37,7 @@ from llava_kd.training.trainer import Trainer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_LOSSES = {"fast": head_loss.head_loss, "reference": reference.head_loss}
+RELATIONS = {"fast": relation.relation_rows, "reference": reference.relation_rows}
 VERSIONED = ("torch", "transformers", "numpy", "pillow")
 
 
@@ -99,7 +100,9 @@ def assemble(
         teacher_mllm = MLLM(teacher.stock)
         assert config.teacher is not None
         _place(teacher_mllm, world.device, dict.fromkeys(PARTS, DTYPES[config.teacher.dtype]))
-        frozen_teacher = Teacher(teacher_mllm, shares_tower=shares_tower)
+        frozen_teacher = Teacher(
+            teacher_mllm, shares_tower=shares_tower, keeps_head_gram=_wants_head_gram(config.objective)
+        )
         say("the tower runs once for both models" if shares_tower else "each model runs its own tower")
     trainer = Trainer(
         engine=engine,
@@ -179,23 +182,22 @@ def objective(config: ObjectiveConfig, student: Parts, teacher: Parts | None) ->
             student_rows=student.stock.lm_head.weight.shape[0],
             teacher_rows=teacher.stock.lm_head.weight.shape[0],
         )
-    ce, relation = config.cross_entropy, config.relation
+    ce, rel = config.cross_entropy, config.relation
     return Objective(
         cross_entropy=None if ce is None else CrossEntropy(weight=ce.weight),
         response_kl=_kl(config.response_kl),
         visual_kl=_kl(config.visual_kl),
         relation=None
-        if relation is None
-        else Relation(
-            weight=relation.weight,
-            tap=relation.tap,
-            centre=relation.centre,
-            normalise=relation.normalise,
-        ),
+        if rel is None
+        else Relation(weight=rel.weight, tap=rel.tap, centre=rel.centre, normalise=rel.normalise),
         num_common=num_common,
         head_loss=HEAD_LOSSES[config.losses],
-        relation_rows=reference.relation_rows,
+        relation_rows=RELATIONS[config.losses],
     )
+
+
+def _wants_head_gram(config: ObjectiveConfig) -> bool:
+    return config.losses == "fast" and config.relation is not None and config.relation.tap == "logits"
 
 
 def _kl(config: KLConfig | None) -> KL | None:

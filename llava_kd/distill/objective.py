@@ -180,6 +180,8 @@ class Objective:
         heads = {}
         if self.relation.tap == "logits":
             heads = {"student_head_VD": student.head_VD, "teacher_head_UE": teacher.head_VD}
+            if teacher.head_gram_DD is not None:
+                heads["teacher_gram_EE"] = teacher.head_gram_DD
         rows_I = self.relation_rows(
             visual_features(student, batch.student, self.relation.tap),
             visual_features(teacher, batch.teacher_inputs, self.relation.tap),

@@ -1,25 +1,35 @@
 """The frozen teacher: a callable that no optimiser, checkpoint or `train()` can reach.
 
-Shape legend: I images, N tokens of an image, E tower width.
+Shape legend: I images, N tokens of an image, E width of the tower, or of the teacher in its head's Gram.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from llava_kd.batch import Batch
+from llava_kd.losses.relation import head_gram
 from llava_kd.models.mllm import MLLM, Prediction
 
 
 class Teacher:
     """Predictions of a frozen model. Not a Module, so the student's tree cannot hold it."""
 
-    def __init__(self, mllm: MLLM, *, shares_tower: bool) -> None:
-        """`shares_tower`: the student's features are the teacher's, checked by fingerprint by the caller."""
+    def __init__(self, mllm: MLLM, *, shares_tower: bool, keeps_head_gram: bool = False) -> None:
+        """`shares_tower`: the student's features are the teacher's, checked by fingerprint by the caller.
+
+        `keeps_head_gram` computes the head's Gram matrix once, for the relation term at the logits.
+        """
         self._mllm = mllm.eval().requires_grad_(False)
         self._mllm.stock.eval()
         self.shares_tower = shares_tower
+        self._head_gram_EE: Tensor | None = None
+        if keeps_head_gram:
+            with torch.no_grad():
+                self._head_gram_EE = head_gram(mllm.lm_head.weight)
 
     @property
     def mllm(self) -> MLLM:
@@ -33,4 +43,4 @@ class Teacher:
             features_INE = student_features_INE
         else:
             features_INE = self._mllm.image_features(inputs)
-        return self._mllm(inputs, features_INE)
+        return replace(self._mllm(inputs, features_INE), head_gram_DD=self._head_gram_EE)

@@ -21,12 +21,16 @@ PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What the losses read. Logits are `hidden_BTD @ head_VD.T (+ bias_V)`; they are never formed here."""
+    """What the losses read. Logits are `hidden_BTD @ head_VD.T (+ bias_V)`; they are never formed here.
+
+    `head_gram_DD` is `head_VD.T @ head_VD` where it is known already, as for a head that never moves.
+    """
 
     hidden_BTD: Tensor
     projected_IND: Tensor
     head_VD: Tensor
     bias_V: Tensor | None
+    head_gram_DD: Tensor | None = None
 
 
 class MLLM(nn.Module):
