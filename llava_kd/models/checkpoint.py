@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
@@ -20,6 +23,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -61,17 +65,45 @@ def _existing(name: str, what: str) -> str:
     return name
 
 
+@contextmanager
+def _readable(what: str, name: str) -> Iterator[None]:
+    """Files of `name` that are missing or broken become a ValueError of one line."""
+    try:
+        yield
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{what} {name} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _config(name: str) -> PreTrainedConfig:
+    with _readable("the config of", name):
+        return AutoConfig.from_pretrained(name)
+
+
+def _pretrained(kind: type, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of class `kind`; ValueError if a weight is missing, which would be drawn at random."""
+    with _readable("the weights of", name):
+        model, info = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    assert isinstance(model, PreTrainedModel)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights of a {type(model).__name__}: {missing[:3]} ..."
+        )
+    return model
+
+
 def load_stock(name: str, *, dtype: torch.dtype = torch.float32) -> Parts:
     """Read a stock LLaVA directory or hub id.
 
     Raises ValueError if it is missing, is another kind of model, or lacks its processor.
     """
     name = _existing(name, "the LLaVA checkpoint")
-    config = AutoConfig.from_pretrained(name)
+    config = _config(name)
     if not isinstance(config, LlavaConfig):
         raise ValueError(f"{name} is a {config.model_type!r} model; a LLaVA checkpoint must be 'llava'")
-    stock = LlavaForConditionalGeneration.from_pretrained(name, dtype=dtype)
-    processor = LlavaProcessor.from_pretrained(name)
+    stock = _pretrained(LlavaForConditionalGeneration, name, dtype)
+    assert isinstance(stock, LlavaForConditionalGeneration)
+    with _readable("the processor of", name):
+        processor = LlavaProcessor.from_pretrained(name)
     if processor.patch_size is None:
         raise ValueError(f"the processor of {name} has no patch_size; add it to processor_config.json")
     return Parts(stock=stock, processor=processor)
@@ -92,8 +124,13 @@ def compose(
     """
     tower = _load_tower(_existing(vision_tower, "the vision tower"), dtype)
     name = _existing(language_model, "the language model")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    causal = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    if type(text := _config(name)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"the language model {name} is a {text.model_type!r} model, not a causal language model"
+        )
+    with _readable("the tokenizer of", name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    causal = _pretrained(AutoModelForCausalLM, name, dtype)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     if tokenizer.pad_token_id is None:
@@ -111,7 +148,8 @@ def compose(
     )
     config.image_seq_length = tokens_per_image(config)
     stock = _assemble(config, tower, causal, seed=seed, dtype=dtype)
-    image_processor = AutoImageProcessor.from_pretrained(vision_tower)
+    with _readable("the image processor of", vision_tower):
+        image_processor = AutoImageProcessor.from_pretrained(vision_tower)
     return Parts(stock=stock, processor=make_processor(config, tokenizer, image_processor))
 
 
@@ -130,14 +168,12 @@ def make_processor(
 
 
 def _load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    model_type = AutoConfig.from_pretrained(name).model_type
+    model_type = _config(name).model_type
     if model_type not in TOWER_CLASSES:
         raise ValueError(
             f"vision tower {name} is a {model_type!r} model; stock LLaVA needs one of {sorted(TOWER_CLASSES)}"
         )
-    tower = TOWER_CLASSES[model_type].from_pretrained(name, dtype=dtype)
-    assert isinstance(tower, PreTrainedModel)
-    return tower
+    return _pretrained(TOWER_CLASSES[model_type], name, dtype)
 
 
 def _assemble(
