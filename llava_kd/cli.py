@@ -70,7 +70,7 @@ def _command(
 
 def _train(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.overrides)
-    from llava_kd.build import train
+    from llava_kd.build.train import train
 
     # A preempted run is not a failure: its checkpoint is written and the same command goes on from it.
     return INTERRUPTED if train(config) == "SIGINT" else 0

@@ -1,0 +1,1 @@
+"""The composition root: a `TrainConfig` becomes objects. The only reader of the tree."""

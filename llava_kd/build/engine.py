@@ -1,0 +1,48 @@
+"""The engine, and which parameters it trains at which rate."""
+
+from __future__ import annotations
+
+from llava_kd.config import TrainConfig
+from llava_kd.distill.student import Student
+from llava_kd.parallel.engine import AdamWSettings, Engine, ParameterGroup
+from llava_kd.parallel.torch_engine import TorchEngine
+from llava_kd.parallel.world import World
+
+
+def make_engine(config: TrainConfig, world: World, module: Student) -> Engine:
+    kind = config.engine.kind
+    if kind == "auto":
+        kind = "single" if world.size == 1 else "ddp"
+    groups = parameter_groups(config, module)
+    adamw = AdamWSettings(
+        betas=config.optim.betas, eps=config.optim.eps, weight_decay=config.optim.weight_decay
+    )
+    bf16 = config.engine.precision == "bf16"
+    if kind == "deepspeed":
+        from llava_kd.parallel.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(
+            module,
+            groups,
+            world=world,
+            zero_stage=config.engine.zero_stage,
+            adamw=adamw,
+            bf16=bf16,
+            max_grad_norm=config.optim.max_grad_norm,
+            micro_batch_size=config.micro_batch_size,
+            accumulation=config.global_batch_size // (config.micro_batch_size * world.size),
+        )
+    mllm = module.mllm
+    units = [*mllm.language_model.layers, mllm.multi_modal_projector]
+    return TorchEngine(module, groups, world=world, kind=kind, adamw=adamw, bf16=bf16, shard_units=units)
+
+
+def parameter_groups(config: TrainConfig, module: Student) -> list[ParameterGroup]:
+    """One group a trained part, each with its own learning rate."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = []
+    for part, modules in module.mllm.parts(config.trainable).items():
+        owned = dict.fromkeys(names[id(p)] for child in modules for p in child.parameters())
+        lr = config.optim.lr_by_part.get(part, config.optim.lr)
+        groups.append(ParameterGroup(names=tuple(owned), lr=lr))
+    return groups

@@ -1,0 +1,48 @@
+"""Students and teachers, as the settings name them, on their device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from llava_kd.config import StudentConfig, TrainConfig
+from llava_kd.data.template import TEMPLATES
+from llava_kd.models.checkpoint import Parts, compose, load_stock
+from llava_kd.models.mllm import MLLM, PARTS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def student_parts(config: StudentConfig, *, template: str, seed: int) -> Parts:
+    """The student to train, in fp32, with the chat template that its data use."""
+    if config.checkpoint is not None:
+        parts = load_stock(config.checkpoint)
+    else:
+        assert config.vision_tower is not None
+        assert config.language_model is not None
+        parts = compose(
+            vision_tower=config.vision_tower,
+            language_model=config.language_model,
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            seed=seed,
+        )
+    if template not in TEMPLATES:
+        raise ValueError(f"`data.template` must be one of {', '.join(TEMPLATES)}; got {template!r}")
+    parts.processor.chat_template = TEMPLATES[template].chat_template
+    parts.processor.tokenizer.chat_template = TEMPLATES[template].chat_template
+    return parts
+
+
+def place(mllm: MLLM, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Each part onto the device, in its type."""
+    for name, modules in mllm.parts().items():
+        for module in modules:
+            module.to(device, dtypes[name])
+
+
+def student_dtypes(config: TrainConfig) -> dict[str, torch.dtype]:
+    """Trained parts in fp32, the masters of the optimiser; frozen ones in the computing type."""
+    frozen = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    return {name: torch.float32 if name in config.trainable else frozen for name in PARTS}

@@ -1,0 +1,51 @@
+"""The loss terms that the settings ask for."""
+
+from __future__ import annotations
+
+from llava_kd.config import KLConfig, ObjectiveConfig
+from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
+from llava_kd.losses import head_loss, reference, relation
+from llava_kd.models.checkpoint import Parts
+from llava_kd.models.vocabulary import num_common_columns
+
+HEAD_LOSSES = {"fast": head_loss.head_loss, "reference": reference.head_loss}
+RELATIONS = {"fast": relation.relation_rows, "reference": reference.relation_rows}
+
+
+def objective(config: ObjectiveConfig, student: Parts, teacher: Parts | None) -> Objective:
+    """The weighted terms, with the vocabulary that both heads share."""
+    needs_vocabulary = config.response_kl is not None or config.visual_kl is not None
+    num_common = None
+    if needs_vocabulary and teacher is not None:
+        num_common = num_common_columns(
+            student.processor.tokenizer,
+            teacher.processor.tokenizer,
+            student_rows=student.stock.lm_head.weight.shape[0],
+            teacher_rows=teacher.stock.lm_head.weight.shape[0],
+        )
+    ce, rel = config.cross_entropy, config.relation
+    return Objective(
+        cross_entropy=None if ce is None else CrossEntropy(weight=ce.weight),
+        response_kl=_kl(config.response_kl),
+        visual_kl=_kl(config.visual_kl),
+        relation=None
+        if rel is None
+        else Relation(weight=rel.weight, tap=rel.tap, centre=rel.centre, normalise=rel.normalise),
+        num_common=num_common,
+        head_loss=HEAD_LOSSES[config.losses],
+        relation_rows=RELATIONS[config.losses],
+    )
+
+
+def wants_head_gram(config: ObjectiveConfig) -> bool:
+    return config.losses == "fast" and config.relation is not None and config.relation.tap == "logits"
+
+
+def _kl(config: KLConfig | None) -> KL | None:
+    if config is None:
+        return None
+    return KL(
+        weight=config.weight,
+        temperature=config.temperature,
+        divergence=reference.Divergence(config.divergence, config.mix),
+    )
