@@ -95,7 +95,7 @@ def test_ranks_share_the_records_of_a_step(source: LlavaJson) -> None:
 
 def test_global_batch_must_divide_over_the_ranks(source: LlavaJson) -> None:
     with pytest.raises(
-        ValueError, match=r"global batch \(8\) must be a multiple of the number of ranks \(3\)"
+        ValueError, match=r"global batch \(8 rows\) must be a multiple of the number of ranks \(3\)"
     ):
         make_loader(source, world_size=3)
 

@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor
 
+from llava_kd.data.resize import check_filter, resize, resize_fast
+
 try:
     import simplejpeg
 except ImportError:
@@ -126,6 +128,7 @@ class ImageTransform:
 
     `aspect` "square" stretches to `size`; "pad" first pads to a square with the mean colour; "crop" resizes
     the shorter edge to `shortest_edge` and takes the middle. `resample` is Pillow's number of the filter.
+    `exact` resizes as Pillow does, bit for bit; without it a CPU is far quicker and some pixels differ by 1.
     """
 
     size: tuple[int, int]
@@ -135,10 +138,18 @@ class ImageTransform:
     rescale: float = 1 / 255
     aspect: Literal["square", "pad", "crop"] = "square"
     shortest_edge: int | None = None
+    exact: bool = True
+
+    def __post_init__(self) -> None:
+        check_filter(self.resample)
 
     @classmethod
     def from_processor(
-        cls, processor: BaseImageProcessor, aspect: Literal["square", "pad"] = "square"
+        cls,
+        processor: BaseImageProcessor,
+        aspect: Literal["square", "pad"] = "square",
+        *,
+        exact: bool = True,
     ) -> ImageTransform:
         """What the processor's config says; "square" keeps a centre crop if that is what it does."""
         config = processor.to_dict()
@@ -165,6 +176,7 @@ class ImageTransform:
             rescale=float(config["rescale_factor"]) if config.get("do_rescale", True) else 1.0,
             aspect="pad" if pads else "crop" if crop is not None and shortest_edge is not None else "square",
             shortest_edge=shortest_edge,
+            exact=exact,
         )
 
     def __call__(self, pixels_HWC: Tensor) -> Tensor:
@@ -176,13 +188,20 @@ class ImageTransform:
         if self.aspect == "pad":
             pixels_HWC = pad_to_square(pixels_HWC, self.mean)
         if self.aspect != "crop":
-            return resize(pixels_HWC, self.size, self.resample)
+            return self._resize(pixels_HWC, self.size)
         assert self.shortest_edge is not None
         height, width = pixels_HWC.shape[:2]
         shorter, longer = sorted((height, width))
         scaled = int(self.shortest_edge * longer / shorter)
         size = (scaled, self.shortest_edge) if height > width else (self.shortest_edge, scaled)
-        return centre_crop(resize(pixels_HWC, size, self.resample), self.size)
+        return centre_crop(self._resize(pixels_HWC, size), self.size)
+
+    def _resize(self, pixels_HWC: Tensor, size: tuple[int, int]) -> Tensor:
+        if tuple(pixels_HWC.shape[:2]) == size:
+            return pixels_HWC
+        if self.exact or pixels_HWC.device.type != "cpu":
+            return resize(pixels_HWC, size, self.resample)
+        return resize_fast(pixels_HWC, size, self.resample)
 
     def normalise(self, pixels_IHWC: Tensor) -> Tensor:
         """float32 [I, C, H, W] from uint8 [I, H, W, C], equal bit for bit to the stock processor's."""
@@ -221,11 +240,3 @@ def pad_to_square(pixels_HWC: Tensor, mean: tuple[float, float, float]) -> Tenso
 def centre_crop(pixels_HWC: Tensor, size: tuple[int, int]) -> Tensor:
     top, left = (pixels_HWC.shape[0] - size[0]) // 2, (pixels_HWC.shape[1] - size[1]) // 2
     return pixels_HWC[top : top + size[0], left : left + size[1]]
-
-
-def resize(pixels_HWC: Tensor, size: tuple[int, int], resample: int) -> Tensor:
-    """uint8 [size, C] by Pillow's filter number `resample`."""
-    if tuple(pixels_HWC.shape[:2]) == size:
-        return pixels_HWC
-    image = Image.fromarray(pixels_HWC.numpy())
-    return torch.from_numpy(np.array(image.resize((size[1], size[0]), Image.Resampling(resample))))
