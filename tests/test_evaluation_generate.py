@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_llava import make_tiny_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llava_kd.data.records import Turn
+from llava_kd.data.conversation import Turn
 from llava_kd.data.template import TEMPLATES
 from llava_kd.evaluation.generate import Generator, evaluation_mode, render_prompt
 from llava_kd.evaluation.questions import Question, read_llava_json

@@ -26,7 +26,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from llava_kd.data.records import IMAGE_PLACEHOLDER
+from llava_kd.data.conversation import IMAGE_PLACEHOLDER
 from llava_kd.evaluation.answers import AnswerWriter
 from llava_kd.evaluation.questions import Question
 from llava_kd.evaluation.ranks import Ranks

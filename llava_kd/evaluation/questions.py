@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from llava_kd.data.records import IMAGE_PLACEHOLDER, LlavaJson
+from llava_kd.data.conversation import IMAGE_PLACEHOLDER
+from llava_kd.data.records import LlavaJson
 
 
 @dataclass(frozen=True, kw_only=True)

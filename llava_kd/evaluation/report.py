@@ -11,9 +11,9 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from llava_kd.data.conversation import IMAGE_PLACEHOLDER
 from llava_kd.evaluation.answers import write_atomic
 from llava_kd.evaluation.charts import Line, dot_rows, line_chart, smooth
-from llava_kd.evaluation.questions import IMAGE_PLACEHOLDER
 from llava_kd.evaluation.report_style import CSS
 from llava_kd.evaluation.results import (
     Evaluated,

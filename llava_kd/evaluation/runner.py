@@ -7,6 +7,8 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict
@@ -22,6 +24,7 @@ from llava_kd.evaluation.scorers.exact import score_exact
 logger = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Summary(TypedDict):
@@ -59,14 +62,11 @@ def evaluate(
     questions = read_llava_json(data_json, image_root=image_root)
     ranks = join_ranks()
     answers, seconds = answer_questions(
-        model_dir,
+        Model(model_dir, ranks=ranks, device=device, dtype=dtype),
         questions,
         out_dir,
-        ranks=ranks,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
-        device=device,
-        dtype=dtype,
         progress=progress,
     )
     score = score_exact(answers)
@@ -89,28 +89,46 @@ def evaluate(
     return summary
 
 
+class Model:
+    """A stock LLaVA directory that is loaded when the first question is asked, and once."""
+
+    def __init__(
+        self, directory: Path, *, ranks: Ranks, device: str | None = None, dtype: str | None = None
+    ) -> None:
+        self.directory = directory
+        self.ranks = ranks
+        self._device = ranks.device(device)
+        self.dtype = dtype or ("bfloat16" if self._device.type == "cuda" else "float32")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        self._generator: Generator | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return model_fingerprint(self.directory)
+
+    def generator(self, max_new_tokens: int) -> Generator:
+        if self._generator is None:
+            self._generator = Generator.load(self.directory, device=self._device, dtype=DTYPES[self.dtype])
+        return replace(self._generator, max_new_tokens=max_new_tokens)
+
+
 def answer_questions(
-    model_dir: Path,
+    model: Model,
     questions: Sequence[Question],
     out_dir: Path,
     *,
-    ranks: Ranks,
     batch_size: int,
     max_new_tokens: int,
-    device: str | None,
-    dtype: str | None,
     progress: bool,
 ) -> tuple[list[dict[str, str]], float]:
     """Every question answered, on disk, in the order of the questions; and the seconds spent now."""
-    target = ranks.device(device)
-    numbers = dtype or ("bfloat16" if target.type == "cuda" else "float32")
-    if numbers not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {numbers!r}")
+    ranks = model.ranks
     identity: dict[str, str | int] = {
-        "model": model_fingerprint(model_dir),
+        "model": model.fingerprint,
         "data": fingerprint(questions),
         "max_new_tokens": max_new_tokens,
-        "dtype": numbers,
+        "dtype": model.dtype,
     }
     if ranks.rank == 0:
         claim(out_dir, identity)
@@ -124,9 +142,7 @@ def answer_questions(
     check_images(todo)
     start = time.perf_counter()
     if todo:
-        generator = Generator.load(
-            model_dir, device=target, dtype=getattr(torch, numbers), max_new_tokens=max_new_tokens
-        )
+        generator = model.generator(max_new_tokens)
         ranks.barrier()  # every rank has read what was there before any adds to it
         generate(generator, todo, out_dir=out_dir, ranks=ranks, batch_size=batch_size, progress=progress)
     seconds = time.perf_counter() - start if todo else 0.0

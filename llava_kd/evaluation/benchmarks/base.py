@@ -1,0 +1,134 @@
+"""What a benchmark is, and how its files are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava_kd.evaluation.questions import Question
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+JsonDict = dict[str, Any]  # one object of somebody else's file, checked where it is used
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quirks:
+    """Harmful habits of the official code. True follows it; the number of affected items is always noted."""
+
+    vqav2_skip_identical: bool = True  # all humans alike: nothing is normalised, "Yes" misses ten "yes"
+    mmmu_guess: bool = True  # nothing parsed or several images: a letter is drawn (seed 42), else wrong
+    mmbench_stop_at_none: bool = True  # an option "None", "NA" or "nan" ends the options, as pandas reads it
+    mmbench_latin_only: bool = False  # Chinese punctuation and script hide the letter (not used by default)
+    upload_m4c: bool = True  # VQAv2 and VizWiz uploads through the M4C processor, which splits "'s" off
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One scored question: what was read out of the answer, and how much it counts."""
+
+    id: str
+    answer: str
+    reading: str
+    truth: str
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """`value` is the figure that the papers print."""
+
+    value: float
+    parts: dict[str, float]
+    items: tuple[Item, ...]
+    notes: tuple[str, ...] = ()
+
+
+Answers = Mapping[str, str]  # by question id; a missing one counts as wrong and is noted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """One benchmark in the files of the LLaVA ecosystem. Paths are relative to the data root."""
+
+    name: str
+    column: str
+    files: tuple[str, ...]
+    images: str
+    num_questions: int | None  # of the published release
+    max_new_tokens: int
+    read: Callable[[Path, Quirks], list[Question]]
+    score: Callable[[Path, Sequence[Question], Answers, Quirks], Score] | None = None
+    upload: Callable[[Path, Sequence[Question], Answers, Quirks, Path], Path] | None = None
+    notes: str = ""
+    other_counts: tuple[int, ...] = field(default=())  # questions in other known releases
+
+
+def need(root: Path, name: str, benchmark: str) -> Path:
+    path = root / name
+    if not path.exists():
+        raise ValueError(f"{benchmark} needs {path}, which is not there; see eval/README.md for the layout")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_jsonl(path: Path) -> list[JsonDict]:
+    """Objects of a JSON-lines file; a broken line is named."""
+    rows = []
+    # Not splitlines(): a text may hold U+2028 and its like, which only that would take for line ends.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
+    return rows
+
+
+def field_of(row: JsonDict, key: str, path: Path, number: int | str) -> Any:
+    if key not in row:
+        raise ValueError(f"{path}: entry {number} has no {key!r}; is this another release of the file?")
+    return row[key]
+
+
+def human_answers(row: JsonDict, path: Path, number: int | str) -> list[str]:
+    """The humans' answers of an annotation: a list of {"answer": ..} or of plain strings."""
+    answers = field_of(row, "answers", path, number)
+    return [answer["answer"] if isinstance(answer, dict) else str(answer) for answer in answers]
+
+
+def with_image(text: str) -> str:
+    return f"<image>\n{text}"
+
+
+def without_suffix(text: str) -> str:
+    """The question proper: what stands before a format instruction."""
+    for suffix in (SHORT, LETTER):
+        text = text.removesuffix(suffix)
+    return text.strip()
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def missing_note(questions: Sequence[Question], answers: Answers) -> tuple[str, ...]:
+    """What to say of questions without an answer and of answers without a question."""
+    names = {question.id for question in questions}
+    notes = []
+    if missing := [question.id for question in questions if question.id not in answers]:
+        notes.append(f"{len(missing)} questions have no answer and count as wrong, the first is {missing[0]}")
+    if extra := [name for name in answers if name not in names]:
+        notes.append(f"{len(extra)} answers belong to no question, the first is {extra[0]}")
+    return tuple(notes)

@@ -1,0 +1,245 @@
+"""Answer and score benchmarks with a stock LLaVA directory, and check a data root beforehand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from llava_kd.evaluation.answers import write_atomic
+from llava_kd.evaluation.benchmarks.base import Benchmark, Quirks, Score, read_jsonl
+from llava_kd.evaluation.benchmarks.catalogue import find
+from llava_kd.evaluation.benchmarks.table import html_table, markdown_table
+from llava_kd.evaluation.generate import check_llava_directory
+from llava_kd.evaluation.published import AVG7, AVG10, average
+from llava_kd.evaluation.questions import Question, check_questions
+from llava_kd.evaluation.ranks import join_ranks
+from llava_kd.evaluation.runner import Model, answer_questions, versions
+
+
+class BenchmarkSummary(TypedDict):
+    """OUT/NAME/summary.json; `value` is None where a server scores."""
+
+    benchmark: str
+    value: float | None
+    parts: dict[str, float]
+    count: int
+    seconds: float
+    upload: str | None
+    notes: list[str]
+    quirks: dict[str, bool]
+    versions: dict[str, str]
+
+
+def evaluate_benchmarks(
+    model_dir: str | Path,
+    names: str | Sequence[str],
+    data_root: str | Path,
+    out_dir: str | Path,
+    *,
+    quirks: Quirks | None = None,
+    server_figures: Mapping[str, float] | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int | None = None,
+    limit: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: bool = True,
+) -> dict[str, BenchmarkSummary]:
+    """Run benchmarks ("pope,gqa", a list, or "all"): OUT/NAME/ for each, and OUT/table.md and table.html.
+
+    Every file is checked before the model is loaded. `server_figures` puts the figures of VQAv2 and VizWiz,
+    once their servers have answered, into the table. `limit` asks the first questions only, for a trial;
+    `max_new_tokens` replaces each benchmark's own.
+    """
+    model_dir, root, out_dir = check_llava_directory(model_dir), Path(data_root), Path(out_dir)
+    quirks = quirks or Quirks()
+    chosen = find(names)
+    questions = {b.name: _questions(b, root, quirks, limit) for b in chosen}
+    ranks = join_ranks()
+    model = Model(model_dir, ranks=ranks, device=device, dtype=dtype)
+    summaries = {}
+    for benchmark in chosen:
+        asked, folder = questions[benchmark.name], out_dir / benchmark.name
+        answers, seconds = answer_questions(
+            model,
+            asked,
+            folder,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens or benchmark.max_new_tokens,
+            progress=progress,
+        )
+        given = {answer["id"]: answer["answer"] for answer in answers}
+        if ranks.rank == 0:
+            summaries[benchmark.name] = _finish(
+                benchmark, root, folder, asked, given, quirks, seconds, is_whole=limit is None
+            )
+    if ranks.rank == 0:
+        write_tables(out_dir, model_dir.resolve().name, summaries, server_figures or {})
+    ranks.barrier()
+    return summaries
+
+
+def _questions(benchmark: Benchmark, root: Path, quirks: Quirks, limit: int | None) -> list[Question]:
+    questions = benchmark.read(root, quirks)
+    check_questions(questions, f"{benchmark.name} in {root}")
+    return questions[:limit]
+
+
+def _finish(
+    benchmark: Benchmark,
+    root: Path,
+    folder: Path,
+    questions: Sequence[Question],
+    answers: Mapping[str, str],
+    quirks: Quirks,
+    seconds: float,
+    *,
+    is_whole: bool,
+) -> BenchmarkSummary:
+    """Upload file, score, scored.jsonl and summary.json of one benchmark."""
+    upload = None
+    if benchmark.upload is not None:
+        upload = str(benchmark.upload(root, questions, answers, quirks, folder))
+    score = (
+        score_answers(benchmark, root, questions, answers, quirks) if benchmark.score is not None else None
+    )
+    notes = [] if benchmark.notes == "" else [benchmark.notes]
+    if not is_whole:
+        notes.insert(0, f"only the first {len(questions)} questions were asked: not a result")
+    summary: BenchmarkSummary = {
+        "benchmark": benchmark.name,
+        "value": score.value if score else None,
+        "parts": score.parts if score else {},
+        "count": len(questions),
+        "seconds": round(seconds, 3),
+        "upload": upload,
+        "notes": [*notes, *(score.notes if score else ())],
+        "quirks": asdict(quirks),
+        "versions": versions(),
+    }
+    if score is not None:
+        lines = (json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in score.items)
+        write_atomic(folder / "scored.jsonl", "".join(lines))
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return summary
+
+
+def score_answers(
+    benchmark: Benchmark,
+    root: Path,
+    questions: Sequence[Question],
+    answers: Mapping[str, str],
+    quirks: Quirks,
+) -> Score:
+    if benchmark.score is None:
+        raise ValueError(f"{benchmark.name} is {benchmark.notes}; it has an upload file and no score")
+    return benchmark.score(root, questions, answers, quirks)
+
+
+def score_file(
+    name: str, data_root: str | Path, answers_jsonl: str | Path, *, quirks: Quirks | None = None
+) -> Score:
+    """Score an answers file, ours (id, answer) or one that LLaVA's scripts wrote (question_id, prompt, text).
+
+    Answers are joined by id and prompt, never by their place; doubles and strangers are noted.
+    """
+    (benchmark,) = find(name)
+    root, quirks = Path(data_root), quirks or Quirks()
+    questions = _questions(benchmark, root, quirks, None)
+    answers, notes = match_answers(questions, read_jsonl(Path(answers_jsonl)))
+    score = score_answers(benchmark, root, questions, answers, quirks)
+    return Score(value=score.value, parts=score.parts, items=score.items, notes=(*notes, *score.notes))
+
+
+def match_answers(
+    questions: Sequence[Question], rows: Iterable[Mapping[str, str]]
+) -> tuple[dict[str, str], list[str]]:
+    """Answers by our ids, and what to say of those that came twice or belong to nothing."""
+    ids = {question.id for question in questions}
+    # LLaVA's files give one id to several questions of an image: the prompt tells them apart.
+    by_source: dict[tuple[str, str], list[str]] = {}
+    for question in questions:
+        source = question.extra.get("source_id", question.id)
+        by_source.setdefault((source, _words(question.text)), []).append(question.id)
+    answers: dict[str, str] = {}
+    doubles, strangers = [], []
+    for row in rows:
+        given = str(row.get("id", row.get("question_id", "")))
+        told = by_source.get((given, _words(str(row.get("prompt", "")))), [given] if given in ids else [])
+        free = [name for name in told if name not in answers]
+        if free:
+            answers[free[0]] = str(row.get("answer", row.get("text", "")))
+        else:
+            (doubles if told else strangers).append(given)
+    notes = []
+    if doubles:
+        notes.append(
+            f"{len(doubles)} questions are answered twice, the first is {doubles[0]}; the first answer counts"
+        )
+    if strangers:
+        notes.append(f"{len(strangers)} answers belong to no question, the first is {strangers[0]}")
+    return answers, notes
+
+
+def _words(text: str) -> str:
+    return " ".join(text.replace("<image>", "").split())
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found: problems stop an evaluation, remarks do not."""
+
+    questions: int
+    problems: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+
+def verify(names: str | Sequence[str], data_root: str | Path) -> dict[str, Verification]:
+    """Check the files of benchmarks under a data root: presence, form, joins, images, releases."""
+    root = Path(data_root)
+    return {benchmark.name: _verify(benchmark, root) for benchmark in find(names)}
+
+
+def _verify(benchmark: Benchmark, root: Path) -> Verification:
+    problems = [f"{root / name} is not there" for name in benchmark.files if not (root / name).exists()]
+    if problems:
+        return Verification(0, tuple(problems), ())
+    quirks, remarks = Quirks(), []
+    try:
+        questions = _questions(benchmark, root, quirks, None)
+        if benchmark.score is not None:  # joins every question to its annotation
+            benchmark.score(root, questions, {}, quirks)
+    except ValueError as error:
+        return Verification(0, (str(error),), ())
+    images = {image for question in questions for image in question.images if isinstance(image, Path)}
+    if missing := sorted(image for image in images if not image.is_file()):
+        problems.append(f"{len(missing)} of {len(images)} images are not there, the first is {missing[0]}")
+    known = (benchmark.num_questions, *benchmark.other_counts)
+    if benchmark.num_questions is not None and len(questions) not in known:
+        remarks.append(f"{len(questions):,} questions; the published release has {benchmark.num_questions:,}")
+    return Verification(len(questions), tuple(problems), tuple(remarks))
+
+
+def write_tables(
+    out_dir: Path,
+    model: str,
+    summaries: Mapping[str, BenchmarkSummary],
+    server_figures: Mapping[str, float],
+) -> None:
+    """OUT/summary.json, table.md and table.html from the summaries of one model."""
+    values = {name: s["value"] for name, s in summaries.items() if s["value"] is not None}
+    values |= server_figures
+    notes = {name: summary["notes"] for name, summary in summaries.items() if summary["notes"]}
+    total = {
+        "model": model,
+        "values": values,
+        "avg7": average(values, AVG7),
+        "avg10": average(values, AVG10),
+        "seconds": sum(summary["seconds"] for summary in summaries.values()),
+    }
+    write_atomic(out_dir / "summary.json", json.dumps(total, indent=2) + "\n")
+    write_atomic(out_dir / "table.md", markdown_table(model, values, notes))
+    write_atomic(out_dir / "table.html", html_table(model, values, notes))
