@@ -197,7 +197,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused_and_not_filled_at_random(tm
         load_stock(str(directory))
 
 
-# Composition ---------------------------------------------------------------------------------------------
+# Composition ----
 
 
 def plain_tokenizer(*, with_image: bool) -> PreTrainedTokenizerFast:
