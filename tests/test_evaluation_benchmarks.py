@@ -356,7 +356,7 @@ def test_files_that_are_not_there_are_named(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, file: str, text: str, name: str, message: str) -> None:
-    (tmp_path / file).parent.mkdir(parents=True)
+    tiny.write_all(tmp_path)
     (tmp_path / file).write_text(text)
     with pytest.raises(ValueError, match=message):
         BENCHMARKS[name].read(tmp_path, Quirks())
