@@ -11,23 +11,23 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from llava_kd.batch import IGNORE_INDEX, Inputs
-from llava_kd.data.images import ImageTransform
+from llava_kd.batch import IGNORE_INDEX
 from llava_kd.data.template import Encoded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One record ready to be laid into a row; `images` are resized uint8 [H, W, C]."""
+    """One record ready to be laid into a row; `images` are resized uint8 [H, W, C], or absent if left raw."""
 
     encoded: Encoded
     images: tuple[Tensor, ...]
+    num_images: int
     is_valid: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """`Inputs` before the pixels are normalised: small enough to pass between processes."""
+    """`Inputs` before the pixels are normalised; `images_IHWC` has no image where they were left raw."""
 
     input_ids_BT: Tensor
     labels_BT: Tensor
@@ -38,15 +38,38 @@ class Rows:
     image_is_valid_I: Tensor
     is_packed: bool
 
-    def inputs(self, transform: ImageTransform, device: torch.device) -> Inputs:
-        """`Inputs` on the device."""
-        tensors = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if f.name not in ("images_IHWC", "is_packed")
-        }
-        images_IHWC = self.images_IHWC.to(device, non_blocking=True)
-        return Inputs(**tensors, pixels_ICHW=transform.normalise(images_IHWC), is_packed=self.is_packed)
+    def pinned(self) -> Rows:
+        """The same in page-locked memory, so that copying to a GPU does not wait."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "is_packed"}
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawImages:
+    """Decoded images of any sizes in one block of bytes."""
+
+    block: Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, images: Sequence[Tensor]) -> RawImages:
+        empty = torch.zeros(0, dtype=torch.uint8)
+        return cls(
+            block=torch.cat([empty, *(image_HWC.flatten() for image_HWC in images)]),
+            sizes=tuple((image_HWC.shape[0], image_HWC.shape[1]) for image_HWC in images),
+        )
+
+    def images(self) -> list[Tensor]:
+        """uint8 [H, W, C] of each image, sharing the block's memory."""
+        areas = [3 * height * width for height, width in self.sizes]
+        parts = self.block.split(areas)
+        return [part.view(*size, 3) for part, size in zip(parts, self.sizes, strict=True)]
+
+    def to(self, device: torch.device) -> RawImages:
+        return replace(self, block=self.block.to(device, non_blocking=True))
+
+    def pinned(self) -> RawImages:
+        return replace(self, block=self.block.pin_memory())
 
 
 def masked(item: Item) -> Item:
@@ -80,7 +103,7 @@ def collate(rows: Sequence[Sequence[Item]], *, pad_id: int, size: tuple[int, int
         position_ids_BT[b, start:] = torch.arange(length - start)
     items = [item for row in rows for item in row]
     images = [image for item in items for image in item.images]
-    valid = [item.is_valid for item in items for _ in item.images]
+    valid = [item.is_valid for item in items for _ in range(item.num_images)]
     return Rows(
         input_ids_BT=input_ids_BT,
         labels_BT=labels_BT,

@@ -9,6 +9,7 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -205,16 +206,18 @@ class ImageTransform:
 
     def normalise(self, pixels_IHWC: Tensor) -> Tensor:
         """float32 [I, C, H, W] from uint8 [I, H, W, C], equal bit for bit to the stock processor's."""
-        table_CV = self._table().to(pixels_IHWC.device)
+        table_CV = _normalised_values(self, pixels_IHWC.device)
         channels = [table_CV[c][pixels_IHWC[..., c].int()] for c in range(3)]
         return torch.stack(channels, dim=1)
 
-    def _table(self) -> Tensor:
-        """Normalised value of each channel and pixel value."""
-        values = (np.arange(256, dtype=np.float64) * self.rescale).astype(np.float32)
-        mean = np.array(self.mean, dtype=np.float32)[:, None]
-        std = np.array(self.std, dtype=np.float32)[:, None]
-        return torch.from_numpy((values - mean) / std)
+
+@lru_cache(maxsize=16)
+def _normalised_values(transform: ImageTransform, device: torch.device) -> Tensor:
+    """What each value of a pixel becomes in each channel."""
+    values = (np.arange(256, dtype=np.float64) * transform.rescale).astype(np.float32)
+    mean = np.array(transform.mean, dtype=np.float32)[:, None]
+    std = np.array(transform.std, dtype=np.float32)[:, None]
+    return torch.from_numpy((values - mean) / std).to(device)
 
 
 def _three(values: float | list[float]) -> tuple[float, float, float]:

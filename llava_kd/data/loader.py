@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 from llava_kd.batch import Batch
 from llava_kd.data.bad_records import BadRecords
 from llava_kd.data.conversation import Source
+from llava_kd.data.device_stage import SideStream, to_batch
 from llava_kd.data.images import MAX_PIXELS
 from llava_kd.data.lengths import record_sizes
 from llava_kd.data.micro_batches import Micro, MicroBatches
-from llava_kd.data.packing import Packing
+from llava_kd.data.packing import Packing, Sizes
 from llava_kd.data.plan import Plan
 from llava_kd.data.side import Side
 
@@ -56,13 +57,10 @@ class Loader:
         cache: str | Path | None = None,
         progress: bool = False,
     ) -> None:
-        sides = (student,) if teacher is None else (student, teacher)
-        if packing is not None and packing.max_tokens < (longest := max(s.max_length for s in sides)):
-            raise ValueError(
-                f"a pack must have room for one record of max_length {longest}, got packing.max_tokens "
-                f"{packing.max_tokens}"
-            )
-        sizes = None if packing is None else record_sizes(source, sides, cache=cache, progress=progress)
+        self._device = torch.device(device)
+        self._side_stream = SideStream(self._device) if self._device.type == "cuda" else None
+        self._sides = sides = (student,) if teacher is None else (student, teacher)
+        sizes = None if packing is None else _sizes(source, sides, packing, cache=cache, progress=progress)
         plan = Plan(
             num_records=len(source),
             seed=seed,
@@ -78,11 +76,10 @@ class Loader:
             micro_batch_size=micro_batch_size,
             rank=rank,
             max_pixels=max_pixels,
+            leaves_raw=self._side_stream is not None,
             one_record_per_row=one_record_per_row,
         )
-        self._student, self._teacher = student, teacher
         self._micros_per_step = -(-(plan.rows_per_step // world_size) // micro_batch_size)
-        self._device = torch.device(device)
         self._num_workers = num_workers
         self._bad_records = BadRecords(
             max_rate=max_bad_rate,
@@ -98,10 +95,10 @@ class Loader:
     def batches(self, first_step: int, last_step: int) -> Iterator[list[Batch]]:
         """The micro-batches of each of the steps `first_step`, ..., `last_step - 1`; steps count from 0."""
         keys = [(step, m) for step in range(first_step, last_step) for m in range(self._micros_per_step)]
-        micros = iter(self._micros(keys))
+        batches = self._batches(self._micros(keys))
         for _ in range(first_step, last_step):
             started = time.perf_counter()
-            group = [self._batch(next(micros)) for _ in range(self._micros_per_step)]
+            group = [next(batches) for _ in range(self._micros_per_step)]
             self._since_last_call["data_wait_s"] += time.perf_counter() - started
             yield group
 
@@ -134,24 +131,41 @@ class Loader:
                 f"a data worker died ({error}); the machine may be out of memory: use fewer data.num_workers"
             ) from error
 
-    def _batch(self, micro: Micro) -> Batch:
+    def _batches(self, micros: Iterator[Micro]) -> Iterator[Batch]:
+        if self._side_stream is None:
+            made = ((micro, to_batch(micro, self._sides, self._device)) for micro in micros)
+        else:
+            made = self._side_stream.run(micros, self._sides)
+        for micro, batch in made:
+            self._count(micro)
+            yield batch
+
+    def _count(self, micro: Micro) -> None:
+        """Add up what came; ValueError if the run must stop for its bad records."""
         counts = self._since_last_call
-        segments_BT = micro.student.segment_ids_BT
+        segments_BT = micro.rows[0].segment_ids_BT
         counts["records"] += len(micro.record_ids)
-        counts["images"] += len(micro.student.images_IHWC)
+        counts["images"] += micro.num_images
         counts["tokens"] += int((segments_BT > 0).sum())
         counts["token_places"] += segments_BT.numel()
         counts["truncated_records"] += micro.num_truncated
         counts["bad_records"] += len(micro.bad)
+        for record in micro.bad:
+            name = f"bad_records/{record.source}"
+            counts[name] = counts.get(name, 0.0) + 1.0
         self._bad_records.add(micro.bad, num_read=len(micro.record_ids))
-        teacher = None
-        if micro.teacher is not None and self._teacher is not None:
-            teacher = micro.teacher.inputs(self._teacher.transform, self._device)
-        return Batch(
-            student=micro.student.inputs(self._student.transform, self._device),
-            teacher=teacher,
-            record_ids=micro.record_ids,
+
+
+def _sizes(
+    source: Source, sides: tuple[Side, ...], packing: Packing, *, cache: str | Path | None, progress: bool
+) -> Sizes:
+    longest = max(side.max_length for side in sides)
+    if packing.max_tokens < longest:
+        raise ValueError(
+            f"a pack must have room for one record of max_length {longest}, got packing.max_tokens "
+            f"{packing.max_tokens}"
         )
+    return record_sizes(source, sides, cache=cache, progress=progress)
 
 
 def _zero_telemetry() -> dict[str, float]:

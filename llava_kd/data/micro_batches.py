@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from llava_kd.batch import IGNORE_INDEX
 from llava_kd.data.bad_records import BadRecord
-from llava_kd.data.collate import Item, Rows, collate, masked
+from llava_kd.data.collate import Item, RawImages, Rows, collate, masked
 from llava_kd.data.conversation import Record, Source
 from llava_kd.data.images import GREY, decode
 from llava_kd.data.plan import Plan
@@ -21,17 +22,35 @@ _CACHED_TOKENS = 4_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Micro:
-    """What a worker hands over for one micro-batch."""
+    """What a worker hands over: `rows` of the student and, where it reads differently, of the teacher."""
 
-    student: Rows
-    teacher: Rows | None
+    rows: tuple[Rows, ...]
+    raw: RawImages | None
     record_ids: tuple[str, ...]
     bad: tuple[BadRecord, ...]
+    num_images: int
     num_truncated: int
+
+    def pinned(self) -> Micro:
+        """The same in page-locked memory."""
+        raw = None if self.raw is None else self.raw.pinned()
+        return replace(self, rows=tuple(rows.pinned() for rows in self.rows), raw=raw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """A record as each side reads it, and its decoded images if they are left raw."""
+
+    id: str
+    items: tuple[Item, ...]
+    raw: tuple[Tensor, ...]
 
 
 class MicroBatches(Dataset[Micro]):
-    """Micro-batch by (step, number within the step); all that a worker needs, and picklable."""
+    """Micro-batch by (step, number within the step); all that a worker needs, and picklable.
+
+    `leaves_raw` hands decoded images over as they are, for a device to resize.
+    """
 
     def __init__(
         self,
@@ -42,6 +61,7 @@ class MicroBatches(Dataset[Micro]):
         micro_batch_size: int,
         rank: int,
         max_pixels: int,
+        leaves_raw: bool = False,
         one_record_per_row: bool = False,
     ) -> None:
         self._source = source
@@ -51,6 +71,7 @@ class MicroBatches(Dataset[Micro]):
         self._micro_batch_size = micro_batch_size
         self._rank = rank
         self._max_pixels = max_pixels
+        self._leaves_raw = leaves_raw
         self._one_record_per_row = one_record_per_row
         self._encoded: dict[int, tuple[Encoded, ...] | str] = {}
         self._cached_tokens = 0
@@ -62,50 +83,56 @@ class MicroBatches(Dataset[Micro]):
         if self._one_record_per_row:
             rows = [(i,) for row in rows for i in row]
         bad: list[BadRecord] = []
-        items = [[self._items(i, bad) for i in row] for row in rows]
-        sides = [
-            collate(
-                [[item[s] for item in row] for row in items], pad_id=side.pad_id, size=side.transform.size
-            )
-            for s, side in enumerate(self._sides)
-        ]
+        loaded = [[self._load(i, bad) for i in row] for row in rows]
+        flat = [one for row in loaded for one in row]
         return Micro(
-            student=sides[0],
-            teacher=sides[1] if len(sides) > 1 else None,
-            record_ids=tuple(self._source.record(i).id for row in rows for i in row),
+            rows=tuple(
+                collate(
+                    [[one.items[s] for one in row] for row in loaded],
+                    pad_id=side.pad_id,
+                    size=side.transform.size,
+                )
+                for s, side in enumerate(self._sides)
+            ),
+            raw=RawImages.of([image for one in flat for image in one.raw]) if self._leaves_raw else None,
+            record_ids=tuple(one.id for one in flat),
             bad=tuple(bad),
-            num_truncated=sum(item[0].encoded.is_truncated for row in items for item in row),
+            num_images=sum(one.items[0].num_images for one in flat),
+            num_truncated=sum(one.items[0].encoded.is_truncated for one in flat),
         )
 
-    def _items(self, i: int, bad: list[BadRecord]) -> tuple[Item, ...]:
-        """The record as each side reads it; a bad one is masked and added to `bad`."""
+    def _load(self, i: int, bad: list[BadRecord]) -> _Loaded:
+        """The record, ready; a bad one is masked and added to `bad`."""
         record = self._source.record(i)
         encoded = self._encode(i, record)
         if isinstance(encoded, str):
             bad.append(BadRecord(id=record.id, source=self._source.name_of(i), reason=encoded))
-            return tuple(_stand_in(side) for side in self._sides)
-        images: list[list[torch.Tensor]] = [[] for _ in self._sides]
-        reasons = []
-        for k in range(len(record.images)):
-            try:
-                pixels_HWC = decode(self._source.image_bytes(i, k), max_pixels=self._max_pixels)
-            except (ValueError, OSError) as error:
-                reasons.append(f"image {record.images[k]!r}: {error}")
-                pixels_HWC = None
-            for s, side in enumerate(self._sides):
-                images[s].append(
-                    torch.full((*side.transform.size, 3), GREY, dtype=torch.uint8)
-                    if pixels_HWC is None
-                    else side.transform.resize(pixels_HWC)
-                )
+            return _Loaded(id=record.id, items=tuple(_stand_in(side) for side in self._sides), raw=())
+        images, reasons = self._decoded(i, record)
         items = tuple(
-            Item(encoded=e, images=tuple(pixels), is_valid=True)
-            for e, pixels in zip(encoded, images, strict=True)
+            Item(
+                encoded=e,
+                images=() if self._leaves_raw else tuple(side.transform.resize(image) for image in images),
+                num_images=len(images),
+                is_valid=True,
+            )
+            for e, side in zip(encoded, self._sides, strict=True)
         )
         if reasons:
             bad.append(BadRecord(id=record.id, source=self._source.name_of(i), reason="; ".join(reasons)))
-            return tuple(masked(item) for item in items)
-        return items
+            items = tuple(masked(item) for item in items)
+        return _Loaded(id=record.id, items=items, raw=tuple(images) if self._leaves_raw else ())
+
+    def _decoded(self, i: int, record: Record) -> tuple[list[Tensor], list[str]]:
+        """Pixels of each image, a grey one in the place of a bad one, and what is wrong with those."""
+        images, reasons = [], []
+        for k, name in enumerate(record.images):
+            try:
+                images.append(decode(self._source.image_bytes(i, k), max_pixels=self._max_pixels))
+            except (ValueError, OSError) as error:
+                reasons.append(f"image {name!r}: {error}")
+                images.append(torch.full((1, 1, 3), GREY, dtype=torch.uint8))
+        return images, reasons
 
     def _encode(self, i: int, record: Record) -> tuple[Encoded, ...] | str:
         """The record's tokens on each side, or why it has none; kept in memory while there is room."""
@@ -155,4 +182,4 @@ def _stand_in(side: Side) -> Item:
         labels=torch.tensor([IGNORE_INDEX]),
         visual=torch.tensor([False]),
     )
-    return Item(encoded=encoded, images=(), is_valid=False)
+    return Item(encoded=encoded, images=(), num_images=0, is_valid=False)

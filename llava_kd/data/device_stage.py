@@ -1,0 +1,101 @@
+"""The last stage of loading: from a worker's micro-batch to a `Batch` on the device, ahead of its use.
+
+Shape legend: H height, W width, C channels, I images.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from llava_kd.batch import Batch, Inputs
+from llava_kd.data.collate import RawImages, Rows
+from llava_kd.data.images import ImageTransform
+from llava_kd.data.micro_batches import Micro
+from llava_kd.data.side import Side
+
+_DEPTH = 2
+_Made = tuple[Micro, Batch, torch.cuda.Event]
+
+
+def to_batch(micro: Micro, sides: tuple[Side, ...], device: torch.device) -> Batch:
+    """Move a micro-batch, and resize its images if the worker left them raw, and normalise them."""
+    raw = None if micro.raw is None else micro.raw.to(device)
+    inputs = [
+        _inputs(rows, side.transform, raw, device) for rows, side in zip(micro.rows, sides, strict=True)
+    ]
+    return Batch(
+        student=inputs[0], teacher=inputs[1] if len(inputs) > 1 else None, record_ids=micro.record_ids
+    )
+
+
+def _inputs(rows: Rows, transform: ImageTransform, raw: RawImages | None, device: torch.device) -> Inputs:
+    if raw is None:
+        images_IHWC = rows.images_IHWC.to(device, non_blocking=True)
+    else:
+        resized = [transform.resize(image_HWC) for image_HWC in raw.images()]
+        images_IHWC = (
+            torch.stack(resized) if resized else torch.zeros(0, *transform.size, 3, dtype=torch.uint8)
+        ).to(device)
+    return Inputs(
+        input_ids_BT=rows.input_ids_BT.to(device, non_blocking=True),
+        labels_BT=rows.labels_BT.to(device, non_blocking=True),
+        position_ids_BT=rows.position_ids_BT.to(device, non_blocking=True),
+        segment_ids_BT=rows.segment_ids_BT.to(device, non_blocking=True),
+        visual_BT=rows.visual_BT.to(device, non_blocking=True),
+        pixels_ICHW=transform.normalise(images_IHWC),
+        image_is_valid_I=rows.image_is_valid_I.to(device, non_blocking=True),
+        is_packed=rows.is_packed,
+    )
+
+
+class SideStream:
+    """Makes batches on a thread and a CUDA stream of their own, a few ahead of their use.
+
+    Made once and kept: a stream per epoch would strand the memory that was allocated on it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def run(self, micros: Iterator[Micro], sides: tuple[Side, ...]) -> Iterator[tuple[Micro, Batch]]:
+        """The batches in order, each with its micro-batch; an error comes where its batch would have."""
+        consumer = torch.cuda.current_stream(self._device)
+        pending: deque[Future[_Made | None]] = deque()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="device-stage") as thread:
+            try:
+                for _ in range(_DEPTH):
+                    pending.append(thread.submit(self._next, micros, sides, consumer))
+                while (made := pending.popleft().result()) is not None:
+                    micro, batch, event = made
+                    pending.append(thread.submit(self._next, micros, sides, consumer))
+                    consumer.wait_event(event)
+                    for tensor in tensors_of(batch):
+                        tensor.record_stream(consumer)  # its memory is the side stream's
+                    yield micro, batch
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _next(
+        self, micros: Iterator[Micro], sides: tuple[Side, ...], consumer: torch.cuda.Stream
+    ) -> _Made | None:
+        micro = next(micros, None)
+        if micro is None:
+            return None
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            self._stream.wait_stream(consumer)
+            batch = to_batch(micro.pinned(), sides, self._device)
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return micro, batch, event
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    sides = [batch.student] if batch.teacher is None else [batch.student, batch.teacher]
+    return [value for inputs in sides for value in vars(inputs).values() if isinstance(value, Tensor)]
