@@ -8,12 +8,21 @@ Shape legend: C rows of a chunk, V vocabulary, D width, W rows of a block of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 HEAD_ROWS_AT_A_TIME = 8192
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep a function out of torch.compile, which in some versions decomposes addmm(out_dtype) wrongly."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 def is_half(dtype: torch.dtype) -> bool:
@@ -75,7 +84,7 @@ def gram(head_VD: Tensor) -> Tensor:
 
 
 def head_times(head_VD: Tensor, matrix_DD: Tensor) -> Tensor:
-    """head @ matrix in the head's dtype. On CUDA the matrix is rounded to it, elsewhere the head is widened."""
+    """head @ matrix in the head's dtype: on CUDA the matrix is rounded to it, elsewhere the head widened."""
     if head_VD.dtype == matrix_DD.dtype or head_VD.is_cuda:
         return head_VD @ matrix_DD.to(head_VD.dtype)
     result_VD = torch.empty_like(head_VD)

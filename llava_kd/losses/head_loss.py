@@ -33,7 +33,7 @@ except ImportError:  # no Triton on this platform
     triton_rows = torch_rows
 
 
-@torch.compiler.disable
+@gemm.not_compiled
 def head_loss(
     student_ND: Tensor,
     student_head_VD: Tensor,
@@ -103,7 +103,7 @@ class _Side:
         self.logits_dtype = torch.float16 if logits_dtype == torch.float16 else wide
         self.bias_V = None if bias_V is None else bias_V.detach().to(wide)
         self.gradient_dtype = wide
-        self.logit_operands = self.gradient_operands = (hidden_ND, head_VD)
+        self.inputs = self.logit_operands = (hidden_ND, head_VD)
         if not hidden_ND.is_cuda:
             return  # a CPU widens the head block by block inside the product
         dtype = torch.promote_types(hidden_ND.dtype, head_VD.dtype)
@@ -113,7 +113,13 @@ class _Side:
             self.gradient_dtype = torch.bfloat16
         logit_dtype = torch.float16 if logits_dtype == torch.float16 else dtype
         self.logit_operands = (hidden_ND.to(logit_dtype), head_VD.to(logit_dtype))
-        self.gradient_operands = (hidden_ND.to(self.gradient_dtype), head_VD.to(self.gradient_dtype))
+
+    def gradient_operands(self) -> tuple[Tensor, Tensor]:
+        """Rows and head as the products of the gradient read them."""
+        hidden_ND, head_VD = self.inputs
+        if not hidden_ND.is_cuda:
+            return hidden_ND, head_VD
+        return hidden_ND.to(self.gradient_dtype), head_VD.to(self.gradient_dtype)
 
     @property
     def bytes_per_row(self) -> int:
@@ -219,7 +225,8 @@ def _run(
     student: _Side, teacher: _Side | None, rows: Rows, gradients: _Gradients
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and its rows; fills `gradients` on the way."""
-    hidden_ND = student.gradient_operands[0]
+    operands = student.gradient_operands()
+    hidden_ND = operands[0]
     wide = accumulation_dtype(hidden_ND)
     kernel = triton_rows if hidden_ND.is_cuda and wide == torch.float32 else torch_rows
     ce_N, kl_N = torch.zeros((2, len(hidden_ND)), dtype=wide, device=hidden_ND.device)
@@ -246,7 +253,7 @@ def _run(
         ce_N.index_copy_(0, index_C, ce_C)
         kl_N.index_copy_(0, index_C, kl_C)
         if gradient_CV is not None:
-            gradients.add(index_C, gradient_CV, student.gradient_operands)
+            gradients.add(index_C, gradient_CV, operands)
     loss = (ce_weight_N * ce_N).sum()
     if kl_weight_N is not None:
         loss = loss + (kl_weight_N * kl_N).sum()

@@ -183,15 +183,19 @@ def _relation(
     if centre:
         y_INV = y_INV - y_INV.mean(1, keepdim=True)
     if normalise:
-        y_INV = y_INV / (y_INV * y_INV).sum(2, keepdim=True).clamp_min(torch.finfo(dtype).tiny).sqrt()
+        y_INV = y_INV / root_or_one((y_INV * y_INV).sum(2, keepdim=True))
     return y_INV @ y_INV.mT
 
 
 def cosine_rows(a_INN: Tensor, b_INN: Tensor) -> Tensor:
     """Cosine of each pair of flattened matrices; zero, with a zero gradient, where one of them is zero."""
-    tiny = torch.finfo(a_INN.dtype).tiny
     dot, aa, bb = ((x * y).sum((1, 2)) for x, y in ((a_INN, b_INN), (a_INN, a_INN), (b_INN, b_INN)))
-    return dot / (aa.clamp_min(tiny).sqrt() * bb.clamp_min(tiny).sqrt())
+    return dot / (root_or_one(aa) * root_or_one(bb))
+
+
+def root_or_one(square: Tensor) -> Tensor:
+    """Square root, and 1 for 0: a divisor that leaves zeros zero, with a finite gradient."""
+    return torch.where(square == 0, 1, square).sqrt()
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

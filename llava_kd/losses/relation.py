@@ -17,10 +17,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from llava_kd.losses import gemm
 from llava_kd.losses.checks import check_relation_inputs
-from llava_kd.losses.reference import accumulation_dtype, cosine_rows
+from llava_kd.losses.reference import accumulation_dtype, cosine_rows, root_or_one
 
 
-@torch.compiler.disable
+@gemm.not_compiled
 def relation_rows(
     student_IND: Tensor,
     teacher_IME: Tensor,
@@ -78,7 +78,7 @@ def _relation(features_ND: Tensor, gram_DD: Tensor | None, *, centre: bool, norm
     else:
         relation_NN = _Quadratic.apply(features_ND, gram_DD.to(dtype))
     if normalise:
-        length_N = relation_NN.diagonal().clamp_min(torch.finfo(dtype).tiny).sqrt()
+        length_N = root_or_one(relation_NN.diagonal())
         relation_NN = relation_NN / length_N / length_N.unsqueeze(1)
     return relation_NN.unsqueeze(0)
 

@@ -57,8 +57,10 @@ class Rows:
                 size = self.active_rows[which]
                 index = torch.nonzero_static(mask_N, size=size, fill_value=0).squeeze(1)
             if len(index):
-                fitting = chunk_size(len(index), bytes_per_row=bytes_per_row, device=index.device)
-                yield from ((index_C, has_kl) for index_C in index.split(self.chunk_rows or fitting))
+                rows = self.chunk_rows
+                if rows is None:
+                    rows = chunk_size(len(index), bytes_per_row=bytes_per_row, device=index.device)
+                yield from ((index_C, has_kl) for index_C in index.split(rows))
 
 
 def chunk_size(num_rows: int, *, bytes_per_row: int, device: torch.device) -> int:
