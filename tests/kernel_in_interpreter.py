@@ -1,0 +1,169 @@
+"""Runs the Triton row kernels in Triton's interpreter on a CPU and prints how far they are from the oracle.
+
+A program of its own, started by test_losses_row_kernel.py: whether Triton interprets is settled when the
+kernels are imported. The oracle is the reference in fp64 with the identity as head, so that rows are logits.
+
+Shape legend: N rows, V student vocabulary, U teacher vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+
+os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+
+import torch
+from loss_inputs import make_inputs, result_and_gradients
+from torch import Tensor
+
+from llava_kd.losses import head_loss as fast
+from llava_kd.losses import reference, row_triton
+from llava_kd.losses.reference import Divergence
+
+ROWS, WIDTH = 8, 150
+KINDS = ("forward", "reverse", "jsd", "skewed_forward", "skewed_reverse")
+
+
+def errors(
+    *,
+    kind: str = "forward",
+    temperature: float = 1.0,
+    teacher: int = WIDTH,
+    common: int = WIDTH,
+    scale: float = 3.0,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float32,
+    gradient_dtype: torch.dtype = torch.float32,
+    in_place: bool = False,
+    without_teacher: bool = False,
+) -> dict[str, float]:
+    """Largest error of the losses and relative error of the gradient, over rows with all kinds of weight."""
+    generator = torch.Generator().manual_seed(0)
+    student_NV = (scale * torch.randn(ROWS, WIDTH, generator=generator)).to(dtype)
+    teacher_NU = (scale * torch.randn(ROWS, teacher, generator=generator)).to(dtype)
+    biases = (torch.randn(WIDTH, generator=generator), torch.randn(teacher, generator=generator))
+    weights = torch.rand(2, ROWS, generator=generator)
+    weights[0, 1::2], weights[1, 2::4], weights[1, 3::4] = 0, 0, 0
+    targets_N = torch.randint(0, WIDTH, (ROWS,), generator=generator)
+    targets_N[1::2] = -100
+    divergence = Divergence(kind, 0.3)  # pyright: ignore[reportArgumentType]
+
+    leaf_NV = student_NV.double().requires_grad_()
+    teacher_arguments = {
+        "teacher_NE": teacher_NU.double(),
+        "teacher_head_UE": torch.eye(teacher).double(),
+        "kl_weight_N": weights[1].double(),
+        "num_common": common,
+    }
+    want = reference.head_loss(
+        leaf_NV, torch.eye(WIDTH).double(), targets_N, ce_weight_N=weights[0].double(),
+        student_bias_V=biases[0].double() if bias else None,
+        temperature=temperature, divergence=divergence,
+        **({} if without_teacher else teacher_arguments),
+        **({"teacher_bias_U": biases[1].double()} if bias and not without_teacher else {}),
+    )  # fmt: skip
+    want.loss.backward()
+    gradient_NV = (
+        student_NV.view(gradient_dtype) if in_place else torch.full_like(student_NV, 7, dtype=gradient_dtype)
+    )
+    ce_N, kl_N = row_triton.triton_rows(
+        student_NV, None if without_teacher else teacher_NU, targets_C=targets_N, ce_weight_C=weights[0],
+        kl_weight_C=None if without_teacher else weights[1], student_bias_V=biases[0] if bias else None,
+        teacher_bias_U=biases[1] if bias and not without_teacher else None, temperature=temperature,
+        divergence=divergence, num_common=common, gradient_CV=gradient_NV,
+    )  # fmt: skip
+    assert leaf_NV.grad is not None
+    return {
+        "ce": distance(ce_N, want.ce_N),
+        "kl": distance(kl_N, want.kl_N),
+        "gradient": float((gradient_NV.double() - leaf_NV.grad).norm() / leaf_NV.grad.norm()),
+    }
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected).abs().max())
+
+
+def cases() -> Iterator[tuple[str, dict[str, float]]]:
+    for kind in KINDS:
+        yield f"{kind} T=2 padded vocabulary", errors(kind=kind, temperature=2.0, teacher=170, common=101)
+        yield f"{kind} T=1 same vocabulary", errors(kind=kind)
+        yield f"{kind} bf16 gradient", errors(kind=kind, gradient_dtype=torch.bfloat16)
+    yield "wider student with bias", errors(teacher=130, common=130, bias=True)
+    yield "wider student with bias, jsd", errors(teacher=130, common=130, bias=True, kind="jsd")
+    yield "cross-entropy alone", errors(without_teacher=True)
+    yield "large logits", errors(scale=30.0)
+    yield "large logits, reverse", errors(scale=30.0, kind="reverse")
+    yield "gradient over fp32 logits", errors(in_place=True)
+    fp16 = {"dtype": torch.float16, "gradient_dtype": torch.bfloat16}
+    yield "fp16 logits, bf16 gradient over them", errors(**fp16, in_place=True)
+
+
+def bad_rows() -> dict[str, list[bool]]:
+    """Which losses, and which rows of the gradient, are NaN where row 1 of one side holds something bad."""
+    found = {}
+    for side in ("student", "teacher"):
+        for bad in (math.nan, math.inf, -math.inf):
+            logits = {"student": torch.randn(4, WIDTH), "teacher": torch.randn(4, WIDTH)}
+            logits[side][1, 100] = bad
+            gradient_NV = torch.empty(4, WIDTH)
+            rows = row_triton.triton_rows(
+                logits["student"], logits["teacher"], targets_C=torch.tensor([0, 1, 2, 200]),
+                ce_weight_C=torch.tensor([0.0, 1.0, 1.0, 0.0]), kl_weight_C=torch.ones(4),
+                student_bias_V=None, teacher_bias_U=None, temperature=1.0, divergence=Divergence(), num_common=WIDTH,
+                gradient_CV=gradient_NV,
+            )  # fmt: skip
+            found[f"{side} {bad}"] = [t.isnan().tolist() for t in rows] + [
+                gradient_NV.isnan().any(1).tolist()
+            ]
+    return found
+
+
+def bad_target() -> list[bool]:
+    """Whether the loss is NaN for a target in the vocabulary, beyond it, and negative."""
+    ce_N, _ = row_triton.triton_rows(
+        torch.randn(3, WIDTH), None, targets_C=torch.tensor([0, WIDTH, -100]), ce_weight_C=torch.ones(3),
+        kl_weight_C=None, student_bias_V=None, teacher_bias_U=None, temperature=1.0, divergence=Divergence(),
+        num_common=0, gradient_CV=torch.empty(3, WIDTH),
+    )  # fmt: skip
+    return ce_N.isnan().tolist()
+
+
+def equal_models() -> list[float]:
+    """Largest divergence and largest gradient of forward and reverse KL between equal logits."""
+    largest = []
+    for kind in ("forward", "reverse"):
+        logits_NV, gradient_NV = 5 * torch.randn(4, WIDTH), torch.empty(4, WIDTH)
+        _, kl_N = row_triton.triton_rows(
+            logits_NV, logits_NV.clone(), targets_C=torch.zeros(4, dtype=torch.long),
+            ce_weight_C=torch.zeros(4), kl_weight_C=torch.ones(4), student_bias_V=None, teacher_bias_U=None,
+            temperature=1.0, divergence=Divergence(kind), num_common=WIDTH, gradient_CV=gradient_NV,
+        )  # fmt: skip
+        largest += [float(kl_N.abs().max()), float(gradient_NV.abs().max())]
+    return largest
+
+
+def whole_head_loss() -> float:
+    """Largest relative error of the head loss with these kernels in place of the PyTorch rows."""
+    fast.torch_rows = row_triton.triton_rows
+    inputs = make_inputs()
+    got = result_and_gradients(fast, inputs, chunk_rows=4, temperature=2.0)
+    want = result_and_gradients(reference, inputs, temperature=2.0)
+    return max(float((got[name] - want[name]).detach().norm() / want[name].detach().norm()) for name in want)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    row_triton.BLOCK = 64  # three blocks a row, the last one ragged
+    results = {
+        "errors": dict(cases()),
+        "bad_rows": bad_rows(),
+        "bad_target": bad_target(),
+        "equal_models": equal_models(),
+        "whole_head_loss": whole_head_loss(),
+    }
+    print(json.dumps(results))
