@@ -2,7 +2,7 @@
 # From nothing to a report: set up .venv, make the shapes data, train a tiny student twice from the same start
 # (undistilled, and by the three distilled stages), score both and the shipped teacher, write the report.
 # Run it again after an interruption and it goes on. QUICKSTART_SEEDS=3 repeats both trainings for three seeds;
-# RUN names the output directory.
+# RUN names the output directory; QUICKSTART_STEPS and QUICKSTART_SCENES shorten it to try it out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run="${RUN:-runs/quickstart}"
@@ -17,13 +17,13 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 NPROC=1
 installed=$SECONDS
 
 mkdir -p "$run"
-llava-kd data shapes --out "$run/data" --num_train 4000 --num_validation 100 --num_test 300 --seed 0
+llava-kd data shapes --out "$run/data" --num_train "${QUICKSTART_SCENES:-4000}" --num_validation 100 --num_test 300 --seed 0
 
 # stage NAME SEED ARM LINE [overrides]: one stage of one arm, through the script that a cluster runs.
 stage() {
   local name="$1" seed="$2" arm="$3" line="$4"; shift 4
   CONFIG="scripts/quickstart/$name.yaml" bash "scripts/$name.sh" --seed="$seed" --data.images="$run/data" \
-    --log.progress_line="$line" "$@"
+    --log.progress_line="$line" ${QUICKSTART_STEPS:+--max_steps="$QUICKSTART_STEPS"} "$@"
 }
 
 # The undistilled arm runs the same recipes with the teacher's terms switched off.
