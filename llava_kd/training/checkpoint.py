@@ -58,9 +58,9 @@ class Checkpoints:
         return sorted(int(name.removeprefix("step-")) for name in names)
 
     def save(self, saved: Saved) -> Path:
-        """Write beside the others, then rename; older ones go only after that."""
+        """Write beside the others, then rename; only after that go older ones, and unreadable newer ones."""
         self._root.mkdir(parents=True, exist_ok=True)
-        for leftover in self._root.glob(".step-*.partial"):
+        for leftover in self._root.glob(".step-*"):
             shutil.rmtree(leftover)
         final = self._directory(saved.step)
         scratch = self._root / f".{final.name}.partial"
@@ -73,32 +73,38 @@ class Checkpoints:
         for path in (*scratch.iterdir(), scratch):
             sync_file(path)
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(self._root / f".{final.name}.retired")
         scratch.rename(final)
         sync_file(self._root)
-        for step in self.steps()[: -self._keep]:
+        steps = self.steps()
+        kept = [step for step in steps if step <= saved.step][-self._keep :]
+        for step in set(steps) - set(kept):
             shutil.rmtree(self._directory(step))
+        shutil.rmtree(self._root / f".{final.name}.retired", ignore_errors=True)
         return final
 
     def load_newest(self) -> tuple[Saved | None, list[str]]:
-        """The newest readable checkpoint, and a line for each newer one that could not be read."""
+        """The newest readable checkpoint, and a line for each newer one that could not be read.
+
+        Raises ValueError for one that a newer version wrote: it is sound, and must not be passed over.
+        """
         problems: list[str] = []
         for step in reversed(self.steps()):
             directory = self._directory(step)
             try:
-                return self._load(directory), problems
-            except (SafetensorError, OSError, ValueError) as error:
+                meta = json.loads((directory / "trainer.json").read_text())
+                version, saved_step = int(meta["format"]), int(meta["step"])
+                state = load_file(directory / "state.safetensors") if version <= FORMAT_VERSION else {}
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 problems.append(f"{directory} cannot be read and is passed over: {error}")
+                continue
+            if version > FORMAT_VERSION:
+                raise ValueError(
+                    f"{directory} has format {version}, this version reads up to {FORMAT_VERSION}; upgrade "
+                    "llava_kd, or remove that checkpoint"
+                )
+            return Saved(step=saved_step, state=state), problems
         return None, problems
 
     def _directory(self, step: int) -> Path:
         return self._root / f"step-{step:08d}"
-
-    @staticmethod
-    def _load(directory: Path) -> Saved:
-        meta = json.loads((directory / "trainer.json").read_text())
-        if meta["format"] > FORMAT_VERSION:
-            raise ValueError(
-                f"it has format {meta['format']}, this version reads up to {FORMAT_VERSION}; upgrade llava_kd"
-            )
-        return Saved(step=meta["step"], state=load_file(directory / "state.safetensors"))

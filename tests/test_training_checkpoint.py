@@ -1,0 +1,162 @@
+"""Checkpoints of a run: complete or absent, the newest few, and a bad one never costs the good ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_kd.training import checkpoint
+from llava_kd.training.checkpoint import Checkpoints, Saved, write_text
+
+
+def saved(step: int) -> Saved:
+    return Saved(step=step, state={"parameter/w": torch.full((3,), float(step))})
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Complete checkpoints of steps 2 and 4."""
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    for step in (2, 4):
+        checkpoints.save(saved(step))
+    return tmp_path / "c"
+
+
+def cut_weights(directory: Path) -> None:
+    path = directory / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def no_weights(directory: Path) -> None:
+    (directory / "state.safetensors").unlink()
+
+
+def empty_weights(directory: Path) -> None:
+    (directory / "state.safetensors").write_bytes(b"")
+
+
+def cut_meta(directory: Path) -> None:
+    (directory / "trainer.json").write_text('{"format": 1, "st')
+
+
+def other_meta(directory: Path) -> None:
+    (directory / "trainer.json").write_text('["x"]')
+
+
+def meta_without_step(directory: Path) -> None:
+    (directory / "trainer.json").write_text('{"format": 1}')
+
+
+DAMAGES = [cut_weights, no_weights, empty_weights, cut_meta, other_meta, meta_without_step]
+
+
+def test_what_was_saved_comes_back(root: Path) -> None:
+    newest, problems = Checkpoints(root, keep=2).load_newest()
+    assert newest is not None
+    assert newest.step == 4
+    assert torch.equal(newest.state["parameter/w"], torch.full((3,), 4.0))
+    assert problems == []
+
+
+def test_no_checkpoint_is_no_problem(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "none", keep=1).load_newest() == (None, [])
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_newest_one_is_passed_over_with_a_line(root: Path, damage: Callable[[Path], None]) -> None:
+    damage(root / "step-00000004")
+    newest, problems = Checkpoints(root, keep=2).load_newest()
+    assert newest is not None
+    assert newest.step == 2
+    assert len(problems) == 1
+    assert "step-00000004 cannot be read and is passed over" in problems[0]
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_a_damaged_newest_one_never_outlives_the_good_ones(root: Path, step: int) -> None:
+    """With keep=1 a bad checkpoint of a later step must not count as the one that is kept."""
+    cut_weights(root / "step-00000004")
+    checkpoints = Checkpoints(root, keep=1)
+    checkpoints.save(saved(step))
+    newest, problems = checkpoints.load_newest()
+    assert newest is not None
+    assert (newest.step, problems) == (step, [])
+    assert checkpoints.steps() == [step]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_only_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=keep)
+    for step in (9, 10, 11, 100):
+        checkpoints.save(saved(step))
+    assert checkpoints.steps() == [9, 10, 11, 100][-keep:]
+    assert len(list(tmp_path.iterdir())) == keep
+
+
+def test_keeping_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint\.keep must be at least 1; got 0"):
+        Checkpoints(tmp_path, keep=0)
+
+
+@pytest.mark.parametrize("name", ["save_file", "sync_file"])
+def test_a_write_that_fails_leaves_the_good_ones_and_is_cleaned_up(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    checkpoints = Checkpoints(root, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, name, full_disk)
+        with pytest.raises(OSError, match="No space"):
+            checkpoints.save(saved(6))
+    assert checkpoints.steps() == [2, 4]
+    newest, problems = checkpoints.load_newest()
+    assert newest is not None
+    assert (newest.step, problems) == (4, [])
+    assert list(root.glob(".step-*"))  # what the failed write left
+    checkpoints.save(saved(8))
+    assert sorted(path.name for path in root.iterdir()) == ["step-00000008"]
+
+
+def test_a_half_written_directory_is_never_read(root: Path) -> None:
+    partial = root / ".step-00000009.partial"
+    partial.mkdir()
+    (partial / "trainer.json").write_text('{"format": 1, "step": 9}')
+    (root / "step-00000010").mkdir()  # without trainer.json, which is written last
+    newest, _ = Checkpoints(root, keep=2).load_newest()
+    assert newest is not None
+    assert newest.step == 4
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_and_not_passed_over(root: Path) -> None:
+    (root / "step-00000004" / "trainer.json").write_text(json.dumps({"format": 99, "step": 4}))
+    with pytest.raises(ValueError, match=r"step-00000004 has format 99, this version reads up to 1; upgrade"):
+        Checkpoints(root, keep=2).load_newest()
+
+
+def test_extra_files_go_into_every_checkpoint(tmp_path: Path) -> None:
+    directory = Checkpoints(tmp_path, keep=1, extra_files={"config.yaml": "seed: 1\n"}).save(saved(1))
+    assert (directory / "config.yaml").read_text() == "seed: 1\n"
+    assert {path.suffix for path in directory.iterdir()} == {".yaml", ".json", ".safetensors"}
+
+
+def test_a_text_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    write_text(path, "old")
+
+    def full_disk(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sync_file", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            write_text(path, "new")
+    assert path.read_text() == "old"
+    write_text(path, "new")
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]

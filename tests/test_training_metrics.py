@@ -1,0 +1,85 @@
+"""The metrics file: means over its interval, rates, and no step twice after a resume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_kd.training.metrics import Metrics
+
+
+class Memory:
+    """Tracker that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, Mapping[str, float]]] = []
+        self.is_closed = False
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        self.logged.append((step, dict(figures)))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def lines(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(metrics: Metrics, first: int, last: int) -> None:
+    """Log steps `first` to `last`; the loss of a step is its number."""
+    for step in range(first, last + 1):
+        figures = {"loss": torch.tensor(float(step))}
+        metrics.add(step, figures, {"samples": torch.tensor(4.0)}, lambda: {"data_wait_s": 0.0, "lr": 0.5})
+    metrics.close()
+
+
+def test_a_line_holds_the_means_since_the_one_before(tmp_path: Path) -> None:
+    run(Metrics(tmp_path, num_steps=7, every=3, progress=False), 1, 7)
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(3, 2.0), (6, 5.0), (7, 7.0)]
+
+
+def test_amounts_become_rates(tmp_path: Path) -> None:
+    run(Metrics(tmp_path, num_steps=4, every=2, progress=False), 1, 4)
+    for line in lines(tmp_path):
+        assert line["samples_per_s"] == pytest.approx(4.0 / line["seconds_per_step"])
+        assert line["lr"] == 0.5
+
+
+def test_trackers_get_what_the_file_gets(tmp_path: Path) -> None:
+    memory = Memory()
+    run(Metrics(tmp_path, num_steps=4, every=2, progress=False, trackers=[memory]), 1, 4)
+    assert [step for step, _ in memory.logged] == [2, 4]
+    for line, (_, figures) in zip(lines(tmp_path), memory.logged, strict=True):
+        assert line == {"step": line["step"], **figures}
+    assert memory.is_closed
+
+
+def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path: Path) -> None:
+    run(Metrics(tmp_path, num_steps=8, every=2, progress=False), 1, 6)
+    again = Metrics(tmp_path, num_steps=8, every=2, progress=False)
+    again.resume(4)
+    run(again, 5, 8)
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8]
+
+
+def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path: Path) -> None:
+    run(Metrics(tmp_path, num_steps=8, every=2, progress=False), 1, 4)
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "lo')
+    again = Metrics(tmp_path, num_steps=8, every=2, progress=False)
+    again.resume(4)
+    run(again, 5, 8)
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8]
+
+
+def test_a_fresh_start_drops_every_line(tmp_path: Path) -> None:
+    run(Metrics(tmp_path, num_steps=4, every=2, progress=False), 1, 4)
+    again = Metrics(tmp_path, num_steps=4, every=2, progress=False)
+    again.resume(0)
+    run(again, 1, 4)
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4]
