@@ -36,7 +36,7 @@ def make_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Qwen2Tokenizer:
     learnt = json.loads(learner.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=learnt["vocab"],
-        merges=[tuple(merge) for merge in learnt["merges"]],
+        merges=[tuple(merge) for merge in learnt["merges"]],  # pyright: ignore[reportArgumentType]
         unk_token=PAD_TOKEN,  # never produced: bytes spell everything
         eos_token=END_TOKEN,
         pad_token=PAD_TOKEN,
@@ -45,5 +45,6 @@ def make_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Qwen2Tokenizer:
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in CHATML_TOKENS])
+    chatml = [AddedToken(token, special=True) for token in CHATML_TOKENS]
+    tokenizer.add_tokens(chatml)  # pyright: ignore[reportArgumentType]
     return tokenizer

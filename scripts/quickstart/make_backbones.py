@@ -18,10 +18,19 @@ from pathlib import Path
 import torch
 from backbone_llm import make_llm, texts, train_llm
 from backbone_tokenizer import make_tokenizer
-from backbone_tower import label_accuracy, labelled_pictures, make_image_processor, make_tower, train_tower
-from transformers import Qwen2Tokenizer
+from backbone_tower import (
+    enlarge_features,
+    label_accuracy,
+    labelled_pictures,
+    make_image_processor,
+    make_tower,
+    train_tower,
+)
+from transformers import PreTrainedModel, Qwen2Tokenizer
 
 VOCAB_SIZE = 448
+FEATURE_SCALE = 5.0
+FEATURE_LAYER = -2  # the tower's layer that LLaVA reads
 STORAGE = torch.bfloat16  # half the size in the repository; loaded in whatever type is asked for
 
 
@@ -41,15 +50,22 @@ LLM_SIZES = {
 }
 
 
+def _halved(model: PreTrainedModel) -> PreTrainedModel:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(STORAGE)
+    return model
+
+
 def save_tower(out: Path, *, steps: int, num_pictures: int, seed: int) -> dict[str, object]:
     """Trains and writes the tower; returns how well it reads held-out pictures."""
     torch.manual_seed(seed)
     tower = make_tower()
     data = labelled_pictures(num_pictures, seed=seed)
-    heads = train_tower(tower, data, steps=steps, batch_size=64, learning_rate=1e-3, seed=seed)
+    directions = train_tower(tower, data, steps=steps, batch_size=64, learning_rate=1e-3, seed=seed)
     held_out = labelled_pictures(max(num_pictures // 15, 20), seed=seed + 1)
-    accuracy = label_accuracy(tower, heads, held_out)
-    tower.to(dtype=STORAGE).save_pretrained(out / "vision_tower")
+    accuracy = label_accuracy(tower, directions[FEATURE_LAYER], held_out, layer=FEATURE_LAYER)
+    enlarge_features(tower, FEATURE_SCALE)
+    _halved(tower).save_pretrained(out / "vision_tower")
     make_image_processor().save_pretrained(out / "vision_tower")
     return dict(zip(("occupied", "colour", "shape", "size", "cell"), accuracy, strict=True))
 
@@ -66,7 +82,7 @@ def save_llm(out: Path, tokenizer: Qwen2Tokenizer, *, name: str, steps: int, see
         learning_rate=2e-3,
         seed=seed,
     )
-    model.to(dtype=STORAGE).save_pretrained(out / f"{name}_llm")
+    _halved(model).save_pretrained(out / f"{name}_llm")
     tokenizer.save_pretrained(out / f"{name}_llm")
 
 
@@ -75,7 +91,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must be new or empty")
-    parser.add_argument("--tower-steps", type=int, default=600)
+    parser.add_argument("--tower-steps", type=int, default=1000)
     parser.add_argument("--tower-pictures", type=int, default=6000)
     parser.add_argument("--teacher-steps", type=int, default=150, help="text steps of the teacher's LLM")
     parser.add_argument("--student-steps", type=int, default=150, help="text steps of the student's LLM")
