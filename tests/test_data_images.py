@@ -181,3 +181,14 @@ def test_processor_without_a_fixed_size_is_an_error() -> None:
     processor = CLIPImageProcessorPil(size={"shortest_edge": 24}, do_center_crop=False)
     with pytest.raises(ValueError, match="must give a fixed size"):
         ImageTransform.from_processor(processor)
+
+
+@pytest.mark.parametrize("rescale", [1 / 255, 1 / 256, 0.0078, 1.0])
+def test_normalisation_is_exact_with_odd_settings(rescale: float) -> None:
+    processor = SiglipImageProcessorPil(
+        size={"height": 24, "width": 24},
+        rescale_factor=rescale,
+        image_mean=[0.4814, 0.4578, 0.4082],
+        image_std=[0.2686, 0.2613, 0.2757],
+    )
+    check_against(processor, (24, 24), ImageTransform.from_processor(processor))

@@ -21,6 +21,7 @@ class PackedRecords:
         self._block = block
         self._offsets = offsets
         self._folder = folder
+        self._last: tuple[int, Record] | None = None  # a record is asked for again with each of its images
 
     @classmethod
     def pack(cls, records: Iterable[Record]) -> PackedRecords:
@@ -42,10 +43,14 @@ class PackedRecords:
         return len(self._offsets) - 1
 
     def __getitem__(self, i: int) -> Record:
+        if self._last is not None and self._last[0] == i:
+            return self._last[1]
         start, stop = self._offsets[i], self._offsets[i + 1]
         raw = json.loads(self._block[start:stop].tobytes())
         turns = tuple(Turn(role, text) for role, text in raw["turns"])
-        return Record(id=raw["id"], images=tuple(raw["images"]), turns=turns, extra=raw["extra"])
+        record = Record(id=raw["id"], images=tuple(raw["images"]), turns=turns, extra=raw["extra"])
+        self._last = (i, record)
+        return record
 
     def __reduce__(self) -> tuple:
         if self._folder is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from llava_kd.data.cache import build_once, default_cache
@@ -18,16 +19,21 @@ _ERRORS_SHOWN = 10
 
 def read_confined(root: Path, image: str, *, follow_symlinks: bool) -> bytes:
     """Bytes of `root/image`. ValueError if it is missing, or leaves `root` through a symbolic link."""
-    path = root / image
-    if not follow_symlinks and not path.resolve().is_relative_to(root):
+    path = os.path.join(root, image)
+    if not follow_symlinks and not _is_below(os.path.realpath(path), root):
         raise ValueError(
             f"image {image!r} leaves the image root {root} through a symbolic link; point the image root at "
             "the real folder, or set follow_symlinks"
         )
     try:
-        return path.read_bytes()
+        with open(path, "rb") as stream:
+            return stream.read()
     except FileNotFoundError:
         raise ValueError(f"image {image!r} is missing below {root}") from None
+
+
+def _is_below(path: str, root: Path) -> bool:
+    return path.startswith(os.path.join(root, ""))
 
 
 def checked_records(path: Path) -> list[Record]:
