@@ -203,6 +203,17 @@ def verify(names: str | Sequence[str], data_root: str | Path) -> dict[str, Verif
     return {benchmark.name: _verify(benchmark, root) for benchmark in find(names)}
 
 
+def describe(found: Mapping[str, Verification]) -> str:
+    """What `verify` found, a line per fact."""
+    lines = []
+    for name, verification in found.items():
+        lines += [f"{name}: {problem}" for problem in verification.problems]
+        lines += [f"{name}: note: {remark}" for remark in verification.remarks]
+        if not verification.problems:
+            lines.append(f"{name}: ready, {verification.questions:,} questions")
+    return "\n".join(lines)
+
+
 def _verify(benchmark: Benchmark, root: Path) -> Verification:
     problems = [f"{root / name} is not there" for name in benchmark.files if not (root / name).exists()]
     if problems:

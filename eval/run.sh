@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Score a stock LLaVA directory on benchmarks: checks the files first, then answers on every GPU and scores.
+#   MODEL=DIR DATA=ROOT OUT=DIR [BENCHMARKS=all] [NPROC=8] bash eval/run.sh [words for llava-kd eval]
+# Run it again after an interruption and it goes on. Layout of ROOT: eval/README.md.
+set -euo pipefail
+: "${MODEL:?stock LLaVA directory}" "${DATA:?data root, see eval/README.md}" "${OUT:?folder for the results}"
+benchmarks="${BENCHMARKS:-all}"
+nproc="${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}"
+if [ "$nproc" -eq 0 ]; then nproc=1; fi
+
+python -m llava_kd.cli data verify --benchmark "$benchmarks" --data "$DATA"
+words=(eval --model "$MODEL" --benchmark "$benchmarks" --data "$DATA" --out "$OUT" "$@")
+if [ "$nproc" -eq 1 ]; then
+  python -m llava_kd.cli "${words[@]}"
+else
+  torchrun --standalone --nproc-per-node "$nproc" -m llava_kd.cli "${words[@]}"
+fi
