@@ -45,7 +45,8 @@ def test_the_teacher_says_the_same_twice_even_after_the_student_trains(
 
 
 def test_no_gradient_reaches_the_teacher(teacher: Teacher, student: Student) -> None:
-    prediction = teacher(BATCH)
+    shared = Teacher(teacher.mllm, shares_tower=True)
+    prediction = shared(BATCH, teacher.mllm.image_features(BATCH.student).requires_grad_())
     assert not prediction.hidden_BTD.requires_grad
     assert not prediction.projected_IND.requires_grad
     loss, _ = student(BATCH, BATCH.counts(), teacher=prediction)

@@ -123,11 +123,13 @@ def claim(config: TrainConfig, world: World) -> bool:
     """Make or re-enter the output directory; True if its run is complete.
 
     Raises ValueError if it holds another run: logging and checkpoint intervals may change, nothing else.
+    A run that stopped before its first step, over a mistake in its settings or data, does not count.
     """
     output = Path(config.output_dir)
     written = output / "config.yaml"
+    has_begun = any((output / name).exists() for name in ("metrics.jsonl", "checkpoints", "run.json"))
     if written.is_file():
-        before = load(written)
+        before = load(written) if has_begun else config
         if replace(before, log=config.log, checkpoint=config.checkpoint) != config:
             raise ValueError(
                 f"{output} already holds another run (see {written}); choose a new output_dir or remove it"

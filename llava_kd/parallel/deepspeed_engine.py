@@ -15,7 +15,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from llava_kd.parallel.engine import STATE_KINDS, AdamWSettings, ParameterGroup, split_state
+from llava_kd.parallel.engine import STATE_KINDS, AdamWSettings, ParameterGroup, check_parts, split_state
 from llava_kd.parallel.world import World
 
 
@@ -100,6 +100,7 @@ class DeepSpeedEngine:
         return state
 
     def load_state(self, state: dict[str, Tensor], *, num_steps: int) -> None:
+        check_parts(state, self._trained)
         for name, parameter in self._trained.items():
             values = [value.to(self.world.device) for value in split_state(state, name)]
             safe_set_full_fp32_param(parameter, values[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,6 +59,15 @@ class Engine(Protocol):
     def load_state(self, state: dict[str, Tensor], *, num_steps: int) -> None:
         """Every rank passes the same whole state; `num_steps` is how many updates it has seen."""
         ...
+
+
+def check_parts(state: dict[str, Tensor], names: Collection[str]) -> None:
+    """Raises ValueError if the state holds a parameter that is none of `names`."""
+    if other := sorted({key.split("/", 1)[1] for key in state} - set(names)):
+        raise ValueError(
+            f"the checkpoint holds {other[0]!r}, which is not trained here: it was written by a run that "
+            "trained other parts; resume with the same `trainable`, or start in a new output_dir"
+        )
 
 
 def split_state(state: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor, Tensor]:

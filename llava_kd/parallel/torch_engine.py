@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from llava_kd.parallel.engine import STATE_KINDS, AdamWSettings, ParameterGroup, split_state
+from llava_kd.parallel.engine import STATE_KINDS, AdamWSettings, ParameterGroup, check_parts, split_state
 from llava_kd.parallel.world import World
 
 Kind = Literal["single", "ddp", "fsdp2"]
@@ -103,6 +103,7 @@ class TorchEngine:
         return state
 
     def load_state(self, state: dict[str, Tensor], *, num_steps: int) -> None:
+        check_parts(state, self._trained)
         for name, parameter in self._trained.items():
             values = [_like(parameter, value) for value in split_state(state, name)]
             with torch.no_grad():
