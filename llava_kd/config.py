@@ -64,6 +64,7 @@ class DataConfig:
     max_length: int = 2048
     image_aspect: Literal["square", "pad"] = "square"
     num_workers: int = 4
+    image_cache_mb: int = 0
     max_bad_rate: float = 0.001
 
 

@@ -109,6 +109,23 @@ def test_workers_give_the_same_batches(source: LlavaJson) -> None:
                 assert_equal(a, b)
 
 
+def test_images_kept_in_memory_are_read_once_and_give_the_same_batches(
+    source: LlavaJson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = list(make_loader(source).batches(0, 4))
+    loader = make_loader(source, image_cache_bytes=2**20)
+    assert [len(group) for group in loader.batches(0, 2)]
+    one_epoch = list(loader.batches(0, 4))
+    reads: list[int] = []
+    monkeypatch.setattr(type(source), "image_bytes", lambda self, i, k: reads.append(i))
+    again = list(loader.batches(0, 4))
+    assert not reads
+    for groups in (one_epoch, again):
+        for group, other in zip(expected, groups, strict=True):
+            for one, two in zip(group, other, strict=True):
+                assert_equal(one, two)
+
+
 def test_rows_are_padded_to_the_right(source: LlavaJson) -> None:
     (batch,) = next(make_loader(source, micro_batch_size=8).batches(0, 1))
     inputs = batch.student

@@ -56,6 +56,7 @@ def make_loader(
         world_size=world.size,
         device=world.device,
         num_workers=data.num_workers,
+        image_cache_bytes=data.image_cache_mb * 2**20,
         max_bad_rate=data.max_bad_rate,
         bad_records_path=Path(config.output_dir) / "bad_records.jsonl",
     )

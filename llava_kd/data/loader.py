@@ -55,8 +55,10 @@ class Loader:
         packing: Packing | None = None,
         one_record_per_row: bool = False,
         cache: str | Path | None = None,
+        image_cache_bytes: int = 0,
         progress: bool = False,
     ) -> None:
+        """`image_cache_bytes`: memory for resized images, in each worker, for data that come again."""
         self._device = torch.device(device)
         self._side_stream = SideStream(self._device) if self._device.type == "cuda" else None
         self._sides = sides = (student,) if teacher is None else (student, teacher)
@@ -78,6 +80,7 @@ class Loader:
             max_pixels=max_pixels,
             leaves_raw=self._side_stream is not None,
             one_record_per_row=one_record_per_row,
+            image_cache_bytes=image_cache_bytes,
         )
         self._micros_per_step = -(-(plan.rows_per_step // world_size) // micro_batch_size)
         self._num_workers = num_workers

@@ -63,6 +63,7 @@ class MicroBatches(Dataset[Micro]):
         max_pixels: int,
         leaves_raw: bool = False,
         one_record_per_row: bool = False,
+        image_cache_bytes: int = 0,
     ) -> None:
         self._source = source
         self._sides = sides
@@ -75,6 +76,8 @@ class MicroBatches(Dataset[Micro]):
         self._one_record_per_row = one_record_per_row
         self._encoded: dict[int, tuple[Encoded, ...] | str] = {}
         self._cached_tokens = 0
+        self._loaded: dict[int, _Loaded] = {}
+        self._image_cache_bytes = image_cache_bytes
 
     def __getitem__(self, key: tuple[int, int]) -> Micro:
         step, number = key
@@ -102,7 +105,9 @@ class MicroBatches(Dataset[Micro]):
         )
 
     def _load(self, i: int, bad: list[BadRecord]) -> _Loaded:
-        """The record, ready; a bad one is masked and added to `bad`."""
+        """The record, ready, and kept while there is room; a bad one is masked and added to `bad`."""
+        if (kept := self._loaded.get(i)) is not None:
+            return kept
         record = self._source.record(i)
         encoded = self._encode(i, record)
         if isinstance(encoded, str):
@@ -121,7 +126,17 @@ class MicroBatches(Dataset[Micro]):
         if reasons:
             bad.append(BadRecord(id=record.id, source=self._source.name_of(i), reason="; ".join(reasons)))
             items = tuple(masked(item) for item in items)
-        return _Loaded(id=record.id, items=items, raw=tuple(images) if self._leaves_raw else ())
+        loaded = _Loaded(id=record.id, items=items, raw=tuple(images) if self._leaves_raw else ())
+        if not reasons:
+            self._keep(i, loaded)
+        return loaded
+
+    def _keep(self, i: int, loaded: _Loaded) -> None:
+        pixels = [*loaded.raw, *(image for item in loaded.items for image in item.images)]
+        size = sum(image.nbytes for image in pixels)
+        if size <= self._image_cache_bytes:
+            self._loaded[i] = loaded
+            self._image_cache_bytes -= size
 
     def _decoded(self, i: int, record: Record) -> tuple[list[Tensor], list[str]]:
         """Pixels of each image, a grey one in the place of a bad one, and what is wrong with those."""
