@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
 
 IMAGE_PLACEHOLDER = "<image>"
+_ERRORS_SHOWN = 10
 ROLES: dict[str, Literal["user", "assistant"]] = {
     "human": "user",
     "user": "user",
@@ -150,26 +151,46 @@ def read_entries(path: Path) -> Iterator[object]:
                 raise ValueError(f"{path} line {number} is not JSON: {error}") from None
 
 
-def read_records(path: Path) -> tuple[list[Record], list[str]]:
-    """Sound records of a LLaVA file, in order, and what is wrong with the others.
+def entry_with_images(raw: object, key: str, images: list[str]) -> dict:
+    """LLaVA entry whose images are embedded beside it; `key` is its id if it has none."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"must be an object, got {type(raw).__name__}")
+    kept = {name: value for name, value in raw.items() if name not in ("image", "images")}
+    return {"id": key, **kept, "images": images}
 
-    An id that comes again gets `#2`, `#3`, ...: LLaVA's own files reuse the id of an image.
-    """
+
+def parse_all(entries: Iterable[object]) -> tuple[list[Record], list[str]]:
+    """Sound records in order, and what is wrong with the others."""
     records: list[Record] = []
     errors: list[str] = []
-    seen: dict[str, int] = {}
-    for position, raw in enumerate(read_entries(path)):
+    for position, raw in enumerate(entries):
         try:
-            record = parse_record(raw, position)
+            records.append(parse_record(raw, position))
         except ValueError as error:
             errors.append(str(error))
-            continue
+    return records, errors
+
+
+def checked(entries: Iterable[object], where: str, errors: Iterable[str] = ()) -> list[Record]:
+    """Every record. ValueError names `where`, the unusable records, and the `errors` found before."""
+    records, more = parse_all(entries)
+    if found := [*errors, *more]:
+        shown = "\n  ".join(found[:_ERRORS_SHOWN])
+        raise ValueError(f"{where} has {len(found)} unusable records; mend or remove them:\n  {shown}")
+    if not records:
+        raise ValueError(f"{where} has no records")
+    return records
+
+
+def unique_ids(records: Iterable[Record]) -> list[Record]:
+    """The records, with `#2`, `#3`, ... after an id that came before: LLaVA's files reuse an image's id."""
+    result = []
+    seen: dict[str, int] = {}
+    for record in records:
         record_id = record.id
         while record_id in seen:
             seen[record.id] += 1
             record_id = f"{record.id}#{seen[record.id]}"
         seen[record_id] = 1
-        if record_id != record.id:
-            record = Record(id=record_id, images=record.images, turns=record.turns, extra=record.extra)
-        records.append(record)
-    return records, errors
+        result.append(record if record_id == record.id else replace(record, id=record_id))
+    return result

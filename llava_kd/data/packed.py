@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,6 +39,10 @@ class PackedRecords:
     def save(self, folder: Path) -> None:
         self._block.tofile(folder / _BYTES)
         np.save(folder / _OFFSETS, self._offsets)
+
+    def digest(self) -> bytes:
+        """Hash of every record."""
+        return hashlib.sha256(self._block.data).digest()
 
     def __len__(self) -> int:
         return len(self._offsets) - 1

@@ -7,14 +7,22 @@ import os
 from pathlib import Path
 
 from llava_kd.data.cache import build_once, default_cache
-from llava_kd.data.conversation import Record, Source, Turn, canonical, parse_record, read_records
+from llava_kd.data.conversation import (
+    Record,
+    Source,
+    Turn,
+    canonical,
+    checked,
+    parse_record,
+    read_entries,
+    unique_ids,
+)
 from llava_kd.data.packed import PackedRecords
 
 __all__ = ["LlavaJson", "Record", "Source", "Turn", "canonical", "parse_record"]
 
 _CACHED_FROM_BYTES = 8 << 20
 _LAYOUT = 1
-_ERRORS_SHOWN = 10
 
 
 def read_confined(root: Path, image: str, *, follow_symlinks: bool) -> bytes:
@@ -36,15 +44,8 @@ def _is_below(path: str, root: Path) -> bool:
     return path.startswith(os.path.join(root, ""))
 
 
-def checked_records(path: Path) -> list[Record]:
-    """Every record of the file. ValueError names the file and the unusable records."""
-    records, errors = read_records(path)
-    if errors:
-        shown = "\n  ".join(errors[:_ERRORS_SHOWN])
-        raise ValueError(f"{path} has {len(errors)} unusable records; mend or remove them:\n  {shown}")
-    if not records:
-        raise ValueError(f"{path} has no records")
-    return records
+def _all_records(path: Path) -> list[Record]:
+    return unique_ids(checked(read_entries(path), str(path)))
 
 
 class LlavaJson:
@@ -73,10 +74,10 @@ class LlavaJson:
         with path.open("rb") as stream:
             self._fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()
         if cache is None and path.stat().st_size < _CACHED_FROM_BYTES:
-            self._records = PackedRecords.pack(checked_records(path))
+            self._records = PackedRecords.pack(_all_records(path))
             return
         folder = Path(cache or default_cache()) / f"records{_LAYOUT}-{self._fingerprint[:32]}"
-        build_once(folder, lambda scratch: PackedRecords.pack(checked_records(path)).save(scratch))
+        build_once(folder, lambda scratch: PackedRecords.pack(_all_records(path)).save(scratch))
         self._records = PackedRecords.open(folder)
 
     def __len__(self) -> int:

@@ -1,0 +1,157 @@
+"""Parquet and Arrow files with embedded images: the layouts that Hugging Face `datasets` writes.
+
+Columns: `conversations`, a list of {from, value}; `image` or `images`, bytes or {bytes, path} or a list of
+them; `id` if there is one. Arrow files (`save_to_disk`) are mapped and read at random at no cost. A Parquet
+file is read by row groups, the last few of which are kept: write it with small ones (a hundred records).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llava_kd.data.conversation import Record, checked, entry_with_images, unique_ids
+from llava_kd.data.packed import PackedRecords
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+else:
+    try:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+    except ImportError:
+        pa = pc = pq = None
+
+_GROUPS_KEPT = 4
+_IMAGE_COLUMNS = ("image", "images")
+
+
+class Tables:
+    """Records of `.parquet` and `.arrow` files. Needs the package pyarrow."""
+
+    def __init__(self, paths: Sequence[str | Path]) -> None:
+        self._paths = tuple(Path(path) for path in paths)
+        if not self._paths:
+            raise ValueError("no tables were given")
+        if missing := [str(path) for path in self._paths if not path.is_file()]:
+            raise ValueError(f"no table {', '.join(missing)}")
+        entries: list[dict] = []
+        errors: list[str] = []
+        places = []
+        for number, path in enumerate(self._paths):
+            table = _opened(path)
+            for group in range(table.num_groups):
+                for row, (raw, num_images) in enumerate(table.text_rows(group)):
+                    names = [f"{path.name}#{len(entries)}:{k}" for k in range(num_images)]
+                    entries.append(entry_with_images(raw, str(len(entries)), names))
+                    places.append((number, group, row))
+        records = unique_ids(checked(entries, ", ".join(path.name for path in self._paths), errors))
+        self._records = PackedRecords.pack(records)
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def record(self, i: int) -> Record:
+        return self._records[i]
+
+    def image_bytes(self, i: int, k: int) -> bytes:
+        number, group, row = self._places[i].tolist()
+        value = _images(self._paths[number], group)[row].as_py()
+        value = value[k] if isinstance(value, list) else value
+        data = value["bytes"] if isinstance(value, dict) else value
+        if not isinstance(data, bytes):
+            raise ValueError(f"the table holds no bytes of image {k}, only {value!r}")
+        return data
+
+    def name_of(self, i: int) -> str:
+        return self._paths[int(self._places[i, 0])].name
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the records and of the tables' names."""
+        names = "\0".join(path.name for path in self._paths)
+        return hashlib.sha256(self._records.digest() + names.encode()).hexdigest()
+
+
+class _ArrowFile:
+    """Record batches of a mapped file, in either of the two Arrow formats."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        except pa.ArrowInvalid:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self._batches = table.to_batches()
+        self._image = _image_name(path, table.schema.names)
+        self.num_groups = len(self._batches)
+
+    def text_rows(self, group: int) -> list[tuple[dict, int]]:
+        """Each row without its images, and how many it has."""
+        return _split(self._batches[group], self._image)
+
+    def images(self, group: int) -> pa.Array:
+        return self._batches[group].column(self._image)
+
+
+class _ParquetFile:
+    """Row groups of a Parquet file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = pq.ParquetFile(path)
+        names = self._file.schema_arrow.names
+        self._image = _image_name(path, names)
+        leaves = [self._file.schema.column(c).path for c in range(len(self._file.schema.names))]
+        of_image = [leaf for leaf in leaves if leaf.split(".")[0] == self._image]
+        # The paths tell the number of images without their bytes.
+        light = [leaf for leaf in of_image if leaf.endswith(".path")] or of_image
+        self._light = [name for name in names if name != self._image] + light
+        self.num_groups = self._file.num_row_groups
+
+    def text_rows(self, group: int) -> list[tuple[dict, int]]:
+        """Each row without its images, and how many it has."""
+        return _split(self._file.read_row_group(group, columns=self._light), self._image)
+
+    def images(self, group: int) -> pa.ChunkedArray:
+        return self._file.read_row_group(group, columns=[self._image]).column(0)
+
+
+@lru_cache(maxsize=256)
+def _opened(path: Path) -> _ArrowFile | _ParquetFile:
+    if pa is None:
+        raise ValueError(f"reading {path.name} needs the package pyarrow: pip install pyarrow")
+    try:
+        return _ArrowFile(path) if path.suffix == ".arrow" else _ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a whole {path.suffix} file: {error}") from None
+
+
+@lru_cache(maxsize=_GROUPS_KEPT)
+def _images(path: Path, group: int) -> pa.Array | pa.ChunkedArray:
+    return _opened(path).images(group)
+
+
+def _image_name(path: Path, names: list[str]) -> str:
+    found = [name for name in _IMAGE_COLUMNS if name in names]
+    if len(found) != 1:
+        raise ValueError(f"{path.name} must have one column out of {_IMAGE_COLUMNS}, got {names}")
+    return found[0]
+
+
+def _split(rows: pa.Table | pa.RecordBatch, image: str) -> list[tuple[dict, int]]:
+    column = rows.column(image)
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        lengths = pc.call_function("list_value_length", [column])
+        counts = [length or 0 for length in lengths.to_pylist()]
+    else:
+        counts = [int(valid) for valid in column.is_valid().to_pylist()]
+    texts = rows.select([name for name in rows.schema.names if name != image]).to_pylist()
+    return list(zip(texts, counts, strict=True))

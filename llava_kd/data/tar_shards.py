@@ -1,0 +1,140 @@
+"""Tar shards in the WebDataset layout, read at random by offset.
+
+A record is the members that share a key, the name up to the first dot of its last part: `KEY.json` holds the
+LLaVA entry, and `KEY.jpg`, or `KEY.0.jpg`, `KEY.1.png`, ... its images in the order of the placeholders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llava_kd.data.cache import build_once, default_cache
+from llava_kd.data.conversation import Record, checked, entry_with_images, unique_ids
+from llava_kd.data.packed import PackedRecords
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+_CACHED_FROM_BYTES = 64 << 20
+_LAYOUT = 1
+_Place = tuple[int, int, int]  # shard, offset, size
+
+
+class TarShards:
+    """Records of uncompressed tar files. Their headers are read once; the cache keeps those of large ones."""
+
+    def __init__(self, paths: Sequence[str | Path], *, cache: str | Path | None = None) -> None:
+        self._paths = tuple(Path(path) for path in paths)
+        if not self._paths:
+            raise ValueError("no tar shards were given")
+        if missing := [str(path) for path in self._paths if not path.is_file()]:
+            raise ValueError(f"no tar shard {', '.join(missing)}")
+        stats = [path.stat() for path in self._paths]
+        if cache is None and sum(stat.st_size for stat in stats) < _CACHED_FROM_BYTES:
+            records, self._places, self._first = _scan(self._paths)
+            self._records = PackedRecords.pack(records)
+        else:
+            key = repr(
+                [
+                    (str(p.resolve()), s.st_size, s.st_mtime_ns)
+                    for p, s in zip(self._paths, stats, strict=True)
+                ]
+            )
+            name = f"tar{_LAYOUT}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+            folder = build_once(Path(cache or default_cache()) / name, self._build)
+            self._records = PackedRecords.open(folder)
+            self._places = np.load(folder / "places.npy", mmap_mode="r")
+            self._first = np.load(folder / "first.npy", mmap_mode="r")
+        self._files: dict[int, int] = {}
+
+    def _build(self, folder: Path) -> None:
+        records, places, first = _scan(self._paths)
+        PackedRecords.pack(records).save(folder)
+        np.save(folder / "places.npy", places)
+        np.save(folder / "first.npy", first)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def record(self, i: int) -> Record:
+        return self._records[i]
+
+    def image_bytes(self, i: int, k: int) -> bytes:
+        shard, offset, size = self._places[self._first[i] + k].tolist()
+        if shard not in self._files:
+            self._files[shard] = os.open(self._paths[shard], os.O_RDONLY)
+        return os.pread(self._files[shard], size, offset)
+
+    def name_of(self, i: int) -> str:
+        first = self._first[i]
+        return self._paths[int(self._places[first, 0])].name if first < self._first[i + 1] else "tar"
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the records and of the places of their images."""
+        return hashlib.sha256(self._records.digest() + np.asarray(self._places).tobytes()).hexdigest()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_files": {}}  # open files stay in their process
+
+
+def _scan(paths: Sequence[Path]) -> tuple[list[Record], np.ndarray, np.ndarray]:
+    """Records, the place of each image, and the number of images before each record."""
+    entries: list[dict] = []
+    places: list[list[_Place]] = []
+    errors: list[str] = []
+    for shard, path in enumerate(paths):
+        for key, members in _samples(path):
+            try:
+                entry, images = _entry(path, key, members)
+            except ValueError as error:
+                errors.append(f"{path.name}: record {key!r}: {error}")
+                continue
+            entries.append(entry)
+            places.append([(shard, member.offset_data, member.size) for member in images])
+    records = unique_ids(checked(entries, ", ".join(path.name for path in paths), errors))
+    first = np.cumsum([0, *(len(of_record) for of_record in places)], dtype=np.int64)
+    flat = [place for of_record in places for place in of_record]
+    return records, np.array(flat, dtype=np.int64).reshape(-1, 3), first
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Key and members by extension; the members of a record follow each other."""
+    key, members = "", {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                if members and f"{folder}/{stem}" != key:
+                    yield key.lstrip("/"), members
+                    members = {}
+                key = f"{folder}/{stem}"
+                members[extension.lower()] = member
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is not a whole, uncompressed tar file: {error}") from None
+    if members:
+        yield key.lstrip("/"), members
+
+
+def _entry(path: Path, key: str, members: dict[str, tarfile.TarInfo]) -> tuple[dict, list[tarfile.TarInfo]]:
+    if "json" not in members:
+        raise ValueError(f"has no .json among {sorted(members)}")
+    text = members["json"]
+    with path.open("rb") as stream:
+        stream.seek(text.offset_data)
+        try:
+            raw = json.loads(stream.read(text.size))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"its .json is not JSON: {error}") from None
+    extensions = [e for e in members if e.rpartition(".")[2] in IMAGE_SUFFIXES]
+    extensions.sort(key=lambda e: (len(e.split(".")[0]) if e[0].isdigit() else 0, e))
+    images = [members[extension] for extension in extensions]
+    return entry_with_images(raw, key, [member.name.lstrip("/") for member in images]), images

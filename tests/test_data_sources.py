@@ -1,0 +1,208 @@
+"""A folder, tar shards, Parquet and Arrow tables, and a mixture: the same records give the same batches."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from data_samples import encoded_image, entry, side, write_dataset
+
+from llava_kd.data.conversation import Source
+from llava_kd.data.device_stage import tensors_of
+from llava_kd.data.loader import Loader
+from llava_kd.data.mixture import Mixture
+from llava_kd.data.packed import PackedRecords
+from llava_kd.data.records import LlavaJson
+from llava_kd.data.tables import Tables
+from llava_kd.data.tar_shards import TarShards
+
+SIDE = side()
+ENTRIES = [entry(i, images=i % 3, rounds=1 + i % 2) for i in range(12)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> LlavaJson:
+    return LlavaJson(write_dataset(tmp_path, ENTRIES), tmp_path)
+
+
+def images_of(raw: dict, root: Path) -> list[bytes]:
+    names = raw.get("image", [])
+    return [(root / name).read_bytes() for name in ([names] if isinstance(names, str) else names)]
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
+def write_tars(root: Path) -> list[Path]:
+    paths = [root / f"shard-{s}.tar" for s in range(2)]
+    for s, path in enumerate(paths):
+        with tarfile.open(path, "w") as archive:
+            for number, raw in list(enumerate(ENTRIES))[6 * s : 6 * s + 6]:
+                images = images_of(raw, root)
+                kept = {k: v for k, v in raw.items() if k != "image"}
+                for k, data in enumerate(images):
+                    kind = "png" if data.startswith(b"\x89PNG") else "jpg"
+                    name = f"{number:04}.{kind}" if len(images) == 1 else f"{number:04}.{k}.{kind}"
+                    add(archive, f"part/{name}", data)
+                add(archive, f"part/{number:04}.json", json.dumps(kept).encode())
+    return paths
+
+
+def table_of(root: Path, *, with_paths: bool = True):
+    pa = pytest.importorskip("pyarrow", reason="tables need the optional package pyarrow")
+    rows = [
+        {
+            "id": raw["id"],
+            "images": [{"bytes": d, "path": "x.jpg" if with_paths else None} for d in images_of(raw, root)],
+            "conversations": raw["conversations"],
+        }
+        for raw in ENTRIES
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+def write_parquet(root: Path, *, with_paths: bool = True) -> list[Path]:
+    table = table_of(root, with_paths=with_paths)
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(table.slice(0, 7), root / "a.parquet", row_group_size=3)
+    pq.write_table(table.slice(7), root / "b.parquet")
+    return [root / "a.parquet", root / "b.parquet"]
+
+
+def write_arrow(root: Path, *, stream: bool) -> list[Path]:
+    table = table_of(root)
+    pa = pytest.importorskip("pyarrow")
+    path = root / "data.arrow"
+    opened = pa.ipc.new_stream if stream else pa.ipc.new_file
+    with opened(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=5)
+    return [path]
+
+
+KINDS = {
+    "tar": lambda root: TarShards(write_tars(root)),
+    "tar, cached": lambda root: TarShards(write_tars(root), cache=root / "cache"),
+    "json, cached": lambda root: LlavaJson(root / "data.json", root, cache=root / "cache"),
+    "parquet": lambda root: Tables(write_parquet(root)),
+    "parquet without paths": lambda root: Tables(write_parquet(root, with_paths=False)),
+    "arrow stream": lambda root: Tables(write_arrow(root, stream=True)),
+    "arrow file": lambda root: Tables(write_arrow(root, stream=False)),
+    "mixture of one": lambda root: _in_order(LlavaJson(root / "data.json", root)),
+}
+
+
+def _in_order(source: Source) -> Mixture:
+    mixture = Mixture([source], [1.0])
+    mixture._numbers.sort()
+    return mixture
+
+
+def batches(source: Source) -> list:
+    loader = Loader(
+        source=source,
+        student=SIDE,
+        teacher=None,
+        seed=0,
+        global_batch_size=6,
+        micro_batch_size=3,
+        rank=0,
+        world_size=1,
+        device="cpu",
+    )
+    return [batch for group in loader.batches(0, 3) for batch in group]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_source_gives_the_batches_of_the_folder(folder: LlavaJson, tmp_path: Path, kind: str) -> None:
+    source = KINDS[kind](tmp_path)
+    for copy in (source, pickle.loads(pickle.dumps(source))):
+        for one, other in zip(batches(copy), batches(folder), strict=True):
+            assert one.record_ids == other.record_ids
+            for a, b in zip(tensors_of(one), tensors_of(other), strict=True):
+                assert torch.equal(a, b)
+    assert source.fingerprint == KINDS[kind](tmp_path).fingerprint
+
+
+def test_cached_records_are_mapped_and_not_copied(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path, ENTRIES)
+    source = LlavaJson(path, tmp_path, cache=tmp_path / "cache")
+    assert len(pickle.dumps(source)) < 1000
+    path.write_text(json.dumps(ENTRIES[:3]))
+    assert len(LlavaJson(path, tmp_path, cache=tmp_path / "cache")) == 3
+    path.write_text(json.dumps(ENTRIES))
+    again = LlavaJson(path, tmp_path, cache=tmp_path / "cache")
+    assert [again.record(i) for i in range(12)] == [source.record(i) for i in range(12)]
+
+
+def test_failed_build_leaves_no_cache(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path, [entry(0) | {"conversations": []}])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="1 unusable records"):
+            LlavaJson(path, tmp_path, cache=tmp_path / "cache")
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+
+
+def test_packed_records_keep_every_field(folder: LlavaJson) -> None:
+    records = [folder.record(i) for i in range(12)]
+    packed = PackedRecords.pack(records)
+    assert [packed[i] for i in (5, 5, 0, 11)] == [records[i] for i in (5, 5, 0, 11)]
+
+
+def test_more_than_nine_images_come_in_order(tmp_path: Path) -> None:
+    raw = entry(0, images=12)
+    data = [encoded_image(seed=k) for k in range(12)]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add(archive, "r.json", json.dumps({"conversations": raw["conversations"]}).encode())
+        for k in reversed(range(12)):
+            add(archive, f"r.{k}.jpg", data[k])
+    source = TarShards([tmp_path / "a.tar"])
+    assert [source.image_bytes(0, k) for k in range(12)] == data
+    assert source.record(0).id == "r"
+
+
+def test_bad_tar_is_named(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add(archive, "r.jpg", encoded_image())
+        add(archive, "s.json", b"{")
+        add(archive, "t.json", json.dumps(entry(0)).encode())
+    with pytest.raises(ValueError, match=r"a.tar has 3 unusable records") as error:
+        TarShards([tmp_path / "a.tar"])
+    for reason in ("record 'r': has no .json", "record 's': its .json is not JSON", "got 1 for 0 images"):
+        assert reason in str(error.value)
+    (tmp_path / "b.tar").write_bytes(b"no tar file at all")
+    with pytest.raises(ValueError, match=r"b.tar is not a whole, uncompressed tar file"):
+        TarShards([tmp_path / "b.tar"])
+    with pytest.raises(ValueError, match="no tar shard"):
+        TarShards([tmp_path / "c.tar"])
+
+
+def test_mixture_reads_each_source_by_its_weight(tmp_path: Path) -> None:
+    sources = []
+    for name, count in (("a", 10), ("b", 4), ("c", 20)):
+        entries = [entry(i, images=0) | {"id": f"{name}{i}"} for i in range(count)]
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(entries))
+        sources.append(LlavaJson(path, tmp_path))
+    mixture = Mixture(sources, [1.0, 2.5, 0.3])
+    ids = Counter(mixture.record(i).id for i in range(len(mixture)))
+    assert Counter(name[0] for name in ids.elements()) == {"a": 10, "b": 10, "c": 6}
+    assert all(ids[f"a{i}"] == 1 for i in range(10))
+    assert all(ids[f"b{i}"] in (2, 3) for i in range(4))
+    assert max(ids[f"c{i}"] for i in range(20)) == 1
+    assert {mixture.name_of(i) for i in range(len(mixture))} == {"a.json", "b.json", "c.json"}
+    assert Mixture(sources, [1.0, 2.5, 0.4]).fingerprint != mixture.fingerprint
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, -1.0]])
+def test_bad_weights_are_errors(folder: LlavaJson, weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="weight"):
+        Mixture([folder, folder], weights)
