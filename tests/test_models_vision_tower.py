@@ -63,8 +63,8 @@ def test_several_feature_layers_are_refused() -> None:
 
 
 def test_a_tower_of_another_family_is_refused() -> None:
-    config = LlavaConfig(vision_config={"model_type": "dinov2"}, text_config={"model_type": "qwen2"})
-    with pytest.raises(ValueError, match=r"vision_tower must be one of .*siglip.*'dinov2'"):
+    config = LlavaConfig(vision_config={"model_type": "pixtral"}, text_config={"model_type": "qwen2"})
+    with pytest.raises(ValueError, match=r"vision_tower must be one of .*siglip.*'pixtral'"):
         tokens_per_image(config)
 
 

@@ -5,39 +5,32 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
+from llava_kd.models.language_model import IMAGE_TOKEN, decoder_of, load_language_model
+from llava_kd.models.reading import existing, read_config, read_pretrained, readable
+from llava_kd.models.towers import load_tower
 from llava_kd.models.vision_tower import (
-    TOWER_CLASSES,
-    num_cls_tokens,
+    input_size,
+    num_prefix_tokens,
     text_config,
     tokens_per_image,
     vision_config,
 )
-
-IMAGE_TOKEN = "<image>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,46 +42,7 @@ class Parts:
 
     @property
     def tokens_per_image(self) -> int:
-        return tokens_per_image(self.stock.config)
-
-
-def _existing(name: str, what: str) -> str:
-    """`name` if it is a directory or could be a hub id; ValueError for a path that is not there."""
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{what} {name} has no config.json: it is not a model directory")
-        return name
-    looks_like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
-    if looks_like_a_path or (path.parent.is_dir() and str(path.parent) != "."):
-        raise ValueError(f"{what} {name} does not exist; give a model directory or a hub id such as org/name")
-    return name
-
-
-@contextmanager
-def _readable(what: str, name: str) -> Iterator[None]:
-    """Files of `name` that are missing or broken become a ValueError of one line."""
-    try:
-        yield
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{what} {name} cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _config(name: str) -> PreTrainedConfig:
-    with _readable("the config of", name):
-        return AutoConfig.from_pretrained(name)
-
-
-def _pretrained(kind: type, name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of class `kind`; ValueError if a weight is missing, which would be drawn at random."""
-    with _readable("the weights of", name):
-        model, info = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    assert isinstance(model, PreTrainedModel)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{name} lacks {len(missing)} weights of a {type(model).__name__}: {missing[:3]} ..."
-        )
-    return model
+        return tokens_per_image(self.stock.config, input_size(self.processor.image_processor))
 
 
 def load_stock(name: str, *, dtype: torch.dtype = torch.float32) -> Parts:
@@ -96,13 +50,13 @@ def load_stock(name: str, *, dtype: torch.dtype = torch.float32) -> Parts:
 
     Raises ValueError if it is missing, is another kind of model, or lacks its processor.
     """
-    name = _existing(name, "the LLaVA checkpoint")
-    config = _config(name)
+    name = existing(name, "the LLaVA checkpoint")
+    config = read_config(name)
     if not isinstance(config, LlavaConfig):
         raise ValueError(f"{name} is a {config.model_type!r} model; a LLaVA checkpoint must be 'llava'")
-    stock = _pretrained(LlavaForConditionalGeneration, name, dtype)
+    stock = read_pretrained(LlavaForConditionalGeneration, name, dtype)
     assert isinstance(stock, LlavaForConditionalGeneration)
-    with _readable("the processor of", name):
+    with readable("the processor of", name):
         processor = LlavaProcessor.from_pretrained(name)
     if processor.patch_size is None:
         raise ValueError(f"the processor of {name} has no patch_size; add it to processor_config.json")
@@ -122,35 +76,21 @@ def compose(
 
     The tokenizer gets an image token only if it has none, and the embeddings grow only if it has no row.
     """
-    tower = _load_tower(_existing(vision_tower, "the vision tower"), dtype)
-    name = _existing(language_model, "the language model")
-    if type(text := _config(name)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
-            f"the language model {name} is a {text.model_type!r} model, not a causal language model"
-        )
-    with _readable("the tokenizer of", name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    causal = _pretrained(AutoModelForCausalLM, name, dtype)
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if len(tokenizer) > causal.config.get_text_config().vocab_size:
-        causal.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    loaded = load_tower(vision_tower, feature_layer=vision_feature_layer, dtype=dtype, seed=seed)
+    tower = loaded.model
+    causal, tokenizer = load_language_model(language_model, dtype=dtype)
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=causal.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
         projector_hidden_act="gelu",
         tie_word_embeddings=causal.config.tie_word_embeddings,
     )
-    config.image_seq_length = tokens_per_image(config)
+    config.image_seq_length = tokens_per_image(config, input_size(loaded.image_processor))
     stock = _assemble(config, tower, causal, seed=seed, dtype=dtype)
-    with _readable("the image processor of", vision_tower):
-        image_processor = AutoImageProcessor.from_pretrained(vision_tower)
-    return Parts(stock=stock, processor=make_processor(config, tokenizer, image_processor))
+    return Parts(stock=stock, processor=make_processor(config, tokenizer, loaded.image_processor))
 
 
 def make_processor(
@@ -162,18 +102,9 @@ def make_processor(
         tokenizer=tokenizer,
         patch_size=vision_config(config).patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=num_cls_tokens(config),
+        num_additional_image_tokens=num_prefix_tokens(config),
         chat_template=tokenizer.chat_template,
     )
-
-
-def _load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    model_type = _config(name).model_type
-    if model_type not in TOWER_CLASSES:
-        raise ValueError(
-            f"vision tower {name} is a {model_type!r} model; stock LLaVA needs one of {sorted(TOWER_CLASSES)}"
-        )
-    return _pretrained(TOWER_CLASSES[model_type], name, dtype)
 
 
 def _assemble(
@@ -183,12 +114,13 @@ def _assemble(
     with torch.device("meta"):
         stock = LlavaForConditionalGeneration(config)
     stock.model.vision_tower = tower
-    stock.model.language_model = causal.get_decoder()
+    stock.model.language_model = decoder_of(causal)
     stock.set_output_embeddings(causal.get_output_embeddings())
     projector = stock.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
     generator = torch.Generator().manual_seed(seed)
+    std = text_config(config).to_dict().get("initializer_range", 0.02)
     for linear in (projector.linear_1, projector.linear_2):
-        nn.init.normal_(linear.weight, std=text_config(config).initializer_range, generator=generator)
+        nn.init.normal_(linear.weight, std=std, generator=generator)
         nn.init.zeros_(linear.bias)
     stock.tie_weights()
     stock.generation_config = causal.generation_config

@@ -8,19 +8,55 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, LlavaConfig, PreTrainedConfig, SiglipVisionModel
+from transformers import (
+    Aimv2VisionModel,
+    BaseImageProcessor,
+    CLIPVisionModel,
+    DeiTModel,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    DINOv3ViTModel,
+    IJepaModel,
+    LlavaConfig,
+    PreTrainedConfig,
+    SiglipVisionModel,
+    ViTModel,
+)
 
-# Vision-only class of each family that stock LLaVA reads as pixel rows -> hidden states per patch.
-TOWER_CLASSES: Mapping[str, type] = {
-    "siglip": SiglipVisionModel,
-    "siglip_vision_model": SiglipVisionModel,
-    "clip": CLIPVisionModel,
-    "clip_vision_model": CLIPVisionModel,
+from llava_kd.models.adapted_tower import AdaptedTower, AdaptedTowerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A kind of tower that gives [I, N, E] hidden states: `num_cls` tokens, then registers, then patches.
+
+    `any_size`: positions are interpolated, so that any multiple of the patch size can be read.
+    """
+
+    model_class: type
+    num_cls: int
+    any_size: bool = False
+    is_stock: bool = True
+
+
+FAMILIES: Mapping[str, Family] = {
+    "siglip_vision_model": Family(model_class=SiglipVisionModel, num_cls=0),
+    "clip_vision_model": Family(model_class=CLIPVisionModel, num_cls=1),
+    "dinov2": Family(model_class=Dinov2Model, num_cls=1, any_size=True),
+    "dinov2_with_registers": Family(model_class=Dinov2WithRegistersModel, num_cls=1, any_size=True),
+    "dinov3_vit": Family(model_class=DINOv3ViTModel, num_cls=1, any_size=True),
+    "vit": Family(model_class=ViTModel, num_cls=1),
+    "deit": Family(model_class=DeiTModel, num_cls=2),
+    "ijepa": Family(model_class=IJepaModel, num_cls=0),
+    "aimv2_vision_model": Family(model_class=Aimv2VisionModel, num_cls=0),
+    AdaptedTowerConfig.model_type: Family(model_class=AdaptedTower, num_cls=0, is_stock=False),
 }
-_CLS_TOKENS: Mapping[str, int] = {"siglip_vision_model": 0, "clip_vision_model": 1}
+# Image-text models whose vision half is one of the families.
+VISION_PARTS = ("siglip", "clip", "aimv2")
 
 
 def vision_config(config: LlavaConfig) -> PreTrainedConfig:
@@ -40,20 +76,64 @@ def feature_layer(config: LlavaConfig) -> int:
     return config.vision_feature_layer
 
 
-def num_cls_tokens(config: LlavaConfig) -> int:
-    """Tokens that the tower puts before its patches."""
+def family(config: LlavaConfig) -> Family:
+    """Raises ValueError for a tower that no family describes."""
     model_type = vision_config(config).model_type
-    if model_type not in _CLS_TOKENS:
-        raise ValueError(f"vision_tower must be one of {sorted(_CLS_TOKENS)}; got {model_type!r}")
-    return _CLS_TOKENS[model_type]
+    if model_type not in FAMILIES:
+        raise ValueError(f"vision_tower must be one of {sorted(FAMILIES)}; got {model_type!r}")
+    return FAMILIES[model_type]
 
 
-def tokens_per_image(config: LlavaConfig) -> int:
-    """Visual tokens of one image: patches plus CLS, less the first where the strategy is `default`."""
+def num_prefix_tokens(config: LlavaConfig) -> int:
+    """Tokens that the tower puts before its patches: CLS and registers."""
     vision = vision_config(config)
-    patches = (vision.image_size // vision.patch_size) ** 2
+    if isinstance(vision, AdaptedTowerConfig):
+        return vision.num_prefix_tokens
+    return family(config).num_cls + vision.to_dict().get("num_register_tokens", 0)
+
+
+def grid(config: LlavaConfig, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Rows and columns of patches of an image of `image_size`, by default the tower's own.
+
+    Raises ValueError for a size that the tower cannot take.
+    """
+    vision = vision_config(config)
+    patch = vision.patch_size
+    own = (vision.image_size, vision.image_size)
+    height, width = image_size or own
+    kind = family(config)
+    if kind.any_size and (height % patch or width % patch):
+        raise ValueError(
+            f"images for a {vision.model_type!r} tower must be multiples of its patch size {patch}; the "
+            f"image processor gives {height} x {width}"
+        )
+    if not kind.any_size and (height, width) != own:
+        raise ValueError(
+            f"this {vision.model_type!r} tower takes images of {own[0]} x {own[1]} pixels; the image "
+            f"processor gives {height} x {width}; change its size or take another tower"
+        )
+    return height // patch, width // patch
+
+
+def tokens_per_image(config: LlavaConfig, image_size: tuple[int, int] | None = None) -> int:
+    """Visual tokens of one image: patches and prefix, less the first where the strategy is `default`."""
+    rows, columns = grid(config, image_size)
     dropped = 1 if config.vision_feature_select_strategy == "default" else 0
-    return patches + num_cls_tokens(config) - dropped
+    return rows * columns + num_prefix_tokens(config) - dropped
+
+
+def input_size(processor: BaseImageProcessor) -> tuple[int, int]:
+    """Height and width of what an image processor gives. Raises ValueError where it varies."""
+    settings = processor.to_dict()
+    size = settings.get("size") or {}
+    if settings.get("do_center_crop") and settings.get("crop_size"):
+        size = settings["crop_size"]
+    if "height" not in size or "width" not in size:
+        raise ValueError(
+            f"the image processor must give a fixed size; got size {dict(size)}: set height and width in "
+            "preprocessor_config.json"
+        )
+    return size["height"], size["width"]
 
 
 def image_features(tower: nn.Module, pixels_ICHW: Tensor, *, layer: int, strategy: str) -> Tensor:

@@ -1,0 +1,136 @@
+"""Language models inside a stock LLaVA: equal logits, no row moved, or refused with the reason.
+
+Shape legend: B rows, T tokens, D width, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_llava import IMAGE_TOKEN
+from tiny_towers import LANGUAGE_MODELS, make_language_model, make_tower
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+
+from llava_kd.batch import Inputs
+from llava_kd.models.checkpoint import Parts, compose, save_stock
+from llava_kd.models.language_model import load_language_model
+from llava_kd.models.mllm import MLLM
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_tower("siglip", tmp_path_factory.mktemp("tower") / "siglip")
+
+
+@pytest.fixture(scope="module", params=list(LANGUAGE_MODELS))
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_language_model(request.param, tmp_path_factory.mktemp("llm") / request.param)
+
+
+@pytest.fixture(scope="module")
+def parts(directory: Path, tower: str) -> Parts:
+    return compose(vision_tower=tower, language_model=str(directory))
+
+
+def text_inputs(ids_BT: torch.Tensor) -> Inputs:
+    zeros_BT = torch.zeros_like(ids_BT)
+    return Inputs(
+        input_ids_BT=ids_BT,
+        labels_BT=ids_BT,
+        position_ids_BT=torch.arange(ids_BT.shape[1]).expand_as(ids_BT),
+        segment_ids_BT=zeros_BT + 1,
+        visual_BT=zeros_BT.bool(),
+        pixels_ICHW=torch.zeros(0, 3, 32, 32),
+        image_is_valid_I=torch.zeros(0, dtype=torch.bool),
+    )
+
+
+def our_logits(parts: Parts, inputs: Inputs, features_INE: torch.Tensor) -> torch.Tensor:
+    prediction = MLLM(parts.stock).eval()(inputs, features_INE)
+    assert prediction.bias_V is None
+    return prediction.hidden_BTD @ prediction.head_VD.T
+
+
+@torch.no_grad()
+def test_text_gets_the_logits_of_the_language_model_alone(directory: Path, parts: Parts) -> None:
+    ids_BT = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(0))
+    alone = AutoModelForCausalLM.from_pretrained(directory).eval()
+    ours_BTV = our_logits(parts, text_inputs(ids_BT), torch.zeros(0, 1, 32))
+    expected_BTV = alone(input_ids=ids_BT).logits
+    torch.testing.assert_close(ours_BTV, expected_BTV, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_picture_gets_the_logits_of_stock_llava_after_saving(parts: Parts, tmp_path: Path) -> None:
+    save_stock(parts, tmp_path / "student")
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "student").eval()
+    image = torch.randint(0, 255, (3, 40, 50), dtype=torch.uint8)
+    encoded = parts.processor(images=[image], text="what? <image> it is", return_tensors="pt")
+    ids_BT = encoded["input_ids"]
+    visual_BT = ids_BT == parts.stock.config.image_token_id
+    inputs = Inputs(
+        **{
+            **vars(text_inputs(ids_BT)),
+            "visual_BT": visual_BT,
+            "pixels_ICHW": encoded["pixel_values"],
+            "image_is_valid_I": torch.ones(1, dtype=torch.bool),
+        }
+    )
+    mllm = MLLM(parts.stock).eval()
+    ours_BTV = our_logits(parts, inputs, mllm.image_features(inputs))
+    torch.testing.assert_close(ours_BTV, stock(**encoded).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [259, 260, 300], ids=["too few", "just enough", "padding rows"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_image_token_moves_no_row(rows: int, tied: bool, tmp_path: Path) -> None:
+    directory = make_language_model("llama", tmp_path / "llm", vocab_size=rows, tie_word_embeddings=tied)
+    before = AutoModelForCausalLM.from_pretrained(directory)
+    causal, tokenizer = load_language_model(str(directory), dtype=torch.float32)
+    image_id = tokenizer.get_vocab()[IMAGE_TOKEN]
+    for one, other in (
+        (before.get_input_embeddings(), causal.get_input_embeddings()),
+        (before.get_output_embeddings(), causal.get_output_embeddings()),
+    ):
+        assert len(other.weight) == max(rows, len(tokenizer)) > image_id
+        torch.testing.assert_close(one.weight, other.weight[:rows], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "message"),
+    [
+        ("gemma2", {"head_dim": 8}, "final_logit_softcapping': 30"),
+        ("granite", {"logits_scaling": 3.0}, "logits_scaling': 3"),
+        ("cohere", {}, "does more than its decoder and head"),
+        ("gpt2", {}, "embed_tokens and layers"),
+        ("opt", {}, "embed_tokens and layers"),
+    ],
+)
+def test_a_model_that_stock_llava_would_change_is_refused(
+    model_type: str, settings: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    directory = make_language_model(model_type, tmp_path / model_type, **settings)
+    with pytest.raises(ValueError, match=message):
+        load_language_model(str(directory), dtype=torch.float32)
+
+
+def test_a_bias_on_the_head_is_refused_unless_it_is_zero(tmp_path: Path) -> None:
+    directory = make_language_model("phi", tmp_path / "phi")
+    causal, _ = load_language_model(str(directory), dtype=torch.float32)
+    head = causal.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear)
+    assert head.bias is None
+    weights = load_file(directory / "model.safetensors")
+    weights["lm_head.bias"][3] = 0.5
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"bias on its head \(lm_head.bias, up to 0.5\)"):
+        load_language_model(str(directory), dtype=torch.float32)
+
+
+def test_a_missing_directory_comes_with_its_neighbours(tmp_path: Path) -> None:
+    make_language_model("llama", tmp_path / "llama-tiny")
+    with pytest.raises(ValueError, match=r"does not exist \(did you mean llama-tiny\?\)"):
+        load_language_model(str(tmp_path / "llama-tine"), dtype=torch.float32)
