@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from tiny_llava import make_tiny_llava
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from llava_kd.data.conversation import Turn
 from llava_kd.data.template import TEMPLATES
-from llava_kd.evaluation.generate import Generator, evaluation_mode, render_prompt
+from llava_kd.evaluation.answers import answers_file, read_lines
+from llava_kd.evaluation.generate import Generator, evaluation_mode, generate, render_prompt
 from llava_kd.evaluation.questions import Question, read_llava_json
 from llava_kd.evaluation.runner import evaluate
 
@@ -79,6 +80,34 @@ def test_answers_do_not_depend_on_the_batch(data_json: Path, generator: Generato
     together = generator.answer(questions)
     assert together == [generator.answer([question])[0] for question in questions]
     assert together[::-1] == generator.answer(questions[::-1])
+
+
+def test_bfloat16_answers_and_an_unknown_number_format_is_refused(
+    model_dir: Path, data_json: Path, tmp_path: Path
+) -> None:
+    summary = evaluate(
+        model_dir, data_json, tmp_path / "bf16", dtype="bfloat16", max_new_tokens=3, progress=False
+    )
+    assert summary["fingerprints"]["dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got 'int8'"):
+        evaluate(model_dir, data_json, tmp_path / "int8", dtype="int8")
+
+
+def test_a_batch_that_does_not_fit_says_so_and_keeps_the_answers(
+    data_json: Path, generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    greedy, calls = Generator.greedy, []
+
+    def second_fails(self: Generator, inputs: BatchFeature) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return greedy(self, inputs)
+
+    monkeypatch.setattr(Generator, "greedy", second_fails)
+    with pytest.raises(ValueError, match="batch of 4 questions needs more memory"):
+        generate(generator, read_llava_json(data_json), out_dir=tmp_path, batch_size=4, progress=False)
+    assert len(read_lines(answers_file(tmp_path))) == 4
 
 
 def test_decode_stops_at_the_end_token(generator: Generator) -> None:

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from tiny_llava import make_tiny_llava
 
-from llava_kd.evaluation.generate import Generator
+from llava_kd.evaluation.answers import answers_file, read_lines
+from llava_kd.evaluation.generate import Generator, generate
+from llava_kd.evaluation.ranks import Ranks
 from llava_kd.evaluation.runner import evaluate
 from llava_kd.evaluation.slices import Slice, read_slice, score_slices
 
@@ -67,6 +69,19 @@ def data_json(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path
         records[k]["conversations"][1]["value"] = texts[k]
     path.write_text(json.dumps(records))
     return path
+
+
+def test_the_parts_of_the_ranks_are_disjoint_and_whole(
+    model_dir: Path, data_json: Path, tmp_path: Path
+) -> None:
+    live = Generator.load(model_dir, device=torch.device("cpu"), max_new_tokens=2)
+    questions = read_slice("all", data_json).questions
+    for rank in range(3):
+        ranks = Ranks(rank=rank, world_size=3)
+        generate(live, questions, out_dir=tmp_path, ranks=ranks, batch_size=2, progress=False)
+    parts = [[a["id"] for a in read_lines(answers_file(tmp_path, rank))] for rank in range(3)]
+    assert sorted(len(part) for part in parts) == [2, 2, 3]
+    assert sorted(name for part in parts for name in part) == sorted(q.id for q in questions)
 
 
 @pytest.mark.distributed

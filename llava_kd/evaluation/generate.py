@@ -236,7 +236,13 @@ def generate(
     bar = tqdm(total=sum(map(len, batches)), desc="answers", unit="q", disable=not progress or ranks.rank > 0)
     with AnswerWriter(out_dir, ranks.rank) as writer, bar, ThreadPoolExecutor(prefetch) as pool:
         for batch, inputs in _prefetched(generator, batches, pool, prefetch):
-            texts = generator.decode(generator.greedy(inputs))
+            try:
+                texts = generator.decode(generator.greedy(inputs))
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"a batch of {len(batch)} questions needs more memory than {generator.model.device} has; "
+                    "run again with a smaller batch size, the answers so far are kept"
+                ) from error
             writer.write(_answer(question, text) for question, text in zip(batch, texts, strict=True))
             bar.update(len(batch))
 
