@@ -86,7 +86,7 @@ def make_examples(
     *, num_train: int, num_validation: int, num_test: int, seed: int
 ) -> dict[str, list[Example]]:
     """Scenes and questions of the three splits: one question a scene to test with, several to train on."""
-    rng = random.Random(f"shapes {seed}")
+    rng = random.Random(f"scenes {seed}")
     seen: set[Scene] = set()
     test = list(_held_out("test", num_test, rng, seen))
     validation = list(_held_out("validation", num_validation, rng, seen))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from llava_kd.data.shapes_scene import CELLS, COLOURS, SHAPES, Scene, Shape
@@ -47,9 +48,13 @@ def _unique(scene: Scene, key: Callable[[Shape], tuple[str, ...]]) -> Iterator[t
     return ((s, key(s)) for s in scene if counts[key(s)] == 1)
 
 
-def _named(scene: Scene) -> list[tuple[Shape, str]]:
-    """Shapes that "the red circle" points at without doubt, with that name."""
-    return [(s, " ".join(key)) for s, key in _unique(scene, lambda s: (s.colour, s.shape))]
+def _named(scene: Scene) -> dict[str, list[tuple[Shape, str]]]:
+    """Shapes with a name that points at them without doubt, per kind of name: from easy to hard to find."""
+    return {
+        "by shape": [(s, shape) for s, (shape,) in _unique(scene, lambda s: (s.shape,))],
+        "by colour": [(s, f"{colour} shape") for s, (colour,) in _unique(scene, lambda s: (s.colour,))],
+        "by both": [(s, " ".join(key)) for s, key in _unique(scene, lambda s: (s.colour, s.shape))],
+    }
 
 
 def _colour_questions(scene: Scene) -> Iterator[Question]:
@@ -88,47 +93,60 @@ def _count_questions(scene: Scene) -> Iterator[Question]:
 
 
 def _exist_questions(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    """As many "no" as "yes"; half of the absent shapes have their colour and form in the scene, apart."""
+    colours, shapes = {s.colour for s in scene}, {s.shape for s in scene}
+    for colour in COLOURS:
+        yield _exist("by colour", f"{colour} shape", colour in colours)
+    for shape in SHAPES:
+        yield _exist("by shape", shape, shape in shapes)
     present = sorted({(s.colour, s.shape) for s in scene})
+    for colour, shape in present:
+        yield _exist("by both", f"{colour} {shape}", True)
+    for colour, shape in _absent_pairs(present, rng):
+        yield _exist("by both", f"{colour} {shape}", False)
+
+
+def _absent_pairs(present: Sequence[tuple[str, str]], rng: random.Random) -> list[tuple[str, str]]:
+    """As many pairs as are present; half of them have their colour and their shape in the scene, apart."""
     absent = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in present]
     colours, shapes = {c for c, _ in present}, {s for _, s in present}
     swapped = [(c, s) for c, s in absent if c in colours and s in shapes]
-    missing = rng.sample(swapped, min(len(swapped), (len(present) + 1) // 2))
-    missing += rng.sample([pair for pair in absent if pair not in missing], len(present) - len(missing))
-    for pairs, answer in ((present, "yes"), (missing, "no")):
-        for colour, shape in pairs:
-            article = "an" if colour[0] in "aeiou" else "a"
-            text = f"Is there {article} {colour} {shape}?"
-            yield Question(type="exist", form="", text=text, answer=answer)
+    pairs = rng.sample(swapped, min(len(swapped), (len(present) + 1) // 2))
+    return pairs + rng.sample([pair for pair in absent if pair not in pairs], len(present) - len(pairs))
+
+
+def _exist(form: str, name: str, is_present: bool) -> Question:
+    article = "an" if name[0] in "aeiou" else "a"
+    answer = "yes" if is_present else "no"
+    return Question(type="exist", form=form, text=f"Is there {article} {name}?", answer=answer)
 
 
 def _position_questions(scene: Scene) -> Iterator[Question]:
-    for s, name in _named(scene):
-        yield Question(type="position", form="", text=f"Where is the {name}?", answer=CELLS[s.cell])
+    for form, named in _named(scene).items():
+        for s, name in named:
+            yield Question(type="position", form=form, text=f"Where is the {name}?", answer=CELLS[s.cell])
 
 
 def _compare_questions(scene: Scene) -> Iterator[Question]:
     """Both orders of every pair; a relation is asked only where it, or its opposite, strictly holds."""
-    named = _named(scene)
-    for a, name_a in named:
-        for b, name_b in named:
-            columns, rows = b.column - a.column, b.row - a.row
-            sizes = (a.size == "large") - (b.size == "large")
-            for relation, amount in (
-                ("left of", columns),
-                ("right of", -columns),
-                ("above", rows),
-                ("below", -rows),
-                ("larger than", sizes),
-                ("smaller than", -sizes),
-            ):
-                if amount:
-                    yield Question(
-                        type="compare",
-                        form=relation,
-                        text=f"Is the {name_a} {relation} the {name_b}?",
-                        answer="yes" if amount > 0 else "no",
-                    )
+    for kind, named in _named(scene).items():
+        for (a, name_a), (b, name_b) in itertools.permutations(named, 2):
+            for relation, holds in _relations(a, b):
+                text = f"Is the {name_a} {relation} the {name_b}?"
+                answer = "yes" if holds else "no"
+                yield Question(type="compare", form=f"{relation} {kind}", text=text, answer=answer)
+
+
+def _relations(a: Shape, b: Shape) -> Iterator[tuple[str, bool]]:
+    """The relations that `a` has to `b`, or strictly has not."""
+    larger = (a.size == "large") - (b.size == "large")
+    for relation, opposite, amount in (
+        ("left of", "right of", b.column - a.column),
+        ("above", "below", b.row - a.row),
+        ("larger than", "smaller than", larger),
+    ):
+        if amount:
+            yield relation, amount > 0
+            yield opposite, amount < 0
 
 
 class Picker:
