@@ -165,7 +165,11 @@ def test_only_the_trained_parts_move_and_only_they_are_saved(run: Run) -> None:
     assert {key.split("/", 1)[1] for key in state} == trained
     for name, value in run.teacher.mllm.stock.state_dict().items():
         assert torch.equal(value, theirs[name]), name
+    run.student.train()
     assert not any(module.training for module in run.teacher.mllm.stock.modules())
+    assert all(name.startswith("mllm.") for name in run.engine.parameters())
+    theirs_by_id = {id(module) for module in run.teacher.mllm.stock.modules()}
+    assert not theirs_by_id & {id(module) for module in run.student.modules()}
 
 
 def test_the_log_names_every_term_and_what_it_cost(undisturbed: Run) -> None:
