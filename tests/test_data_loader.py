@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -309,3 +311,25 @@ def test_fingerprint_is_the_same_in_another_run(source: LlavaJson) -> None:
         make_loader(source, student=side(tokenizer=qwen_like())).fingerprint
         == make_loader(source).fingerprint
     )
+
+
+class _Deadly:
+    """A source whose worker is killed when it opens an image, as by a machine that is out of memory."""
+
+    def __init__(self, source: LlavaJson) -> None:
+        self._source = source
+        self.record, self.name_of = source.record, source.name_of
+        self.fingerprint = source.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def image_bytes(self, i: int, k: int) -> bytes:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return b""
+
+
+def test_killed_worker_is_a_clear_error(source: LlavaJson) -> None:
+    loader = make_loader(_Deadly(source), num_workers=1)
+    with pytest.raises(RuntimeError, match=r"a data worker died .* use fewer data.num_workers"):
+        next(loader.batches(0, 1))
