@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,18 +37,31 @@ def _parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", _train, "run one stage from its YAML file")
     train.add_argument("config", help="YAML file; any setting may follow as --a.b=value")
 
-    evaluate = _command(commands, "eval", _eval, "answer and score a LLaVA JSON test file")
+    evaluate = _command(commands, "eval", _eval, "answer and score a test file, or benchmarks")
     evaluate.add_argument("--model", required=True, help="stock LLaVA directory")
-    evaluate.add_argument("--data", required=True, help="test file; records may carry a `type`")
-    evaluate.add_argument("--out", required=True, help="directory for answers.jsonl and summary.json")
-    evaluate.add_argument("--images", help="image root (default: the folder of the test file)")
+    evaluate.add_argument(
+        "--benchmark", help="names joined by commas, or `all`; without it, a LLaVA JSON file"
+    )
+    evaluate.add_argument("--data", required=True, help="the LLaVA JSON file, or the root of the benchmarks")
+    evaluate.add_argument("--out", required=True, help="directory for answers and scores")
+    evaluate.add_argument("--images", help="image root of the file (default: its folder)")
     evaluate.add_argument("--batch_size", type=int, default=32)
-    evaluate.add_argument("--max_new_tokens", type=int, default=32)
+    evaluate.add_argument("--max_new_tokens", type=int, help="default: 32, or each benchmark's own")
+    evaluate.add_argument("--limit", type=int, help="ask the first questions of each benchmark only")
 
     report = _command(commands, "report", _report, "write results.json and report.html of a comparison run")
     report.add_argument("--run", required=True, dest="directory")
 
-    data = commands.add_parser("data", help="make data").add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="make and check data").add_subparsers(
+        dest="command", required=True
+    )
+    verify = _command(
+        data, "verify", _verify, "find bad records, or missing files of benchmarks, before a run"
+    )
+    verify.add_argument("--benchmark", help="names joined by commas, or `all`")
+    verify.add_argument("--data", required=True, help="a LLaVA JSON file, or the root of the benchmarks")
+    verify.add_argument("--images", help="image root of the file (default: its folder)")
+    verify.add_argument("--threads", type=int, default=4)
     shapes = _command(data, "shapes", _shapes, "generate pictures of shapes with captions and questions")
     shapes.add_argument("--out", required=True)
     shapes.add_argument("--num_train", type=int, default=4000, help="training scenes")
@@ -77,6 +91,21 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    if arguments.benchmark:
+        from llava_kd.evaluation.benchmarks.run import evaluate_benchmarks
+
+        evaluate_benchmarks(
+            arguments.model,
+            arguments.benchmark,
+            arguments.data,
+            arguments.out,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+            limit=arguments.limit,
+        )
+        if _is_first_rank():
+            print((Path(arguments.out) / "table.md").read_text())
+        return 0
     from llava_kd.evaluation.runner import evaluate
 
     summary = evaluate(
@@ -85,11 +114,32 @@ def _eval(arguments: argparse.Namespace) -> int:
         arguments.out,
         image_root=arguments.images,
         batch_size=arguments.batch_size,
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=arguments.max_new_tokens or 32,
     )
-    shown = {name: summary[name] for name in ("accuracy", "count", "by_type")}
-    print(json.dumps(shown, indent=2))
+    if _is_first_rank():
+        shown = {name: summary[name] for name in ("accuracy", "count", "by_type")}
+        print(json.dumps(shown, indent=2))
     return 0
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    """Exit status 1 where something is wrong, so that a script stops before a GPU is touched."""
+    if arguments.benchmark:
+        from llava_kd.evaluation.benchmarks.run import describe, verify
+
+        found = verify(arguments.benchmark, arguments.data)
+        print(describe(found))
+        return int(any(verification.problems for verification in found.values()))
+    from llava_kd.data.verify import verify_file
+
+    images = arguments.images or Path(arguments.data).parent
+    report = verify_file(arguments.data, images, num_threads=arguments.threads, progress=True)
+    print(report.summary())
+    return int(not report.is_sound)
 
 
 def _report(arguments: argparse.Namespace) -> int:
