@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from data_samples import entry, side, write_dataset
 
 from llava_kd.data.records import LlavaJson
-from llava_kd.data.verify import verify, verify_file
+from llava_kd.data.verify import verify, verify_file, write_sound
 
 
 @pytest.fixture
@@ -63,3 +65,29 @@ def test_report_is_saved_as_json(spoilt: Path) -> None:
     assert saved["records"] == 8
     assert saved["truncated"] is None
     assert len(saved["bad_images"]) == 3
+
+
+def test_sound_records_are_kept(spoilt: Path) -> None:
+    kept = spoilt.parent / "kept.json"
+    assert write_sound(spoilt, kept) == 2
+    source = LlavaJson(kept, spoilt.parent)
+    assert [source.record(i).id for i in range(len(source))] == [
+        f"r{i}" for i in range(10) if i not in (3, 4)
+    ]
+
+
+def test_layout_check_counts_the_folders(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path, [entry(i, images=i % 2) for i in range(6)])
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "data" / "check_layout.py"),
+        str(path),
+        str(tmp_path),
+    ]
+    sound = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "images                           3 records" in sound.stdout
+    assert "no image                         3 records" in sound.stdout
+    (tmp_path / "images" / "1_0.jpg").unlink()
+    faulty = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert faulty.returncode == 1
+    assert "problem: images: images/1_0.jpg is missing" in faulty.stdout

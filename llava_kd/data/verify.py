@@ -11,7 +11,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from llava_kd.data.conversation import Record, Source, parse_all, read_entries, unique_ids
+from llava_kd.data.conversation import (
+    Record,
+    Source,
+    parse_all,
+    parse_record,
+    read_entries,
+    unique_ids,
+)
 from llava_kd.data.images import decode
 from llava_kd.data.records import read_confined
 from llava_kd.data.side import Side
@@ -85,6 +92,20 @@ def verify_file(
         return read_confined(root, records[i].images[k], follow_symlinks=follow_symlinks)
 
     return _check(records, read, errors, side=side, num_threads=num_threads, progress=progress)
+
+
+def write_sound(path: str | Path, out: str | Path) -> int:
+    """Copy the structurally sound entries of a LLaVA file to the JSON list `out`; the number left behind."""
+    sound, left = [], 0
+    for position, raw in enumerate(read_entries(Path(path))):
+        try:
+            parse_record(raw, position)
+        except ValueError:
+            left += 1
+            continue
+        sound.append(raw)
+    Path(out).write_text(json.dumps(sound, ensure_ascii=False, indent=0) + "\n")
+    return left
 
 
 def verify(
