@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import loss_head
+import make_docs
 import relation as relation_benchmark
 from _head_losses import Case, make_case, naive, ours, recompute
 from loss_head import exact_gradients, near, step
@@ -66,3 +67,7 @@ def test_relation_benchmark_writes_small_errors(tmp_path: Path, monkeypatch: pyt
     assert [row["impl"] for row in rows] == ["materialised", "Gram"] * 2
     assert all(row["dh_error"] < 1e-4 for row in rows)
     assert all(row["dw_error"] < 1e-4 for row in rows if "moving" in row["case"])
+
+
+def test_performance_page_is_what_the_results_give():
+    assert make_docs.PAGE.read_text() == make_docs.page(), "run python benchmarks/make_docs.py"

@@ -1,0 +1,218 @@
+"""Write docs/performance.md from the JSON in benchmarks/results/.
+
+python benchmarks/make_docs.py            # write
+python benchmarks/make_docs.py --check    # exit 1 if the page is not what the results give
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from _common import Row, Value, markdown_table
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGE = HERE.parent / "docs" / "performance.md"
+HEADERS = {
+    "ratio_to_gemms": "x products",
+    "ratio_to_ours": "x ours",
+    "peak_extra_bytes": "peak MB",
+    "peak_temporary_bytes": "peak MB less gradients",
+    "dx_error": "dX error",
+    "dw_error": "dW error",
+    "dh_error": "dH error",
+    "row_error": "value error",
+    "kl": "KL",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of a result that have a figure in the first of `figures`, by the columns given."""
+
+    columns: tuple[str, ...]
+    figure: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """What the page says of one benchmark; without tables, every column."""
+
+    script: str
+    title: str
+    text: str
+    tables: tuple[Table, ...] = ()
+    on_gpu: bool = True
+
+
+PEAKS = ("peak_extra_bytes", "peak_temporary_bytes")
+ERRORS = ("row_error", "dh_error", "dw_error")
+STEP = ("case", "impl", "seconds", "samples_per_s", "ratio_to_ours", "mfu", "peak_gb")
+
+
+SECTIONS = (
+    Section(
+        script="loss_head",
+        title="The loss head",
+        text="""Forward and backward of cross-entropy and KL from hidden states, beside the matrix products alone:
+the floor of all that computes each of them once. `less gradients` leaves out the dX and dW that every
+implementation returns. Errors are relative distances of the gradient from fp64, for bf16 inputs.""",
+        tables=(
+            Table(figure="seconds", columns=("case", "terms", "impl", "seconds", "ratio_to_gemms", *PEAKS)),
+            Table(figure="dx_error", columns=("case", "impl", "kl", "dx_error", "dw_error")),
+        ),
+    ),
+    Section(
+        script="relation",
+        title="The relation loss",
+        text="""Forward and backward through the heads' Gram matrices, beside forming the logits of visual tokens.
+A frozen head's Gram matrix is computed once; a moving head's at every step, with its gradient.""",
+        tables=(Table(figure="seconds", columns=("case", "impl", "seconds", "speedup", PEAKS[0], *ERRORS)),),
+    ),
+    Section(
+        script="step",
+        title="A whole distillation step",
+        text="""Tower once, teacher forward, student forward and backward, losses, optimiser; random weights. Each
+switch of ours turned off in turn, and the plain loop over two transformers models, one sample at a time, that
+materialises logits.""",
+        tables=(Table(figure="seconds", columns=STEP),),
+    ),
+    Section(script="loader", title="The loader", text="Images and text for both models.", on_gpu=False),
+    Section(script="generation", title="Answering", text="Greedy answers in batches, beside one at a time."),
+    Section(script="scoring", title="Scoring", text="The VQA rules over many answers.", on_gpu=False),
+)
+INTRODUCTION = """# Performance
+
+Made by `python benchmarks/make_docs.py` from the JSON in `benchmarks/results/`, which hold date, commit,
+hardware and versions. What was not measured is called so, with the command that measures it; nothing is
+estimated.
+"""
+FP16 = """## fp16 logits
+
+`head_loss(..., logits_dtype=torch.float16)` stores the logits of a chunk in 16 bits: half the memory, and an
+eighth of the rounding error of bf16. fp32 is the default and what training uses. A logit beyond 65,504 does
+not fit. Nothing falls back, for finding out would cost a host synchronisation in every step: the call **refuses**
+the row. Its loss, and with it the total and the gradient, become NaN, also where only a negative logit
+overflowed, which a softmax would hide. The trainer stops on a NaN loss and names the records of the batch.
+"""
+TARGETS = """## Figures to reach
+
+| figure | to reach | reached |
+| --- | --- | --- |
+"""
+
+
+def load(script: str) -> list[dict]:
+    """Results of one benchmark, CPU before GPU."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{script}*.json"))]
+    return sorted(found, key=lambda result: result["meta"]["device"] != "cpu")
+
+
+def section_text(section: Section) -> str:
+    results = load(section.script)
+    parts = [f"## {section.title}\n\n{section.text}\n"]
+    for result in results:
+        parts.append(f"{_where(result['meta'])}\n")
+        for table in section.tables or (_every_column(result["rows"]),):
+            rows = [_shown(row) for row in result["rows"] if table.figure in row or "note" in row]
+            shown = [column for column in table.columns if any(row.get(column) is not None for row in rows)]
+            shown += ["note"] if any("note" in row for row in rows) else []
+            if any(row.get(table.figure) is not None for row in rows):
+                parts.append(_table(rows, shown) + "\n")
+    if section.on_gpu and not any(result["meta"]["device"] == "cuda" for result in results):
+        script = f"benchmarks/{section.script}.py"
+        target = f"benchmarks/results/{section.script}_cuda.json"
+        parts.append(f"On a GPU: **not measured**. `python {script} --device cuda --json {target}`\n")
+    elif not results:
+        parts.append(f"**Not measured.** `python benchmarks/{section.script}.py`\n")
+    return "\n".join(parts)
+
+
+def _every_column(rows: list[Row]) -> Table:
+    columns = tuple(dict.fromkeys(column for row in rows for column in row if column != "note"))
+    return Table(columns=columns, figure=columns[-1])
+
+
+def _shown(row: Row) -> Row:
+    """Bytes as megabytes."""
+    return {k: round(v / 2**20) if k.endswith("_bytes") and isinstance(v, int) else v for k, v in row.items()}
+
+
+def _table(rows: list[Row], columns: list[str]) -> str:
+    renamed: list[Row] = [{HEADERS.get(c, c): row.get(c) for c in columns} for row in rows]
+    return markdown_table(renamed, [HEADERS.get(c, c) for c in columns])
+
+
+def _where(meta: dict[str, Value | dict[str, str]]) -> str:
+    versions = meta["versions"]
+    assert isinstance(versions, dict)
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions)
+    load = f", load {meta['load_average']}" if "load_average" in meta else ""
+    return f"{meta['date']}, commit {meta['commit']}, {meta['hardware']}{load}, {named}: `{meta['command']}`"
+
+
+def _row(script: str, device: str, **wanted: Value) -> Row | None:
+    """The one measured row of a benchmark that has these values; None where there is none."""
+    for result in load(script):
+        for row in result["rows"]:
+            if result["meta"]["device"] == device and all(row.get(k) == v for k, v in wanted.items()):
+                return row
+    return None
+
+
+def _ratio(above: Row | None, below: Row | None, key: str) -> str:
+    if above is None or below is None or above.get(key) is None or not below.get(key):
+        return "not measured"
+    return f"{float(above[key]) / float(below[key]):.2f}"  # pyright: ignore[reportArgumentType]
+
+
+def _figure(row: Row | None, key: str) -> str:
+    value = None if row is None else row.get(key)
+    return "not measured" if value is None else f"{value:.3g}"
+
+
+def targets_text() -> str:
+    """The figures that were set, beside those of the results."""
+    head = {"script": "loss_head", "device": "cpu", "case": "1 image, 64 response tokens"}
+    ours, naive = (_row(**head, impl=impl) for impl in ("ours, fp32 logits", "naive PyTorch"))
+    gram = {"script": "relation", "device": "cpu", "impl": "Gram"}
+    frozen, moving = (_row(**gram, case=f"1 x 729 tokens, {which} head") for which in ("frozen", "moving"))
+    paper = {"script": "loss_head", "device": "cuda", "case": "8 images, 8232 rows", "terms": "ce+kl"}
+    single, half = (_row(**paper, impl=f"ours, {dtype} logits") for dtype in ("fp32", "fp16"))
+    step = _row("step", "cuda", impl="ours")
+    errors = ", ".join(_figure(moving, error) for error in ERRORS[:2])
+    memory = "CPU, loss head: peak memory over naive, beyond inputs and returned gradients"
+    lines = (
+        (memory, "<= 0.125", _ratio(ours, naive, "peak_temporary_bytes")),
+        ("the same with the returned gradients", "-", _ratio(ours, naive, "peak_extra_bytes")),
+        ("CPU, loss head: time over naive", "<= 1", _ratio(ours, naive, "seconds")),
+        ("CPU, relation, frozen head: times faster", ">= 20", _figure(frozen, "speedup")),
+        ("CPU, relation, moving head: times faster", ">= 2", _figure(moving, "speedup")),
+        ("CPU, relation: error of value, of dH", "<= 1e-5", errors),
+        ("GPU, loss head, fp32 logits: time over products", "<= 1.30", _figure(single, "ratio_to_gemms")),
+        ("GPU, loss head, fp16 logits: time over products", "<= 1.20", _figure(half, "ratio_to_gemms")),
+        ("GPU, whole step, Qwen2.5-3B to 0.5B: samples/s", ">= 36", _figure(step, "samples_per_s")),
+        ("the same: share of the peak arithmetic", ">= 0.40", _figure(step, "mfu")),
+    )
+    return TARGETS + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def page() -> str:
+    return "\n".join([INTRODUCTION, targets_text(), *map(section_text, SECTIONS), FP16])
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description="Write docs/performance.md from benchmarks/results/.")
+    flags.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is old")
+    if flags.parse_args().check:
+        is_current = PAGE.exists() and PAGE.read_text() == page()
+        sys.exit(0 if is_current else f"{PAGE.name} is out of date: run benchmarks/make_docs.py")
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
