@@ -58,8 +58,8 @@ SECTIONS = (
     Section(
         script="loss_head",
         title="The loss head",
-        text="""Forward and backward of cross-entropy and KL from hidden states, beside the matrix products alone:
-the floor of all that computes each of them once. `less gradients` leaves out the dX and dW that every
+        text="""Forward and backward of cross-entropy and KL from hidden states, beside the matrix products
+alone: the floor of all that computes each of them once. `less gradients` leaves out the dX and dW that every
 implementation returns. Errors are relative distances of the gradient from fp64, for bf16 inputs.""",
         tables=(
             Table(figure="seconds", columns=("case", "terms", "impl", "seconds", "ratio_to_gemms", *PEAKS)),
@@ -69,15 +69,15 @@ implementation returns. Errors are relative distances of the gradient from fp64,
     Section(
         script="relation",
         title="The relation loss",
-        text="""Forward and backward through the heads' Gram matrices, beside forming the logits of visual tokens.
-A frozen head's Gram matrix is computed once; a moving head's at every step, with its gradient.""",
+        text="""Forward and backward through the heads' Gram matrices, beside forming the logits of visual
+tokens. A frozen head's Gram matrix is computed once; a moving head's at every step, with its gradient.""",
         tables=(Table(figure="seconds", columns=("case", "impl", "seconds", "speedup", PEAKS[0], *ERRORS)),),
     ),
     Section(
         script="step",
         title="A whole distillation step",
-        text="""Tower once, teacher forward, student forward and backward, losses, optimiser; random weights. Each
-switch of ours turned off in turn, and the plain loop over two transformers models, one sample at a time, that
+        text="""Tower once, teacher forward, student forward and backward, losses, optimiser; random weights.
+Each switch of ours turned off in turn, and the plain loop over two transformers models, one sample at a time, that
 materialises logits.""",
         tables=(Table(figure="seconds", columns=STEP),),
     ),
@@ -95,8 +95,8 @@ FP16 = """## fp16 logits
 
 `head_loss(..., logits_dtype=torch.float16)` stores the logits of a chunk in 16 bits: half the memory, and an
 eighth of the rounding error of bf16. fp32 is the default and what training uses. A logit beyond 65,504 does
-not fit. Nothing falls back, for finding out would cost a host synchronisation in every step: the call **refuses**
-the row. Its loss, and with it the total and the gradient, become NaN, also where only a negative logit
+not fit. Nothing falls back, for finding out would cost a host synchronisation in every step: the call
+**refuses** the row. Its loss, and with it the total and the gradient, become NaN, also where only a negative logit
 overflowed, which a softmax would hide. The trainer stops on a NaN loss and names the records of the batch.
 """
 TARGETS = """## Figures to reach
