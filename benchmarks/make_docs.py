@@ -77,8 +77,8 @@ tokens. A frozen head's Gram matrix is computed once; a moving head's at every s
         script="step",
         title="A whole distillation step",
         text="""Tower once, teacher forward, student forward and backward, losses, optimiser; random weights.
-Each switch of ours turned off in turn, and the plain loop over two transformers models, one sample at a time, that
-materialises logits.""",
+Each switch of ours turned off in turn, and the plain loop over two transformers models, one sample at a time,
+that materialises logits.""",
         tables=(Table(figure="seconds", columns=STEP),),
     ),
     Section(script="loader", title="The loader", text="Images and text for both models.", on_gpu=False),
@@ -96,8 +96,8 @@ FP16 = """## fp16 logits
 `head_loss(..., logits_dtype=torch.float16)` stores the logits of a chunk in 16 bits: half the memory, and an
 eighth of the rounding error of bf16. fp32 is the default and what training uses. A logit beyond 65,504 does
 not fit. Nothing falls back, for finding out would cost a host synchronisation in every step: the call
-**refuses** the row. Its loss, and with it the total and the gradient, become NaN, also where only a negative logit
-overflowed, which a softmax would hide. The trainer stops on a NaN loss and names the records of the batch.
+**refuses** the row. Its loss, and with it the total and the gradient, become NaN, also where only a negative
+logit overflowed, which a softmax would hide. The trainer stops on a NaN loss and names the records of the batch.
 """
 TARGETS = """## Figures to reach
 
