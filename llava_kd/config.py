@@ -56,13 +56,18 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """LLaVA JSON and its image folder, and how records become sequences."""
+    """LLaVA JSON and its image folder, and how records become sequences.
+
+    `visual_alignment`: what to do where the two models have different visual tokens; `resample` interpolates
+    the teacher's final hidden states to the student's grid.
+    """
 
     path: str
     images: str
     template: str = "vicuna"
     max_length: int = 2048
     image_aspect: Literal["square", "pad"] = "square"
+    visual_alignment: Literal["refuse", "resample"] = "refuse"
     num_workers: int = 4
     image_cache_mb: int = 0
     max_bad_rate: float = 0.001

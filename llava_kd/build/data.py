@@ -38,13 +38,6 @@ def make_loader(
         shares_tower = same_tower(config, student, teacher)
         if not shares_tower:
             teacher_side = side(teacher, data)
-        visual = config.objective.visual_kl is not None or config.objective.relation is not None
-        if visual and student.tokens_per_image != teacher.tokens_per_image:
-            raise ValueError(
-                f"visual_kl and relation need equal grids: the student has {student.tokens_per_image} visual "
-                f"tokens an image, the teacher {teacher.tokens_per_image}; use the teacher's tower, layer "
-                "and vision_feature_select_strategy, or drop both terms"
-            )
     loader = Loader(
         source=LlavaJson(data.path, data.images),
         student=side(student, data),

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+
 from llava_kd.config import KLConfig, ObjectiveConfig
 from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
 from llava_kd.losses import head_loss, reference, relation
 from llava_kd.models.checkpoint import Parts
+from llava_kd.models.visual_grid import check_resample, resample
 from llava_kd.models.vocabulary import num_common_columns
 
 HEAD_LOSSES = {"fast": head_loss.head_loss, "reference": reference.head_loss}
 RELATIONS = {"fast": relation.relation_rows, "reference": reference.relation_rows}
 
 
-def objective(config: ObjectiveConfig, student: Parts, teacher: Parts | None) -> Objective:
-    """The weighted terms, with the vocabulary that both heads share."""
+def objective(
+    config: ObjectiveConfig,
+    student: Parts,
+    teacher: Parts | None,
+    visual_alignment: Literal["refuse", "resample"] = "refuse",
+) -> Objective:
+    """The weighted terms, with the vocabulary that both heads share and how their visual tokens line up."""
     needs_vocabulary = config.response_kl is not None or config.visual_kl is not None
     num_common = None
     if needs_vocabulary and teacher is not None:
@@ -23,6 +35,7 @@ def objective(config: ObjectiveConfig, student: Parts, teacher: Parts | None) ->
             student_rows=student.stock.lm_head.weight.shape[0],
             teacher_rows=teacher.stock.lm_head.weight.shape[0],
         )
+    needs_grid = config.visual_kl is not None or config.relation is not None
     ce, rel = config.cross_entropy, config.relation
     return Objective(
         cross_entropy=None if ce is None else CrossEntropy(weight=ce.weight),
@@ -32,9 +45,28 @@ def objective(config: ObjectiveConfig, student: Parts, teacher: Parts | None) ->
         if rel is None
         else Relation(weight=rel.weight, tap=rel.tap, centre=rel.centre, normalise=rel.normalise),
         num_common=num_common,
+        align=_alignment(student, teacher, visual_alignment) if needs_grid and teacher is not None else None,
         head_loss=HEAD_LOSSES[config.losses],
         relation_rows=RELATIONS[config.losses],
     )
+
+
+def _alignment(
+    student: Parts, teacher: Parts, visual_alignment: Literal["refuse", "resample"]
+) -> Callable[[Tensor], Tensor] | None:
+    """None where both grids are equal. Raises ValueError where they may not, or cannot, be resampled."""
+    target, source = student.visual_grid, teacher.visual_grid
+    if source == target:
+        return None
+    if visual_alignment == "refuse":
+        raise ValueError(
+            f"visual_kl and relation need equal grids: the student has {target.num_tokens} visual tokens an "
+            f"image ({target.rows} x {target.columns}), the teacher {source.num_tokens} ({source.rows} x "
+            f"{source.columns}); set data.visual_alignment to resample, use the teacher's tower, layer and "
+            "vision_feature_select_strategy, or drop both terms"
+        )
+    check_resample(source, target)
+    return functools.partial(resample, source=source, target=target)
 
 
 def wants_head_gram(config: ObjectiveConfig) -> bool:

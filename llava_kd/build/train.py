@@ -84,7 +84,9 @@ def assemble(
     if config.engine.activation_checkpointing:
         student.stock.gradient_checkpointing_enable({"use_reentrant": False})
     loader, shares_tower = make_loader(config, world, student, teacher)
-    module = Student(mllm, objective(config.objective, student, teacher)).train()
+    module = Student(
+        mllm, objective(config.objective, student, teacher, config.data.visual_alignment)
+    ).train()
     num_steps = _num_steps(config, loader.steps_per_epoch)
     engine = make_engine(config, world, module)
     frozen_teacher = None

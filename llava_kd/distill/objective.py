@@ -76,8 +76,9 @@ def visual_rows(inputs: Inputs) -> Tensor:
 class Objective:
     """The weighted sum of the terms that are present.
 
-    `num_common` is the number of vocabulary columns that both heads share; `head_loss` and `relation_rows`
-    are the formulas, fast or reference.
+    `num_common` is the number of vocabulary columns that both heads share; `align` carries the teacher's
+    features of each image, [I, M, E], to the student's tokens, None where both have the same; `head_loss`
+    and `relation_rows` are the formulas, fast or reference.
     """
 
     cross_entropy: CrossEntropy | None = None
@@ -85,6 +86,7 @@ class Objective:
     visual_kl: KL | None = None
     relation: Relation | None = None
     num_common: int | None = None
+    align: Callable[[Tensor], Tensor] | None = None
     head_loss: Callable[..., HeadLoss] = head_loss
     relation_rows: Callable[..., Tensor] = relation_rows
 
@@ -124,8 +126,11 @@ class Objective:
         loss = student.hidden_BTD.new_zeros((), dtype=torch.float32)
         means: dict[str, Tensor] = {}
         for kind, names in groups.items():
-            rows = [_Rows.select(name, batch, with_teacher=kind is not None) for name in names]
-            result = self._one_head_call(student, teacher, rows, kind, share)
+            rows = [
+                _Rows.select(name, batch, with_teacher=kind is not None and not self._is_aligned(name))
+                for name in names
+            ]
+            result = self._one_head_call(student, teacher, batch, rows, kind, share)
             loss = loss + result.loss
             ends = torch.tensor([len(r.student_N) for r in rows]).cumsum(0).tolist()
             for begin, end, row in zip([0, *ends[:-1]], ends, rows, strict=True):
@@ -140,6 +145,7 @@ class Objective:
         self,
         student: Prediction,
         teacher: Prediction | None,
+        batch: Batch,
         rows: list[_Rows],
         kind: tuple[float, Divergence] | None,
         share: tuple[Tensor, Tensor],
@@ -156,13 +162,12 @@ class Objective:
             "response": 0.0 if self.response_kl is None else self.response_kl.weight * share[0],
             "visual": 0.0 if self.visual_kl is None else self.visual_kl.weight * share[1],
         }
-        teacher_flat_E = teacher.hidden_BTD.flatten(0, 1)
         return self.head_loss(
             student_ND,
             student.head_VD,
             targets_N,
             **common,
-            teacher_NE=teacher_flat_E[torch.cat([r.teacher_N for r in rows])],
+            teacher_NE=torch.cat([self._teacher_rows(r, teacher, batch) for r in rows]),
             teacher_head_UE=teacher.head_VD,
             teacher_bias_U=teacher.bias_V,
             kl_weight_N=torch.cat([_fill(r, weights[r.name]) for r in rows]),
@@ -170,6 +175,20 @@ class Objective:
             divergence=kind[1],
             num_common=self.num_common,
         )
+
+    def _is_aligned(self, name: str) -> bool:
+        return name == "visual" and self.align is not None
+
+    def _teacher_rows(self, rows: _Rows, teacher: Prediction, batch: Batch) -> Tensor:
+        """[N, E] that the student's rows are compared with."""
+        if not self._is_aligned(rows.name):
+            return teacher.hidden_BTD.flatten(0, 1)[rows.teacher_N]
+        features_IME = self._teacher_features(teacher, batch, "hidden")
+        return features_IME[batch.student.image_is_valid_I].flatten(0, 1)
+
+    def _teacher_features(self, teacher: Prediction, batch: Batch, tap: Tap) -> Tensor:
+        features_IME = visual_features(teacher, batch.teacher_inputs, tap)
+        return features_IME if self.align is None else self.align(features_IME)
 
     def _relation_term(
         self, student: Prediction, teacher: Prediction | None, batch: Batch, counts: Counts
@@ -184,7 +203,7 @@ class Objective:
                 heads["teacher_gram_EE"] = teacher.head_gram_DD
         rows_I = self.relation_rows(
             visual_features(student, batch.student, self.relation.tap),
-            visual_features(teacher, batch.teacher_inputs, self.relation.tap),
+            self._teacher_features(teacher, batch, self.relation.tap),
             centre=self.relation.centre,
             normalise=self.relation.normalise,
             **heads,

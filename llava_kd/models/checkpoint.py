@@ -31,6 +31,7 @@ from llava_kd.models.vision_tower import (
     tokens_per_image,
     vision_config,
 )
+from llava_kd.models.visual_grid import VisualGrid, visual_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,10 @@ class Parts:
     @property
     def tokens_per_image(self) -> int:
         return tokens_per_image(self.stock.config, input_size(self.processor.image_processor))
+
+    @property
+    def visual_grid(self) -> VisualGrid:
+        return visual_grid(self.stock.config, input_size(self.processor.image_processor))
 
 
 def load_stock(name: str, *, dtype: torch.dtype = torch.float32) -> Parts:
