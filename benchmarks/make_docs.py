@@ -97,7 +97,8 @@ FP16 = """## fp16 logits
 eighth of the rounding error of bf16. fp32 is the default and what training uses. A logit beyond 65,504 does
 not fit. Nothing falls back, for finding out would cost a host synchronisation in every step: the call
 **refuses** the row. Its loss, and with it the total and the gradient, become NaN, also where only a negative
-logit overflowed, which a softmax would hide. The trainer stops on a NaN loss and names the records of the batch.
+logit overflowed, which a softmax would hide. The trainer stops on a NaN loss and names the records of the
+batch.
 """
 TARGETS = """## Figures to reach
 
