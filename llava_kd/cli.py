@@ -19,7 +19,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run one command. A mistake that the user can mend is one line on stderr and exit status 2."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(words)
-    if rest and arguments.run is not _train:
+    if rest and arguments.run not in (_train, _run, _check):
         parser.error(f"unknown words: {' '.join(rest)}")
     arguments.overrides = rest
     try:
@@ -27,6 +27,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"llava-kd {arguments.command}: {error}", file=sys.stderr)
         return 2
+    except ConnectionError as error:  # another rank is gone: its own message says more than a traceback here
+        print(f"llava-kd {arguments.command}: {error}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,6 +39,18 @@ def _parser() -> argparse.ArgumentParser:
 
     train = _command(commands, "train", _train, "run one stage from its YAML file")
     train.add_argument("config", help="YAML file; any setting may follow as --a.b=value")
+    train.add_argument("--dry_run", action="store_true", help="say what it would do, and need, and stop")
+    train.add_argument("--ranks", type=int, help="for --dry_run: how many (default: those of this launch)")
+
+    run = _command(
+        commands, "run", _run, "run the stages of a pipeline file; skip finished ones, go on with others"
+    )
+    run.add_argument("pipeline", help="YAML file; overrides that follow go to every stage")
+
+    check = _command(commands, "check", _check, "look at a stage's models, data and needs before a long run")
+    check.add_argument("config", help="YAML file; any setting may follow as --a.b=value")
+    check.add_argument("--ranks", type=int, default=1, help="how many the run will have")
+    check.add_argument("--records", type=int, default=64, help="how many to read and encode")
 
     evaluate = _command(commands, "eval", _eval, "answer and score a test file, or benchmarks")
     evaluate.add_argument("--model", required=True, help="stock LLaVA directory")
@@ -84,10 +99,30 @@ def _command(
 
 def _train(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from llava_kd.build.plan import plan, ranks_from_environment
+
+        print(plan(config, arguments.ranks or ranks_from_environment()))
+        return 0
     from llava_kd.build.train import train
 
     # A preempted run is not a failure: its checkpoint is written and the same command goes on from it.
     return INTERRUPTED if train(config) == "SIGINT" else 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from llava_kd.build.pipeline import read_pipeline, run_pipeline
+
+    run_pipeline(read_pipeline(arguments.pipeline, arguments.overrides))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    config = load(arguments.config, arguments.overrides)
+    from llava_kd.build.check import check
+
+    print(check(config, ranks=arguments.ranks, num_records=arguments.records))
+    return 0
 
 
 def _eval(arguments: argparse.Namespace) -> int:

@@ -136,13 +136,24 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """`auto` is `single` on one process and `ddp` on several. `zero_stage` is read by `deepspeed` alone."""
+    """`auto` is `single` on one process and `ddp` on several. `zero_stage` is `deepspeed`'s alone; null is 3.
+
+    A rank that waits `timeout_minutes` for the others gives up.
+    """
 
     kind: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
-    zero_stage: Literal[1, 2, 3] = 3
+    zero_stage: Literal[1, 2, 3] | None = None
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_minutes: float = 60.0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.zero_stage is None or self.kind == "deepspeed",
+            f"`engine.zero_stage` is {self.zero_stage} but `engine.kind` is {self.kind}: two engines; set "
+            "engine.kind to deepspeed, or zero_stage to null",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +256,7 @@ def _messages(error: BaseException) -> str:
 
 # Which numbers a setting may take, by its own name or that of the mapping it is in.
 _POSITIVE = {"lr", "lr_by_part", "eps", "max_grad_norm", "temperature", "max_length", "global_batch_size"}
-_POSITIVE |= {"micro_batch_size", "epochs", "max_steps", "every", "keep"}
+_POSITIVE |= {"micro_batch_size", "epochs", "max_steps", "every", "keep", "timeout_minutes"}
 _NOT_NEGATIVE = {"weight", "weight_decay", "seed", "num_workers", "progress_line"}
 _SHARES = {"betas", "warmup_ratio", "max_bad_rate", "mix"}
 _SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

@@ -25,12 +25,12 @@ def make_engine(config: TrainConfig, world: World, module: Student) -> Engine:
             module,
             groups,
             world=world,
-            zero_stage=config.engine.zero_stage,
+            zero_stage=config.engine.zero_stage or 3,
             adamw=adamw,
             bf16=bf16,
             max_grad_norm=config.optim.max_grad_norm,
             micro_batch_size=config.micro_batch_size,
-            accumulation=config.global_batch_size // (config.micro_batch_size * world.size),
+            accumulation=-(-config.global_batch_size // (config.micro_batch_size * world.size)),
         )
     mllm = module.mllm
     units = [*mllm.language_model.layers, mllm.multi_modal_projector]

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import math
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import transformers
 
-from llava_kd import __version__
 from llava_kd.build.data import make_loader
 from llava_kd.build.engine import make_engine
 from llava_kd.build.models import DTYPES, place, student_dtypes, student_parts
 from llava_kd.build.objective import objective, wants_head_gram
-from llava_kd.config import TrainConfig, dump, load
+from llava_kd.build.provenance import checked_parent, finish
+from llava_kd.build.run_dir import check_world, claim
+from llava_kd.config import TrainConfig, dump
 from llava_kd.distill.student import Student
 from llava_kd.distill.teacher import Teacher
 from llava_kd.models.checkpoint import Parts, load_stock, save_stock
+from llava_kd.models.fingerprint import weights_fingerprint
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.parallel.engine import Engine
-from llava_kd.parallel.world import World, join, leave
-from llava_kd.training.checkpoint import Checkpoints, write_text
+from llava_kd.parallel.world import World, join, peers
+from llava_kd.training.checkpoint import Checkpoints
 from llava_kd.training.metrics import Metrics, TensorBoardTracker, Tracker, WandbTracker
 from llava_kd.training.schedule import cosine_with_warmup
 from llava_kd.training.trainer import Trainer
-
-VERSIONED = ("torch", "transformers", "numpy", "pillow")
 
 
 def train(config: TrainConfig) -> str | None:
@@ -39,34 +36,38 @@ def train(config: TrainConfig) -> str | None:
     Writes `metrics.jsonl`, `checkpoints/` and, at the end, the student as a stock LLaVA directory `model/`
     into `config.output_dir`. Raises ValueError for settings that do not fit the models, data or machine.
     """
-    world = join(config.engine.device)
-    try:
-        return _train(config, world)
-    finally:
-        leave()
+    with peers():
+        world = join(config.engine.device, timeout_minutes=config.engine.timeout_minutes)
+        check_world(config, world)
+        with claim(config, world) as is_complete:
+            if not is_complete:
+                return _train(config, world)
+            output = Path(config.output_dir)
+            _speaker(world)(f"{output} is complete: nothing to do; its student is {output / 'model'}")
+            return None
 
 
 def _train(config: TrainConfig, world: World) -> str | None:
     output = Path(config.output_dir)
     say = _speaker(world)
-    if claim(config, world):
-        say(f"{output} is complete: nothing to do; its student is {output / 'model'}")
-        return None
+    with world.together():
+        parent = checked_parent(config.student.checkpoint) if world.is_main else None
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
     student = student_parts(config.student, template=config.data.template, seed=config.seed)
     teacher = None
     if config.teacher is not None:
         teacher = load_stock(config.teacher.checkpoint, dtype=DTYPES[config.teacher.dtype])
-    trainer, engine = assemble(config, world, student, teacher, say)
+    identity = frozen_fingerprints(config, student, teacher)
+    trainer, engine = assemble(config, world, student, teacher, say, identity=identity)
     if (stopped := trainer.fit()) is not None:
         return stopped
     trained = {name.removeprefix("mllm."): tensor for name, tensor in engine.parameters().items()}
-    if world.is_main:
-        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-        save_stock(student, output / "model", trained=trained, dtype=dtype)
-        write_text(output / "run.json", json.dumps({"completed": True, "versions": versions()}, indent=2))
-    world.barrier()
+    with world.together():
+        if world.is_main:
+            dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+            save_stock(student, output / "model", trained=trained, dtype=dtype)
+            finish(config, num_steps=trainer.num_steps, identity=trainer.identity, parent=parent)
     say(f"done: the student is {output / 'model'}")
     return None
 
@@ -77,8 +78,13 @@ def assemble(
     student: Parts,
     teacher: Parts | None,
     say: Callable[[str], None] = print,
+    *,
+    identity: Mapping[str, str] | None = None,
 ) -> tuple[Trainer, Engine]:
-    """Trainer and engine of a stage from its loaded models."""
+    """Trainer and engine of a stage from its loaded models.
+
+    `identity` is of what its checkpoints rely on (see `Checkpoints`), before the models are placed.
+    """
     mllm = MLLM(student.stock, trainable=config.trainable)
     place(mllm, world.device, student_dtypes(config))
     if config.engine.activation_checkpointing:
@@ -87,7 +93,7 @@ def assemble(
     module = Student(
         mllm, objective(config.objective, student, teacher, config.data.visual_alignment)
     ).train()
-    num_steps = _num_steps(config, loader.steps_per_epoch)
+    total = num_steps(config, loader.steps_per_epoch)
     engine = make_engine(config, world, module)
     frozen_teacher = None
     if teacher is not None:
@@ -107,13 +113,14 @@ def assemble(
             Path(config.output_dir) / "checkpoints",
             keep=config.checkpoint.keep,
             extra_files={"config.yaml": dump(config)},
+            identity={**(identity or {}), "data or tokenizer": loader.fingerprint},
         ),
-        metrics=_metrics(config, world, num_steps),
+        metrics=_metrics(config, world, total),
         lr_multiplier=lambda step: cosine_with_warmup(
-            step, num_steps=num_steps, warmup_ratio=config.optim.warmup_ratio
+            step, num_steps=total, warmup_ratio=config.optim.warmup_ratio
         ),
         base_lr=config.optim.lr,
-        num_steps=num_steps,
+        num_steps=total,
         max_grad_norm=config.optim.max_grad_norm,
         save_every=config.checkpoint.every,
         say=say,
@@ -121,41 +128,30 @@ def assemble(
     return trainer, engine
 
 
-def claim(config: TrainConfig, world: World) -> bool:
-    """Make or re-enter the output directory; True if its run is complete.
-
-    Raises ValueError if it holds another run: logging and checkpoint intervals may change, nothing else.
-    A run that stopped before its first step, over a mistake in its settings or data, does not count.
-    """
-    output = Path(config.output_dir)
-    written = output / "config.yaml"
-    has_begun = any((output / name).exists() for name in ("metrics.jsonl", "checkpoints", "run.json"))
-    if written.is_file():
-        before = load(written) if has_begun else config
-        if replace(before, log=config.log, checkpoint=config.checkpoint) != config:
-            raise ValueError(
-                f"{output} already holds another run (see {written}); choose a new output_dir or remove it"
-            )
-    elif output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty and holds no run; choose a new output_dir")
-    world.barrier()
-    if world.is_main:
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(written, dump(config))
-    world.barrier()
-    return (output / "run.json").is_file()
+def frozen_fingerprints(config: TrainConfig, student: Parts, teacher: Parts | None) -> dict[str, str]:
+    """Hashes of the weights that a run relies on and does not save, as they are on disk."""
+    kept = MLLM(student.stock).parts(set(PARTS) - set(config.trainable))
+    weights = {
+        f"{part}.{index}.{name}": tensor
+        for part, modules in kept.items()
+        for index, module in enumerate(modules)
+        for name, tensor in module.state_dict().items()
+    }
+    prints = {"frozen part of the student": weights_fingerprint(weights)}
+    if teacher is not None:
+        prints["teacher"] = weights_fingerprint(teacher.stock.state_dict())
+    return prints
 
 
-def _num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
-    num_steps = math.ceil(steps_per_epoch * config.epochs)
-    if config.max_steps is not None:
-        num_steps = config.max_steps
-    if num_steps < 1:
+def num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimiser steps of the whole stage. Raises ValueError if there is none."""
+    steps = math.ceil(steps_per_epoch * config.epochs) if config.max_steps is None else config.max_steps
+    if steps < 1:
         raise ValueError(
             f"the run has no step: {steps_per_epoch} steps an epoch, epochs={config.epochs}, "
             f"max_steps={config.max_steps}; lower global_batch_size or give more records"
         )
-    return num_steps
+    return steps
 
 
 def _metrics(config: TrainConfig, world: World, num_steps: int) -> Metrics | None:
@@ -177,11 +173,6 @@ def _metrics(config: TrainConfig, world: World, num_steps: int) -> Metrics | Non
         title=f"{output.parent.name}/{output.name}",
         line=config.log.progress_line,
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    return {"llava_kd": __version__, **{name: importlib.metadata.version(name) for name in VERSIONED}}
 
 
 def _speaker(world: World) -> Callable[[str], None]:

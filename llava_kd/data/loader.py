@@ -127,8 +127,8 @@ class Loader:
         )
         try:
             yield from workers
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, OSError) as error:  # a batch on its way may break off in several ways
+            if "Caught" in str(error):  # raised by the worker, which lives
                 raise
             raise RuntimeError(
                 f"a data worker died ({error}); the machine may be out of memory: use fewer data.num_workers"

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# How the backends word it when a peer is gone.
+_PEER_IS_GONE = (
+    "closed by peer",
+    "reset by peer",
+    "broken pipe",
+    "pair closure",
+    "remote process exited",
+    "communicator was aborted",
+    "timed out waiting",
+    "socket timeout",
+    "failed to recv",
+    "connection was likely closed",
+)
+
+
+class RankLostError(ConnectionError):
+    """Another rank of this run is gone, so this one cannot go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,26 +55,100 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run the block on every rank and wait for all; a ValueError on one rank stops every rank.
 
-def join(device: str = "auto") -> World:
+        Without it the others would wait for a rank that has left already.
+        """
+        error: ValueError | None = None
+        try:
+            yield
+        except ValueError as caught:
+            error = caught
+        failed = self.sum(torch.tensor([float(error is not None)], device=self.device))
+        if error is not None:
+            raise error
+        if float(failed) > 0:
+            raise ValueError(f"rank {self.rank} stops since another rank did; that rank's message says why")
+
+    def agreed(self, value: int, what: str) -> int:
+        """`value`, the same on every rank. Raises ValueError on all of them if it is not."""
+        if self.size == 1:
+            return value
+        extremes = torch.tensor([value, -value], device=self.device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        highest, lowest = int(extremes[0]), -int(extremes[1])
+        if highest != lowest:
+            raise ValueError(
+                f"every rank must see the same {what}, got from {lowest} to {highest}; output_dir must be on "
+                "a file system that all machines share"
+            )
+        return value
+
+
+def join(device: str = "auto", *, timeout_minutes: float = 60) -> World:
     """Join the process group that the launcher describes, or be alone.
 
-    `device` is `auto`, `cpu` or `cuda`. Raises ValueError for `cuda` on a machine without it.
+    `device` is `auto`, `cpu` or `cuda`. A collective that waits longer than the timeout ends the run. Raises
+    ValueError for `cuda` on a machine without it, and for a port that is in use.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"engine.device must be auto, cpu or cuda; got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("engine.device is cuda but no CUDA device is visible; use auto or cpu")
     use_cuda = device != "cpu" and torch.cuda.is_available()
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
+    size, rank = _whole_number("WORLD_SIZE", 1), _whole_number("RANK", 0)
     place = torch.device("cpu")
     if use_cuda:
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        place = torch.device("cuda", _local_rank())
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo", device_id=place if use_cuda else None)
+        try:
+            dist.init_process_group(
+                "nccl" if use_cuda else "gloo",
+                device_id=place if use_cuda else None,
+                timeout=timedelta(minutes=timeout_minutes),
+            )
+        except dist.DistNetworkError as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ValueError(
+                f"rank {rank} cannot open {address}: {str(error).splitlines()[0]}; set MASTER_PORT to a free "
+                "port, and MASTER_ADDR to the first machine"
+            ) from error
     return World(rank=rank, size=size, device=place)
+
+
+def _local_rank() -> int:
+    local, visible = _whole_number("LOCAL_RANK", 0), torch.cuda.device_count()
+    if local >= visible:
+        raise ValueError(
+            f"local rank {local} has no GPU: {visible} are visible here; start one process a GPU (NPROC)"
+        )
+    return local
+
+
+def _whole_number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"the variable {name} must be a whole number; got {text!r}")
+    return int(text)
+
+
+@contextmanager
+def peers() -> Iterator[None]:
+    """Leave the process group at the end; say in one line that a rank is gone where that ended the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        if dist.is_initialized() and any(words in str(error).lower() for words in _PEER_IS_GONE):
+            rank = dist.get_rank()
+            raise RankLostError(
+                f"rank {rank} stops: another rank is gone ({str(error).splitlines()[0][:300]}). Its own "
+                "message, or the machine's log, says why; the same command goes on from the last checkpoint"
+            ) from error
+        raise
+    leave()
 
 
 def leave() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FORMAT_VERSION = 1
+_CHUNK_BYTES = 1 << 24
 
 
 def sync_file(path: Path) -> None:
@@ -33,6 +35,24 @@ def write_text(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
+def sweep(directory: Path) -> None:
+    """Remove what a killed process left half-written, or half-removed, in `directory`."""
+    for pattern in (".*.partial", ".*.retired"):
+        for leftover in directory.glob(pattern):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
+
+def checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class Saved:
     """What a checkpoint holds: whole tensors by name, and how many updates they have seen."""
@@ -44,67 +64,148 @@ class Saved:
 class Checkpoints:
     """Directories `step-00000123` under `root`. Only rank 0 writes; every rank may read."""
 
-    def __init__(self, root: str | Path, *, keep: int, extra_files: Mapping[str, str] | None = None) -> None:
-        """`extra_files`: text written into every checkpoint, such as the resolved config, by file name."""
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        keep: int,
+        extra_files: Mapping[str, str] | None = None,
+        identity: Mapping[str, str] | None = None,
+    ) -> None:
+        """`extra_files`: text written into every checkpoint, such as the resolved config, by file name.
+
+        `identity`: fingerprints, by what they are of, of all that a checkpoint relies on but does not hold,
+        such as frozen weights and data. A checkpoint with another identity is refused.
+        """
         if keep < 1:
             raise ValueError(f"checkpoint.keep must be at least 1; got {keep}")
         self._root = Path(root)
         self._keep = keep
         self._extra_files = dict(extra_files or {})
+        self.identity = dict(identity or {})
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        names = (path.name for path in self._root.glob("step-*") if (path / "trainer.json").is_file())
-        return sorted(int(name.removeprefix("step-")) for name in names)
+        return checkpoint_steps(self._root)
 
     def save(self, saved: Saved) -> Path:
-        """Write beside the others, then rename; only after that go older ones, and unreadable newer ones."""
-        self._root.mkdir(parents=True, exist_ok=True)
-        for leftover in self._root.glob(".step-*"):
-            shutil.rmtree(leftover)
+        """Write beside the others, then rename; only after that go older ones, and unreadable newer ones.
+
+        Raises ValueError if it cannot be written, as on a full disk: those before it are as they were.
+        """
+        scratch = self._root / f".{self._directory(saved.step).name}.partial"
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            sweep(self._root)
+            scratch.mkdir()
+            self._write(scratch, saved)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise ValueError(
+                f"the checkpoint of step {saved.step} cannot be written into {self._root}: {error}; those "
+                f"before it are whole ({self.steps()}). Free some space; the same command then goes on"
+            ) from error
         final = self._directory(saved.step)
-        scratch = self._root / f".{final.name}.partial"
-        scratch.mkdir()
-        save_file({name: t.contiguous() for name, t in saved.state.items()}, scratch / "state.safetensors")
-        for name, text in self._extra_files.items():
-            (scratch / name).write_text(text)
-        meta = {"format": FORMAT_VERSION, "step": saved.step}
-        (scratch / "trainer.json").write_text(json.dumps(meta))
-        for path in (*scratch.iterdir(), scratch):
-            sync_file(path)
         if final.exists():
-            final.rename(self._root / f".{final.name}.retired")
+            self._remove(final)
         scratch.rename(final)
         sync_file(self._root)
         steps = self.steps()
         kept = [step for step in steps if step <= saved.step][-self._keep :]
         for step in set(steps) - set(kept):
-            shutil.rmtree(self._directory(step))
-        shutil.rmtree(self._root / f".{final.name}.retired", ignore_errors=True)
+            self._remove(self._directory(step))
         return final
 
     def load_newest(self) -> tuple[Saved | None, list[str]]:
         """The newest readable checkpoint, and a line for each newer one that could not be read.
 
-        Raises ValueError for one that a newer version wrote: it is sound, and must not be passed over.
+        Raises ValueError if it was written by a newer version, or relies on other frozen weights or data.
         """
         problems: list[str] = []
         for step in reversed(self.steps()):
             directory = self._directory(step)
             try:
-                meta = json.loads((directory / "trainer.json").read_text())
-                version, saved_step = int(meta["format"]), int(meta["step"])
-                state = load_file(directory / "state.safetensors") if version <= FORMAT_VERSION else {}
-            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                meta = read_meta(directory)
+                state = _read_state(directory, meta)
+            except (SafetensorError, OSError, _UnreadableError) as error:
                 problems.append(f"{directory} cannot be read and is passed over: {error}")
                 continue
-            if version > FORMAT_VERSION:
-                raise ValueError(
-                    f"{directory} has format {version}, this version reads up to {FORMAT_VERSION}; upgrade "
-                    "llava_kd, or remove that checkpoint"
-                )
-            return Saved(step=saved_step, state=state), problems
+            self._check_identity(directory, meta)
+            return Saved(step=step, state=state), problems
         return None, problems
+
+    def _write(self, scratch: Path, saved: Saved) -> None:
+        path = scratch / "state.safetensors"
+        save_file({name: t.contiguous() for name, t in saved.state.items()}, path)
+        for name, text in self._extra_files.items():
+            (scratch / name).write_text(text)
+        meta = {"format": FORMAT_VERSION, "step": saved.step, "crc32": checksum(path)}
+        (scratch / "trainer.json").write_text(json.dumps({**meta, "identity": self.identity}, indent=2))
+        for file in (*scratch.iterdir(), scratch):
+            sync_file(file)
+
+    def _remove(self, directory: Path) -> None:
+        """Rename first, so that a directory of that name is always whole."""
+        retired = directory.with_name(f".{directory.name}.retired")
+        directory.rename(retired)
+        shutil.rmtree(retired)
+
+    def _check_identity(self, directory: Path, meta: Mapping[str, object]) -> None:
+        before = meta.get("identity")
+        assert isinstance(before, dict)  # read_meta has looked
+        for what in sorted({*before, *self.identity}):
+            if before.get(what) != self.identity.get(what):
+                raise ValueError(
+                    f"{directory} was trained with another {what}: fingerprint {before.get(what)}, now "
+                    f"{self.identity.get(what)}. Give back what it was, or start in a new output_dir"
+                )
 
     def _directory(self, step: int) -> Path:
         return self._root / f"step-{step:08d}"
+
+
+class _UnreadableError(Exception):
+    """A checkpoint is damaged: an older one may serve."""
+
+
+def checkpoint_steps(root: Path) -> list[int]:
+    """Steps of the complete checkpoints under `root`, oldest first."""
+    names = (path.name for path in root.glob("step-*") if (path / "trainer.json").is_file())
+    return sorted(int(name.removeprefix("step-")) for name in names)
+
+
+def refuse_newer_format(root: Path) -> None:
+    """ValueError if a checkpoint under `root` was written by a newer version. Reads no tensor."""
+    for step in checkpoint_steps(root):
+        try:
+            read_meta(root / f"step-{step:08d}")
+        except (_UnreadableError, OSError):
+            continue  # passed over, and named, when it is loaded
+
+
+def read_meta(directory: Path) -> dict[str, object]:
+    """`trainer.json`. Raises ValueError if a newer version wrote it."""
+    try:
+        meta = json.loads((directory / "trainer.json").read_text())
+    except ValueError as error:
+        raise _UnreadableError(f"trainer.json is not JSON ({error})") from error
+    if not isinstance(meta, dict) or not isinstance(meta.get("format"), int):
+        raise _UnreadableError("trainer.json has no format number")
+    if meta["format"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{directory} has format {meta['format']}, this version reads up to {FORMAT_VERSION}; upgrade "
+            "llava_kd, or start in a new output_dir"
+        )
+    kinds = {"step": int, "crc32": int, "identity": dict}
+    if missing := [name for name, kind in kinds.items() if not isinstance(meta.get(name), kind)]:
+        raise _UnreadableError(f"trainer.json has no {missing[0]}")
+    return meta
+
+
+def _read_state(directory: Path, meta: Mapping[str, object]) -> dict[str, Tensor]:
+    path = directory / "state.safetensors"
+    if (found := checksum(path)) != meta["crc32"]:
+        raise _UnreadableError(
+            f"{path.name} has checksum {found}, not {meta['crc32']} as when it was written"
+        )
+    return load_file(path)

@@ -99,6 +99,15 @@ class Trainer:
         self._say = say
         self._stop = StopRequest()
 
+    @property
+    def num_steps(self) -> int:
+        return self._num_steps
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of what the checkpoints rely on."""
+        return self._checkpoints.identity
+
     def fit(self) -> str | None:
         """Go on from the newest checkpoint to the end. The signal that stopped it, after a checkpoint."""
         try:
@@ -186,9 +195,12 @@ class Trainer:
         )
 
     def _resume(self) -> int:
-        saved, problems = self._checkpoints.load_newest()
+        world = self._engine.world
+        with world.together():
+            saved, problems = self._checkpoints.load_newest()
         for problem in problems:
             self._say(problem)
+        world.agreed(0 if saved is None else saved.step, "checkpoint")
         if saved is None:
             if self._metrics is not None:
                 self._metrics.resume(0)
@@ -201,6 +213,6 @@ class Trainer:
 
     def _save(self, done: int) -> None:
         state = self._engine.state()
-        if self._engine.world.is_main:
-            self._checkpoints.save(Saved(step=done, state=state))
-        self._engine.world.barrier()
+        with self._engine.world.together():
+            if self._engine.world.is_main:
+                self._checkpoints.save(Saved(step=done, state=state))
