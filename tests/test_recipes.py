@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from llava_kd.build.pipeline import read_pipeline
 from llava_kd.config import dump, load
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-RECIPES = sorted(SCRIPTS.rglob("*.yaml"))
+RECIPES = sorted(path for path in SCRIPTS.rglob("*.yaml") if path.name != "pipeline.yaml")
 STAGES = sorted(SCRIPTS.glob("stage*.sh"))
 
 
@@ -49,6 +50,12 @@ def test_a_stage_script_hands_its_own_recipe_and_the_overrides_on(
     assert called.startswith("torchrun" if processes > 1 else "python")
     assert called.endswith(f"llava_kd.cli train {script.with_suffix('.yaml')} --optim.lr=1 --output_dir=a b")
     assert (f"--nproc-per-node {processes}" in called) == (processes > 1)
+
+
+def test_the_shipped_pipeline_is_the_three_stages() -> None:
+    pipeline = read_pipeline(SCRIPTS / "pipeline.yaml")
+    assert [stage.path for stage in pipeline.stages] == [path.with_suffix(".yaml") for path in STAGES]
+    assert pipeline.command == ("bash", "scripts/train.sh")
 
 
 def test_each_stage_goes_on_from_the_one_before() -> None:

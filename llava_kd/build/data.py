@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from llava_kd.config import DataConfig, TrainConfig
+from llava_kd.data.conversation import Source
 from llava_kd.data.images import ImageTransform
 from llava_kd.data.loader import Loader, Side
 from llava_kd.data.records import LlavaJson
@@ -28,6 +29,11 @@ def side(parts: Parts, config: DataConfig) -> Side:
     )
 
 
+def make_source(config: DataConfig) -> Source:
+    """The records, read and checked."""
+    return LlavaJson(config.path, config.images)
+
+
 def make_loader(
     config: TrainConfig, world: World, student: Parts, teacher: Parts | None
 ) -> tuple[Loader, bool]:
@@ -39,7 +45,7 @@ def make_loader(
         if not shares_tower:
             teacher_side = side(teacher, data)
     loader = Loader(
-        source=LlavaJson(data.path, data.images),
+        source=make_source(data),
         student=side(student, data),
         teacher=teacher_side,
         seed=config.seed,

@@ -1,0 +1,67 @@
+"""A look before a long run: vocabulary, towers, template and labels, a sample of the data, and the plan."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from llava_kd.batch import IGNORE_INDEX
+from llava_kd.build.data import make_source, same_tower, side
+from llava_kd.build.models import DTYPES, student_parts
+from llava_kd.build.objective import objective
+from llava_kd.build.plan import plan
+from llava_kd.config import TrainConfig
+from llava_kd.data.images import MAX_PIXELS, decode
+from llava_kd.models.checkpoint import Parts, load_stock
+
+
+def check(config: TrainConfig, *, ranks: int, num_records: int) -> str:
+    """Lines about the models, a sample of the records and the plan.
+
+    Raises ValueError for what `train` would refuse, and if more of the sample is bad than it would allow.
+    """
+    student = student_parts(config.student, template=config.data.template, seed=config.seed)
+    teacher = None
+    if config.teacher is not None:
+        teacher = load_stock(config.teacher.checkpoint, dtype=DTYPES[config.teacher.dtype])
+    terms = objective(config.objective, student, teacher)
+    lines = []
+    if teacher is not None:
+        shared = "the same: it runs once" if same_tower(config, student, teacher) else "different: both run"
+        lines.append(f"towers           {shared}")
+        lines.append(
+            f"visual tokens    student {student.tokens_per_image}, teacher {teacher.tokens_per_image}"
+        )
+        if terms.num_common is not None:
+            lines.append(f"vocabulary       {terms.num_common} shared columns")
+    lines += _sample(config, student, num_records)
+    return "\n".join([*lines, plan(config, ranks)])
+
+
+def _sample(config: TrainConfig, student: Parts, num_records: int) -> list[str]:
+    source = make_source(config.data)
+    reader = side(student, config.data)
+    encode = reader.encoder()
+    chosen = np.linspace(0, len(source) - 1, min(num_records, len(source))).astype(int).tolist()
+    lengths, bad, shown = [], [], ""
+    for i in chosen:
+        record = source.record(i)
+        try:
+            encoded = encode(record)
+            for k in range(len(record.images)):
+                decode(source.image_bytes(i, k), max_pixels=MAX_PIXELS)
+        except (ValueError, OSError) as error:
+            bad.append(f"{record.id}: {error}")
+            continue
+        lengths.append(len(encoded.ids))
+        answers: torch.Tensor = encoded.ids[encoded.labels != IGNORE_INDEX]
+        shown = shown or f"record {record.id} is trained on {reader.tokenizer.decode(answers)!r}"
+    if len(bad) > max(3, config.data.max_bad_rate * len(chosen)):
+        raise ValueError(f"{len(bad)} of {len(chosen)} sampled records are bad:\n  " + "\n  ".join(bad[:20]))
+    longest, mean = (max(lengths), float(np.mean(lengths))) if lengths else (0, 0.0)
+    counts = f"{len(chosen)} records, {len(bad)} bad"
+    return [
+        f"sample           {counts}; tokens: {mean:.0f} on average, {longest} at most",
+        *(f"  bad            {line}" for line in bad),
+        f"labels           {shown}",
+    ]

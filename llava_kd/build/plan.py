@@ -1,0 +1,82 @@
+"""What a stage would do: `--dry_run`. Models are read on the CPU, or only their shapes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from llava_kd.build.data import make_source
+from llava_kd.build.estimate import GB, Sizes, accumulation, engine_kind, memory, refuse_too_large, traffic
+from llava_kd.build.models import student_parts
+from llava_kd.build.run_dir import check_world
+from llava_kd.build.train import num_steps
+from llava_kd.config import TrainConfig
+from llava_kd.parallel.world import World
+
+
+def plan(config: TrainConfig, ranks: int) -> str:
+    """Lines that say what `train` would do on so many ranks.
+
+    Raises ValueError for what it would refuse: the ranks, the models, the data, or too small a device.
+    """
+    check_world(config, World(rank=0, size=ranks, device=torch.device("cpu")))
+    student, teacher = sizes(config)
+    records = len(make_source(config.data))
+    per_epoch = -(-records // config.global_batch_size)
+    steps = num_steps(config, per_epoch)
+    found = memory(config, ranks, student, teacher)
+    output = Path(config.output_dir)
+    trained = sum(student.parameters[part] for part in config.trainable)
+    lines = [
+        f"ranks            {ranks}, engine {engine_kind(config, ranks)}, {config.engine.precision}",
+        f"global batch     {config.global_batch_size} = {ranks} ranks x {accumulation(config, ranks)} "
+        f"micro-batches of up to {config.micro_batch_size}",
+        f"steps            {steps} ({per_epoch} an epoch of {records} records)",
+        f"student          {_parts(student)}; trained: {', '.join(config.trainable)} ({trained / 1e6:.2f} M)",
+        f"teacher          {'none' if teacher is None else _parts(teacher)}",
+        f"memory of a rank {sum(found.values()) / GB:.2f} GB estimated",
+        *(f"  {what:<14} {size / GB:8.2f} GB" for what, size in found.items() if size),
+        f"sent by a rank   {traffic(config, ranks, student) / GB:.2f} GB a step",
+        f"output           {output}: {_state(output)}",
+        f"checkpoints      every {config.checkpoint.every} steps, {config.checkpoint.keep} kept, "
+        f"{12 * trained / GB:.2f} GB each; {_free(output) / GB:.0f} GB free there",
+    ]
+    if torch.cuda.is_available() and config.engine.device != "cpu":
+        available = torch.cuda.get_device_properties(0).total_memory
+        lines.append(f"device           {available / GB:.1f} GB")
+        refuse_too_large(found, available)
+    return "\n".join(lines)
+
+
+def sizes(config: TrainConfig) -> tuple[Sizes, Sizes | None]:
+    """Of student and teacher; a student that is still to be composed is composed on the CPU."""
+    if config.student.checkpoint is not None:
+        student = Sizes.of_directory(config.student.checkpoint)
+    else:
+        parts = student_parts(config.student, template=config.data.template, seed=config.seed)
+        student = Sizes.of(parts.stock)
+    teacher = None if config.teacher is None else Sizes.of_directory(config.teacher.checkpoint)
+    return student, teacher
+
+
+def ranks_from_environment() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _parts(found: Sizes) -> str:
+    listed = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in found.parameters.items())
+    return f"{sum(found.parameters.values()) / 1e6:.2f} M parameters ({listed})"
+
+
+def _state(output: Path) -> str:
+    if (output / "run.json").is_file():
+        return "complete, nothing to do"
+    return "goes on from what is there" if (output / "checkpoints").is_dir() else "new"
+
+
+def _free(output: Path) -> int:
+    there = next(path for path in (output, *output.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(there).free

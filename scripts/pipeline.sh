@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Usage: scripts/pipeline.sh [--a.b=value ...]: every stage of PIPELINE (default: the three of scripts/pipeline.yaml);
+# overrides go to all of them. The environment is read as by the stage scripts.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+exec python -m llava_kd.cli run "${PIPELINE:-$here/pipeline.yaml}" "$@"

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=llava_kd
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@600
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+# Usage: sbatch [--nodes=4 --partition=... --account=...] scripts/slurm.sh scripts/stage1_dpt.sh [--a.b=value ...]
+# One launcher a machine. Ten minutes before the time limit, or when it is preempted, the run writes a checkpoint
+# and the job goes back into the queue; it goes on from there under the same job id.
+set -euo pipefail
+if [ $# -eq 0 ]; then echo "usage: sbatch scripts/slurm.sh scripts/stage1_dpt.sh [--a.b=value ...]" >&2; exit 2; fi
+export NNODES="$SLURM_NNODES"
+export NPROC="${NPROC:-${SLURM_GPUS_ON_NODE:-1}}"
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+
+# Each machine's shell learns its number only there, so it is read inside.
+srun --kill-on-bad-exit=1 bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$@"' stage "$@" &
+step=$!
+preempted=0
+trap 'preempted=1; kill -USR1 "$step"' USR1 TERM # srun hands the signal to every machine's script
+while :; do
+  wait "$step" && status=0 || status=$?
+  kill -0 "$step" 2>/dev/null || break
+done
+if [ "$preempted" -eq 1 ] && [ "$status" -eq 0 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

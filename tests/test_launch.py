@@ -1,0 +1,167 @@
+"""The launch scripts: which launcher they start, and where signals go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+# A launcher whose one rank writes a checkpoint when told to, which takes a while.
+LAUNCHER = """#!/bin/bash
+if [ "$DEEP" = yes ]; then DEEP= bash "$0" & wait; exit $?; fi
+trap 'echo launcher was told' USR1 TERM
+bash -c 'trap "sleep 0.3; echo rank saved; exit 0" USR1; echo rank runs; while :; do sleep 0.05; done' &
+wait $!
+"""
+
+
+@pytest.fixture
+def bin_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("python", "torchrun", "deepspeed"):
+        write(folder / name, '#!/bin/sh\necho "$(basename "$0") $*"\n')
+    return folder
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def environment(bin_dir: Path, **more: str) -> dict[str, str]:
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("CONFIG", "MASTER_PORT", "MASTER_ADDR", "NNODES")
+    }
+    return clean | {"PATH": f"{bin_dir}:{os.environ['PATH']}", **more}
+
+
+def said(bin_dir: Path, script: str, *words: str, **more: str) -> str:
+    command = ["bash", str(SCRIPTS / script), *words]
+    done = subprocess.run(
+        command, env=environment(bin_dir, **more), capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_runs_on_one_machine_need_no_port(bin_dir: Path) -> None:
+    assert "--standalone" in said(bin_dir, "stage1_dpt.sh", NPROC="2")
+    assert "--master-port 123" in said(bin_dir, "stage1_dpt.sh", NPROC="2", MASTER_PORT="123")
+
+
+def test_several_machines_meet_at_the_first(bin_dir: Path) -> None:
+    line = said(bin_dir, "stage1_dpt.sh", NPROC="8", NNODES="4", NODE_RANK="3", MASTER_ADDR="n0")
+    assert "torchrun --nnodes 4 --node-rank 3 --nproc-per-node 8 --master-addr n0 --master-port 29500" in line
+
+
+def test_the_deepspeed_launcher_is_a_choice(bin_dir: Path, tmp_path: Path) -> None:
+    line = said(bin_dir, "train.sh", "x.yaml", "--seed=1", NPROC="2", LAUNCHER="deepspeed")
+    start = "deepspeed --num_gpus 2 --master_port 29500 --no_local_rank --module llava_kd.cli train"
+    assert line == f"{start} x.yaml --seed=1"
+    more = {
+        "NPROC": "8",
+        "NNODES": "2",
+        "NODE_RANK": "1",
+        "MASTER_ADDR": "n0",
+        "HOSTFILE": str(tmp_path / "h"),
+    }
+    line = said(bin_dir, "train.sh", "x.yaml", LAUNCHER="deepspeed", **more)
+    assert f"--hostfile {tmp_path / 'h'} --no_ssh --node_rank 1 --master_addr n0" in line
+
+
+def test_another_launcher_is_refused(bin_dir: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        said(bin_dir, "train.sh", "x.yaml", NPROC="2", LAUNCHER="mpirun")
+    assert "LAUNCHER must be torchrun or deepspeed; got mpirun" in caught.value.stderr
+
+
+def test_a_dry_run_starts_one_process_that_knows_the_number_of_ranks(bin_dir: Path) -> None:
+    line = said(bin_dir, "train.sh", "x.yaml", "--dry_run", NPROC="8", NNODES="2")
+    assert line == "python -m llava_kd.cli train x.yaml --dry_run --ranks=16"
+
+
+@pytest.mark.parametrize(("launcher", "deep"), [("torchrun", ""), ("deepspeed", "yes")])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_goes_to_the_ranks_and_the_script_waits_for_them(
+    bin_dir: Path, tmp_path: Path, launcher: str, deep: str, number: signal.Signals
+) -> None:
+    write(bin_dir / launcher, LAUNCHER)
+    log = tmp_path / "log"
+    more = {"NPROC": "2", "LAUNCHER": launcher, "DEEP": deep}
+    with log.open("w") as stream:
+        command = ["bash", str(SCRIPTS / "train.sh"), "x.yaml"]
+        process = subprocess.Popen(command, env=environment(bin_dir, **more), stdout=stream)
+        until(lambda: "rank runs" in log.read_text())
+        process.send_signal(number)
+        assert process.wait(60) == 0
+    assert "rank saved" in log.read_text()
+    assert "launcher was told" not in log.read_text()
+
+
+SRUN = """#!/bin/bash
+while [[ "$1" == --* ]]; do shift; done
+trap 'kill -USR1 $!' USR1
+SLURM_NODEID=1 "$@" &
+while :; do wait $! && status=0 || status=$?; kill -0 $! 2>/dev/null || exit $status; done
+"""
+
+
+def slurm(bin_dir: Path, tmp_path: Path, stage: str) -> tuple[subprocess.Popen[str], Path]:
+    write(bin_dir / "srun", SRUN)
+    write(bin_dir / "scontrol", f'#!/bin/sh\necho "$*" >>{tmp_path}/scontrol\necho n0; echo n1\n')
+    write(tmp_path / "stage.sh", stage)
+    job = {
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n[0-1]",
+    }
+    log = tmp_path / "log"
+    command = ["bash", str(SCRIPTS / "slurm.sh"), str(tmp_path / "stage.sh"), "--seed=1"]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, env=environment(bin_dir, **job), stdout=stream, text=True)
+    return process, log
+
+
+def test_a_slurm_job_tells_each_machine_its_place(bin_dir: Path, tmp_path: Path) -> None:
+    process, log = slurm(bin_dir, tmp_path, 'echo "$NODE_RANK $NNODES $NPROC $MASTER_ADDR $MASTER_PORT $*"\n')
+    assert process.wait(60) == 0
+    assert log.read_text().strip() == "1 2 8 n0 20007 --seed=1"
+    assert "requeue" not in (tmp_path / "scontrol").read_text()
+
+
+def test_a_preempted_slurm_job_waits_for_its_checkpoint_and_goes_back_into_the_queue(
+    bin_dir: Path, tmp_path: Path
+) -> None:
+    stage = "trap 'sleep 0.3; echo saved; exit 0' USR1\necho runs\nwhile :; do sleep 0.05; done\n"
+    process, log = slurm(bin_dir, tmp_path, stage)
+    until(lambda: "runs" in log.read_text())
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 0
+    assert "saved" in log.read_text()
+    assert "requeue 7" in (tmp_path / "scontrol").read_text()
+
+
+def test_a_slurm_job_that_fails_is_not_queued_again(bin_dir: Path, tmp_path: Path) -> None:
+    process, _ = slurm(bin_dir, tmp_path, "exit 2\n")
+    assert process.wait(60) == 2
+    assert "requeue" not in (tmp_path / "scontrol").read_text()
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)
+def test_a_script_is_sound_bash(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
