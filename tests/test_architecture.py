@@ -50,6 +50,12 @@ def imports(tree: ast.AST) -> list[tuple[str, int]]:
     return found
 
 
+def _first_line(function: ast.FunctionDef) -> int:
+    """A Triton kernel's two dozen pointers and strides, one a line, are not counted."""
+    is_kernel = any(ast.unparse(decorator) == "triton.jit" for decorator in function.decorator_list)
+    return function.body[0].lineno if is_kernel else function.lineno
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_keeps_the_house_rules(path: Path) -> None:
     text = path.read_text()
@@ -60,7 +66,7 @@ def test_a_file_keeps_the_house_rules(path: Path) -> None:
     assert lines <= MAX_FILE_LINES, f"{path} has {lines} lines; split it"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            size = (node.end_lineno or 0) - node.lineno + 1
+            size = (node.end_lineno or 0) - _first_line(node) + 1
             assert size <= MAX_FUNCTION_LINES, f"{path}:{node.lineno} {node.name} has {size} lines; split it"
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             stages = {"dpt", "sft", "dft"} & set(node.value.lower().split())
