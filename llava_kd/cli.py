@@ -64,6 +64,28 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--max_new_tokens", type=int, help="default: 32, or each benchmark's own")
     evaluate.add_argument("--limit", type=int, help="ask the first questions of each benchmark only")
 
+    convert = _command(
+        commands, "convert", _convert, "make a stock directory of a TinyLLaVA or LLaVA-1.5 one"
+    )
+    convert.add_argument("source")
+    convert.add_argument("--out", required=True)
+    convert.add_argument(
+        "--vision_tower", help="the tower of a LLaVA-1.5 checkpoint, if not the one it names"
+    )
+
+    export = _command(commands, "export", _export, "write a checked stock directory with a model card")
+    export.add_argument("source", help="stock LLaVA directory, such as a run's model/")
+    export.add_argument("--out", required=True)
+    export.add_argument("--format", choices=["hf"], default="hf")
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    export.add_argument("--scores", nargs="*", default=[], help="summary.json files of `llava-kd eval`")
+
+    chat = _command(commands, "chat", _chat, "talk about images, answer by answer")
+    chat.add_argument("--model", required=True, help="stock LLaVA directory")
+    chat.add_argument("--image", action="append", default=[], help="may be given several times")
+    chat.add_argument("--max_new_tokens", type=int, default=256)
+    chat.add_argument("question", nargs="?", help="one question; without it, questions are read line by line")
+
     report = _command(commands, "report", _report, "write results.json and report.html of a comparison run")
     report.add_argument("--run", required=True, dest="directory")
 
@@ -175,6 +197,33 @@ def _verify(arguments: argparse.Namespace) -> int:
     report = verify_file(arguments.data, images, num_threads=arguments.threads, progress=True)
     print(report.summary())
     return int(not report.is_sound)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from llava_kd.build.checkpoints import convert_to
+
+    convert_to(arguments.source, arguments.out, vision_tower=arguments.vision_tower)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from llava_kd.build.checkpoints import export_to
+
+    for note in export_to(arguments.source, arguments.out, dtype=arguments.dtype, scores=arguments.scores):
+        print(f"note: {note}")
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from llava_kd.evaluation.chat import Chat
+
+    chat = Chat.load(arguments.model, arguments.image, max_new_tokens=arguments.max_new_tokens)
+    questions = [arguments.question] if arguments.question else sys.stdin
+    for question in questions:
+        for piece in chat.stream(question.strip()):
+            print(piece, end="", flush=True)
+        print()
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from llava_kd.models.language_model import IMAGE_TOKEN, decoder_of, load_language_model
 from llava_kd.models.reading import existing, read_config, read_pretrained, readable
-from llava_kd.models.towers import load_tower
+from llava_kd.models.towers import LoadedTower, load_tower
 from llava_kd.models.vision_tower import (
     input_size,
     num_prefix_tokens,
@@ -82,8 +82,30 @@ def compose(
     The tokenizer gets an image token only if it has none, and the embeddings grow only if it has no row.
     """
     loaded = load_tower(vision_tower, feature_layer=vision_feature_layer, dtype=dtype, seed=seed)
-    tower = loaded.model
     causal, tokenizer = load_language_model(language_model, dtype=dtype)
+    return compose_loaded(
+        loaded,
+        causal,
+        tokenizer,
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy=vision_feature_select_strategy,
+        seed=seed,
+        dtype=dtype,
+    )
+
+
+def compose_loaded(
+    loaded: LoadedTower,
+    causal: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vision_feature_layer: int,
+    vision_feature_select_strategy: Literal["default", "full"],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Parts:
+    """`compose` for parts that are loaded already and whose tokenizer has an image token."""
+    tower = loaded.model
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=causal.config,

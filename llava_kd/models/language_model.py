@@ -37,6 +37,12 @@ def load_language_model(name: str, *, dtype: torch.dtype) -> tuple[PreTrainedMod
     with readable("the tokenizer of", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
     causal = read_pretrained(AutoModelForCausalLM, name, dtype)
+    prepare_language_model(causal, tokenizer, name)
+    return causal, tokenizer
+
+
+def prepare_language_model(causal: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Check a loaded model and give both an image token; see `load_language_model`."""
     causal.eval()
     _check_structure(causal, name)
     _check_computation(causal, name)
@@ -46,7 +52,6 @@ def load_language_model(name: str, *, dtype: torch.dtype) -> tuple[PreTrainedMod
         tokenizer.pad_token = tokenizer.eos_token
     if len(tokenizer) > causal.config.get_text_config().vocab_size:
         causal.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    return causal, tokenizer
 
 
 def decoder_of(causal: PreTrainedModel) -> nn.Module:

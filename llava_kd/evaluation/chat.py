@@ -1,0 +1,65 @@
+"""A conversation about images with a stock LLaVA directory, streamed piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from llava_kd.evaluation.generate import Generator
+
+
+@dataclass
+class Chat:
+    """`turns` is the conversation so far: messages of role and content, the images in the first."""
+
+    generator: Generator
+    images: list[Image.Image]
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    @staticmethod
+    def load(directory: str, images: Sequence[str], *, max_new_tokens: int = 256) -> Chat:
+        """Raises ValueError for a directory that is no stock LLaVA or an image that cannot be read."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        generator = Generator.load(directory, device=device, max_new_tokens=max_new_tokens)
+        return Chat(generator, [_open(path) for path in images])
+
+    @torch.no_grad()
+    def stream(self, question: str) -> Iterator[str]:
+        """The greedy answer in pieces; the turn is then remembered."""
+        if not question:
+            raise ValueError("the question is empty")
+        placeholders = "<image>\n" * len(self.images) if not self.turns else ""
+        asked = [*self.turns, {"role": "user", "content": placeholders + question}]
+        processor, model = self.generator.processor, self.generator.model
+        text = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        given = dict(
+            processor(text=text, images=self.images or None, text_kwargs={"return_tensors": "pt"}).to(
+                model.device, model.dtype
+            )
+        )
+        ids, shown, cache = [], "", None
+        ends = set(self.generator.end_ids)
+        for _ in range(self.generator.max_new_tokens):
+            output = model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            token = int(output.logits[0, -1].argmax())
+            if token in ends:
+                break
+            ids.append(token)
+            text = processor.tokenizer.decode(ids, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
+                yield text[len(shown) :]
+                shown = text
+            given = {"input_ids": torch.tensor([[token]], device=model.device)}
+        self.turns = [*asked, {"role": "assistant", "content": shown.strip()}]
+
+
+def _open(path: str) -> Image.Image:
+    try:
+        return Image.open(Path(path)).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error

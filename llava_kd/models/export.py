@@ -1,0 +1,147 @@
+"""A finished student as a stock directory for others: checked, cast, and with a model card.
+
+Shape legend: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from llava_kd.models.checkpoint import Parts, load_stock, save_stock
+from llava_kd.models.vision_tower import family, vision_config
+
+_VLLM_TOWERS = ("siglip_vision_model", "clip_vision_model")
+_LLAMA_CPP_TOWERS = ("clip_vision_model", "siglip_vision_model")
+_LLAMA_CPP_LLMS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma")
+_TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    scores: Sequence[str | Path] = (),
+) -> list[str]:
+    """Write `out`, check that stock transformers gives equal logits from it, and return notes on other tools.
+
+    `scores` are summaries of `llava-kd eval`. Raises ValueError for a student that stock LLaVA cannot
+    express, for an `out` that is not empty, and where the written logits differ.
+    """
+    source, out = Path(source), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"the export directory {out} is not empty; give a new one")
+    parts = load_stock(str(source))
+    check_stock(parts, str(source))
+    save_stock(parts, out, dtype=dtype)
+    difference = _check_logits(parts, out, dtype or torch.float32)
+    notes = [*vllm_notes(parts), *llama_cpp_notes(parts)]
+    (out / "README.md").write_text(model_card(source, parts, notes, scores, difference, dtype))
+    return notes
+
+
+def check_stock(parts: Parts, name: str) -> None:
+    """ValueError, with what would make it loadable, where stock LLaVA has no class for the tower."""
+    if family(parts.stock.config).is_stock:
+        return
+    vision = vision_config(parts.stock.config).to_dict()
+    raise ValueError(
+        f"{name} has the tower {vision['library']}:{vision['architecture']}, for which stock LLaVA has no "
+        "class, so no stock export is possible. It loads where llava_kd is installed, after `import "
+        "llava_kd.models.adapted_tower`; or train with a tower of docs/towers.md that is marked stock"
+    )
+
+
+@torch.no_grad()
+def _check_logits(parts: Parts, out: Path, dtype: torch.dtype) -> float:
+    """Largest difference, as a share of the largest logit, between the source and what stock reads back."""
+    written = LlavaForConditionalGeneration.from_pretrained(out, dtype=dtype)
+    inputs = _probe(parts)
+    before_BTV = parts.stock.eval()(**inputs).logits
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    after_BTV = written.eval()(**inputs).logits.float()
+    difference = float((before_BTV - after_BTV).abs().max() / before_BTV.abs().max().clamp_min(1e-6))
+    if not difference <= _TOLERANCE[dtype]:
+        raise ValueError(
+            f"the logits of {out} differ from those of its source by {difference:.3g} of the largest, more "
+            f"than {_TOLERANCE[dtype]:g} for {dtype}; do not use it"
+        )
+    return difference
+
+
+def _probe(parts: Parts) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 64, 80), generator=generator, dtype=torch.uint8)
+    encoded = parts.processor(
+        images=[image], text="<image> What is it?", text_kwargs={"return_tensors": "pt"}
+    )
+    return {name: encoded[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+
+
+def vllm_notes(parts: Parts) -> list[str]:
+    """What stands against serving with vLLM's LLaVA, by its published requirements; empty if nothing."""
+    config, notes = parts.stock.config, []
+    if (tower := vision_config(config).model_type) not in _VLLM_TOWERS:
+        notes.append(f"vLLM reads LLaVA with a SigLIP or CLIP tower; this one is {tower!r}")
+    if tower == "siglip_vision_model" and config.vision_feature_select_strategy == "default":
+        notes.append("vLLM: strategy 'default' drops a SigLIP patch; check its token count before serving")
+    return notes
+
+
+def llama_cpp_notes(parts: Parts) -> list[str]:
+    """What stands against llama.cpp's LLaVA converter; empty if nothing."""
+    config, notes = parts.stock.config, []
+    if (tower := vision_config(config).model_type) not in _LLAMA_CPP_TOWERS:
+        notes.append(f"llama.cpp converts LLaVA with a CLIP or SigLIP tower; this one is {tower!r}")
+    if (text := config.get_text_config().model_type) not in _LLAMA_CPP_LLMS:
+        notes.append(f"llama.cpp: not known here whether its LLaVA converter takes a {text!r} model")
+    return notes
+
+
+def model_card(
+    source: Path,
+    parts: Parts,
+    notes: Sequence[str],
+    scores: Sequence[str | Path],
+    difference: float,
+    dtype: torch.dtype | None,
+) -> str:
+    """README.md: parts, how it was trained (from the run beside the model), scores, and notes."""
+    config = parts.stock.config
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "---",
+        f"# {source.parent.name if source.name == 'model' else source.name}",
+        "",
+        "A LLaVA model distilled with llava_kd; `AutoModelForImageTextToText.from_pretrained` loads it.",
+        "",
+        f"- vision tower: {vision_config(config).model_type}, {parts.tokens_per_image} tokens an image, "
+        f"layer {config.vision_feature_layer}, strategy {config.vision_feature_select_strategy}",
+        f"- language model: {config.get_text_config().model_type}",
+        f"- parameters: {sum(p.numel() for p in parts.stock.parameters()):,}",
+        f"- weights in {str(dtype or torch.float32).removeprefix('torch.')}; logits differ from the trained "
+        f"ones by at most {difference:.2g} of the largest",
+    ]
+    run = source.parent / "run.json"
+    if run.is_file():
+        versions = json.loads(run.read_text()).get("versions", {})
+        lines += ["", "## Trained with", "", *(f"- {name} {version}" for name, version in versions.items())]
+    settings = source.parent / "config.yaml"
+    if settings.is_file():
+        lines += ["", "## Settings", "", "```yaml", settings.read_text().rstrip(), "```"]
+    if scores:
+        lines += ["", "## Scores", "", "| data | accuracy | questions |", "|---|---|---|"]
+    for path in scores:
+        summary = json.loads(Path(path).read_text())
+        lines.append(f"| {Path(path).parent.name} | {summary['accuracy']:.4f} | {summary['count']} |")
+    if notes:
+        lines += ["", "## Other tools", "", *(f"- {note}" for note in notes)]
+    return "\n".join(lines) + "\n"

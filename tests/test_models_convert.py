@@ -1,0 +1,154 @@
+"""Other layouts into stock directories, and stock directories out: equal logits, or refused with why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_towers import make_language_model, make_tower
+
+from llava_kd.models.checkpoint import Parts, compose, load_stock, save_stock
+from llava_kd.models.convert import convert
+from llava_kd.models.export import export, llama_cpp_notes, vllm_notes
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Parts, Path]:
+    """A stock student with the parts that TinyLLaVA would hold, and the folder of its parts."""
+    root = tmp_path_factory.mktemp("parts")
+    tower = make_tower("siglip", root / "tower")
+    llm = make_language_model("qwen2", root / "llm")
+    strategy = "default"
+    return (
+        compose(vision_tower=tower, language_model=str(llm), vision_feature_select_strategy=strategy, seed=4),
+        root,
+    )
+
+
+def tiny_llava_layout(original: tuple[Parts, Path], out: Path, *, pickled: bool = False) -> Path:
+    """As TinyLLaVA_Factory writes it: three folders of weights, and the parts' configs in the top one."""
+    parts, root = original
+    connector = parts.stock.model.multi_modal_projector.state_dict()
+    numbers = {"linear_1": "0", "linear_2": "2"}
+    projector = {f"_connector.{numbers[n.split('.')[0]]}.{n.split('.')[1]}": t for n, t in connector.items()}
+    text = load_file(root / "llm" / "model.safetensors")
+    for folder, state in (("connector", projector), ("language_model", text)):
+        (out / folder).mkdir(parents=True)
+        if pickled:
+            torch.save(state, out / folder / "pytorch_model.bin")
+        else:
+            save_file({n: t.contiguous() for n, t in state.items()}, out / folder / "model.safetensors")
+    (out / "vision_tower").symlink_to(root / "tower", target_is_directory=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (out / name).write_text((root / "llm" / name).read_text())
+    tree = {
+        "model_type": "tinyllava",
+        "text_config": json.loads((root / "llm" / "config.json").read_text()),
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "patch",
+    }
+    (out / "config.json").write_text(json.dumps(tree))
+    return out
+
+
+def llava_layout(original: tuple[Parts, Path], out: Path) -> Path:
+    """As LLaVA-1.5 writes it: one state, `mm_projector` beside the language model, the tower by name."""
+    parts, root = original
+    connector = parts.stock.model.multi_modal_projector.state_dict()
+    numbers = {"linear_1": "0", "linear_2": "2"}
+    state = load_file(root / "llm" / "model.safetensors")
+    for name, tensor in connector.items():
+        stem, kind = name.split(".")
+        state[f"model.mm_projector.{numbers[stem]}.{kind}"] = tensor
+    out.mkdir()
+    save_file({n: t.contiguous() for n, t in state.items()}, out / "model.safetensors")
+    config = json.loads((root / "llm" / "config.json").read_text())
+    tower = {"mm_vision_tower": str(root / "tower"), "mm_vision_select_layer": -2, "mm_hidden_size": 32}
+    (out / "config.json").write_text(json.dumps({**config, **tower, "model_type": "llava_qwen2"}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (out / name).write_text((root / "llm" / name).read_text())
+    return out
+
+
+def logits(parts: Parts) -> torch.Tensor:
+    image = torch.arange(3 * 40 * 50, dtype=torch.int32).remainder(251).to(torch.uint8).view(3, 40, 50)
+    inputs = parts.processor(images=[image], text="<image> what?", return_tensors="pt")
+    with torch.no_grad():
+        return parts.stock.eval()(**inputs).logits
+
+
+@pytest.mark.parametrize("layout", ["tiny", "tiny, pickled", "llava"])
+def test_a_layout_comes_back_with_the_logits_of_its_parts(
+    original: tuple[Parts, Path], layout: str, tmp_path: Path
+) -> None:
+    if layout == "llava":
+        source = llava_layout(original, tmp_path / "source")
+    else:
+        source = tiny_llava_layout(original, tmp_path / "source", pickled="pickled" in layout)
+    parts = convert(source)
+    assert parts.tokens_per_image == 15  # strategy `patch` drops the first of SigLIP's tokens
+    save_stock(parts, tmp_path / "stock")
+    ours, expected = logits(load_stock(str(tmp_path / "stock"))), logits(original[0])
+    image_id = original[0].stock.config.image_token_id
+    kept = torch.arange(ours.shape[-1]) != image_id  # a row that this and the original draw at random
+    torch.testing.assert_close(ours[..., kept], expected[..., kept], rtol=1e-5, atol=1e-5)
+
+
+def test_a_half_download_is_refused_by_name(original: tuple[Parts, Path], tmp_path: Path) -> None:
+    source = tiny_llava_layout(original, tmp_path / "source")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (source / "language_model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"half a download: .*model-00001-of-00002"):
+        convert(source)
+    (source / "connector").rename(source / "elsewhere")
+    with pytest.raises(ValueError, match=r"half a download: .*no connector"):
+        convert(source)
+    with pytest.raises(ValueError, match=r"has no config.json"):
+        convert(tmp_path / "nothing")
+
+
+def test_parts_that_do_not_fit_name_the_tensor(original: tuple[Parts, Path], tmp_path: Path) -> None:
+    source = tiny_llava_layout(original, tmp_path / "source")
+    path = source / "connector" / "model.safetensors"
+    state = load_file(path)
+    save_file({**state, "_connector.0.weight": torch.zeros(32, 7)}, path)
+    with pytest.raises(ValueError, match=r"linear_1.weight is \(32, 7\) where its config needs \(32, 32\)"):
+        convert(source)
+    save_file({n: t for n, t in state.items() if n != "_connector.2.bias"}, path)
+    with pytest.raises(ValueError, match=r"lacks 1 weights, such as linear_2.bias"):
+        convert(source)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_an_export_is_checked_and_has_a_card(
+    original: tuple[Parts, Path], dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    run = tmp_path / "my-run"
+    save_stock(original[0], run / "model")
+    (run / "config.yaml").write_text("seed: 5\n")
+    (run / "run.json").write_text(json.dumps({"versions": {"torch": "9.9"}}))
+    (tmp_path / "vqa").mkdir()
+    (tmp_path / "vqa" / "summary.json").write_text(json.dumps({"accuracy": 0.5, "count": 8}))
+    export(run / "model", tmp_path / "out", dtype=dtype, scores=[tmp_path / "vqa" / "summary.json"])
+    again = load_stock(str(tmp_path / "out"), dtype=dtype or torch.float32)
+    assert again.stock.dtype == (dtype or torch.float32)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for words in ("# my-run", "torch 9.9", "seed: 5", "| vqa | 0.5000 | 8 |", "15 tokens an image"):
+        assert words in card
+    with pytest.raises(ValueError, match="is not empty"):
+        export(run / "model", tmp_path / "out")
+
+
+def test_what_stock_llava_cannot_express_is_not_exported(
+    original: tuple[Parts, Path], tmp_path: Path
+) -> None:
+    line = make_tower("timm-convnext", tmp_path)
+    parts = compose(vision_tower=line, language_model=str(original[1] / "llm"))
+    save_stock(parts, tmp_path / "student")
+    with pytest.raises(ValueError, match=r"timm:convnext_tiny, for which stock LLaVA has no class"):
+        export(tmp_path / "student", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert any("llava_kd_tower" in note for note in vllm_notes(parts) + llama_cpp_notes(parts))
