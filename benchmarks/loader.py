@@ -1,0 +1,185 @@
+"""The data loader: images per CPU-second, packing, the index, tokenisation, and a small job's step.
+
+Images: 640x480 JPEG to 384x384 pixels as SigLIP reads them, from the bytes of a file, against transformers'
+own processors in the same run. Rates are per CPU-second of one thread, so that a busy machine does not count.
+Packing: a LLaVA-like mixture (729 places an image, lognormal text, cut at 2,048), which is assumed: the
+distribution of the real 665k records was not at hand.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from _common import Row, meta, parser, print_table, write_json
+from PIL import Image
+from transformers import SiglipImageProcessor
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from llava_kd.data.collate import RawImages
+from llava_kd.data.images import ImageTransform, decode
+from llava_kd.data.packing import Packing, Sizes, pack
+from llava_kd.data.plan import Plan, permutation
+from llava_kd.data.records import LlavaJson
+
+SIZE = {"height": 384, "width": 384}
+NUM_RECORDS = 665_298
+
+
+def picture(seed: int, height: int = 480, width: int = 640) -> bytes:
+    """JPEG of quality 90 with edges, shades and some noise: about as many bytes as a photograph."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (height // 24, width // 24, 3)).astype(np.uint8))
+    smooth = np.array(small.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
+    noisy = smooth + rng.normal(0, 6, smooth.shape)
+    stream = io.BytesIO()
+    Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+def image_rows(repeats: int) -> list[Row]:
+    """Images per CPU-second of each way, the ways taken in turn."""
+    files = [picture(seed) for seed in range(8)]
+    stock_pil, stock = SiglipImageProcessorPil(size=SIZE), SiglipImageProcessor(size=SIZE)
+    exact = ImageTransform.from_processor(stock_pil)
+    fast = ImageTransform.from_processor(stock_pil, exact=False)
+
+    def by_stock(processor: SiglipImageProcessor | SiglipImageProcessorPil) -> Callable[[bytes], object]:
+        return lambda data: processor(Image.open(io.BytesIO(data)), return_tensors="pt")
+
+    ways: dict[str, Callable[[bytes], object]] = {
+        "transformers, Pillow": by_stock(stock_pil),
+        f"transformers, {type(stock).__name__}": by_stock(stock),
+        "ours, all on the CPU, equal to Pillow": lambda data: exact(decode(data)),
+        "ours, all on the CPU, quick resize": lambda data: fast(decode(data)),
+        "ours, the CPU's part with a GPU": lambda data: RawImages.of([decode(data)]),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(repeats + 1):
+        for name, way in ways.items():
+            started = time.process_time()
+            for data in files:
+                way(data)
+            if number:
+                seconds[name].append((time.process_time() - started) / len(files))
+    rates = {name: 1 / statistics.median(values) for name, values in seconds.items()}
+    base = rates["transformers, Pillow"]
+    return [
+        {"part": "images", "what": name, "value": rate, "unit": "images per CPU-second", "ratio": rate / base}
+        for name, rate in rates.items()
+    ]
+
+
+def llava_like(num_records: int) -> Sizes:
+    rng = np.random.default_rng(0)
+    images = (rng.random(num_records) < 0.94).astype(np.int32)
+    text = np.clip(rng.lognormal(5.2, 0.75, num_records), 12, 1300).astype(np.int32)
+    return Sizes(tokens=np.minimum(images * 729 + text, 2048), images=images)
+
+
+def best_fit_decreasing(order: np.ndarray, sizes: Sizes, packing: Packing) -> int:
+    """Number of packs that the textbook method makes of each window."""
+    num_packs = 0
+    for start in range(0, len(order), packing.window):
+        rooms: list[int] = []
+        for length in sorted(sizes.tokens[order[start : start + packing.window]].tolist(), reverse=True):
+            place = bisect_left(rooms, length)
+            room = rooms.pop(place) if place < len(rooms) else packing.max_tokens
+            num_packs += room == packing.max_tokens
+            insort(rooms, room - length)
+    return num_packs
+
+
+def packing_rows() -> list[Row]:
+    sizes = llava_like(NUM_RECORDS)
+    rows: list[Row] = []
+    for max_tokens in (4096, 8192, 16_384):
+        packing = Packing(max_tokens=max_tokens)
+        started, wall = time.process_time(), time.perf_counter()
+        plan = Plan(
+            num_records=NUM_RECORDS, seed=0, global_batch_size=128, world_size=8, packing=packing, sizes=sizes
+        )
+        plan.rows(0, 0)
+        cpu, wall = time.process_time() - started, time.perf_counter() - wall
+        order = permutation(NUM_RECORDS, seed=0, epoch=0)
+        total = int(sizes.tokens.sum()) / max_tokens
+        fills = {
+            "fill": total / len(pack(order, sizes, packing)),
+            "fill of best-fit-decreasing": total / best_fit_decreasing(order, sizes, packing),
+        }
+        rows += [
+            {"part": "packing", "what": f"{name}, {max_tokens} tokens", "value": value, "unit": "share"}
+            for name, value in fills.items()
+        ]
+        for clock, value in (("CPU", cpu), ("wall", wall)):
+            what = f"plan of {NUM_RECORDS} records, {max_tokens} tokens, {clock}"
+            rows.append({"part": "packing", "what": what, "value": value, "unit": "s"})
+    return rows
+
+
+def index_rows() -> list[Row]:
+    """What 100k records cost a worker that reads them all, packed and as a plain list."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "data.json"
+        path.write_text(json.dumps([_entry(i) for i in range(100_000)]))
+        started = time.perf_counter()
+        source = LlavaJson(path, folder, cache=Path(folder) / "cache")
+        built = time.perf_counter() - started
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(1) as pool:
+            packed = pool.apply(_bytes_of_reading, (source,))
+        with context.Pool(1) as pool:
+            plain = pool.apply(_bytes_of_list, (path,))
+    return [
+        {"part": "index", "what": "building it, 100k records", "value": built, "unit": "s"},
+        {"part": "index", "what": "private memory of a worker", "value": packed / 2**20, "unit": "MiB"},
+        {"part": "index", "what": "the same as a list", "value": plain / 2**20, "unit": "MiB"},
+    ]
+
+
+def _entry(i: int) -> dict:
+    words = " ".join(f"word{(i * 7 + k) % 997}" for k in range(60))
+    asked = {"from": "human", "value": f"<image>\nWhat is in picture {i}?"}
+    return {"id": i, "image": f"{i}.jpg", "conversations": [asked, {"from": "gpt", "value": words}]}
+
+
+def _private_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty"))
+
+
+def _bytes_of_reading(source: LlavaJson) -> int:
+    before = _private_bytes()
+    for i in range(len(source)):
+        source.record(i)
+    return _private_bytes() - before
+
+
+def _bytes_of_list(path: Path) -> int:
+    before = _private_bytes()
+    entries = json.loads(path.read_bytes())
+    return _private_bytes() - before + 0 * len(entries)
+
+
+def main() -> None:
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--repeats", type=int, default=15)
+    flags = arguments.parse_args()
+    torch.set_num_threads(flags.threads or 1)
+    rows = [*image_rows(flags.repeats), *packing_rows(), *index_rows()]
+    print_table(rows, ["part", "what", "value", "unit", "ratio"])
+    if flags.json:
+        write_json(flags.json, meta=meta(device="cpu"), rows=rows)
+
+
+if __name__ == "__main__":
+    main()
