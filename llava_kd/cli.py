@@ -64,27 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--max_new_tokens", type=int, help="default: 32, or each benchmark's own")
     evaluate.add_argument("--limit", type=int, help="ask the first questions of each benchmark only")
 
-    convert = _command(
-        commands, "convert", _convert, "make a stock directory of a TinyLLaVA or LLaVA-1.5 one"
-    )
-    convert.add_argument("source")
-    convert.add_argument("--out", required=True)
-    convert.add_argument(
-        "--vision_tower", help="the tower of a LLaVA-1.5 checkpoint, if not the one it names"
-    )
-
-    export = _command(commands, "export", _export, "write a checked stock directory with a model card")
-    export.add_argument("source", help="stock LLaVA directory, such as a run's model/")
-    export.add_argument("--out", required=True)
-    export.add_argument("--format", choices=["hf"], default="hf")
-    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    export.add_argument("--scores", nargs="*", default=[], help="summary.json files of `llava-kd eval`")
-
-    chat = _command(commands, "chat", _chat, "talk about images, answer by answer")
-    chat.add_argument("--model", required=True, help="stock LLaVA directory")
-    chat.add_argument("--image", action="append", default=[], help="may be given several times")
-    chat.add_argument("--max_new_tokens", type=int, default=256)
-    chat.add_argument("question", nargs="?", help="one question; without it, questions are read line by line")
+    _add_checkpoint_commands(commands)
 
     report = _command(commands, "report", _report, "write results.json and report.html of a comparison run")
     report.add_argument("--run", required=True, dest="directory")
@@ -106,6 +86,31 @@ def _parser() -> argparse.ArgumentParser:
     shapes.add_argument("--num_test", type=int, default=200)
     shapes.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
+    """Models in, out, and at work."""
+    convert = _command(
+        commands, "convert", _convert, "make a stock directory of a TinyLLaVA or LLaVA-1.5 one"
+    )
+    convert.add_argument("source")
+    convert.add_argument("--out", required=True)
+    convert.add_argument(
+        "--vision_tower", help="the tower of a LLaVA-1.5 checkpoint, if not the one it names"
+    )
+
+    export = _command(commands, "export", _export, "write a checked stock directory with a model card")
+    export.add_argument("source", help="stock LLaVA directory, such as a run's model/")
+    export.add_argument("--out", required=True)
+    export.add_argument("--format", choices=["hf"], default="hf")
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    export.add_argument("--scores", nargs="*", default=[], help="summary.json files of `llava-kd eval`")
+
+    chat = _command(commands, "chat", _chat, "talk about images, answer by answer")
+    chat.add_argument("--model", required=True, help="stock LLaVA directory")
+    chat.add_argument("--image", action="append", default=[], help="may be given several times")
+    chat.add_argument("--max_new_tokens", type=int, default=256)
+    chat.add_argument("question", nargs="?", help="one question; without it, questions are read line by line")
 
 
 def _command(
