@@ -48,10 +48,11 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """A stock LLaVA directory; `dtype` bfloat16, float16 or float32."""
+    """A stock LLaVA directory. `placement`: whole on every rank, or its decoder layers spread over them."""
 
     checkpoint: str
     dtype: Dtype = "bfloat16"
+    placement: Literal["replicated", "fsdp"] = "replicated"
 
 
 @dataclass(frozen=True, kw_only=True)

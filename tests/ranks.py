@@ -113,7 +113,7 @@ class Ranks:
             assert waits, f"it never came\n{self.wait(0).log}"
             time.sleep(0.02)
 
-    def wait(self, timeout: float = 240.0) -> Ended:
+    def wait(self, timeout: float = 480.0) -> Ended:
         """Wait for all; a rank that does not end in time is killed, and the test fails."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
@@ -130,7 +130,7 @@ class Ranks:
         return ended
 
 
-def train(config: Path, output: Path, *overrides: str, ranks: int = 1, timeout: float = 240.0) -> Ended:
+def train(config: Path, output: Path, *overrides: str, ranks: int = 1, timeout: float = 480.0) -> Ended:
     """`llava-kd train` of `config` into `output`; it must succeed."""
     words = ["train", str(config), f"--output_dir={output}", *overrides]
     ended = Ranks(words, output.with_name(output.name + "-logs"), ranks=ranks).wait(timeout)

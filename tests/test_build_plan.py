@@ -83,6 +83,15 @@ def test_sharding_divides_what_it_should(stage, student_dir: Path) -> None:
     assert held("ddp", ranks=8) == whole
 
 
+def test_a_spread_teacher_leaves_a_share_of_its_layers(stage, student_dir: Path, teacher_dir: Path) -> None:
+    config = load(stage("run"), ["--teacher.placement=fsdp"])
+    student, teacher = Sizes.of_directory(str(student_dir)), Sizes.of_directory(str(teacher_dir))
+    layers = teacher.layers * teacher.largest_unit
+    rest = sum(teacher.parameters.values()) - layers
+    assert memory(config, 1, student, teacher)["teacher"] == 4 * (rest + layers)
+    assert memory(config, 4, student, teacher)["teacher"] == 4 * (rest + layers / 4)
+
+
 def test_a_ring_sends_twice_the_gradients(stage, student_dir: Path) -> None:
     config = load(stage("run", engine="auto", trainable=("multi_modal_projector",)))
     sizes = Sizes.of_directory(str(student_dir))

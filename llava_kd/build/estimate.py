@@ -85,7 +85,11 @@ def memory(config: TrainConfig, ranks: int, student: Sizes, teacher: Sizes | Non
     found = _states(engine_kind(config, ranks), ranks, trained, frozen - tower, tower, width, student)
     if teacher is not None:
         assert config.teacher is not None
+        spread = teacher.layers * teacher.largest_unit * WIDTHS[config.teacher.dtype]
         found["teacher"] = sum(teacher.parameters.values()) * WIDTHS[config.teacher.dtype]
+        if config.teacher.placement == "fsdp":
+            found["teacher"] -= spread * (ranks - 1) / ranks
+            found["gathered units"] += 2 * spread / teacher.layers * (ranks > 1)
     found["activations"] = _activations(config, student, teacher, width)
     return found
 
@@ -167,5 +171,5 @@ def refuse_too_large(found: Mapping[str, float], available: float) -> None:
     raise ValueError(
         f"a rank needs {fixed / GB:.2f} GB before any activation and the device has {available / GB:.2f} GB: "
         f"{(fixed - available) / GB:.2f} GB too much ({listed}). Set engine.kind to fsdp2 or deepspeed, "
-        "teacher.dtype to bfloat16, or take a smaller teacher"
+        "teacher.placement to fsdp, teacher.dtype to bfloat16, or take a smaller teacher"
     )

@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "engine.device",
     "engine.activation_checkpointing",
     "engine.timeout_minutes",
+    "teacher.placement",
     "data.num_workers",
     "data.image_cache_mb",
     "data.max_bad_rate",

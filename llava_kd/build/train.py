@@ -12,6 +12,7 @@ import transformers
 
 from llava_kd.build.data import make_loader
 from llava_kd.build.engine import make_engine
+from llava_kd.build.estimate import Sizes, memory, refuse_too_large
 from llava_kd.build.models import DTYPES, place, student_dtypes, student_parts
 from llava_kd.build.objective import objective, wants_head_gram
 from llava_kd.build.provenance import checked_parent, finish
@@ -23,6 +24,7 @@ from llava_kd.models.checkpoint import Parts, load_stock, save_stock
 from llava_kd.models.fingerprint import weights_fingerprint
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.parallel.engine import Engine
+from llava_kd.parallel.teacher_placement import shard_layers
 from llava_kd.parallel.world import World, join, peers
 from llava_kd.training.checkpoint import Checkpoints
 from llava_kd.training.metrics import Metrics, TensorBoardTracker, Tracker, WandbTracker
@@ -59,6 +61,9 @@ def _train(config: TrainConfig, world: World) -> str | None:
     if config.teacher is not None:
         teacher = load_stock(config.teacher.checkpoint, dtype=DTYPES[config.teacher.dtype])
     identity = frozen_fingerprints(config, student, teacher)
+    if world.device.type == "cuda":
+        needs = memory(config, world.size, Sizes.of(student.stock), teacher and Sizes.of(teacher.stock))
+        refuse_too_large(needs, torch.cuda.get_device_properties(world.device).total_memory)
     trainer, engine = assemble(config, world, student, teacher, say, identity=identity)
     if (stopped := trainer.fit()) is not None:
         return stopped
@@ -99,6 +104,8 @@ def assemble(
     if teacher is not None:
         teacher_mllm = MLLM(teacher.stock)
         assert config.teacher is not None
+        if config.teacher.placement == "fsdp":
+            shard_layers(teacher_mllm.language_model.layers, world, DTYPES[config.teacher.dtype])
         place(teacher_mllm, world.device, dict.fromkeys(PARTS, DTYPES[config.teacher.dtype]))
         frozen_teacher = Teacher(
             teacher_mllm, shares_tower=shares_tower, keeps_head_gram=wants_head_gram(config.objective)
