@@ -56,21 +56,42 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """LLaVA JSON and its image folder, and how records become sequences.
+class PackingConfig:
+    """Rows hold several records, up to both budgets; `micro_batch_size` then counts rows.
 
+    `packs_per_step`: rows of an optimiser step; null takes as many as hold about `global_batch_size` records.
+    """
+
+    max_tokens: int
+    max_images: int = 64
+    packs_per_step: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "max_images"):
+            _require(
+                getattr(self, name) > 0, f"`data.packing.{name}` must be positive; got {getattr(self, name)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Records, and how they become sequences.
+
+    `path` is a LLaVA JSON or JSON Lines file with its image root `images` (default: its folder), or a
+    pattern of tar shards (`*.tar`) or of tables with embedded images (`*.parquet`, `*.arrow`).
     `visual_alignment`: what to do where the two models have different visual tokens; `resample` interpolates
     the teacher's final hidden states to the student's grid.
     """
 
     path: str
-    images: str
+    images: str | None = None
     template: str = "vicuna"
     max_length: int = 2048
     image_aspect: Literal["square", "pad"] = "square"
     visual_alignment: Literal["refuse", "resample"] = "refuse"
     num_workers: int = 4
     image_cache_mb: int = 0
+    packing: PackingConfig | None = None
     max_bad_rate: float = 0.001
 
 

@@ -81,3 +81,11 @@ def test_a_run_resumed_twice_ends_bit_for_bit_where_an_undisturbed_one_does(
         assert a["loss"] == b["loss"]
     expected, got = weights(whole), weights(parts)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_a_packed_stage_runs_and_logs_the_same_terms(stage) -> None:
+    packed = run(stage("packed"), "--data.packing.max_tokens=1024", "--data.packing.packs_per_step=4")
+    last = lines(packed)[-1]
+    assert {"cross_entropy", "response_kl", "visual_kl", "relation"} <= last.keys()
+    assert last["images"] > 4  # more records than rows
+    assert last["tokens"] / last["token_places"] > 0.5

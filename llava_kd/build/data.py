@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 import torch
 
-from llava_kd.config import DataConfig, TrainConfig
+from llava_kd.config import DataConfig, PackingConfig, TrainConfig
 from llava_kd.data.conversation import Source
 from llava_kd.data.images import ImageTransform
 from llava_kd.data.loader import Loader, Side
+from llava_kd.data.packing import Packing
 from llava_kd.data.records import LlavaJson
+from llava_kd.data.tar_shards import TarShards
 from llava_kd.data.template import TEMPLATES
 from llava_kd.models.checkpoint import Parts
 from llava_kd.models.vision_tower import tower_fingerprint
@@ -30,8 +33,26 @@ def side(parts: Parts, config: DataConfig) -> Side:
 
 
 def make_source(config: DataConfig) -> Source:
-    """The records, read and checked."""
-    return LlavaJson(config.path, config.images)
+    """The records, read and checked. Raises ValueError for a pattern that matches nothing."""
+    suffix = Path(config.path).suffix
+    if suffix not in (".tar", ".parquet", ".arrow"):
+        return LlavaJson(config.path, config.images or Path(config.path).parent)
+    paths = sorted(glob.glob(config.path))
+    if not paths:
+        raise ValueError(f"`data.path` {config.path} matches no file")
+    if suffix == ".tar":
+        return TarShards(paths)
+    from llava_kd.data.tables import Tables  # needs the optional package pyarrow
+
+    return Tables(paths)
+
+
+def make_packing(config: PackingConfig | None) -> Packing | None:
+    if config is None:
+        return None
+    return Packing(
+        max_tokens=config.max_tokens, max_images=config.max_images, packs_per_step=config.packs_per_step
+    )
 
 
 def make_loader(
@@ -55,6 +76,7 @@ def make_loader(
         world_size=world.size,
         device=world.device,
         num_workers=data.num_workers,
+        packing=make_packing(data.packing),
         image_cache_bytes=data.image_cache_mb * 2**20,
         max_bad_rate=data.max_bad_rate,
         bad_records_path=Path(config.output_dir) / "bad_records.jsonl",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from llava_kd.config import StudentConfig, TrainConfig
-from llava_kd.data.template import TEMPLATES
+from llava_kd.data.template import TEMPLATES, Template
 from llava_kd.models.checkpoint import Parts, compose, load_stock
 from llava_kd.models.mllm import MLLM, PARTS
 
@@ -30,9 +30,18 @@ def student_parts(config: StudentConfig, *, template: str, seed: int) -> Parts:
         )
     if template not in TEMPLATES:
         raise ValueError(f"`data.template` must be one of {', '.join(TEMPLATES)}; got {template!r}")
-    parts.processor.chat_template = TEMPLATES[template].chat_template
-    parts.processor.tokenizer.chat_template = TEMPLATES[template].chat_template
+    _speak(parts, TEMPLATES[template])
     return parts
+
+
+def _speak(parts: Parts, template: Template) -> None:
+    """Make the student's own directory render and end answers as its training data do."""
+    tokenizer = parts.processor.tokenizer
+    parts.processor.chat_template = tokenizer.chat_template = template.chat_template_for(tokenizer)
+    generation = parts.stock.generation_config
+    if generation is not None:
+        generation.eos_token_id = template.end_token_id(tokenizer)
+        generation.pad_token_id = tokenizer.pad_token_id
 
 
 def place(mllm: MLLM, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
