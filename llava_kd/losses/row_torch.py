@@ -34,8 +34,8 @@ def torch_rows(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and T^2 divergence of each row of logits; fills `gradient_CV` where it is given.
 
-    `gradient_CV` may share the storage of `student_CV` where the two have the same element size. A target
-    outside the vocabulary makes its row NaN.
+    `gradient_CV` may share the storage of `student_CV` where the two have the same element size. With a
+    teacher, every row has a KL weight. A target outside the vocabulary makes its row NaN.
     """
     num_rows, num_classes = student_CV.shape
     dtype = torch.promote_types(student_CV.dtype, torch.float32)
@@ -58,13 +58,12 @@ def torch_rows(
         weight_R = kl_weight_C[rows]
         teacher_RU = _as_logits(teacher_CU[rows], teacher_bias_U, dtype)
         if log_p_RV is None or temperature != 1 or num_common != num_classes:
-            log_p_RV = (logits_RV[:, :num_common] / temperature).log_softmax(1)
-        log_q_RV = (teacher_RU[:, :num_common] / temperature).log_softmax(1)
+            log_p_RV = _softened(logits_RV[:, :num_common], temperature)
+        log_q_RV = _softened(teacher_RU[:, :num_common], temperature)
         kl_R, kl_slope_RV = _divergence(log_p_RV, log_q_RV, divergence)
-        kl_C[rows] = torch.where(weight_R == 0, 0.0, _nan_unless_finite(kl_R * temperature**2))
+        kl_C[rows] = _nan_unless_finite(kl_R * temperature**2)
         if gradient_RV is not None:
             kl_slope_RV *= (weight_R * temperature).unsqueeze(1)
-            kl_slope_RV[weight_R == 0] = 0
             _store(gradient_RV, slope_RV, kl_slope_RV)
     return ce_C, kl_C
 
@@ -75,6 +74,10 @@ def _as_logits(logits_RV: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> 
     if wide_RV is not logits_RV:
         wide_RV.masked_fill_(wide_RV.isinf().any(1, keepdim=True), torch.nan)
     return wide_RV if bias_V is None else wide_RV + bias_V
+
+
+def _softened(logits_RV: Tensor, temperature: float) -> Tensor:
+    return (logits_RV if temperature == 1 else logits_RV / temperature).log_softmax(1)
 
 
 def _cross_entropy(
@@ -91,7 +94,6 @@ def _cross_entropy(
         return ce_R, None
     slope_RV = log_p_RV.exp().scatter_add_(1, index_R1, -torch.ones_like(ce_R).unsqueeze(1))
     slope_RV *= torch.where(is_valid_R | (weight_R == 0), weight_R, torch.nan).unsqueeze(1)
-    slope_RV[weight_R == 0] = 0
     return ce_R, slope_RV
 
 
