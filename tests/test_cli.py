@@ -94,7 +94,7 @@ def test_tokenizers_that_differ(stage: Stage, complaint: Callable[..., str], tmp
 def test_grids_that_differ(stage: Stage, complaint: Callable[..., str], tmp_path: Path) -> None:
     other = make_tiny_llava(tmp_path / "other", vocab_size=280, patch_size=16)
     said = complaint("train", stage("run"), f"--teacher.checkpoint={other}")
-    assert "the student has 16 visual tokens an image, the teacher 4" in said
+    assert "the student has 16 visual tokens an image" in said
 
 
 # Data ----
