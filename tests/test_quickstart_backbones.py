@@ -70,7 +70,8 @@ def test_the_tokenizer_can_spell_any_text(made: Path, text: str) -> None:
 
 def test_words_of_the_shapes_data_are_single_tokens(made: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(made / "student_llm")
-    for word in ("red", "triangle", "cross", "centre", "large", "yes", "no", "USER", "ASSISTANT"):
+    assert len(tokenizer("USER")["input_ids"]) == 1
+    for word in ("red", "triangle", "cross", "centre", "large", "yes", "no", "ASSISTANT"):
         assert len(tokenizer(f" {word}")["input_ids"]) == 1
 
 

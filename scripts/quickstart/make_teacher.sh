@@ -19,3 +19,4 @@ llava-kd train scripts/quickstart/teacher_stage2.yaml --output_dir="$run/stage2"
 llava-kd eval --model "$run/stage2/model" --data "$run/data/validation.json" --out "$run/validation"
 rm -rf "$out"
 cp -r "$run/stage2/model" "$out"
+rm "$out/README.md"  # its paths are those of this run
