@@ -95,7 +95,7 @@ def relations(features_IND: Tensor, head_VD: Tensor) -> Tensor:
 def exact(case: Case) -> list[Tensor]:
     """Rows, and the gradients of their sum with respect to the leaves, in fp64 without the Gram identity."""
     student_INN = relations(case.student_IND, case.student_head_VD).requires_grad_()
-    rows_I = 1 - reference.cosine_rows(student_INN, relations(case.teacher_IME, case.teacher_head_VE))
+    rows_I = reference.cosine_distance_rows(student_INN, relations(case.teacher_IME, case.teacher_head_VE))
     (gradient_INN,) = torch.autograd.grad(rows_I.sum(), student_INN)
     gradient_INN = gradient_INN + gradient_INN.mT
     features_IND = case.student_IND.detach().double()

@@ -234,6 +234,18 @@ def test_relation_of_a_model_with_itself_is_zero():
     torch.testing.assert_close(rows_I, torch.zeros_like(rows_I), atol=1e-14, rtol=0)
 
 
+def test_relation_of_models_that_almost_agree_keeps_its_precision():
+    student_IND, _, _, _ = make_relation()
+    moved_IND = student_IND + 1e-3 * torch.randn(
+        student_IND.shape, generator=torch.Generator().manual_seed(1)
+    )
+    exact = relation_rows(student_IND, moved_IND)
+    assert exact.max() < 1e-6
+    torch.testing.assert_close(
+        relation_rows(student_IND.float(), moved_IND.float()).double(), exact, rtol=2e-3, atol=0
+    )
+
+
 def test_relation_ignores_scale_and_rotation_of_the_features():
     student_IND, teacher_INE, _, _ = make_relation()
     rotation_DD = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64)).Q

@@ -171,7 +171,7 @@ def relation_rows(
         student_INN = _relation(student_IND, student_head_VD, dtype, centre=centre, normalise=normalise)
         with torch.no_grad():
             teacher_INN = _relation(teacher_IME, teacher_head_UE, dtype, centre=centre, normalise=normalise)
-        return 1 - cosine_rows(student_INN, teacher_INN)
+        return cosine_distance_rows(student_INN, teacher_INN)
 
 
 def _relation(
@@ -187,10 +187,16 @@ def _relation(
     return y_INV @ y_INV.mT
 
 
-def cosine_rows(a_INN: Tensor, b_INN: Tensor) -> Tensor:
-    """Cosine of each pair of flattened matrices; zero, with a zero gradient, where one of them is zero."""
-    dot, aa, bb = ((x * y).sum((1, 2)) for x, y in ((a_INN, b_INN), (a_INN, a_INN), (b_INN, b_INN)))
-    return dot / (root_or_one(aa) * root_or_one(bb))
+def cosine_distance_rows(a_INN: Tensor, b_INN: Tensor) -> Tensor:
+    """1 - cosine of each pair of flattened matrices; 1, whatever the other is, where one of them is zero.
+
+    As half the squared distance between the two at length one: 1 - cosine itself would cancel where the two
+    almost agree, which is where training arrives.
+    """
+    aa_I11, bb_I11 = ((x * x).sum((1, 2), keepdim=True) for x in (a_INN, b_INN))
+    difference_INN = a_INN / root_or_one(aa_I11) - b_INN / root_or_one(bb_I11)
+    zeros_I = ((aa_I11 == 0).to(a_INN.dtype) + (bb_I11 == 0).to(a_INN.dtype)).flatten()
+    return ((difference_INN * difference_INN).sum((1, 2)) + zeros_I) / 2
 
 
 def root_or_one(square: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from llava_kd.losses import gemm
 from llava_kd.losses.checks import check_relation_inputs
-from llava_kd.losses.reference import accumulation_dtype, cosine_rows, root_or_one
+from llava_kd.losses.reference import accumulation_dtype, cosine_distance_rows, root_or_one
 
 
 @gemm.not_compiled
@@ -48,8 +48,7 @@ def relation_rows(
         if teacher_gram_EE is None and teacher_head_UE is not None:
             teacher_gram_EE = head_gram(teacher_head_UE.detach())
         rows = [
-            1
-            - cosine_rows(
+            cosine_distance_rows(
                 _relation(student_ND, student_gram_DD, centre=centre, normalise=normalise),
                 _relation(teacher_ME.detach(), teacher_gram_EE, centre=centre, normalise=normalise),
             )
