@@ -87,9 +87,9 @@ that materialises logits.""",
 )
 INTRODUCTION = """# Performance
 
-Made by `python benchmarks/make_docs.py` from the JSON in `benchmarks/results/`, which hold date, commit
-(`+`: with changes not yet committed), hardware, load and versions. What was not measured is called so, with the command that measures it; nothing is
-estimated.
+Made by `python benchmarks/make_docs.py` from the JSON in `benchmarks/results/`, which hold date, commit (`+`:
+with changes not yet committed), hardware, load and versions. What was not measured is called so, with the
+command that measures it; nothing is estimated.
 """
 FP16 = """## fp16 logits
 
