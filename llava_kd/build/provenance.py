@@ -67,7 +67,7 @@ def checked_parent(checkpoint: str | None) -> dict[str, object] | None:
             f"{checkpoint} is no longer what its run wrote: {', '.join(changed)} changed. Copy a model "
             f"that you edit out of {run}, or remove run.json and run that stage again to export it anew"
         )
-    return {"run": str(run), "model": found, "parent": record.get("parent")}
+    return {"run": str(Path(checkpoint).parent), "model": found, "parent": record.get("parent")}
 
 
 def finish(

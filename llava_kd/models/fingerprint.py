@@ -24,5 +24,5 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
 def _hash(tensor: Tensor) -> str:
     values = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(str(values.dtype).encode())
-    digest.update(memoryview(values.flatten().view(torch.uint8).numpy()))
+    digest.update(values.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
