@@ -60,6 +60,20 @@ class DeepSpeedEngine:
             },
         )[0]
 
+        self._fill_moments(zero_stage)
+
+    def _fill_moments(self, zero_stage: int) -> None:
+        """Zero moments for every shard: DeepSpeed itself makes them at the first step, too late to load."""
+        zero = self._engine.optimizer
+        shards = (
+            zero.fp32_partitioned_groups_flat if zero_stage == 3 else zero.single_partition_of_fp32_groups
+        )
+        for shard in shards:
+            moments = {key: torch.zeros_like(shard) for key in STATE_KINDS[1:]}
+            zero.optimizer.state[shard] = {"step": torch.tensor(0.0), **moments}
+        if zero_stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+
     def forward(self, *args: Any, is_last: bool, **kwargs: Any) -> Any:
         self._engine.set_gradient_accumulation_boundary(is_last)
         return self._engine(*args, **kwargs)
@@ -104,6 +118,8 @@ class DeepSpeedEngine:
         for name, parameter in self._trained.items():
             values = [value.to(self.world.device) for value in split_state(state, name)]
             safe_set_full_fp32_param(parameter, values[0])
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+                parameter.copy_(values[0])  # the master was set above; this is what the forward reads
             for key, value in zip(STATE_KINDS[1:], values[1:], strict=True):
                 safe_set_full_optimizer_state(parameter, value, key)
         for slots in self._engine.optimizer.optimizer.state.values():
