@@ -1,0 +1,42 @@
+"""The configuration tree, and how it is read from YAML and written back."""
+
+from llava_kd.config.reading import dump, load
+from llava_kd.config.sections import (
+    PARTS,
+    CheckpointConfig,
+    CrossEntropyConfig,
+    DataConfig,
+    Divergence,
+    Dtype,
+    EngineConfig,
+    KLConfig,
+    LogConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PackingConfig,
+    RelationConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "PARTS",
+    "CheckpointConfig",
+    "CrossEntropyConfig",
+    "DataConfig",
+    "Divergence",
+    "Dtype",
+    "EngineConfig",
+    "KLConfig",
+    "LogConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "PackingConfig",
+    "RelationConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "dump",
+    "load",
+]

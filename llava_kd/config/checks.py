@@ -1,0 +1,100 @@
+"""Values as YAML gave them, held to the types and ranges of their settings; messages name the dotted key."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import types
+from collections.abc import Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Literal, Union, get_args, get_origin, get_type_hints
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+# Which numbers a setting may take, by its own name or that of the mapping it is in.
+_POSITIVE = {"lr", "lr_by_part", "eps", "max_grad_norm", "temperature", "max_length", "global_batch_size"}
+_POSITIVE |= {"micro_batch_size", "epochs", "max_steps", "every", "keep", "timeout_minutes"}
+_NOT_NEGATIVE = {"weight", "weight_decay", "seed", "num_workers", "progress_line"}
+_SHARES = {"betas", "warmup_ratio", "max_bad_rate", "mix"}
+_SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _check(value: object, kind: type, where: str) -> None:
+    """ValueError naming the dotted key `where` if `value`, as YAML gave it, is not of that `kind`."""
+    if is_dataclass(kind):
+        check_section(value, kind, where)
+    elif get_origin(kind) in (Union, types.UnionType):
+        options = get_args(kind)
+        if value is not None or type(None) not in options:
+            _check(value, next(option for option in options if option is not type(None)), where)
+    elif get_origin(kind) is Literal:
+        choices = [str(choice) for choice in get_args(kind)]
+        near = _nearest(str(value), choices)
+        require(
+            value in get_args(kind), f"`{where}` must be one of {', '.join(choices)}; got {value!r}{near}"
+        )
+    elif get_origin(kind) in (list, tuple):
+        require(isinstance(value, list | tuple), f"`{where}` must be a list; got {value!r}")
+        assert isinstance(value, list | tuple)
+        length = len(get_args(kind)) if get_origin(kind) is tuple else len(value)
+        require(len(value) == length, f"`{where}` must be a list of {length}; got {value!r}")
+        for number, item in enumerate(value):
+            _check(item, get_args(kind)[0], f"{where}[{number}]")
+    elif get_origin(kind) is dict:
+        require(isinstance(value, dict), f"`{where}` must be `name: value` lines; got {value!r}")
+        assert isinstance(value, dict)
+        for name, item in value.items():
+            _check(item, get_args(kind)[1], f"{where}.{name}")
+    else:
+        require(_is_scalar(value, kind), f"`{where}` must be {_SCALARS[kind]}; got {value!r}")
+        if kind in (int, float):
+            _check_range(float(str(value)), where)
+
+
+def _check_range(number: float, where: str) -> None:
+    names = set(re.split(r"[.\[]", where))
+    require(math.isfinite(number), f"`{where}` must be finite; got {number}")
+    if names & _POSITIVE:
+        require(number > 0, f"`{where}` must be more than 0; got {number:g}")
+    elif names & _NOT_NEGATIVE:
+        require(number >= 0, f"`{where}` must not be negative; got {number:g}")
+    elif names & _SHARES:
+        require(0 <= number <= 1, f"`{where}` must be from 0 to 1; got {number:g}")
+
+
+def check_section(value: object, section: type, where: str) -> None:
+    if not isinstance(value, dict):
+        name = f"`{where}`" if where else "the file"
+        raise ValueError(f"{name} must hold `key: value` lines; got {value!r}")
+    kinds = get_type_hints(section)
+    known = [f.name for f in fields(section)]
+    for key, item in value.items():
+        if key not in known:
+            of = f" in `{where}`" if where else ""
+            near = _nearest(str(key), known)
+            raise ValueError(f"no setting `{key}`{of}{near}; the settings are {', '.join(known)}")
+        _check(item, kinds[key], f"{where}.{key}" if where else key)
+    required = [f.name for f in fields(section) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in required if name not in value]:
+        raise ValueError(f"`{where}.{missing[0]}` is missing" if where else f"`{missing[0]}` is missing")
+
+
+def _nearest(word: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=1)
+    return f" (did you mean `{near[0]}`?)" if near else ""
+
+
+def _is_scalar(value: object, kind: type) -> bool:
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            float(value)
+        except ValueError:
+            return False
+        return True
+    accepted = {float: (int, float), str: (str, int, float)}.get(kind, (kind,))
+    return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))

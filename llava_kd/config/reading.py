@@ -1,0 +1,81 @@
+"""`load` and `dump`: YAML plus dotted overrides. The only file that imports draccus."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import draccus
+import yaml
+from draccus.utils import DraccusException
+
+from llava_kd.config.checks import check_section
+from llava_kd.config.sections import TrainConfig
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML loader that refuses a key given twice: plain YAML lets the second win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        doubled = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if doubled:
+            raise ValueError(f"line {node.start_mark.line + 1}: the key {doubled} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _apply(tree: dict, override: str) -> None:
+    """Set the dotted key of `--a.b=value` in `tree`; the value is read as YAML."""
+    if not override.startswith("--") or "=" not in override:
+        raise ValueError(f"an override looks like --optim.lr=1e-4; got {override!r}")
+    dotted, text = override[2:].split("=", 1)
+    *parents, last = dotted.split(".")
+    for name in parents:
+        if not isinstance(tree.get(name), dict):
+            tree[name] = {}
+        tree = tree[name]
+    tree[last] = yaml.safe_load(text)
+
+
+def _messages(error: BaseException) -> str:
+    """The chain of causes as one line, where then why, without the library's own wrapping words."""
+    parts: list[str] = []
+    current: BaseException | None = error
+    while current is not None:
+        text = re.sub(
+            r"(Couldn't instantiate class \w+ using the given arguments\.:? ?)+", "", str(current)
+        ).strip()
+        if text and not any(text in part for part in parts):
+            parts.append(text)
+        current = current.__cause__
+    return " ".join(": ".join(parts).split())
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read `path`, apply overrides such as `--optim.lr=1e-4` or `--teacher=null`, and check the whole.
+
+    Raises ValueError for a missing file, an unknown or doubled key, a value of the wrong type, or settings
+    that do not fit together; the message names the file and the key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no config file {path}; the recipes are scripts/*.yaml")
+    try:
+        tree = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
+        if not isinstance(tree, dict):
+            raise ValueError("the file must hold `key: value` lines")
+        for override in overrides:
+            _apply(tree, override)
+        check_section(tree, TrainConfig, "")
+        return draccus.decode(TrainConfig, tree)
+    except (DraccusException, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {_messages(error)}") from error
+
+
+def dump(config: TrainConfig) -> str:
+    """YAML text that `load` reads back into an equal tree."""
+    stream = io.StringIO()
+    draccus.dump(config, stream)
+    return stream.getvalue()

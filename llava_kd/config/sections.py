@@ -1,0 +1,224 @@
+"""The settings of a stage: what they are called, their defaults, and which fit together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llava_kd.config.checks import require
+
+PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Divergence = Literal["forward", "reverse", "jsd", "skewed_forward", "skewed_reverse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """Either `checkpoint`, a LLaVA directory to go on from, or the parts of a new model."""
+
+    checkpoint: str | None = None
+    vision_tower: str | None = None
+    language_model: str | None = None
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: Literal["default", "full"] = "full"
+
+    def __post_init__(self) -> None:
+        parts = (self.vision_tower, self.language_model)
+        require(
+            (self.checkpoint is not None) != any(parts) and (self.checkpoint is not None or all(parts)),
+            "`student` needs either `checkpoint`, or both `vision_tower` and `language_model`; got "
+            f"checkpoint={self.checkpoint}, vision_tower={parts[0]}, language_model={parts[1]}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """A stock LLaVA directory. `placement`: whole on every rank, or its decoder layers spread over them."""
+
+    checkpoint: str
+    dtype: Dtype = "bfloat16"
+    placement: Literal["replicated", "fsdp"] = "replicated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingConfig:
+    """Rows hold several records, up to both budgets; `micro_batch_size` then counts rows.
+
+    `packs_per_step`: rows of an optimiser step; null takes as many as hold about `global_batch_size` records.
+    """
+
+    max_tokens: int
+    max_images: int = 64
+    packs_per_step: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "max_images"):
+            require(
+                getattr(self, name) > 0, f"`data.packing.{name}` must be positive; got {getattr(self, name)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Records, and how they become sequences.
+
+    `path` is a LLaVA JSON or JSON Lines file with its image root `images` (default: its folder), or a
+    pattern of tar shards (`*.tar`) or of tables with embedded images (`*.parquet`, `*.arrow`).
+    `visual_alignment`: what to do where the two models have different visual tokens; `resample` interpolates
+    the teacher's final hidden states to the student's grid.
+    """
+
+    path: str
+    images: str | None = None
+    template: str = "vicuna"
+    max_length: int = 2048
+    image_aspect: Literal["square", "pad"] = "square"
+    visual_alignment: Literal["refuse", "resample"] = "refuse"
+    num_workers: int = 4
+    image_cache_mb: int = 0
+    packing: PackingConfig | None = None
+    max_bad_rate: float = 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropyConfig:
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLConfig:
+    """`mix` is the beta of `jsd` and the alpha of the skewed forms; the others ignore it."""
+
+    weight: float = 1.0
+    temperature: float = 1.0
+    divergence: Divergence = "forward"
+    mix: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelationConfig:
+    """`tap`: where the visual tokens are compared; LM-head logits, hidden states, or projector output."""
+
+    weight: float = 0.5
+    tap: Literal["logits", "hidden", "projector"] = "logits"
+    centre: bool = False
+    normalise: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """A term that is absent is off. `losses`: `fast`, or `reference` for the plain formulas."""
+
+    cross_entropy: CrossEntropyConfig | None = None
+    response_kl: KLConfig | None = None
+    visual_kl: KLConfig | None = None
+    relation: RelationConfig | None = None
+    losses: Literal["fast", "reference"] = "fast"
+
+    def __post_init__(self) -> None:
+        terms = (self.cross_entropy, self.response_kl, self.visual_kl, self.relation)
+        require(any(t is not None for t in terms), "`objective` has no term; give it at least one")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(t is not None for t in (self.response_kl, self.visual_kl, self.relation))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with a cosine schedule. `lr_by_part` overrides `lr` for the named parts."""
+
+    lr: float
+    lr_by_part: dict[str, float] = field(default_factory=dict)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.03
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        unknown = set(self.lr_by_part) - set(PARTS)
+        require(not unknown, f"`optim.lr_by_part` names no part {sorted(unknown)}; parts are {list(PARTS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """`auto` is `single` on one process and `ddp` on several. `zero_stage` is `deepspeed`'s alone; null is 3.
+
+    A rank that waits `timeout_minutes` for the others gives up.
+    """
+
+    kind: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
+    zero_stage: Literal[1, 2, 3] | None = None
+    precision: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_minutes: float = 60.0
+
+    def __post_init__(self) -> None:
+        require(
+            self.zero_stage is None or self.kind == "deepspeed",
+            f"`engine.zero_stage` is {self.zero_stage} but `engine.kind` is {self.kind}: two engines; set "
+            "engine.kind to deepspeed, or zero_stage to null",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """`metrics.jsonl` is always written; the trackers are extra. `progress_line`: where its bar stands."""
+
+    every: int = 10
+    wandb_project: str | None = None
+    tensorboard: bool = False
+    progress: bool = True
+    progress_line: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Every `every` steps and at the end; the newest `keep` are kept."""
+
+    every: int = 500
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One stage."""
+
+    output_dir: str
+    student: StudentConfig
+    data: DataConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    trainable: list[str]
+    global_batch_size: int
+    micro_batch_size: int
+    epochs: float = 1.0
+    max_steps: int | None = None
+    seed: int = 0
+    teacher: TeacherConfig | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        unknown = set(self.trainable) - set(PARTS)
+        require(not unknown, f"`trainable` names no part {sorted(unknown)}; parts are {list(PARTS)}")
+        require(bool(self.trainable), f"`trainable` is empty; name at least one of {list(PARTS)}")
+        if self.objective.needs_teacher and self.teacher is None:
+            raise ValueError(
+                "`objective` has distillation terms but `teacher` is null; set teacher.checkpoint, or remove "
+                "response_kl, visual_kl and relation"
+            )
+        if self.teacher is not None and not self.objective.needs_teacher:
+            raise ValueError(
+                "`teacher` is set but no term of `objective` uses it; add response_kl, visual_kl or "
+                "relation, or set teacher to null"
+            )
+        require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            f"`global_batch_size` ({self.global_batch_size}) must be a multiple of `micro_batch_size` "
+            f"({self.micro_batch_size})",
+        )
