@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor, nn
 
 from llava_kd.config import StudentConfig, TrainConfig
 from llava_kd.data.template import TEMPLATES, Template
@@ -45,10 +46,24 @@ def _speak(parts: Parts, template: Template) -> None:
 
 
 def place(mllm: MLLM, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Each part onto the device, in its type."""
+    """Each part onto the device, its weights in its type.
+
+    Computed constants keep theirs: the frequencies of rotary positions, rounded to bf16, are wrong by whole
+    turns at position 2000.
+    """
     for name, modules in mllm.parts().items():
         for module in modules:
+            constants = _constants(module)
             module.to(device, dtypes[name])
+            for path, value in constants.items():
+                owner, _, buffer = path.rpartition(".")
+                module.get_submodule(owner).register_buffer(buffer, value.to(device), persistent=False)
+
+
+def _constants(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that no checkpoint holds, by name."""
+    saved = module.state_dict().keys()
+    return {name: value for name, value in module.named_buffers() if name not in saved}
 
 
 def student_dtypes(config: TrainConfig) -> dict[str, torch.dtype]:
