@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -39,6 +40,7 @@ def _main(
     os.dup2(descriptor, 2)
     import kill_points
 
+    from llava_kd.build import data as build_data
     from llava_kd.cli import main
 
     if kill_at is not None:
@@ -47,6 +49,8 @@ def _main(
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     if "STOP_AFTER" in environment:
         kill_points.stop_after(int(environment["STOP_AFTER"]))
+    if "ONE_RECORD_PER_ROW" in environment:  # the oracle of packing is no setting of the config
+        build_data.Loader = partial(build_data.Loader, one_record_per_row=True)  # type: ignore[misc]
     code = main(words)
     print(f"kill points passed: {kill_points.passed}", flush=True)
     sys.exit(code)
@@ -130,9 +134,17 @@ class Ranks:
         return ended
 
 
-def train(config: Path, output: Path, *overrides: str, ranks: int = 1, timeout: float = 480.0) -> Ended:
+def train(
+    config: Path,
+    output: Path,
+    *overrides: str,
+    ranks: int = 1,
+    timeout: float = 480.0,
+    environment: Mapping[str, str] | None = None,
+) -> Ended:
     """`llava-kd train` of `config` into `output`; it must succeed."""
     words = ["train", str(config), f"--output_dir={output}", *overrides]
-    ended = Ranks(words, output.with_name(output.name + "-logs"), ranks=ranks).wait(timeout)
+    logs = output.with_name(output.name + "-logs")
+    ended = Ranks(words, logs, ranks=ranks, environment=environment).wait(timeout)
     assert set(ended.codes) == {0}, ended.log
     return ended

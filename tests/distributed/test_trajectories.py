@@ -1,7 +1,8 @@
 """Eight steps end in the same losses and weights however they are cut, and under whichever engine.
 
 The data hold, at chosen steps, micro-batches of text alone and micro-batches without a target, on one rank
-only: there an engine that waits for a gradient, or a mean taken per rank, would show.
+only: there an engine that waits for a gradient, or a mean taken per rank, would show. Packed runs are held
+to the same records on rows of their own.
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import write_stage
 
-from llava_kd.data.plan import permutation
+from llava_kd.build.data import side
+from llava_kd.config import DataConfig
+from llava_kd.data.lengths import record_sizes
+from llava_kd.data.packing import Packing
+from llava_kd.data.plan import Plan
+from llava_kd.data.records import LlavaJson
+from llava_kd.models.checkpoint import load_stock
 
 pytestmark = pytest.mark.distributed
 
-STEPS, BATCH, SEED = 8, 8, 0
+STEPS, BATCH, SEED, MAX_LENGTH, PACK_TOKENS = 8, 8, 0, 352, 704
 TERMS = ("loss", "cross_entropy", "response_kl", "visual_kl", "relation", "grad_norm")
 STAGES = {
     "distilled projector": {"trainable": ("multi_modal_projector",)},
@@ -36,13 +43,20 @@ ENGINES = {
     "zero2": ["--engine.kind=deepspeed", "--engine.zero_stage=2"],
     "zero3": ["--engine.kind=deepspeed", "--engine.zero_stage=3"],
 }
-CHEAP = {("distilled", engine) for engine in ("ddp", "ddp, teacher spread", "fsdp2", "zero2", "zero3")} | {
-    ("distilled", "1x4x2")
+LAYOUTS = {
+    "padded": [],
+    "packed": [f"--data.packing.max_tokens={PACK_TOKENS}", f"--data.packing.packs_per_step={BATCH}"],
 }
+RECORDS = {"padded": STEPS * BATCH, "packed": 3 * STEPS * BATCH}
+SPREAD = ("ddp", "ddp, teacher spread", "fsdp2", "zero2", "zero3", "1x4x2")
+CHEAP = {("padded", "distilled", cut) for cut in SPREAD} | {
+    ("packed", "distilled", cut) for cut in ("1x1x8", "fsdp2")
+}
+SIXTEEN_TOKENS = "in place of this"  # as many byte-level tokens as an image takes
 
 
 def kind_of_place(place: int) -> str:
-    """What stands at a place of the epoch; place p is read at step p // 8, on two ranks by rank p % 2."""
+    """What stands in row `place` of the plan; it is read at step p // 8, on two ranks by rank p % 2."""
     step, rank, turn = place // BATCH, place % 2, place % BATCH // 2
     if step == 1 and rank == 1:
         return "text"  # no image on rank 1 in the whole step
@@ -57,41 +71,67 @@ def kind_of_place(place: int) -> str:
     return "image"
 
 
+def make_kind(entry: dict, kind: str) -> None:
+    """A record of the same number of tokens, so that it is packed as before."""
+    if kind == "bad":
+        entry["image"] = "images/missing.png"
+    if kind == "text":
+        entry.pop("image")
+        for turn in entry["conversations"]:
+            turn["value"] = turn["value"].replace("<image>", SIXTEEN_TOKENS)
+
+
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory, shapes_dir: Path) -> Path:
-    """64 records, put so that the first epoch reads them as `kind_of_place` says."""
+def records(
+    tmp_path_factory: pytest.TempPathFactory, shapes_dir: Path, student_dir: Path
+) -> Callable[[str], Path]:
+    """Records for a layout, put so that its first epoch reads them as `kind_of_place` says."""
     source = json.loads((shapes_dir / "instructions.json").read_text())
-    order = permutation(STEPS * BATCH, seed=SEED, epoch=0)
-    entries: list[dict] = [{} for _ in order]
-    for place, number in enumerate(order.tolist()):
-        entry = {**source[place % len(source)], "id": f"{kind_of_place(place)}-{place}"}
-        if kind_of_place(place) == "bad":
-            entry["image"] = "images/missing.png"
-        if kind_of_place(place) == "text":
-            entry.pop("image")
-            entry["conversations"] = [
-                {**turn, "value": turn["value"].replace("<image>", "").strip()}
-                for turn in entry["conversations"]
-            ]
-        entries[number] = entry
-    path = tmp_path_factory.mktemp("records") / "records.json"
-    path.write_text(json.dumps(entries))
-    return path
+    reader = side(load_stock(str(student_dir)), DataConfig(path="", max_length=MAX_LENGTH))
+    root = tmp_path_factory.mktemp("records")
+
+    def write(layout: str) -> Path:
+        path = root / f"{layout}.json"
+        if path.exists():
+            return path
+        entries = [json.loads(json.dumps(source[i % len(source)])) for i in range(RECORDS[layout])]
+        path.write_text(json.dumps(entries))
+        before = record_sizes(LlavaJson(path, shapes_dir), (reader,))
+        packing = Packing(max_tokens=PACK_TOKENS, packs_per_step=BATCH) if layout == "packed" else None
+        plan = Plan(
+            num_records=len(entries),
+            seed=SEED,
+            global_batch_size=BATCH,
+            world_size=1,
+            packing=packing,
+            sizes=before if packing else None,
+        )
+        for place, row in enumerate(row for step in range(STEPS) for row in plan.rows(step, 0)):
+            for i in row:
+                make_kind(entries[i], kind_of_place(place))
+        for i, entry in enumerate(entries):
+            entry["id"] = str(i)
+        path.write_text(json.dumps(entries))
+        after = record_sizes(LlavaJson(path, shapes_dir), (reader,))
+        assert after.tokens.tolist() == before.tokens.tolist()
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="module")
 def run(
     tmp_path_factory: pytest.TempPathFactory,
-    records: Path,
+    records: Callable[[str], Path],
     shapes_dir: Path,
     student_dir: Path,
     teacher_dir: Path,
 ) -> Callable[..., Path]:
-    """Runs a stage once; `run(stage)` is one rank that takes the whole batch at once."""
+    """Runs a stage once; `run(layout, stage)` is one rank, the whole batch at once, a record a row."""
     root = tmp_path_factory.mktemp("trajectories")
 
-    def run_once(stage: str, name: str = "1x8", *overrides: str, count: int = 1) -> Path:
-        output = root / f"{stage}-{name}".replace(" ", "_").replace(",", "")
+    def run_once(layout: str, stage: str, name: str = "1x8", *overrides: str, count: int = 1) -> Path:
+        output = root / f"{layout}-{stage}-{name}".replace(" ", "_").replace(",", "")
         if not output.exists():
             config = write_stage(
                 output,
@@ -105,12 +145,15 @@ def run(
                 **STAGES[stage],
             )
             changes = [
-                f"--data.path={records}",
+                f"--data.path={records(layout)}",
                 "--data.max_bad_rate=1",
+                f"--data.max_length={MAX_LENGTH}",
                 f"--seed={SEED}",
                 "--optim.eps=1e-5",
+                *LAYOUTS[layout],
             ]
-            ranks.train(config, output, *changes, *overrides, ranks=count)
+            environment = {"ONE_RECORD_PER_ROW": "1"} if name == "1x8" else {}
+            ranks.train(config, output, *changes, *overrides, ranks=count, environment=environment)
         return output
 
     return run_once
@@ -133,22 +176,31 @@ def assert_same(expected: Path, got: Path) -> None:
 
 
 def cases() -> list:
-    every = [(stage, cut) for stage in STAGES for cut in (*ONE_RANK, *ENGINES)]
-    every = [(stage, cut) for stage, cut in every if (stage, "teacher" in cut) != ("undistilled", True)]
+    cuts = (*ONE_RANK, *ENGINES)
+    every = [(layout, stage, cut) for layout in LAYOUTS for stage in STAGES for cut in cuts]
+    every = [case for case in every if case[1] != "undistilled" or "teacher" not in case[2]]
     return [pytest.param(*case, marks=() if case in CHEAP else pytest.mark.slow) for case in every]
 
 
-@pytest.mark.parametrize(("stage", "cut"), cases())
-def test_losses_and_weights_do_not_depend_on_cut_or_engine(run, stage: str, cut: str) -> None:
+@pytest.mark.parametrize(("layout", "stage", "cut"), cases())
+def test_losses_and_weights_do_not_depend_on_cut_or_engine(run, layout: str, stage: str, cut: str) -> None:
     if cut.startswith("zero"):
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
-    whole = run(stage)
-    assert_same(whole, run(stage, cut, *(ONE_RANK | ENGINES)[cut], count=1 if cut in ONE_RANK else 2))
+    whole = run(layout, stage)
+    assert_same(whole, run(layout, stage, cut, *(ONE_RANK | ENGINES)[cut], count=1 if cut in ONE_RANK else 2))
 
 
-def test_the_data_have_the_steps_that_break_engines(run) -> None:
-    logged = [json.loads(line) for line in (run("distilled") / "metrics.jsonl").read_text().splitlines()]
-    assert logged[5]["images"] == 0
-    assert [line["bad_records"] for line in logged] == [0, 0, 2, 4, 2, 0, 0, 0]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_data_have_the_steps_that_break_engines(run, layout: str) -> None:
+    logged = [
+        json.loads(line) for line in (run(layout, "distilled") / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["images"] == 0 for line in logged] == [step == 5 for step in range(STEPS)]
     assert logged[5]["visual_kl"] == logged[5]["relation"] == 0
     assert logged[5]["cross_entropy"] > 0
+    bad = [line["bad_records"] for line in logged]
+    if layout == "padded":
+        assert bad == [0, 0, 2, 4, 2, 0, 0, 0]
+    else:  # rows of several records
+        assert [number > 0 for number in bad] == [False, False, True, True, True, False, False, False]
+        assert sum(line["records"] for line in logged) > 2 * STEPS * BATCH
