@@ -111,3 +111,45 @@ def check_relation_inputs(
                 f"{side} features and head must agree in width; "
                 f"got {list(features.shape)} and {list(head.shape)}"
             )
+
+
+def check_dbild_inputs(
+    student_ND: Tensor,
+    student_head_VD: Tensor,
+    teacher_NE: Tensor,
+    teacher_head_UE: Tensor,
+    *,
+    temperature: float,
+    candidates: int,
+    num_common: int | None,
+) -> int:
+    """The number of common columns, or a ValueError that says which input is off."""
+    _check_head("student", student_ND, student_head_VD, None)
+    _check_head("teacher", teacher_NE, teacher_head_UE, None)
+    if student_ND.shape[0] != teacher_NE.shape[0]:
+        raise ValueError(
+            "student and teacher must have the same rows; "
+            f"got {student_ND.shape[0]} and {teacher_NE.shape[0]}"
+        )
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite; got {temperature}")
+    if candidates < 4:
+        raise ValueError(f"candidates must be at least 4, for pairs to compare; got {candidates}")
+    vocabularies = (student_head_VD.shape[0], teacher_head_UE.shape[0])
+    num_common = min(vocabularies) if num_common is None else num_common
+    if not 2 <= num_common <= min(vocabularies):
+        raise ValueError(f"num_common must lie in 2..{min(vocabularies)}; got {num_common}")
+    return num_common
+
+
+def check_attention_inputs(student_LINN: Tensor, teacher_LINN: Tensor) -> None:
+    """ValueError where the two sides do not have the same images and tokens, or no layer."""
+    shapes = f"got student {list(student_LINN.shape)}, teacher {list(teacher_LINN.shape)}"
+    if student_LINN.ndim != 4 or student_LINN.shape[1:] != teacher_LINN.shape[1:]:
+        raise ValueError(
+            "attention maps [layers, images, tokens, tokens] must agree in all but the layers; " + shapes
+        )
+    if student_LINN.shape[2] != student_LINN.shape[3] or 0 in (student_LINN.shape[0], teacher_LINN.shape[0]):
+        raise ValueError("attention maps must be square and have at least one layer on each side; " + shapes)
+    if student_LINN.shape[1] > 0 and student_LINN.shape[2] < 2:
+        raise ValueError("attention between the tokens of an image needs at least 2 of them; " + shapes)

@@ -13,11 +13,23 @@ p_t = softmax(z_t / T) and p_s = softmax(z_s / T), a row's divergence is T^2 tim
 and its cross-entropy is -log softmax(z_s)[target], at temperature 1 over all of the student's columns.
 A relation row is 1 - cos(vec(Y_s Y_s^T), vec(Y_t Y_t^T)) over the N tokens of one image (LLaVA-KD, L_rel).
 
+A DBiLD row (Switch-KD, arXiv 2604.14629, upon BiLD, arXiv 2406.13555) compares differences of logits. A
+leader z_l, the teacher and then the student, names its k largest logits; on them d_ij = (z_i - z_j) / T for i
+before j in the leader's order, and the row is T^2 KL(softmax(d_s) || softmax(d_t)), summed over both leaders.
+k is the knee of the leader's sorted logits (Kneedle, Satopaa et al. 2011). The paper's code is not public:
+T^2, the curve of logits and the least k of 4 follow a re-implementation. BiLD has a fixed k, forward KL and
+no T^2.
+
+An attention row (CompoDistill, arXiv 2510.12184) compares, layer by layer, how visual tokens of one image
+attend to each other: 1 - cos of both maps, each averaged over the queries after entries above mean + standard
+deviation of either side are left out, summed over the layers, as in the authors' code.
+
 Arithmetic is fp32 (fp64 for fp64 inputs), also under autocast. A row whose weight is zero is not read, so
 what it holds cannot matter. A row that is read and holds NaN or Inf makes the loss NaN.
 
 Shape legend: N rows (in a relation: tokens of an image), V student vocabulary, U teacher vocabulary,
-C common columns, D student width, E teacher width, I images, M teacher tokens of an image.
+C common columns, D student width, E teacher width, I images, M teacher tokens of an image, K candidates of
+DBiLD, P pairs of them, L layers.
 """
 
 from __future__ import annotations
@@ -29,7 +41,13 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from llava_kd.losses.checks import check_head_inputs, check_relation_inputs, check_targets
+from llava_kd.losses.checks import (
+    check_attention_inputs,
+    check_dbild_inputs,
+    check_head_inputs,
+    check_relation_inputs,
+    check_targets,
+)
 
 Kind = Literal["forward", "reverse", "jsd", "skewed_forward", "skewed_reverse"]
 
@@ -51,6 +69,14 @@ class Divergence:
 
 
 FORWARD = Divergence()
+LEAST_CANDIDATES = 4  # of DBiLD: two would leave one pair, whose softmax is 1 whatever the logits are
+
+
+class RowsLoss(NamedTuple):
+    """`loss` = sum of the rows, differentiable; rows are detached."""
+
+    loss: Tensor
+    rows_N: Tensor
 
 
 class HeadLoss(NamedTuple):
@@ -144,6 +170,104 @@ def _kl(logp_NC: Tensor, logq_NC: Tensor) -> Tensor:
 def _log_mixture(logp_NC: Tensor, logq_NC: Tensor, share: float) -> Tensor:
     """log(share * p + (1 - share) * q)."""
     return torch.logaddexp(logp_NC + math.log(share), logq_NC + math.log1p(-share))
+
+
+def dbild_loss(
+    student_ND: Tensor,
+    student_head_VD: Tensor,
+    teacher_NE: Tensor,
+    teacher_head_UE: Tensor,
+    *,
+    student_bias_V: Tensor | None = None,
+    teacher_bias_U: Tensor | None = None,
+    temperature: float = 3.0,
+    candidates: int = 64,
+    num_common: int | None = None,
+) -> RowsLoss:
+    """Sum of DBiLD rows over the first `num_common` columns. The teacher receives no gradient."""
+    num_common = check_dbild_inputs(
+        student_ND,
+        student_head_VD,
+        teacher_NE,
+        teacher_head_UE,
+        temperature=temperature,
+        candidates=candidates,
+        num_common=num_common,
+    )
+    with torch.autocast(student_ND.device.type, enabled=False):
+        student_NV = _logits(student_ND, student_head_VD, student_bias_V)
+        teacher_NU = _logits(teacher_NE, teacher_head_UE, teacher_bias_U).detach()
+        rows_N = dbild_rows(
+            student_NV[:, :num_common],
+            teacher_NU[:, :num_common],
+            temperature=temperature,
+            candidates=candidates,
+        )
+    return RowsLoss(loss=rows_N.sum(), rows_N=rows_N.detach())
+
+
+def dbild_rows(student_NC: Tensor, teacher_NC: Tensor, *, temperature: float, candidates: int) -> Tensor:
+    """Teacher-led plus student-led differences of logits, each over its own leader's largest."""
+    rows_N = torch.zeros_like(student_NC[:, 0])
+    for leader_NC in (teacher_NC, student_NC.detach()):
+        top_NK, place_NK = leader_NC.topk(min(candidates, leader_NC.shape[1]), dim=1)
+        first_P, second_P = torch.triu_indices(top_NK.shape[1], top_NK.shape[1], 1, device=top_NK.device)
+        is_pair_NP = second_P < knee(top_NK).unsqueeze(1)  # the first of a pair is before the second
+        logp_NP = [
+            ((z_NK[:, first_P] - z_NK[:, second_P]) / temperature)
+            .masked_fill(~is_pair_NP, -torch.inf)
+            .log_softmax(1)
+            for z_NK in (student_NC.gather(1, place_NK), teacher_NC.gather(1, place_NK))
+        ]
+        difference_NP = (logp_NP[0] - logp_NP[1]).masked_fill(~is_pair_NP, 0.0)
+        rows_N = rows_N + temperature**2 * (logp_NP[0].exp() * difference_NP).sum(1)
+    return rows_N
+
+
+def knee(sorted_NK: Tensor) -> Tensor:
+    """How many of each row's falling values lie before its tail: those down to the knee, at least four.
+
+    Both axes are scaled to 0..1; the knee is where the curve is farthest below the chord between its ends.
+    """
+    width = sorted_NK.shape[1]
+    fall_N1 = sorted_NK[:, :1] - sorted_NK[:, -1:]
+    height_NK = (sorted_NK - sorted_NK[:, -1:]) / torch.where(fall_N1 == 0, 1, fall_N1)
+    chord_K = 1 - torch.arange(width, device=sorted_NK.device, dtype=sorted_NK.dtype) / (width - 1)
+    return ((chord_K - height_NK).argmax(1) + 1).clamp(min(LEAST_CANDIDATES, width), width)
+
+
+def attention_rows(student_LINN: Tensor, teacher_LINN: Tensor, *, drop_sinks: bool = True) -> Tensor:
+    """Sum over layers of 1 - cos between the visual attention of both sides, a value an image, [I].
+
+    Where one side has more layers, m against n, each of the n meets the mean of m - n + 1 neighbours.
+    The teacher receives no gradient.
+    """
+    check_attention_inputs(student_LINN, teacher_LINN)
+    if student_LINN.shape[1] == 0:
+        return student_LINN.sum((0, 2, 3))
+    dtype = accumulation_dtype(student_LINN)
+    with torch.autocast(student_LINN.device.type, enabled=False):
+        count = min(student_LINN.shape[0], teacher_LINN.shape[0])
+        student_LINN = sliding_means(student_LINN.to(dtype), count)
+        teacher_LINN = sliding_means(teacher_LINN.detach().to(dtype), count)
+        keep_LINN = teacher_LINN != 0
+        if drop_sinks:
+            for side_LINN in (student_LINN.detach(), teacher_LINN):
+                limit_LI = side_LINN.mean((2, 3)) + side_LINN.std((2, 3))
+                keep_LINN = keep_LINN & (side_LINN <= limit_LI[..., None, None])
+        kept_LIN = keep_LINN.sum(2).clamp_min(1)
+        pooled_X1N = [
+            ((side_LINN * keep_LINN).sum(2) / kept_LIN).flatten(0, 1).unsqueeze(1)
+            for side_LINN in (student_LINN, teacher_LINN)
+        ]
+        rows_X = cosine_distance_rows(pooled_X1N[0], pooled_X1N[1])
+        return rows_X.view(student_LINN.shape[:2]).sum(0)
+
+
+def sliding_means(maps_LINN: Tensor, count: int) -> Tensor:
+    """`count` means of equally many neighbouring layers, each group one layer further than the last."""
+    group = maps_LINN.shape[0] - count + 1
+    return torch.stack([maps_LINN[first : first + group].mean(0) for first in range(count)])
 
 
 def relation_rows(
