@@ -10,6 +10,7 @@ from llava_kd.build.data import make_source, same_tower, side
 from llava_kd.build.models import DTYPES, student_parts
 from llava_kd.build.objective import objective
 from llava_kd.build.plan import plan
+from llava_kd.build.slices import read_slices
 from llava_kd.config import TrainConfig
 from llava_kd.data.images import MAX_PIXELS, decode
 from llava_kd.models.checkpoint import Parts, load_stock
@@ -20,6 +21,7 @@ def check(config: TrainConfig, *, ranks: int, num_records: int) -> str:
 
     Raises ValueError for what `train` would refuse, and if more of the sample is bad than it would allow.
     """
+    read_slices(config.evaluate)
     student = student_parts(config.student, template=config.data.template, seed=config.seed)
     teacher = None
     if config.teacher is not None:

@@ -38,6 +38,8 @@ def student_parts(config: StudentConfig, *, template: str, seed: int) -> Parts:
 def _speak(parts: Parts, template: Template) -> None:
     """Make the student's own directory render and end answers as its training data do."""
     tokenizer = parts.processor.tokenizer
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     parts.processor.chat_template = tokenizer.chat_template = template.chat_template_for(tokenizer)
     generation = parts.stock.generation_config
     if generation is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from llava_kd import __version__
 from llava_kd.config import TrainConfig, dump
-from llava_kd.training.checkpoint import write_text
+from llava_kd.training.checkpoint import Best, write_text
 
 VERSIONED = ("torch", "transformers", "numpy", "pillow")
 CARD = "README.md"  # prose that a user may edit; not part of the hashes
@@ -76,12 +77,17 @@ def finish(
     num_steps: int,
     identity: Mapping[str, str],
     parent: Mapping[str, object] | None,
+    exported: Best | None = None,
 ) -> None:
-    """Write the model card, then `run.json`, which makes the run complete."""
+    """Write the model card, then `run.json`, which makes the run complete.
+
+    `exported` is the checkpoint that the model was taken from, None for the last weights.
+    """
     output = Path(config.output_dir)
     record = {
         "completed": True,
         "steps": num_steps,
+        "exported": None if exported is None else dataclasses.asdict(exported),
         "commit": commit(),
         "versions": versions(),
         "fingerprints": dict(identity),
@@ -103,6 +109,7 @@ def card(config: TrainConfig, record: Mapping[str, object]) -> str:
         "trained parts": ", ".join(config.trainable),
         "data": config.data.path,
         "optimiser steps": record["steps"],
+        "exported": _exported(record.get("exported")),
         "commit": record["commit"] or "not in a repository",
     }
     prints, used = record["fingerprints"], record["versions"]
@@ -135,6 +142,12 @@ processor = AutoProcessor.from_pretrained("PATH")
 ```yaml
 {record["config"]}```
 """
+
+
+def _exported(best: object) -> str:
+    if not isinstance(best, dict):
+        return "the last step"
+    return f"step {best['step']}, the best by {best['figure']}: {best['value']:.4f}"
 
 
 def _lineage(parent: object) -> str:

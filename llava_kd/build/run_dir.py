@@ -17,7 +17,10 @@ from llava_kd.training.checkpoint import refuse_newer_format, sweep, write_text
 MAY_CHANGE = (
     "output_dir",
     "log.",
-    "checkpoint.",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.best",
+    "evaluate",
     "micro_batch_size",
     "engine.kind",
     "engine.zero_stage",

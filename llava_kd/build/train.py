@@ -17,6 +17,7 @@ from llava_kd.build.models import DTYPES, place, student_dtypes, student_parts
 from llava_kd.build.objective import objective, wants_head_gram
 from llava_kd.build.provenance import checked_parent, finish
 from llava_kd.build.run_dir import check_world, claim
+from llava_kd.build.slices import read_slices, slice_scorer
 from llava_kd.config import TrainConfig, dump
 from llava_kd.distill.student import Student
 from llava_kd.distill.teacher import Teacher
@@ -54,6 +55,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
     say = _speaker(world)
     with world.together():
         parent = checked_parent(config.student.checkpoint) if world.is_main else None
+        read_slices(config.evaluate)  # what is wrong with them is said before a model is read
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
     student = student_parts(config.student, template=config.data.template, seed=config.seed)
@@ -67,12 +69,19 @@ def _train(config: TrainConfig, world: World) -> str | None:
     trainer, engine = assemble(config, world, student, teacher, say, identity=identity)
     if (stopped := trainer.fit()) is not None:
         return stopped
-    trained = {name.removeprefix("mllm."): tensor for name, tensor in engine.parameters().items()}
+    weights = engine.parameters()
     with world.together():
         if world.is_main:
+            best = None
+            if config.checkpoint.export == "best":
+                best, moved = trainer.best_weights()
+                weights |= moved
+            trained = {name.removeprefix("mllm."): tensor for name, tensor in weights.items()}
             dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
             save_stock(student, output / "model", trained=trained, dtype=dtype)
-            finish(config, num_steps=trainer.num_steps, identity=trainer.identity, parent=parent)
+            finish(
+                config, num_steps=trainer.num_steps, identity=trainer.identity, parent=parent, exported=best
+            )
     say(f"done: the student is {output / 'model'}")
     return None
 
@@ -111,6 +120,9 @@ def assemble(
             teacher_mllm, shares_tower=shares_tower, keeps_head_gram=wants_head_gram(config.objective)
         )
         say("the tower runs once for both models" if shares_tower else "each model runs its own tower")
+    evaluate = None
+    if config.evaluate is not None:
+        evaluate = slice_scorer(config.evaluate, read_slices(config.evaluate), student, engine)
     trainer = Trainer(
         engine=engine,
         student=module,
@@ -119,6 +131,7 @@ def assemble(
         checkpoints=Checkpoints(
             Path(config.output_dir) / "checkpoints",
             keep=config.checkpoint.keep,
+            best=config.checkpoint.best,
             extra_files={"config.yaml": dump(config)},
             identity={**(identity or {}), "data or tokenizer": loader.fingerprint},
         ),
@@ -130,6 +143,8 @@ def assemble(
         num_steps=total,
         max_grad_norm=config.optim.max_grad_norm,
         save_every=config.checkpoint.every,
+        evaluate=evaluate,
+        evaluate_every=0 if config.evaluate is None else config.evaluate.every,
         say=say,
     )
     return trainer, engine

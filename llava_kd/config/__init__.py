@@ -1,5 +1,6 @@
 """The configuration tree, and how it is read from YAML and written back."""
 
+from llava_kd.config.evaluate import EvaluateConfig, SliceConfig
 from llava_kd.config.reading import dump, load
 from llava_kd.config.sections import (
     PARTS,
@@ -28,12 +29,14 @@ __all__ = [
     "Divergence",
     "Dtype",
     "EngineConfig",
+    "EvaluateConfig",
     "KLConfig",
     "LogConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "PackingConfig",
     "RelationConfig",
+    "SliceConfig",
     "StudentConfig",
     "TeacherConfig",
     "TrainConfig",

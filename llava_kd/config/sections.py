@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llava_kd.config.checks import require
+from llava_kd.config.evaluate import EvaluateConfig, check_best
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
@@ -177,10 +178,16 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Every `every` steps and at the end; the newest `keep` are kept."""
+    """Every `every` steps and at the end; the newest `keep` are kept.
+
+    `best`: a figure such as `slice/NAME`; the checkpoint where it was highest is kept as well. `export`:
+    whether the stage's `model/` is that one, or the last.
+    """
 
     every: int = 500
     keep: int = 2
+    best: str | None = None
+    export: Literal["last", "best"] = "last"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +209,7 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig | None = None
 
     def __post_init__(self) -> None:
         unknown = set(self.trainable) - set(PARTS)
@@ -222,3 +230,5 @@ class TrainConfig:
             f"`global_batch_size` ({self.global_batch_size}) must be a multiple of `micro_batch_size` "
             f"({self.micro_batch_size})",
         )
+        slices = {} if self.evaluate is None else self.evaluate.slices
+        check_best(self.checkpoint.best, self.checkpoint.export, slices)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -36,6 +37,7 @@ class DeepSpeedEngine:
         accumulation: int,
     ) -> None:
         self.world = world
+        self.is_sharded = zero_stage == 3
         self._module = module
         self._trained = {name: module.get_parameter(name) for group in groups for name in group.names}
         self._lrs = [group.lr for group in groups]
@@ -82,6 +84,11 @@ class DeepSpeedEngine:
         # ZeRO averages gradients over ranks; ours are shares of one global sum.
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        with torch.no_grad():  # ZeRO-3's hooks stand on every module, so each gathers its own weights
+            yield
 
     def step(self, *, lr_multiplier: float, max_grad_norm: float) -> Tensor:
         for group, lr in zip(self._engine.optimizer.param_groups, self._lrs, strict=True):

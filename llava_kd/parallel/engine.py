@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,6 +38,8 @@ class Engine(Protocol):
     """
 
     world: World
+    is_sharded: bool
+    """Whether weights are gathered while they are used, so that all ranks must use them equally often."""
 
     def forward(self, *args: Any, is_last: bool, **kwargs: Any) -> Any:
         """Call the wrapped module; gradients are exchanged only where `is_last`."""
@@ -44,6 +47,13 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """`loss` is divided by global counts already: the gradient is its sum over ranks, not its mean."""
+        ...
+
+    def inference(self) -> AbstractContextManager[None]:
+        """In the block the parts of the unwrapped module may be called by themselves, without gradients.
+
+        Only after a first step.
+        """
         ...
 
     def step(self, *, lr_multiplier: float, max_grad_norm: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -41,6 +41,7 @@ class TorchEngine:
             raise ValueError(f"engine.kind is single but {world.size} processes run; use ddp or fsdp2")
         self.world = world
         self._module = module
+        self.is_sharded = kind == "fsdp2"
         self._autocast = bf16 and kind != "fsdp2"
         if kind == "fsdp2":
             _shard(module, shard_units, world, bf16)
@@ -70,6 +71,19 @@ class TorchEngine:
         # DDP and FSDP average gradients over ranks; ours are shares of one global sum.
         with self._exchange(is_last):
             (loss * self.world.size).backward()
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        # Units gather themselves when they are called; what the root owns (embeddings, head) does not.
+        root = self._wrapped if isinstance(self._wrapped, FSDPModule) else None
+        if root is not None:
+            root.unshard()
+        try:
+            with torch.no_grad(), torch.autocast(self.world.device.type, torch.bfloat16, self._autocast):
+                yield
+        finally:
+            if root is not None:
+                root.reshard()
 
     def _exchange(self, is_last: bool) -> contextlib.AbstractContextManager:
         if isinstance(self._wrapped, DistributedDataParallel) and not is_last:

@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -55,10 +55,23 @@ def checksum(path: Path) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What a checkpoint holds: whole tensors by name, and how many updates they have seen."""
+    """What a checkpoint holds: whole tensors by name, and how many updates they have seen.
+
+    `figures` are what an evaluation at that step gave, empty where there was none.
+    """
 
     step: int
     state: dict[str, Tensor]
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The checkpoint where a figure is highest, the first of equal ones."""
+
+    step: int
+    figure: str
+    value: float
 
 
 class Checkpoints:
@@ -69,10 +82,13 @@ class Checkpoints:
         root: str | Path,
         *,
         keep: int,
+        best: str | None = None,
         extra_files: Mapping[str, str] | None = None,
         identity: Mapping[str, str] | None = None,
     ) -> None:
-        """`extra_files`: text written into every checkpoint, such as the resolved config, by file name.
+        """`best`: a figure of evaluations; the checkpoint where it is highest is kept besides the newest.
+
+        `extra_files`: text written into every checkpoint, such as the resolved config, by file name.
 
         `identity`: fingerprints, by what they are of, of all that a checkpoint relies on but does not hold,
         such as frozen weights and data. A checkpoint with another identity is refused.
@@ -81,12 +97,42 @@ class Checkpoints:
             raise ValueError(f"checkpoint.keep must be at least 1; got {keep}")
         self._root = Path(root)
         self._keep = keep
+        self._figure_name = best
         self._extra_files = dict(extra_files or {})
         self.identity = dict(identity or {})
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
         return checkpoint_steps(self._root)
+
+    @property
+    def figure(self) -> str | None:
+        """The figure whose highest checkpoint is kept."""
+        return self._figure_name
+
+    def best(self, *, up_to: int | None = None) -> Best | None:
+        """Where the figure is highest among the complete checkpoints `up_to` a step; None without any."""
+        ranking = self._ranking(up_to)
+        return ranking[0] if ranking else None
+
+    def load_best(self) -> tuple[Saved | None, list[str]]:
+        """The best readable checkpoint, and a line for each better one that could not be read."""
+        return self._first_readable([best.step for best in self._ranking(None)])
+
+    def _ranking(self, up_to: int | None) -> list[Best]:
+        found = []
+        for step in self.steps() if self._figure_name is not None else ():
+            if up_to is not None and step > up_to:
+                continue
+            try:
+                figures = read_meta(self._directory(step)).get("figures")
+            except (_UnreadableError, OSError):
+                continue
+            value = figures.get(self._figure_name) if isinstance(figures, dict) else None
+            if isinstance(value, int | float):
+                assert self._figure_name is not None
+                found.append(Best(step=step, figure=self._figure_name, value=float(value)))
+        return sorted(found, key=lambda best: (-best.value, best.step))
 
     def save(self, saved: Saved) -> Path:
         """Write beside the others, then rename; only after that go older ones, and unreadable newer ones.
@@ -112,7 +158,8 @@ class Checkpoints:
         sync_file(self._root)
         steps = self.steps()
         kept = [step for step in steps if step <= saved.step][-self._keep :]
-        for step in set(steps) - set(kept):
+        best = self.best(up_to=saved.step)
+        for step in set(steps) - {*kept, None if best is None else best.step}:
             self._remove(self._directory(step))
         return final
 
@@ -121,17 +168,19 @@ class Checkpoints:
 
         Raises ValueError if it was written by a newer version, or relies on other frozen weights or data.
         """
+        return self._first_readable(list(reversed(self.steps())))
+
+    def _first_readable(self, steps: Sequence[int]) -> tuple[Saved | None, list[str]]:
         problems: list[str] = []
-        for step in reversed(self.steps()):
+        for step in steps:
             directory = self._directory(step)
             try:
-                meta = read_meta(directory)
-                state = _read_state(directory, meta)
+                saved = _read(directory)
             except (SafetensorError, OSError, _UnreadableError) as error:
                 problems.append(f"{directory} cannot be read and is passed over: {error}")
                 continue
-            self._check_identity(directory, meta)
-            return Saved(step=step, state=state), problems
+            self._check_identity(directory, read_meta(directory))
+            return saved, problems
         return None, problems
 
     def _write(self, scratch: Path, saved: Saved) -> None:
@@ -139,8 +188,14 @@ class Checkpoints:
         save_file({name: t.contiguous() for name, t in saved.state.items()}, path)
         for name, text in self._extra_files.items():
             (scratch / name).write_text(text)
-        meta = {"format": FORMAT_VERSION, "step": saved.step, "crc32": checksum(path)}
-        (scratch / "trainer.json").write_text(json.dumps({**meta, "identity": self.identity}, indent=2))
+        meta = {
+            "format": FORMAT_VERSION,
+            "step": saved.step,
+            "crc32": checksum(path),
+            "figures": dict(saved.figures),
+            "identity": self.identity,
+        }
+        (scratch / "trainer.json").write_text(json.dumps(meta, indent=2))
         for file in (*scratch.iterdir(), scratch):
             sync_file(file)
 
@@ -200,6 +255,15 @@ def read_meta(directory: Path) -> dict[str, object]:
     if missing := [name for name, kind in kinds.items() if not isinstance(meta.get(name), kind)]:
         raise _UnreadableError(f"trainer.json has no {missing[0]}")
     return meta
+
+
+def _read(directory: Path) -> Saved:
+    meta = read_meta(directory)
+    step, figures = meta["step"], meta.get("figures", {})
+    assert isinstance(step, int)  # read_meta has looked
+    if not isinstance(figures, dict):
+        raise _UnreadableError("trainer.json has figures that are no table")
+    return Saved(step=step, state=_read_state(directory, meta), figures=figures)
 
 
 def _read_state(directory: Path, meta: Mapping[str, object]) -> dict[str, Tensor]:

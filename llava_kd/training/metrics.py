@@ -95,15 +95,21 @@ class Metrics:
         figures: Mapping[str, Tensor],
         amounts: Mapping[str, Tensor],
         telemetry: Callable[[], Mapping[str, float]],
+        evaluated: Mapping[str, float] | None = None,
     ) -> None:
         """`figures` are averaged, `amounts` become rates per second, `telemetry` is read once a line.
 
-        `step` counts updates from 1.
+        `evaluated` is what an evaluation after this step gave; the line is then written at once. `step`
+        counts updates from 1.
         """
         self._pending.append({**figures, **{f"amount/{name}": value for name, value in amounts.items()}})
         self._bar.update()
-        if step % self._every == 0 or step == self._num_steps:
-            self._write(step, telemetry())
+        if step % self._every == 0 or step == self._num_steps or evaluated:
+            self._write(step, {**telemetry(), **(evaluated or {})})
+
+    def pause(self, seconds: float) -> None:
+        """Leave `seconds` that were not spent on updates out of the rates."""
+        self._since += seconds
 
     def _write(self, step: int, telemetry: Mapping[str, float]) -> None:
         means = {name: _mean([p[name] for p in self._pending if name in p]) for name in self._pending[-1]}

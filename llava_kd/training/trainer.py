@@ -6,7 +6,8 @@ Shape legend: I images, N tokens of an image, E tower width.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -19,8 +20,8 @@ from torch import Tensor
 from llava_kd.batch import Batch, Counts
 from llava_kd.distill.student import Student
 from llava_kd.distill.teacher import Teacher
-from llava_kd.parallel.engine import Engine
-from llava_kd.training.checkpoint import Checkpoints, Saved
+from llava_kd.parallel.engine import STATE_KINDS, Engine
+from llava_kd.training.checkpoint import Best, Checkpoints, Saved
 from llava_kd.training.metrics import Metrics
 
 
@@ -82,9 +83,15 @@ class Trainer:
         num_steps: int,
         max_grad_norm: float = 1.0,
         save_every: int = 500,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        evaluate_every: int = 0,
         say: Callable[[str], None] = print,
     ) -> None:
-        """`metrics` is None on every rank but the first. `student` is what `engine` wraps."""
+        """`metrics` is None on every rank but the first. `student` is what `engine` wraps.
+
+        `evaluate` scores the student as it is, on all ranks together, every `evaluate_every` steps and at the
+        end; it must give every rank the same figures and leave the student as it was.
+        """
         self._engine = engine
         self._student = student
         self._teacher = teacher
@@ -96,8 +103,11 @@ class Trainer:
         self._num_steps = num_steps
         self._max_grad_norm = max_grad_norm
         self._save_every = save_every
+        self._evaluate_every = evaluate_every
+        self._evaluate = evaluate
         self._say = say
         self._stop = StopRequest()
+        self._best: Best | None = None
 
     @property
     def num_steps(self) -> int:
@@ -107,6 +117,25 @@ class Trainer:
     def identity(self) -> dict[str, str]:
         """Fingerprints of what the checkpoints rely on."""
         return self._checkpoints.identity
+
+    def best_weights(self) -> tuple[Best, dict[str, Tensor]]:
+        """Which checkpoint is the best readable one, and its trained weights by name.
+
+        Raises ValueError if none holds the figure.
+        """
+        saved, problems = self._checkpoints.load_best()
+        for problem in problems:
+            self._say(problem)
+        figure = self._checkpoints.figure
+        if saved is None or figure is None:
+            raise ValueError(
+                f"no checkpoint holds {figure}, so none is the best; set checkpoint.export to last in a new "
+                "output_dir, or evaluate more often"
+            )
+        prefix = f"{STATE_KINDS[0]}/"
+        weights = {n.removeprefix(prefix): t for n, t in saved.state.items() if n.startswith(prefix)}
+        self._say(f"the best checkpoint is that of step {saved.step}: {figure} {saved.figures[figure]:.4f}")
+        return Best(step=saved.step, figure=figure, value=saved.figures[figure]), weights
 
     def fit(self) -> str | None:
         """Go on from the newest checkpoint to the end. The signal that stopped it, after a checkpoint."""
@@ -122,10 +151,12 @@ class Trainer:
             for step, batches in enumerate(self._loader.batches(first, self._num_steps), start=first):
                 result = self.step(batches, step)
                 self._check_finite(result, batches, step)
-                self._log(result, step + 1)
                 done = step + 1
-                if done % self._save_every == 0 or done == self._num_steps or result.stop:
-                    self._save(done)
+                figures = self._evaluated(done)
+                self._log(result, done, figures)
+                is_best = self._is_best(done, figures)
+                if done % self._save_every == 0 or done == self._num_steps or result.stop or is_best:
+                    self._save(done, figures)
                 if result.stop and done < self._num_steps:
                     name = self._stop.signal_name or "SIGTERM"  # on another rank
                     self._say(f"stopped by {name} after step {done}; the same command goes on from there")
@@ -180,7 +211,27 @@ class Trainer:
             f"rank's records: {', '.join(ids)}"
         )
 
-    def _log(self, result: StepResult, done: int) -> None:
+    def _evaluated(self, done: int) -> Mapping[str, float]:
+        if self._evaluate is None or (done % self._evaluate_every and done != self._num_steps):
+            return {}
+        start = time.monotonic()
+        figures = self._evaluate()
+        if self._metrics is not None:
+            self._metrics.pause(time.monotonic() - start)
+        return figures
+
+    def _is_best(self, done: int, figures: Mapping[str, float]) -> bool:
+        name = self._checkpoints.figure
+        if name not in figures:
+            return False
+        value = figures[name]
+        if self._best is not None and value <= self._best.value:
+            return False
+        self._best = Best(step=done, figure=name, value=value)
+        self._say(f"step {done} is the best so far: {name} {value:.4f}")
+        return True
+
+    def _log(self, result: StepResult, done: int, evaluated: Mapping[str, float]) -> None:
         if self._metrics is None:
             return
         multiplier = self._lr_multiplier(done - 1)
@@ -192,12 +243,14 @@ class Trainer:
             figures,
             amounts,
             lambda: {"lr": self._base_lr * multiplier, **self._loader.telemetry()},
+            evaluated,
         )
 
     def _resume(self) -> int:
         world = self._engine.world
         with world.together():
             saved, problems = self._checkpoints.load_newest()
+            self._best = self._checkpoints.best(up_to=0 if saved is None else saved.step)
         for problem in problems:
             self._say(problem)
         world.agreed(0 if saved is None else saved.step, "checkpoint")
@@ -211,8 +264,8 @@ class Trainer:
         self._say(f"going on from step {saved.step}")
         return saved.step
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, figures: Mapping[str, float]) -> None:
         state = self._engine.state()
         with self._engine.world.together():
             if self._engine.world.is_main:
-                self._checkpoints.save(Saved(step=done, state=state))
+                self._checkpoints.save(Saved(step=done, state=state, figures=figures))
