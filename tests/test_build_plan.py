@@ -63,14 +63,14 @@ def test_states_are_what_a_run_holds(
         "optimiser": sum(t.numel() * 4 for name, t in engine.state().items() if "exp_avg" in name),
         "teacher": sum(p.numel() * p.element_size() for p in teacher.stock.parameters()),
     }
-    found = memory(config, 1, Sizes.of(student.stock), Sizes.of(teacher.stock))
+    found = memory(config, 1, Sizes.of(student.stock, config), Sizes.of(teacher.stock))
     assert {name: found[name] for name in held} == held
     assert trainer.num_steps == config.max_steps
 
 
 def test_sharding_divides_what_it_should(stage, student_dir: Path) -> None:
     config = load(stage("run", distilled=False))
-    sizes = Sizes.of_directory(str(student_dir))
+    sizes = Sizes.of_directory(str(student_dir), config)
 
     def held(kind: str, zero_stage: int | None = None, ranks: int = 4) -> dict[str, float]:
         engine = replace(config.engine, kind=kind, zero_stage=zero_stage, precision="bf16")
@@ -94,7 +94,7 @@ def test_a_spread_teacher_leaves_a_share_of_its_layers(stage, student_dir: Path,
 
 def test_a_ring_sends_twice_the_gradients(stage, student_dir: Path) -> None:
     config = load(stage("run", engine="auto", trainable=("multi_modal_projector",)))
-    sizes = Sizes.of_directory(str(student_dir))
+    sizes = Sizes.of_directory(str(student_dir), config)
     count = sizes.parameters["multi_modal_projector"]
     assert traffic(config, 1, sizes) == 0
     assert traffic(config, 4, sizes) == 2 * 0.75 * 4 * count

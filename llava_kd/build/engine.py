@@ -42,7 +42,8 @@ def parameter_groups(config: TrainConfig, module: Student) -> list[ParameterGrou
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups = []
     for part, modules in module.mllm.parts(config.trainable).items():
-        owned = dict.fromkeys(names[id(p)] for child in modules for p in child.parameters())
+        trained = (p for child in modules for p in child.parameters() if p.requires_grad)
+        owned = dict.fromkeys(names[id(p)] for p in trained)
         lr = config.optim.lr_by_part.get(part, config.optim.lr)
         groups.append(ParameterGroup(names=tuple(owned), lr=lr))
     return groups

@@ -23,9 +23,10 @@ _HEAD_ROWS = 1024  # rows whose logits exist at one time in the loss head
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Parameters of each part, and the shapes that decide activations."""
+    """Parameters of each part and those that are trained, and the shapes that decide activations."""
 
     parameters: Mapping[str, int]
+    trained: int
     largest_unit: int
     layers: int
     hidden: int
@@ -36,17 +37,22 @@ class Sizes:
     tokens_per_image: int
 
     @staticmethod
-    def of(stock: LlavaForConditionalGeneration) -> Sizes:
+    def of(stock: LlavaForConditionalGeneration, config: TrainConfig | None = None) -> Sizes:
+        """`config` is of the stage that trains it; None for a model that is only used."""
         text, vision = text_config(stock.config), vision_config(stock.config)
         seen: set[int] = set()
         counts = {}
-        for part, modules in MLLM(stock).parts(PARTS).items():
+        mllm = MLLM(stock)
+        if config is not None:
+            mllm = MLLM(stock, trainable=config.trainable, tower_last_layers=config.vision_tower_last_layers)
+        for part, modules in mllm.parts(PARTS).items():
             owned = {id(p): p.numel() for module in modules for p in module.parameters()}
             counts[part] = sum(number for key, number in owned.items() if key not in seen)
             seen |= owned.keys()
         layers = stock.model.language_model.layers
         return Sizes(
             parameters=counts,
+            trained=sum(p.numel() for p in mllm.parameters() if p.requires_grad),
             largest_unit=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
             layers=len(layers),
             hidden=text.hidden_size,
@@ -58,13 +64,13 @@ class Sizes:
         )
 
     @staticmethod
-    def of_directory(name: str) -> Sizes:
+    def of_directory(name: str, stage: TrainConfig | None = None) -> Sizes:
         """From the configuration alone."""
         config = read_config(existing(name, "the LLaVA checkpoint"))
         if not isinstance(config, LlavaConfig):
             raise ValueError(f"{name} is a {config.model_type!r} model; a LLaVA checkpoint must be 'llava'")
         with torch.device("meta"):
-            return Sizes.of(LlavaForConditionalGeneration(config))
+            return Sizes.of(LlavaForConditionalGeneration(config), stage)
 
 
 def engine_kind(config: TrainConfig, ranks: int) -> str:
@@ -79,7 +85,7 @@ def memory(config: TrainConfig, ranks: int, student: Sizes, teacher: Sizes | Non
     """Bytes on one rank, by what takes them."""
     bf16 = config.engine.precision == "bf16"
     width = 2 if bf16 else 4
-    trained = sum(student.parameters[part] for part in config.trainable)
+    trained = student.trained
     frozen = sum(student.parameters.values()) - trained
     tower = 0 if "vision_tower" in config.trainable else student.parameters["vision_tower"]
     found = _states(engine_kind(config, ranks), ranks, trained, frozen - tower, tower, width, student)
@@ -144,7 +150,7 @@ def traffic(config: TrainConfig, ranks: int, student: Sizes) -> float:
         return 0.0
     kind = engine_kind(config, ranks)
     width = 2 if config.engine.precision == "bf16" else 4
-    trained = sum(student.parameters[part] for part in config.trainable)
+    trained = student.trained
     share = (ranks - 1) / ranks
     if kind == "ddp":
         return 2 * share * 4 * trained

@@ -29,7 +29,7 @@ def plan(config: TrainConfig, ranks: int) -> str:
     steps = num_steps(config, per_epoch)
     found = memory(config, ranks, student, teacher)
     output = Path(config.output_dir)
-    trained = sum(student.parameters[part] for part in config.trainable)
+    trained = student.trained
     lines = [
         f"ranks            {ranks}, engine {engine_kind(config, ranks)}, {config.engine.precision}",
         f"global batch     {config.global_batch_size} = {ranks} ranks x {accumulation(config, ranks)} "
@@ -54,10 +54,10 @@ def plan(config: TrainConfig, ranks: int) -> str:
 def sizes(config: TrainConfig) -> tuple[Sizes, Sizes | None]:
     """Of student and teacher; a student that is still to be composed is composed on the CPU."""
     if config.student.checkpoint is not None:
-        student = Sizes.of_directory(config.student.checkpoint)
+        student = Sizes.of_directory(config.student.checkpoint, config)
     else:
         parts = student_parts(config.student, template=config.data.template, seed=config.seed)
-        student = Sizes.of(parts.stock)
+        student = Sizes.of(parts.stock, config)
     teacher = None if config.teacher is None else Sizes.of_directory(config.teacher.checkpoint)
     return student, teacher
 

@@ -64,7 +64,8 @@ def _train(config: TrainConfig, world: World) -> str | None:
         teacher = load_stock(config.teacher.checkpoint, dtype=DTYPES[config.teacher.dtype])
     identity = frozen_fingerprints(config, student, teacher)
     if world.device.type == "cuda":
-        needs = memory(config, world.size, Sizes.of(student.stock), teacher and Sizes.of(teacher.stock))
+        sizes = Sizes.of(student.stock, config)
+        needs = memory(config, world.size, sizes, teacher and Sizes.of(teacher.stock))
         refuse_too_large(needs, torch.cuda.get_device_properties(world.device).total_memory)
     trainer, engine = assemble(config, world, student, teacher, say, identity=identity)
     if (stopped := trainer.fit()) is not None:
@@ -99,7 +100,7 @@ def assemble(
 
     `identity` is of what its checkpoints rely on (see `Checkpoints`), before the models are placed.
     """
-    mllm = MLLM(student.stock, trainable=config.trainable)
+    mllm = MLLM(student.stock, trainable=config.trainable, tower_last_layers=config.vision_tower_last_layers)
     place(mllm, world.device, student_dtypes(config))
     if config.engine.activation_checkpointing:
         student.stock.gradient_checkpointing_enable({"use_reentrant": False})
@@ -152,12 +153,13 @@ def assemble(
 
 def frozen_fingerprints(config: TrainConfig, student: Parts, teacher: Parts | None) -> dict[str, str]:
     """Hashes of the weights that a run relies on and does not save, as they are on disk."""
-    kept = MLLM(student.stock).parts(set(PARTS) - set(config.trainable))
+    mllm = MLLM(student.stock, trainable=config.trainable, tower_last_layers=config.vision_tower_last_layers)
     weights = {
         f"{part}.{index}.{name}": tensor
-        for part, modules in kept.items()
+        for part, modules in mllm.parts().items()
         for index, module in enumerate(modules)
-        for name, tensor in module.state_dict().items()
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if not tensor.requires_grad
     }
     prints = {"frozen part of the student": weights_fingerprint(weights)}
     if teacher is not None:

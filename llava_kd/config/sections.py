@@ -192,7 +192,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One stage."""
+    """One stage.
+
+    `vision_tower_last_layers`: how many layers of a trained tower; null is all that its features come from.
+    """
 
     output_dir: str
     student: StudentConfig
@@ -200,6 +203,7 @@ class TrainConfig:
     objective: ObjectiveConfig
     optim: OptimConfig
     trainable: list[str]
+    vision_tower_last_layers: int | None = None
     global_batch_size: int
     micro_batch_size: int
     epochs: float = 1.0
@@ -215,6 +219,11 @@ class TrainConfig:
         unknown = set(self.trainable) - set(PARTS)
         require(not unknown, f"`trainable` names no part {sorted(unknown)}; parts are {list(PARTS)}")
         require(bool(self.trainable), f"`trainable` is empty; name at least one of {list(PARTS)}")
+        require(
+            self.vision_tower_last_layers is None or "vision_tower" in self.trainable,
+            f"`vision_tower_last_layers` is {self.vision_tower_last_layers} but `trainable` is "
+            f"{list(self.trainable)}; add vision_tower to it, or set vision_tower_last_layers to null",
+        )
         if self.objective.needs_teacher and self.teacher is None:
             raise ValueError(
                 "`objective` has distillation terms but `teacher` is null; set teacher.checkpoint, or remove "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from llava_kd.batch import Inputs
+from llava_kd.models.tower_layers import last_layers, read_parameters
 from llava_kd.models.vision_tower import feature_layer, image_features, vision_config
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
@@ -38,9 +39,17 @@ class MLLM(nn.Module):
 
     The tower is a child only where it is trained: a frozen one runs once, outside, for both models, and no
     training engine needs to know of it. `stock` stays reachable for saving and generation but is no child.
+    Of a trained tower, only weights that its features come from move: all, or those of its last layers.
     """
 
-    def __init__(self, stock: LlavaForConditionalGeneration, *, trainable: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        stock: LlavaForConditionalGeneration,
+        *,
+        trainable: Iterable[str] = (),
+        tower_last_layers: int | None = None,
+    ) -> None:
+        """`tower_last_layers`: how many layers of a trained tower; None for the whole of it."""
         super().__init__()
         trainable = set(trainable)
         if unknown := trainable - set(PARTS):
@@ -53,9 +62,26 @@ class MLLM(nn.Module):
         if self.train_tower:
             self.vision_tower = stock.model.vision_tower
         stock.requires_grad_(False)
-        for module in self.parts(trainable).values():
+        for module in self.parts(trainable - {"vision_tower"}).values():
             for child in module:
                 child.requires_grad_(True)
+        if self.train_tower:
+            self._train_tower(tower_last_layers)
+
+    def _train_tower(self, last: int | None) -> None:
+        tower, config = self.vision_tower, self.stock.config
+        names = read_parameters(tower, config) if last is None else last_layers(tower, config, last)
+        for name in names:
+            tower.get_parameter(name).requires_grad_(True)
+
+    def train(self, mode: bool = True) -> MLLM:
+        """As of any module, but the batch statistics of a trained ConvNet tower stay as they were learned."""
+        super().train(mode)
+        if self.train_tower:
+            for module in self.vision_tower.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     @property
     def stock(self) -> LlavaForConditionalGeneration:
@@ -72,16 +98,23 @@ class MLLM(nn.Module):
         return {name: modules[name] for name in PARTS if name in set(names)}
 
     def image_features(self, inputs: Inputs) -> Tensor:
-        """[I, N, E] features of the batch's images; no gradient where the tower is frozen."""
+        """[I, N, E] features of the batch's images; no gradient where the tower is frozen.
+
+        A batch without images has those of one blank image where the tower is trained, for engines wait
+        for its gradient; `forward` multiplies them by zero.
+        """
         config = self.stock.config
         tower = self.stock.model.vision_tower
-        if inputs.num_images == 0:
+        pixels_ICHW = inputs.pixels_ICHW
+        if inputs.num_images == 0 and not self.train_tower:
             width = vision_config(config).hidden_size
-            return torch.zeros(0, 1, width, device=inputs.pixels_ICHW.device, dtype=self.stock.dtype)
+            return torch.zeros(0, 1, width, device=pixels_ICHW.device, dtype=self.stock.dtype)
+        if inputs.num_images == 0:
+            pixels_ICHW = pixels_ICHW.new_zeros(1, *pixels_ICHW.shape[1:])
         with torch.set_grad_enabled(self.train_tower and torch.is_grad_enabled()):
             return image_features(
                 tower,
-                inputs.pixels_ICHW,
+                pixels_ICHW,
                 layer=feature_layer(config),
                 strategy=config.vision_feature_select_strategy,
             )
