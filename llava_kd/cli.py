@@ -76,9 +76,15 @@ def _parser() -> argparse.ArgumentParser:
         data, "verify", _verify, "find bad records, or missing files of benchmarks, before a run"
     )
     verify.add_argument("--benchmark", help="names joined by commas, or `all`")
-    verify.add_argument("--data", required=True, help="a LLaVA JSON file, or the root of the benchmarks")
+    verify.add_argument("--data", required=True, help="as data.path, or the root of the benchmarks")
     verify.add_argument("--images", help="image root of the file (default: its folder)")
     verify.add_argument("--threads", type=int, default=4)
+    verify.add_argument("--follow_symlinks", action="store_true", help="links may leave the image root")
+    verify.add_argument("--model", help="stock LLaVA directory: check the lengths of its tokens too")
+    verify.add_argument("--template", default="vicuna", help="of the lengths: data.template of the run")
+    verify.add_argument("--max_length", type=int, default=2048, help="of the lengths: data.max_length")
+    verify.add_argument("--write_sound", metavar="FILE", help="copy the records without a fault to FILE")
+    verify.add_argument("--report", metavar="FILE", help="write everything that was found, as JSON")
     shapes = _command(data, "shapes", _shapes, "generate pictures of shapes with captions and questions")
     shapes.add_argument("--out", required=True)
     shapes.add_argument("--num_train", type=int, default=4000, help="training scenes")
@@ -196,11 +202,24 @@ def _verify(arguments: argparse.Namespace) -> int:
         found = verify(arguments.benchmark, arguments.data)
         print(describe(found))
         return int(any(verification.problems for verification in found.values()))
-    from llava_kd.data.verify import verify_file
+    from llava_kd.build.verify import verify_data
+    from llava_kd.config import DataConfig
 
-    images = arguments.images or Path(arguments.data).parent
-    report = verify_file(arguments.data, images, num_threads=arguments.threads, progress=True)
+    config = DataConfig(
+        path=arguments.data,
+        images=arguments.images,
+        follow_symlinks=arguments.follow_symlinks,
+        template=arguments.template,
+        max_length=arguments.max_length,
+    )
+    report = verify_data(
+        config, model=arguments.model, sound=arguments.write_sound, num_threads=arguments.threads
+    )
     print(report.summary())
+    if arguments.report:
+        report.save(arguments.report)
+    if arguments.write_sound:
+        print(f"{len(report.unsound)} records left out of {arguments.write_sound}")
     return int(not report.is_sound)
 
 

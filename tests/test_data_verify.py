@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
-from data_samples import entry, side, write_dataset
+from data_samples import encoded_image, entry, side, write_dataset
 
+from llava_kd.build.data import side as side_of_parts
+from llava_kd.cli import main
+from llava_kd.config import DataConfig
 from llava_kd.data.records import LlavaJson
 from llava_kd.data.verify import verify, verify_file, write_sound
+from llava_kd.models.checkpoint import load_stock
 
 
 @pytest.fixture
@@ -68,12 +74,91 @@ def test_report_is_saved_as_json(spoilt: Path) -> None:
 
 
 def test_sound_records_are_kept(spoilt: Path) -> None:
-    kept = spoilt.parent / "kept.json"
-    assert write_sound(spoilt, kept) == 2
-    source = LlavaJson(kept, spoilt.parent)
-    assert [source.record(i).id for i in range(len(source))] == [
-        f"r{i}" for i in range(10) if i not in (3, 4)
-    ]
+    report = verify_file(spoilt, spoilt.parent)
+    assert report.unsound == (0, 1, 2, 3, 4)
+    for name in ("kept.json", "kept.jsonl"):
+        assert write_sound(spoilt, spoilt.parent / name, report) == 5
+        source = LlavaJson(spoilt.parent / name, spoilt.parent)
+        assert [source.record(i).id for i in range(len(source))] == [f"r{i}" for i in range(5, 10)]
+        assert verify(source).is_sound
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str]:
+    status = main(["data", "verify", *map(str, words)])
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_command_writes_what_a_run_can_use(spoilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept, listing = spoilt.parent / "kept.json", spoilt.parent / "report.json"
+    status, said = run(capsys, "--data", spoilt, "--write_sound", kept, "--report", listing)
+    assert status == 1
+    assert "5 records left out of" in said
+    assert json.loads(listing.read_text())["unsound"] == [0, 1, 2, 3, 4]
+    assert run(capsys, "--data", kept)[0] == 0
+    status, said = run(capsys, "--data", kept, "--write_sound", kept)
+    assert (status, "exists; give a new file" in said) == (2, True)
+
+
+def test_command_measures_lengths_as_a_model_reads(
+    tmp_path: Path, student_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_dataset(tmp_path, [entry(i) for i in range(3)])
+    words = ("--data", path, "--model", student_dir, "--template", "chatml")
+    status, said = run(capsys, *words)
+    assert status == 0
+    assert "0 records (0.00%) are truncated" in said
+    parts = load_stock(str(student_dir))
+    reading = side_of_parts(parts, DataConfig(path=str(path), template="chatml"))
+    longest = max(
+        len(reading.encoder()(record).ids) for record in map(LlavaJson(path, tmp_path).record, range(3))
+    )
+    assert f"most {longest}" in said
+    status, said = run(capsys, *words, "--max_length", longest - 1)
+    assert (status, "0 records (0.00%)" in said) == (0, False)
+    status, said = run(capsys, *words, "--max_length", 20)
+    assert status == 1
+    assert "3 records that cannot be encoded" in said
+    status, said = run(capsys, "--data", path, "--model", student_dir, "--template", "alpaca")
+    assert (status, "`data.template` must be one of" in said) == (2, True)
+
+
+def test_command_reads_tar_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number, data in enumerate((encoded_image(), b"no image")):
+            raw = json.dumps({"conversations": entry(number)["conversations"]}).encode()
+            for name, content in ((f"r{number}.json", raw), (f"r{number}.jpg", data)):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    status, said = run(capsys, "--data", tmp_path / "*.tar")
+    assert status == 1
+    assert "record 'r1': image 'r1.jpg': not a readable image" in said
+    status, said = run(capsys, "--data", tmp_path / "*.tar", "--write_sound", tmp_path / "kept.json")
+    assert (status, "only records of a LLaVA JSON file" in said) == (2, True)
+
+
+def test_corrupt_image_is_named_by_record_and_file_and_not_by_pillows_stream(tmp_path: Path) -> None:
+    entries = [entry(1)]
+    path = write_dataset(tmp_path, entries)
+    (tmp_path / entries[0]["image"]).write_bytes(b"GIF89a, not")
+    report = verify_file(path, tmp_path)
+    (fault,) = report.bad_images
+    assert fault.startswith("record 'r1': image 'images/1_0.jpg': not a readable image of JPEG, PNG")
+    assert "BytesIO" not in fault
+
+
+def test_links_out_of_the_root_are_followed_where_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = [entry(1)]
+    path = write_dataset(tmp_path / "root", entries)
+    image = tmp_path / "root" / entries[0]["image"]
+    image.rename(tmp_path / "elsewhere.jpg")
+    image.symlink_to(tmp_path / "elsewhere.jpg")
+    status, said = run(capsys, "--data", path)
+    assert (status, "set data.follow_symlinks to true" in said) == (1, True)
+    assert run(capsys, "--data", path, "--follow_symlinks")[0] == 0
 
 
 def test_layout_check_counts_the_folders(tmp_path: Path) -> None:

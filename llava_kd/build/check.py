@@ -41,7 +41,7 @@ def check(config: TrainConfig, *, ranks: int, num_records: int) -> str:
 
 
 def _sample(config: TrainConfig, student: Parts, num_records: int) -> list[str]:
-    source = make_source(config.data)
+    source = make_source(config.data, seed=config.seed)
     reader = side(student, config.data)
     encode = reader.encoder()
     chosen = np.linspace(0, len(source) - 1, min(num_records, len(source))).astype(int).tolist()

@@ -6,40 +6,73 @@ import glob
 from pathlib import Path
 
 import torch
+from transformers import LlavaConfig, LlavaProcessor
 
 from llava_kd.config import DataConfig, PackingConfig, TrainConfig
 from llava_kd.data.conversation import Source
 from llava_kd.data.images import ImageTransform
 from llava_kd.data.loader import Loader, Side
+from llava_kd.data.mixture import Mixture
 from llava_kd.data.packing import Packing
 from llava_kd.data.records import LlavaJson
 from llava_kd.data.tar_shards import TarShards
 from llava_kd.data.template import TEMPLATES
 from llava_kd.models.checkpoint import Parts
-from llava_kd.models.vision_tower import tower_fingerprint
+from llava_kd.models.vision_tower import input_size, tokens_per_image, tower_fingerprint
 from llava_kd.parallel.world import World
+
+TABLES_AND_SHARDS = (".tar", ".parquet", ".arrow")
 
 
 def side(parts: Parts, config: DataConfig) -> Side:
     """How one model reads records."""
+    return side_of(parts.processor, parts.stock.config, config)
+
+
+def side_of(processor: LlavaProcessor, model: LlavaConfig, config: DataConfig) -> Side:
+    """The same from what needs no weights."""
+    if config.template not in TEMPLATES:
+        raise ValueError(f"`data.template` must be one of {', '.join(TEMPLATES)}; got {config.template!r}")
     return Side(
-        tokenizer=parts.processor.tokenizer,
+        tokenizer=processor.tokenizer,
         template=TEMPLATES[config.template],
-        image_token_id=parts.stock.config.image_token_id,
-        tokens_per_image=parts.tokens_per_image,
-        transform=ImageTransform.from_processor(parts.processor.image_processor, config.image_aspect),
+        image_token_id=model.image_token_id,
+        tokens_per_image=tokens_per_image(model, input_size(processor.image_processor)),
+        transform=ImageTransform.from_processor(
+            processor.image_processor, config.image_aspect, exact=config.resize == "exact"
+        ),
         max_length=config.max_length,
     )
 
 
-def make_source(config: DataConfig) -> Source:
-    """The records, read and checked. Raises ValueError for a pattern that matches nothing."""
-    suffix = Path(config.path).suffix
-    if suffix not in (".tar", ".parquet", ".arrow"):
-        return LlavaJson(config.path, config.images or Path(config.path).parent)
-    paths = sorted(glob.glob(config.path))
+def make_source(config: DataConfig, *, seed: int = 0) -> Source:
+    """The records, read and checked; `seed` draws what a mixture reads of a source that it reads in part.
+
+    Raises ValueError for a pattern that matches nothing.
+    """
+    sources = [
+        open_source(part.path, part.images, follow_symlinks=config.follow_symlinks) for part in config.parts
+    ]
+    if len(sources) == 1 and not config.sources:
+        return sources[0]
+    files = [Path(part.path).name for part in config.sources]
+    names = [
+        file if files.count(file) == 1 else part.path
+        for file, part in zip(files, config.sources, strict=True)
+    ]
+    return Mixture(sources, [part.weight for part in config.sources], names=names, seed=seed)
+
+
+def open_source(path: str, images: str | None, *, follow_symlinks: bool = False) -> Source:
+    """The records of a file or a pattern. Raises ValueError for a pattern that matches nothing."""
+    suffix = Path(path).suffix
+    if suffix not in TABLES_AND_SHARDS:
+        return LlavaJson(path, images or Path(path).parent, follow_symlinks=follow_symlinks)
+    if images is not None:
+        raise ValueError(f"{path} holds its images; remove `images` ({images})")
+    paths = sorted(glob.glob(path))
     if not paths:
-        raise ValueError(f"`data.path` {config.path} matches no file")
+        raise ValueError(f"`data.path` {path} matches no file")
     if suffix == ".tar":
         return TarShards(paths)
     from llava_kd.data.tables import Tables  # needs the optional package pyarrow
@@ -60,13 +93,18 @@ def make_loader(
 ) -> tuple[Loader, bool]:
     """The loader, and whether both models have the same tower, so that it runs once."""
     data = config.data
+    if data.resize == "quick" and world.device.type != "cpu":
+        raise ValueError(
+            f"`data.resize` quick is a kernel of the CPU, but this run resizes on {world.device.type}, where "
+            "the exact one costs the CPU nothing; set it to exact"
+        )
     teacher_side, shares_tower = None, False
     if teacher is not None:
         shares_tower = same_tower(config, student, teacher)
         if not shares_tower:
             teacher_side = side(teacher, data)
     loader = Loader(
-        source=make_source(data),
+        source=make_source(data, seed=config.seed),
         student=side(student, data),
         teacher=teacher_side,
         seed=config.seed,

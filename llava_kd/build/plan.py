@@ -24,7 +24,7 @@ def plan(config: TrainConfig, ranks: int) -> str:
     """
     check_world(config, World(rank=0, size=ranks, device=torch.device("cpu")))
     student, teacher = sizes(config)
-    records = len(make_source(config.data))
+    records = len(make_source(config.data, seed=config.seed))
     per_epoch = -(-records // config.global_batch_size)
     steps = num_steps(config, per_epoch)
     found = memory(config, ranks, student, teacher)

@@ -107,7 +107,7 @@ def card(config: TrainConfig, record: Mapping[str, object]) -> str:
         "started from": student.checkpoint or parts,
         "teacher": "none" if teacher is None else teacher.checkpoint,
         "trained parts": ", ".join(config.trainable),
-        "data": config.data.path,
+        "data": config.data.path or ", ".join(f"{s.path} x {s.weight:g}" for s in config.data.sources),
         "optimiser steps": record["steps"],
         "exported": _exported(record.get("exported")),
         "commit": record["commit"] or "not in a repository",

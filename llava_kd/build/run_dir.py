@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "engine.timeout_minutes",
     "teacher.placement",
     "data.num_workers",
+    "data.follow_symlinks",
     "data.image_cache_mb",
     "data.max_bad_rate",
 )

@@ -61,25 +61,66 @@ class PackingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """A part of a mixture; `path` and `images` as in `data`. An epoch reads its records `weight` times."""
+
+    path: str
+    images: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Records, and how they become sequences.
 
     `path` is a LLaVA JSON or JSON Lines file with its image root `images` (default: its folder), or a
-    pattern of tar shards (`*.tar`) or of tables with embedded images (`*.parquet`, `*.arrow`).
+    pattern of tar shards (`*.tar`) or of tables with embedded images (`*.parquet`, `*.arrow`). `sources` is
+    a mixture of several, in its place. `follow_symlinks` lets links lead out of an image root.
+    `resize`: `exact` as Pillow does, or the CPU's `quick` kernel, which differs by 1 in some pixels.
     `visual_alignment`: what to do where the two models have different visual tokens; `resample` interpolates
     the teacher's final hidden states to the student's grid.
     """
 
-    path: str
+    path: str | None = None
     images: str | None = None
+    sources: list[SourceConfig] = field(default_factory=list)
+    follow_symlinks: bool = False
     template: str = "vicuna"
     max_length: int = 2048
     image_aspect: Literal["square", "pad"] = "square"
+    resize: Literal["exact", "quick"] = "exact"
     visual_alignment: Literal["refuse", "resample"] = "refuse"
     num_workers: int = 4
     image_cache_mb: int = 0
     packing: PackingConfig | None = None
     max_bad_rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        require(
+            (self.path is None) == bool(self.sources),
+            f"`data` needs either `path` or `sources`, a list; got path={self.path} and "
+            f"{len(self.sources)} sources",
+        )
+        require(
+            self.images is None or self.path is not None,
+            f"`data.images` ({self.images}) belongs to `data.path`; each of `data.sources` has its own",
+        )
+        for number, source in enumerate(self.sources):
+            require(
+                source.weight > 0,
+                f"`data.sources[{number}].weight` must be more than 0; got {source.weight:g}: leave a source "
+                "out to read none of it",
+            )
+        paths = [source.path for source in self.sources]
+        doubled = sorted({path for path in paths if paths.count(path) > 1})
+        require(
+            not doubled, f"`data.sources` names {doubled} twice; give it once, with the sum of the weights"
+        )
+
+    @property
+    def parts(self) -> list[SourceConfig]:
+        """The sources, or `path` as the only one."""
+        return self.sources or [SourceConfig(path=self.path or "", images=self.images)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,9 +46,11 @@ class BadRecords:
         if self._max_rate > 0:
             allowed = max(allowed, _ALWAYS_ALLOWED)
         if len(self._bad) > allowed:
-            shown = "\n  ".join(f"{record.id}: {record.reason}" for record in self._bad[:_SHOWN])
+            shown = "\n  ".join(f"{bad.source}: {bad.id}: {bad.reason}" for bad in self._bad[:_SHOWN])
+            by_source = Counter(bad.source for bad in self._bad)
+            counts = ", ".join(f"{name}: {count}" for name, count in by_source.most_common())
             raise ValueError(
                 f"{len(self._bad)} of the {self._num_read} records read are bad, more than max_bad_rate "
-                f"{self._max_rate} allows; run `llava-kd data verify`, mend or remove them, or raise the "
-                f"rate:\n  {shown}"
+                f"{self._max_rate} allows ({counts}); run `llava-kd data verify`, mend or remove them, or "
+                f"raise the rate:\n  {shown}"
             )

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import BaseImageProcessor
 
@@ -110,7 +110,9 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except _PILLOW_ERRORS as error:
-        raise ValueError(f"not a readable image of {', '.join(FORMATS)}: {error}") from None
+        # Pillow names the stream that it could not identify, not what is wrong with it.
+        detail = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+        raise ValueError(f"not a readable image of {', '.join(FORMATS)}{detail}") from None
     _check_size(*image.size, max_pixels)
     return image
 

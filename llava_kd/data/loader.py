@@ -23,6 +23,7 @@ from llava_kd.data.images import MAX_PIXELS
 from llava_kd.data.lengths import record_sizes
 from llava_kd.data.micro_batches import Micro, MicroBatches
 from llava_kd.data.packing import Packing, Sizes
+from llava_kd.data.mixture import Mixture
 from llava_kd.data.plan import Plan
 from llava_kd.data.side import Side
 
@@ -33,7 +34,7 @@ class Loader:
     Epochs follow each other without a seam (see `Plan`); a step of the same number holds the same records
     with any number of workers, and over all ranks with any number of ranks. With `packing` a row holds
     several records, and `micro_batch_size` counts rows; `one_record_per_row` lays the same records out
-    unpacked, as the oracle of the packed layout.
+    unpacked, as the oracle of the packed layout. The telemetry counts the parts of a `Mixture` apart.
     """
 
     def __init__(
@@ -84,12 +85,11 @@ class Loader:
         )
         self._micros_per_step = -(-(plan.rows_per_step // world_size) // micro_batch_size)
         self._num_workers = num_workers
-        self._bad_records = BadRecords(
-            max_rate=max_bad_rate,
-            records_per_epoch=len(source) / world_size,
-            path=None if bad_records_path is None else Path(bad_records_path),
-        )
-        self._since_last_call = _zero_telemetry()
+        bad_path = None if bad_records_path is None else Path(bad_records_path)
+        per_epoch = len(source) / world_size
+        self._bad_records = BadRecords(max_rate=max_bad_rate, records_per_epoch=per_epoch, path=bad_path)
+        self._parts = source.names if isinstance(source, Mixture) else ()
+        self._since_last_call = _zero_telemetry(self._parts)
         self.steps_per_epoch = plan.steps_per_epoch
         order = repr((seed, plan.rows_per_step, packing))
         parts = (source.fingerprint, *(side.fingerprint for side in sides), order)
@@ -107,7 +107,7 @@ class Loader:
 
     def telemetry(self) -> dict[str, float]:
         """Seconds waited for data, and counts, since the last call."""
-        result, self._since_last_call = self._since_last_call, _zero_telemetry()
+        result, self._since_last_call = self._since_last_call, _zero_telemetry(self._parts)
         return result
 
     def _micros(self, keys: list[tuple[int, int]]) -> Iterator[Micro]:
@@ -154,6 +154,8 @@ class Loader:
         counts["truncated_records"] += micro.num_truncated
         counts["bad_records"] += len(micro.bad)
         for record in micro.bad:
+        for name in set(micro.sources).intersection(self._parts):
+            counts[f"records/{name}"] += micro.sources.count(name)
             name = f"bad_records/{record.source}"
             counts[name] = counts.get(name, 0.0) + 1.0
         self._bad_records.add(micro.bad, num_read=len(micro.record_ids))
@@ -171,6 +173,7 @@ def _sizes(
     return record_sizes(source, sides, cache=cache, progress=progress)
 
 
-def _zero_telemetry() -> dict[str, float]:
+def _zero_telemetry(parts: tuple[str, ...]) -> dict[str, float]:
     names = ("data_wait_s", "records", "images", "tokens", "token_places", "truncated_records", "bad_records")
-    return dict.fromkeys(names, 0.0)
+    by_part = [f"{what}/{part}" for part in parts for what in ("records", "bad_records")]
+    return dict.fromkeys((*names, *by_part), 0.0)

@@ -22,7 +22,10 @@ _CACHED_TOKENS = 4_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Micro:
-    """What a worker hands over: `rows` of the student and, where it reads differently, of the teacher."""
+    """What a worker hands over: `rows` of the student and, where it reads differently, of the teacher.
+
+    `sources` names where each record comes from.
+    """
 
     rows: tuple[Rows, ...]
     raw: RawImages | None
@@ -30,6 +33,7 @@ class Micro:
     bad: tuple[BadRecord, ...]
     num_images: int
     num_truncated: int
+    sources: tuple[str, ...]
 
     def pinned(self) -> Micro:
         """The same in page-locked memory."""
@@ -107,6 +111,7 @@ class MicroBatches(Dataset[Micro]):
     def _load(self, i: int, bad: list[BadRecord]) -> _Loaded:
         """The record, ready, and kept while there is room; a bad one is masked and added to `bad`."""
         if (kept := self._loaded.get(i)) is not None:
+            sources=tuple(self._source.name_of(i) for row in rows for i in row),
             return kept
         record = self._source.record(i)
         encoded = self._encode(i, record)

@@ -15,15 +15,26 @@ class Mixture:
     """Records of several sources. An epoch reads a source `weight` times.
 
     A share of a pass (0.3, or the rest of 1.3) is a fixed random part of the source, drawn from `seed`.
+    `names` are what the sources are reported by; without them, each record by its own file.
     """
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float], *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float],
+        *,
+        names: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
         if len(sources) != len(weights) or not sources:
             raise ValueError(
                 f"every source needs a weight, got {len(sources)} sources, {len(weights)} weights"
             )
         if any(weight <= 0 for weight in weights):
             raise ValueError(f"weights must be positive, got {list(weights)}; leave a source out instead")
+        if names and (len(names) != len(sources) or len(set(names)) != len(names)):
+            raise ValueError(f"every source needs a name of its own, got {list(names)}")
+        self.names = tuple(names)
         self._sources = tuple(sources)
         self._weights = tuple(weights)
         self._seed = seed
@@ -39,22 +50,22 @@ class Mixture:
         return len(self._numbers)
 
     def record(self, i: int) -> Record:
-        source, number = self._find(i)
-        return source.record(number)
+        part, number = self._find(i)
+        return self._sources[part].record(number)
 
     def image_bytes(self, i: int, k: int) -> bytes:
-        source, number = self._find(i)
-        return source.image_bytes(number, k)
+        part, number = self._find(i)
+        return self._sources[part].image_bytes(number, k)
 
     def name_of(self, i: int) -> str:
-        source, number = self._find(i)
-        return source.name_of(number)
+        part, number = self._find(i)
+        return self.names[part] if self.names else self._sources[part].name_of(number)
 
     @property
     def fingerprint(self) -> str:
         parts = (*(source.fingerprint for source in self._sources), repr((self._weights, self._seed)))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def _find(self, i: int) -> tuple[Source, int]:
-        part = int(np.searchsorted(self._ends, i, side="right"))
-        return self._sources[part], int(self._numbers[i])
+    def _find(self, i: int) -> tuple[int, int]:
+        """Number of the source, and of the record in it."""
+        return int(np.searchsorted(self._ends, i, side="right")), int(self._numbers[i])

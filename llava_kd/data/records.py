@@ -31,7 +31,7 @@ def read_confined(root: Path, image: str, *, follow_symlinks: bool) -> bytes:
     if not follow_symlinks and not _is_below(os.path.realpath(path), root):
         raise ValueError(
             f"image {image!r} leaves the image root {root} through a symbolic link; point the image root at "
-            "the real folder, or set follow_symlinks"
+            "the real folder, or set data.follow_symlinks to true"
         )
     try:
         with open(path, "rb") as stream:

@@ -5,20 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from llava_kd.data.conversation import (
-    Record,
-    Source,
-    parse_all,
-    parse_record,
-    read_entries,
-    unique_ids,
-)
+from llava_kd.data.conversation import Record, Source, parse_record, read_entries, unique_ids
 from llava_kd.data.images import decode
 from llava_kd.data.records import read_confined
 from llava_kd.data.side import Side
@@ -30,7 +23,10 @@ _ReadImage = Callable[[int, int], bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was found. The token figures are None where no model was given to measure with."""
+    """What was found. The token figures are None where no model was given to measure with.
+
+    `unsound` holds the positions in the file of the records with any fault.
+    """
 
     records: int
     text_only: int
@@ -38,6 +34,7 @@ class Report:
     structural_errors: tuple[str, ...]
     bad_images: tuple[str, ...]
     unencodable: tuple[str, ...] | None
+    unsound: tuple[int, ...]
     truncated: int | None
     tokens_mean: float | None
     tokens_p95: float | None
@@ -82,8 +79,7 @@ def verify_file(
     progress: bool = False,
 ) -> Report:
     """Check a LLaVA JSON or JSON Lines file, sound or not. ValueError only if it cannot be read at all."""
-    records, errors = parse_all(read_entries(Path(path)))
-    records = unique_ids(records)
+    records, positions, errors = _parsed(path)
     root = Path(image_root).resolve()
     if not root.is_dir():
         raise ValueError(f"no image folder {image_root}")
@@ -91,21 +87,37 @@ def verify_file(
     def read(i: int, k: int) -> bytes:
         return read_confined(root, records[i].images[k], follow_symlinks=follow_symlinks)
 
-    return _check(records, read, errors, side=side, num_threads=num_threads, progress=progress)
+    checked = _check(records, read, errors, side=side, num_threads=num_threads, progress=progress)
+    unsound = set(checked.unsound)
+    sound = {position for i, position in enumerate(positions) if i not in unsound}
+    total = len(records) + len(errors)
+    return replace(checked, unsound=tuple(position for position in range(total) if position not in sound))
 
 
-def write_sound(path: str | Path, out: str | Path) -> int:
-    """Copy the structurally sound entries of a LLaVA file to the JSON list `out`; the number left behind."""
-    sound, left = [], 0
+def _parsed(path: str | Path) -> tuple[list[Record], list[int], list[str]]:
+    """Records of sound structure, their positions in the file, and what is wrong with the others."""
+    records, positions, errors = [], [], []
     for position, raw in enumerate(read_entries(Path(path))):
         try:
-            parse_record(raw, position)
-        except ValueError:
-            left += 1
-            continue
-        sound.append(raw)
-    Path(out).write_text(json.dumps(sound, ensure_ascii=False, indent=0) + "\n")
-    return left
+            records.append(parse_record(raw, position))
+            positions.append(position)
+        except ValueError as error:
+            errors.append(str(error))
+    return unique_ids(records), positions, errors
+
+
+def write_sound(path: str | Path, out: str | Path, report: Report) -> int:
+    """Copy the entries without a fault from the LLaVA file of `report` to `out`; the number left behind.
+
+    `out` is JSON Lines where its name ends in .jsonl, and a JSON list otherwise.
+    """
+    unsound = set(report.unsound)
+    sound = [raw for position, raw in enumerate(read_entries(Path(path))) if position not in unsound]
+    lines = [json.dumps(raw, ensure_ascii=False) for raw in sound]
+    is_lines = Path(out).suffix == ".jsonl"
+    text = "".join(f"{line}\n" for line in lines) if is_lines else "[\n" + ",\n".join(lines) + "\n]\n"
+    Path(out).write_text(text, encoding="utf-8")
+    return len(unsound)
 
 
 def verify(
@@ -125,12 +137,12 @@ def _check(
     num_threads: int,
     progress: bool,
 ) -> Report:
-    bad_images: list[str] = []
+    bad_images: dict[int, str] = {}
     with ThreadPoolExecutor(num_threads) as threads:
         for chunk in _chunks(len(records), "images", progress):
             faults = threads.map(lambda i: _image_fault(records[i], i, read), chunk)
-            bad_images += [fault for fault in faults if fault]
-    unencodable: list[str] = []
+            bad_images |= {i: fault for i, fault in zip(chunk, faults, strict=True) if fault}
+    unencodable: dict[int, str] = {}
     lengths: list[int] = []
     truncated = 0
     if side is not None:
@@ -140,7 +152,7 @@ def _check(
                 try:
                     encoded = encoder(records[i])
                 except ValueError as error:
-                    unencodable.append(str(error))
+                    unencodable[i] = str(error)
                     continue
                 lengths.append(len(encoded.ids))
                 truncated += encoded.is_truncated
@@ -149,8 +161,9 @@ def _check(
         text_only=sum(not record.images for record in records),
         images=sum(len(record.images) for record in records),
         structural_errors=tuple(structural),
-        bad_images=tuple(bad_images),
-        unencodable=None if side is None else tuple(unencodable),
+        bad_images=tuple(bad_images.values()),
+        unencodable=None if side is None else tuple(unencodable.values()),
+        unsound=tuple(sorted({*bad_images, *unencodable})),
         truncated=None if side is None else truncated,
         tokens_mean=float(np.mean(lengths)) if lengths else None,
         tokens_p95=float(np.quantile(lengths, 0.95)) if lengths else None,

@@ -55,17 +55,26 @@ def load_stock(name: str, *, dtype: torch.dtype = torch.float32) -> Parts:
 
     Raises ValueError if it is missing, is another kind of model, or lacks its processor.
     """
+    load_config(name)
+    stock = read_pretrained(LlavaForConditionalGeneration, name, dtype)
+    assert isinstance(stock, LlavaForConditionalGeneration)
+    return Parts(stock=stock, processor=load_processor(name))
+
+
+def load_config(name: str) -> LlavaConfig:
     name = existing(name, "the LLaVA checkpoint")
     config = read_config(name)
     if not isinstance(config, LlavaConfig):
         raise ValueError(f"{name} is a {config.model_type!r} model; a LLaVA checkpoint must be 'llava'")
-    stock = read_pretrained(LlavaForConditionalGeneration, name, dtype)
-    assert isinstance(stock, LlavaForConditionalGeneration)
+    return config
+
+
+def load_processor(name: str) -> LlavaProcessor:
     with readable("the processor of", name):
         processor = LlavaProcessor.from_pretrained(name)
     if processor.patch_size is None:
         raise ValueError(f"the processor of {name} has no patch_size; add it to processor_config.json")
-    return Parts(stock=stock, processor=processor)
+    return processor
 
 
 def compose(
