@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ from transformers import (
 )
 
 from llava_kd.batch import Inputs
+from llava_kd.build.train import train
+from llava_kd.config import StudentConfig, load
 from llava_kd.models.checkpoint import Parts, compose, load_stock, save_stock
 from llava_kd.models.mllm import MLLM
 
@@ -331,3 +334,23 @@ def test_parts_that_are_missing_or_of_another_kind_are_named(tmp_path: Path) -> 
         compose(vision_tower=str(text), language_model=str(text))
     with pytest.raises(ValueError, match=r"the language model .* is a"):
         compose(vision_tower=str(tower), language_model=str(tower))
+
+
+def test_no_path_of_the_machine_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage) -> None:
+    """Neither in a config nor in its parts, nor in the card of a run whose settings have relative paths."""
+    text, tower = text_model(tmp_path / "text"), tower_model(tmp_path / "tower", "siglip")
+    parts = compose(vision_tower=str(tower), language_model=str(text))
+    parts.stock.config._name_or_path = str(text)
+    parts.stock.config.vision_config._name_or_path = str(tower)
+    assert str(tmp_path) in json.dumps(parts.stock.config.to_dict())
+    save_stock(parts, tmp_path / "out", dtype=torch.bfloat16)
+    save_stock(load_stock(str(tmp_path / "out")), tmp_path / "again")
+    monkeypatch.chdir(tmp_path)
+    config = load(stage("run", distilled=False, max_steps=1), ["--output_dir=run"])
+    student = StudentConfig(vision_tower="tower", language_model="text")
+    assert train(replace(config, student=student)) is None
+    assert "tower and text" in (tmp_path / "run" / "model" / "README.md").read_text()
+    for folder in ("out", "again", "run/model"):
+        for path in (tmp_path / folder).iterdir():
+            if path.suffix in (".json", ".jinja"):
+                assert str(tmp_path) not in path.read_text(), path

@@ -183,9 +183,13 @@ def save_stock(
     if dtype is not None:
         state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
     parts.stock.save_pretrained(scratch, state_dict=state)
-    if dtype is not None:
-        _record_dtype(scratch / "config.json", dtype)
     parts.processor.save_pretrained(scratch)
+    for path in scratch.glob("*config.json"):
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        _forget_origin(tree)
+        if dtype is not None and path.name == "config.json":
+            _record_dtype(tree, dtype)
+        path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for path in scratch.iterdir():
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -212,10 +216,16 @@ def _stock_state(stock: LlavaForConditionalGeneration, trained: Mapping[str, Ten
     return state
 
 
-def _record_dtype(config_path: Path, dtype: torch.dtype) -> None:
+def _record_dtype(config: dict, dtype: torch.dtype) -> None:
     """Say in every part of `config.json` in which type the weights beside it are."""
-    config = json.loads(config_path.read_text())
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if "dtype" in part:
             part["dtype"] = str(dtype).removeprefix("torch.")
-    config_path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _forget_origin(tree: object) -> None:
+    """Blank the path that a config and its parts were read from: it is one of this machine alone."""
+    for value in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        _forget_origin(value)
+    if isinstance(tree, dict):
+        tree.update({key: "" for key in ("_name_or_path", "name_or_path") if key in tree})
