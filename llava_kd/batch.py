@@ -1,10 +1,12 @@
 """What flows between the rooms.
 
-Shape legend: B rows, T tokens, I images, C channels, H height, W width.
+Shape legend: B rows, T tokens, I images, C channels, H height, W width, M places with a stored prediction,
+N tokens of an image, E teacher width, K stored columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -83,12 +85,37 @@ class Counts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherRows:
+    """Stored predictions of a teacher for one micro-batch, at flat places of the side that it reads.
+
+    Either final hidden states, and the projector's output where it was kept; or, of each place, the largest
+    logits, their columns, and the log of what exp(logit / temperature) sums to over the columns left out.
+    """
+
+    places_M: Tensor
+    hidden_ME: Tensor | None = None
+    projected_INE: Tensor | None = None
+    top_logits_MK: Tensor | None = None
+    top_columns_MK: Tensor | None = None
+    rest_M: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TeacherRows:
+        """The same with every tensor changed."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(t) for name, t in tensors.items() if t is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch. `teacher` is None where the teacher reads exactly what the student reads."""
+    """One micro-batch. `teacher` is None where the teacher reads exactly what the student reads.
+
+    `teacher_rows` is what a cache holds of the teacher, where one stands in for it.
+    """
 
     student: Inputs
     teacher: Inputs | None = None
     record_ids: tuple[str, ...] = ()
+    teacher_rows: TeacherRows | None = None
 
     @property
     def teacher_inputs(self) -> Inputs:
@@ -105,4 +132,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         teacher = None if self.teacher is None else self.teacher.to(device)
-        return replace(self, student=self.student.to(device), teacher=teacher)
+        rows = self.teacher_rows
+        if rows is not None:
+            rows = rows.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(self, student=self.student.to(device), teacher=teacher, teacher_rows=rows)

@@ -28,8 +28,12 @@ def to_batch(micro: Micro, sides: tuple[Side, ...], device: torch.device) -> Bat
     inputs = [
         _inputs(rows, side.transform, raw, device) for rows, side in zip(micro.rows, sides, strict=True)
     ]
+    stored = micro.teacher_rows
     return Batch(
-        student=inputs[0], teacher=inputs[1] if len(inputs) > 1 else None, record_ids=micro.record_ids
+        student=inputs[0],
+        teacher=inputs[1] if len(inputs) > 1 else None,
+        record_ids=micro.record_ids,
+        teacher_rows=None if stored is None else stored.map(lambda t: t.to(device, non_blocking=True)),
     )
 
 
@@ -97,5 +101,6 @@ class SideStream:
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
-    sides = [batch.student] if batch.teacher is None else [batch.student, batch.teacher]
-    return [value for inputs in sides for value in vars(inputs).values() if isinstance(value, Tensor)]
+    holders = (batch.student, batch.teacher, batch.teacher_rows)
+    values = [value for holder in holders if holder is not None for value in vars(holder).values()]
+    return [value for value in values if isinstance(value, Tensor)]

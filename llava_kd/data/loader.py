@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,11 +21,13 @@ from llava_kd.data.conversation import Source
 from llava_kd.data.device_stage import SideStream, to_batch
 from llava_kd.data.images import MAX_PIXELS
 from llava_kd.data.lengths import record_sizes
+from llava_kd.data.listing import Listing
 from llava_kd.data.micro_batches import Micro, MicroBatches
-from llava_kd.data.packing import Packing, Sizes
 from llava_kd.data.mixture import Mixture
+from llava_kd.data.packing import Packing, Sizes
 from llava_kd.data.plan import Plan
 from llava_kd.data.side import Side
+from llava_kd.data.teacher_cache import TeacherCache
 
 
 class Loader:
@@ -57,32 +59,31 @@ class Loader:
         one_record_per_row: bool = False,
         cache: str | Path | None = None,
         image_cache_bytes: int = 0,
+        teacher_cache: TeacherCache | None = None,
+        records: Sequence[int] | None = None,
         progress: bool = False,
     ) -> None:
-        """`image_cache_bytes`: memory for resized images, in each worker, for data that come again."""
+        """`image_cache_bytes`: memory for resized images, in each worker, for data that come again.
+
+        `teacher_cache` gives batches their `teacher_rows`. `records`, on one rank: these once, in this order.
+        """
         self._device = torch.device(device)
         self._side_stream = SideStream(self._device) if self._device.type == "cuda" else None
         self._sides = sides = (student,) if teacher is None else (student, teacher)
-        sizes = None if packing is None else _sizes(source, sides, packing, cache=cache, progress=progress)
-        plan = Plan(
-            num_records=len(source),
-            seed=seed,
-            global_batch_size=global_batch_size,
-            world_size=world_size,
-            packing=packing,
-            sizes=sizes,
-        )
+        if records is not None:
+            plan = Listing(records, rows_per_step=global_batch_size)
+        else:
+            plan = Plan(
+                num_records=len(source), seed=seed, global_batch_size=global_batch_size,
+                world_size=world_size, packing=packing,
+                sizes=_sizes(source, sides, packing, cache=cache, progress=progress),
+            )  # fmt: skip
         self._dataset = MicroBatches(
-            source=source,
-            sides=sides,
-            plan=plan,
-            micro_batch_size=micro_batch_size,
-            rank=rank,
-            max_pixels=max_pixels,
-            leaves_raw=self._side_stream is not None,
-            one_record_per_row=one_record_per_row,
-            image_cache_bytes=image_cache_bytes,
-        )
+            source=source, sides=sides, plan=plan, micro_batch_size=micro_batch_size, rank=rank,
+            max_pixels=max_pixels, leaves_raw=self._side_stream is not None,
+            one_record_per_row=one_record_per_row, image_cache_bytes=image_cache_bytes,
+            teacher_cache=teacher_cache,
+        )  # fmt: skip
         self._micros_per_step = -(-(plan.rows_per_step // world_size) // micro_batch_size)
         self._num_workers = num_workers
         bad_path = None if bad_records_path is None else Path(bad_records_path)
@@ -153,17 +154,24 @@ class Loader:
         counts["token_places"] += segments_BT.numel()
         counts["truncated_records"] += micro.num_truncated
         counts["bad_records"] += len(micro.bad)
-        for record in micro.bad:
         for name in set(micro.sources).intersection(self._parts):
             counts[f"records/{name}"] += micro.sources.count(name)
+        for record in micro.bad:
             name = f"bad_records/{record.source}"
             counts[name] = counts.get(name, 0.0) + 1.0
         self._bad_records.add(micro.bad, num_read=len(micro.record_ids))
 
 
 def _sizes(
-    source: Source, sides: tuple[Side, ...], packing: Packing, *, cache: str | Path | None, progress: bool
-) -> Sizes:
+    source: Source,
+    sides: tuple[Side, ...],
+    packing: Packing | None,
+    *,
+    cache: str | Path | None,
+    progress: bool,
+) -> Sizes | None:
+    if packing is None:
+        return None
     longest = max(side.max_length for side in sides)
     if packing.max_tokens < longest:
         raise ValueError(

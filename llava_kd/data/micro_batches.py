@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from llava_kd.batch import IGNORE_INDEX
+from llava_kd.batch import IGNORE_INDEX, TeacherRows
 from llava_kd.data.bad_records import BadRecord
 from llava_kd.data.collate import Item, RawImages, Rows, collate, masked
 from llava_kd.data.conversation import Record, Source
 from llava_kd.data.images import GREY, decode
+from llava_kd.data.listing import Listing
 from llava_kd.data.plan import Plan
 from llava_kd.data.side import Side
+from llava_kd.data.teacher_cache import TeacherCache, Wanted
 from llava_kd.data.template import Encoded
 
 _CACHED_TOKENS = 4_000_000
@@ -30,15 +33,18 @@ class Micro:
     rows: tuple[Rows, ...]
     raw: RawImages | None
     record_ids: tuple[str, ...]
+    sources: tuple[str, ...]
     bad: tuple[BadRecord, ...]
     num_images: int
     num_truncated: int
-    sources: tuple[str, ...]
+    teacher_rows: TeacherRows | None = None
 
     def pinned(self) -> Micro:
         """The same in page-locked memory."""
         raw = None if self.raw is None else self.raw.pinned()
-        return replace(self, rows=tuple(rows.pinned() for rows in self.rows), raw=raw)
+        stored = None if self.teacher_rows is None else self.teacher_rows.map(Tensor.pin_memory)
+        rows = tuple(rows.pinned() for rows in self.rows)
+        return replace(self, rows=rows, raw=raw, teacher_rows=stored)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +67,14 @@ class MicroBatches(Dataset[Micro]):
         *,
         source: Source,
         sides: tuple[Side, ...],
-        plan: Plan,
+        plan: Plan | Listing,
         micro_batch_size: int,
         rank: int,
         max_pixels: int,
         leaves_raw: bool = False,
         one_record_per_row: bool = False,
         image_cache_bytes: int = 0,
+        teacher_cache: TeacherCache | None = None,
     ) -> None:
         self._source = source
         self._sides = sides
@@ -82,6 +89,7 @@ class MicroBatches(Dataset[Micro]):
         self._cached_tokens = 0
         self._loaded: dict[int, _Loaded] = {}
         self._image_cache_bytes = image_cache_bytes
+        self._teacher_cache = teacher_cache
 
     def __getitem__(self, key: tuple[int, int]) -> Micro:
         step, number = key
@@ -103,15 +111,27 @@ class MicroBatches(Dataset[Micro]):
             ),
             raw=RawImages.of([image for one in flat for image in one.raw]) if self._leaves_raw else None,
             record_ids=tuple(one.id for one in flat),
+            sources=tuple(self._source.name_of(i) for row in rows for i in row),
             bad=tuple(bad),
             num_images=sum(one.items[0].num_images for one in flat),
             num_truncated=sum(one.items[0].encoded.is_truncated for one in flat),
+            teacher_rows=self._teacher_rows(rows, loaded),
         )
+
+    def _teacher_rows(
+        self, rows: Sequence[Sequence[int]], loaded: Sequence[Sequence[_Loaded]]
+    ) -> TeacherRows | None:
+        if self._teacher_cache is None:
+            return None
+        wanted = [
+            [_wanted(i, one) for i, one in zip(row, ones, strict=True)]
+            for row, ones in zip(rows, loaded, strict=True)
+        ]
+        return self._teacher_cache.rows(wanted)
 
     def _load(self, i: int, bad: list[BadRecord]) -> _Loaded:
         """The record, ready, and kept while there is room; a bad one is masked and added to `bad`."""
         if (kept := self._loaded.get(i)) is not None:
-            sources=tuple(self._source.name_of(i) for row in rows for i in row),
             return kept
         record = self._source.record(i)
         encoded = self._encode(i, record)
@@ -193,6 +213,18 @@ def _first_targets(encoded: Encoded, count: int) -> Encoded:
     if not bool(late.any()):
         return encoded
     return replace(encoded, labels=encoded.labels.masked_fill(late, IGNORE_INDEX), is_truncated=True)
+
+
+def _wanted(number: int, loaded: _Loaded) -> Wanted:
+    """What a cache is asked for: the record as the teacher reads it."""
+    item = loaded.items[-1]
+    return Wanted(
+        number=number,
+        id=loaded.id,
+        encoded=item.encoded,
+        num_images=item.num_images,
+        is_valid=item.is_valid,
+    )
 
 
 def _stand_in(side: Side) -> Item:
