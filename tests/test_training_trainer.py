@@ -78,7 +78,7 @@ class Run:
     save_every: int = 2
     said: list[str] = field(default_factory=list)
 
-    def trainer(self, loader: TinyLoader) -> Trainer:
+    def trainer(self, loader: TinyLoader, *, log_every: int = 10) -> Trainer:
         mllm = MLLM(load_stock(str(self.student_dir)).stock, trainable=self.trainable)
         self.student = Student(mllm, OBJECTIVE).train()
         self.teacher = Teacher(MLLM(load_stock(str(self.teacher_dir)).stock), shares_tower=True)
@@ -103,6 +103,7 @@ class Run:
             base_lr=1e-3,
             num_steps=STEPS,
             save_every=self.save_every,
+            log_every=log_every,
             say=self.said.append,
         )
 

@@ -109,6 +109,20 @@ class Objective:
                 means |= partial.means
         return Losses(loss=loss, means=means)
 
+    @torch.no_grad()
+    def teacher_cross_entropy(self, teacher: Prediction, batch: Batch, counts: Counts) -> Tensor:
+        """The teacher's own mean over the response targets, as `cross_entropy` is the student's."""
+        inputs = batch.teacher_inputs
+        rows_N = response_rows(inputs)
+        result = self.head_loss(
+            teacher.hidden_BTD.flatten(0, 1)[rows_N],
+            teacher.head_VD,
+            targets_of_rows(inputs, rows_N),
+            student_bias_V=teacher.bias_V,
+            ce_weight_N=torch.ones(len(rows_N), device=rows_N.device),
+        )
+        return result.ce_N.sum() / counts.response_tokens.clamp_min(1).float()
+
     def _head_terms(
         self, student: Prediction, teacher: Prediction | None, batch: Batch, counts: Counts
     ) -> Losses | None:

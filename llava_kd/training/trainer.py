@@ -83,11 +83,16 @@ class Trainer:
         num_steps: int,
         max_grad_norm: float = 1.0,
         save_every: int = 500,
+        log_every: int = 10,
+        seed: int = 0,
         evaluate: Callable[[], Mapping[str, float]] | None = None,
         evaluate_every: int = 0,
         say: Callable[[str], None] = print,
     ) -> None:
         """`metrics` is None on every rank but the first. `student` is what `engine` wraps.
+
+        Every `log_every` steps the teacher's own cross-entropy is taken as well. Dropout is drawn from `seed`
+        and the step, so that a run that goes on draws what it would have.
 
         `evaluate` scores the student as it is, on all ranks together, every `evaluate_every` steps and at the
         end; it must give every rank the same figures and leave the student as it was.
@@ -103,6 +108,9 @@ class Trainer:
         self._num_steps = num_steps
         self._max_grad_norm = max_grad_norm
         self._save_every = save_every
+        self._log_every = log_every
+        self._teacher_is_worse = 0
+        self._seed = seed
         self._evaluate_every = evaluate_every
         self._evaluate = evaluate
         self._say = say
@@ -153,6 +161,7 @@ class Trainer:
                 self._check_finite(result, batches, step)
                 done = step + 1
                 figures = self._evaluated(done)
+                self._warn(result)
                 self._log(result, done, figures)
                 is_best = self._is_best(done, figures)
                 if done % self._save_every == 0 or done == self._num_steps or result.stop or is_best:
@@ -165,11 +174,13 @@ class Trainer:
 
     def step(self, batches: Sequence[Batch], step: int) -> StepResult:
         """One update from the micro-batches of this rank."""
+        rank = self._engine.world.rank
+        torch.manual_seed(((self._seed * 2**24 + step) * 2**16 + rank) % 2**63)
         counts, num_samples, stop = self._global_counts(batches)
         means: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
-            loss, partial = self._losses(batch, counts, is_last)
+            loss, partial = self._losses(batch, counts, is_last, is_logged=self._is_logged(step + 1))
             self._engine.backward(loss, is_last=is_last)
             for name, value in {"loss": loss.detach(), **partial}.items():
                 means[name] = means.get(name, 0.0) + value
@@ -184,11 +195,20 @@ class Trainer:
             stop=stop,
         )
 
-    def _losses(self, batch: Batch, counts: Counts, is_last: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def _is_logged(self, done: int) -> bool:
+        return done % self._log_every == 0 or done == self._num_steps
+
+    def _losses(
+        self, batch: Batch, counts: Counts, is_last: bool, *, is_logged: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         mllm = self._student.mllm
         features_INE = None if mllm.train_tower else mllm.image_features(batch.student)
         prediction = None if self._teacher is None else self._teacher(batch, features_INE)
-        return self._engine.forward(batch, counts, features_INE, prediction, is_last=is_last)
+        loss, means = self._engine.forward(batch, counts, features_INE, prediction, is_last=is_last)
+        if is_logged and prediction is not None:
+            own = self._student.objective.teacher_cross_entropy(prediction, batch, counts)
+            means = {**means, "teacher_cross_entropy": own}
+        return loss, means
 
     def _global_counts(self, batches: Sequence[Batch]) -> tuple[Counts, Tensor, bool]:
         """Counts of all micro-batches on all ranks, before any forward; stop requests travel with them."""
@@ -230,6 +250,19 @@ class Trainer:
         self._best = Best(step=done, figure=name, value=value)
         self._say(f"step {done} is the best so far: {name} {value:.4f}")
         return True
+
+    def _warn(self, result: StepResult) -> None:
+        """Say once that the teacher does worse than the student, at three logged steps in a row."""
+        own, student = (result.means.get(name) for name in ("teacher_cross_entropy", "cross_entropy"))
+        if own is None or student is None or self._teacher_is_worse >= 3:
+            return
+        self._teacher_is_worse = self._teacher_is_worse + 1 if bool(own > 1.01 * student) else 0
+        if self._teacher_is_worse == 3:
+            self._say(
+                f"the teacher's own cross-entropy on the responses, {float(own):.3f}, is above the student's "
+                f"{float(student):.3f}: it holds the student back. Look at its checkpoint, data.template and "
+                "image preprocessing, or lower the weight of response_kl"
+            )
 
     def _log(self, result: StepResult, done: int, evaluated: Mapping[str, float]) -> None:
         if self._metrics is None:
