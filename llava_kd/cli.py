@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from llava_kd import __version__
 from llava_kd.config import load
@@ -30,6 +33,27 @@ def main(words: Sequence[str] | None = None) -> int:
     except ConnectionError as error:  # another rank is gone: its own message says more than a traceback here
         print(f"llava-kd {arguments.command}: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a file, a directory, a disk
+        print(f"llava-kd {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Outside the loop, which saves first, a signal that asks for a stop ends the process with one line."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        print(f"stopped by {name} outside of any step; the same command goes on", file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED if number == signal.SIGINT else 0)
+
+    asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    previous = {number: signal.signal(number, stop) for number in asked}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,10 +161,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
         print(plan(config, arguments.ranks or ranks_from_environment()))
         return 0
-    from llava_kd.build.train import train
+    with _stoppable():
+        from llava_kd.build.train import train
 
-    # A preempted run is not a failure: its checkpoint is written and the same command goes on from it.
-    return INTERRUPTED if train(config) == "SIGINT" else 0
+        # A preempted run is not a failure: its checkpoint is written and the same command goes on from it.
+        return INTERRUPTED if train(config) == "SIGINT" else 0
 
 
 def _run(arguments: argparse.Namespace) -> int:

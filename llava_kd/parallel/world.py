@@ -57,14 +57,14 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Run the block on every rank and wait for all; a ValueError on one rank stops every rank.
+        """Run the block on every rank and wait for all; a ValueError or OSError on one stops every rank.
 
         Without it the others would wait for a rank that has left already.
         """
-        error: ValueError | None = None
+        error: ValueError | OSError | None = None
         try:
             yield
-        except ValueError as caught:
+        except (ValueError, OSError) as caught:
             error = caught
         failed = self.sum(torch.tensor([float(error is not None)], device=self.device))
         if error is not None:
