@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +16,27 @@ def permutation(num: int, *, seed: int, epoch: int, purpose: int = 0) -> np.ndar
     return np.argsort(keys, kind="stable")
 
 
+def dealt(tokens: np.ndarray, *, rank: int, world_size: int, step: int) -> list[int]:
+    """Which rows of a step, of so many tokens each, a rank reads: level in the step and over the steps.
+
+    From the longest to the shortest the rows go to the ranks to and fro. Who begins moves on at each step by
+    about the golden section of the ranks, so over any stretch of steps each rank has its share of long rows.
+    """
+    stride = round(world_size * (5**0.5 - 1) / 2)
+    while math.gcd(stride, world_size) > 1:
+        stride += 1
+    turn = (rank + step * stride) % world_size
+    rounds = np.argsort(-tokens, kind="stable").reshape(-1, world_size)
+    return sorted(int(rows[turn if k % 2 == 0 else -1 - turn]) for k, rows in enumerate(rounds))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """Rows of one epoch: row `r` holds `records[offsets[r]:offsets[r + 1]]`."""
+    """Rows of one epoch: row `r` holds `records[offsets[r]:offsets[r + 1]]` and, where known, `tokens[r]`."""
 
     records: np.ndarray
     offsets: np.ndarray
+    tokens: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -34,7 +50,8 @@ class Plan:
 
     The epochs follow each other without a seam: an epoch gives every record once, in its own order, and the
     last step of an epoch goes on into the next, so nothing is dropped or repeated, and every rank has the
-    same number of rows at every step. Without `packing` a row is one record.
+    same number of rows at every step. Without `packing` a row is one record. With it the rows of a step,
+    which do not depend on the number of ranks, are dealt to the ranks so that their tokens are level.
     """
 
     def __init__(
@@ -70,15 +87,31 @@ class Plan:
     def rows(self, step: int, rank: int) -> list[tuple[int, ...]]:
         """Record numbers of each of the rank's rows at an optimiser step."""
         first = step * self.rows_per_step
-        places = range(first + rank, first + self.rows_per_step, self._world_size)
-        return [self._row(place) for place in places]
+        mine = range(rank, self.rows_per_step, self._world_size)
+        if self._packing is not None and self._world_size > 1:
+            tokens = self._tokens(first, first + self.rows_per_step)
+            mine = dealt(tokens, rank=rank, world_size=self._world_size, step=step)
+        places = [self._locate(first + number) for number in mine]
+        return [self._epoch(epoch).row(row) for epoch, row in places]
 
-    def _row(self, place: int) -> tuple[int, ...]:
+    def _locate(self, place: int) -> tuple[int, int]:
+        """Epoch, and row in it, of a place in the run."""
         while place >= self._starts[-1]:
             last = len(self._starts) - 1
             self._starts.append(self._starts[-1] + len(self._epoch(last)))
         epoch = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return self._epoch(epoch).row(place - self._starts[epoch])
+        return epoch, place - self._starts[epoch]
+
+    def _tokens(self, first: int, stop: int) -> np.ndarray:
+        """Tokens of each row from place `first` to `stop`."""
+        parts = []
+        while first < stop:
+            epoch, row = self._locate(first)
+            tokens = self._epoch(epoch).tokens
+            assert tokens is not None  # packed epochs know them
+            parts.append(tokens[row : row + stop - first])
+            first += len(parts[-1])
+        return np.concatenate(parts)
 
     def _epoch(self, epoch: int) -> Epoch:
         if epoch not in self._epochs:
@@ -93,7 +126,9 @@ class Plan:
         packs = pack(order, self._sizes, self._packing)
         packs = [packs[r] for r in permutation(len(packs), seed=self._seed, epoch=epoch, purpose=1).tolist()]
         offsets = np.cumsum([0, *(len(members) for members in packs)])
-        return Epoch(records=np.array([i for members in packs for i in members]), offsets=offsets)
+        records = np.array([i for members in packs for i in members])
+        tokens = np.add.reduceat(self._sizes.tokens[records].astype(np.int64), offsets[:-1])
+        return Epoch(records=records, offsets=offsets, tokens=tokens)
 
     def _rows_per_step(self, global_batch_size: int) -> int:
         if self._packing is None:

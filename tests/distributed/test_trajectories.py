@@ -7,6 +7,7 @@ to the same records on rows of their own.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -55,9 +56,8 @@ CHEAP = {("padded", "distilled", cut) for cut in SPREAD} | {
 SIXTEEN_TOKENS = "in place of this"  # as many byte-level tokens as an image takes
 
 
-def kind_of_place(place: int) -> str:
-    """What stands in row `place` of the plan; it is read at step p // 8, on two ranks by rank p % 2."""
-    step, rank, turn = place // BATCH, place % 2, place % BATCH // 2
+def kind_of_row(step: int, rank: int, turn: int) -> str:
+    """What the row has that one of two ranks reads as number `turn` of a step."""
     if step == 1 and rank == 1:
         return "text"  # no image on rank 1 in the whole step
     if step == 2 and rank == 0 and turn < 2:
@@ -85,7 +85,7 @@ def make_kind(entry: dict, kind: str) -> None:
 def records(
     tmp_path_factory: pytest.TempPathFactory, shapes_dir: Path, student_dir: Path
 ) -> Callable[[str], Path]:
-    """Records for a layout, put so that its first epoch reads them as `kind_of_place` says."""
+    """Records for a layout, put so that two ranks read rows as `kind_of_row` says."""
     source = json.loads((shapes_dir / "instructions.json").read_text())
     reader = side(load_stock(str(student_dir)), DataConfig(path="", max_length=MAX_LENGTH))
     root = tmp_path_factory.mktemp("records")
@@ -102,13 +102,14 @@ def records(
             num_records=len(entries),
             seed=SEED,
             global_batch_size=BATCH,
-            world_size=1,
+            world_size=2,
             packing=packing,
             sizes=before if packing else None,
         )
-        for place, row in enumerate(row for step in range(STEPS) for row in plan.rows(step, 0)):
-            for i in row:
-                make_kind(entries[i], kind_of_place(place))
+        for step, rank in itertools.product(range(STEPS), range(2)):
+            for turn, row in enumerate(plan.rows(step, rank)):
+                for i in row:
+                    make_kind(entries[i], kind_of_row(step, rank, turn))
         for i, entry in enumerate(entries):
             entry["id"] = str(i)
         path.write_text(json.dumps(entries))
