@@ -11,12 +11,15 @@ from dataclasses import dataclass
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from llava_kd.config import TrainConfig
+from llava_kd.build.models import wholly_trained
+from llava_kd.config import LoraConfig, TrainConfig
+from llava_kd.models.lora import chosen_layers, linear_layers
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.reading import existing, read_config
 from llava_kd.models.vision_tower import text_config, tokens_per_image, vision_config
 
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
+BYTES = {"4bit": 0.516, "8bit": 1.0}  # of a quantized weight and its share of the scales
 GB = 1e9
 _HEAD_ROWS = 1024  # rows whose logits exist at one time in the loss head
 
@@ -27,6 +30,7 @@ class Sizes:
 
     parameters: Mapping[str, int]
     trained: int
+    linear: int
     largest_unit: int
     layers: int
     hidden: int
@@ -43,16 +47,21 @@ class Sizes:
         seen: set[int] = set()
         counts = {}
         mllm = MLLM(stock)
+        adapters = 0
         if config is not None:
-            mllm = MLLM(stock, trainable=config.trainable, tower_last_layers=config.vision_tower_last_layers)
+            last = config.vision_tower_last_layers
+            mllm = MLLM(stock, trainable=wholly_trained(config), tower_last_layers=last)
+            adapters = _adapters(stock, config.student.lora)
         for part, modules in mllm.parts(PARTS).items():
             owned = {id(p): p.numel() for module in modules for p in module.parameters()}
             counts[part] = sum(number for key, number in owned.items() if key not in seen)
             seen |= owned.keys()
+        counts["language_model"] += adapters
         layers = stock.model.language_model.layers
         return Sizes(
             parameters=counts,
-            trained=sum(p.numel() for p in mllm.parameters() if p.requires_grad),
+            trained=adapters + sum(p.numel() for p in mllm.parameters() if p.requires_grad),
+            linear=sum(layer.weight.numel() for layer in linear_layers(stock).values()),
             largest_unit=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
             layers=len(layers),
             hidden=text.hidden_size,
@@ -73,6 +82,15 @@ class Sizes:
             return Sizes.of(LlavaForConditionalGeneration(config), stage)
 
 
+def _adapters(stock: LlavaForConditionalGeneration, lora: LoraConfig | None) -> int:
+    """Parameters of the adapters that the student will have."""
+    if lora is None:
+        return 0
+    layers = linear_layers(stock)
+    chosen = (layers[path] for path in chosen_layers(stock, lora.targets))
+    return sum(lora.rank * (layer.in_features + layer.out_features) for layer in chosen)
+
+
 def engine_kind(config: TrainConfig, ranks: int) -> str:
     """`single`, `ddp`, `fsdp2`, `zero1`, `zero2` or `zero3`."""
     kind = config.engine.kind
@@ -89,10 +107,19 @@ def memory(config: TrainConfig, ranks: int, student: Sizes, teacher: Sizes | Non
     frozen = sum(student.parameters.values()) - trained
     tower = 0 if "vision_tower" in config.trainable else student.parameters["vision_tower"]
     found = _states(engine_kind(config, ranks), ranks, trained, frozen - tower, tower, width, student)
+    if config.student.quantize is not None:
+        found["weights"] -= student.linear * (width - BYTES[config.student.quantize])
     if teacher is not None:
         assert config.teacher is not None
         spread = teacher.layers * teacher.largest_unit * WIDTHS[config.teacher.dtype]
         found["teacher"] = sum(teacher.parameters.values()) * WIDTHS[config.teacher.dtype]
+        if config.teacher.quantize is not None:
+            found["teacher"] -= teacher.linear * (
+                WIDTHS[config.teacher.dtype] - BYTES[config.teacher.quantize]
+            )
+        if config.teacher.placement == "cpu_offload":
+            found["teacher"] -= spread
+            found["gathered units"] += spread / teacher.layers
         if config.teacher.placement == "fsdp":
             found["teacher"] -= spread * (ranks - 1) / ranks
             found["gathered units"] += 2 * spread / teacher.layers * (ranks > 1)
@@ -177,5 +204,5 @@ def refuse_too_large(found: Mapping[str, float], available: float) -> None:
     raise ValueError(
         f"a rank needs {fixed / GB:.2f} GB before any activation and the device has {available / GB:.2f} GB: "
         f"{(fixed - available) / GB:.2f} GB too much ({listed}). Set engine.kind to fsdp2 or deepspeed, "
-        "teacher.placement to fsdp, teacher.dtype to bfloat16, or take a smaller teacher"
+        "teacher.placement to fsdp or cpu_offload, teacher.dtype to bfloat16, or take a smaller teacher"
     )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llava_kd.config import StudentConfig, TrainConfig
 from llava_kd.data.template import TEMPLATES, Template
 from llava_kd.models.checkpoint import Parts, compose, load_stock
+from llava_kd.models.lora import is_adapter
 from llava_kd.models.mllm import MLLM, PARTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,7 +49,7 @@ def _speak(parts: Parts, template: Template) -> None:
 
 
 def place(mllm: MLLM, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Each part onto the device, its weights in its type.
+    """Each part onto the device, its weights in its type; adapters are always fp32.
 
     Computed constants keep theirs: the frequencies of rotary positions, rounded to bf16, are wrong by whole
     turns at position 2000.
@@ -57,6 +58,9 @@ def place(mllm: MLLM, device: torch.device, dtypes: Mapping[str, torch.dtype]) -
         for module in modules:
             constants = _constants(module)
             module.to(device, dtypes[name])
+            for path, parameter in module.named_parameters():
+                if is_adapter(path):
+                    parameter.data = parameter.data.float()
             for path, value in constants.items():
                 owner, _, buffer = path.rpartition(".")
                 module.get_submodule(owner).register_buffer(buffer, value.to(device), persistent=False)
@@ -70,5 +74,15 @@ def _constants(module: nn.Module) -> dict[str, Tensor]:
 
 def student_dtypes(config: TrainConfig) -> dict[str, torch.dtype]:
     """Trained parts in fp32, the masters of the optimiser; frozen ones in the computing type."""
-    frozen = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-    return {name: torch.float32 if name in config.trainable else frozen for name in PARTS}
+    return {
+        name: torch.float32 if name in wholly_trained(config) else compute_dtype(config) for name in PARTS
+    }
+
+
+def compute_dtype(config: TrainConfig) -> torch.dtype:
+    return torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+
+
+def wholly_trained(config: TrainConfig) -> list[str]:
+    """Trained parts whose own weights move: under adapters those of the language model do not."""
+    return [p for p in config.trainable if p != "language_model" or config.student.lora is None]

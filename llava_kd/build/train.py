@@ -10,10 +10,18 @@ from pathlib import Path
 import torch
 import transformers
 
+from llava_kd.build.adapters import adapt_student, check_bits, quantize_teacher
 from llava_kd.build.data import make_loader
 from llava_kd.build.engine import make_engine
 from llava_kd.build.estimate import Sizes, memory, refuse_too_large
-from llava_kd.build.models import DTYPES, place, student_dtypes, student_parts
+from llava_kd.build.models import (
+    DTYPES,
+    compute_dtype,
+    place,
+    student_dtypes,
+    student_parts,
+    wholly_trained,
+)
 from llava_kd.build.objective import objective, wants_head_gram
 from llava_kd.build.provenance import checked_parent, finish
 from llava_kd.build.run_dir import check_world, claim
@@ -23,9 +31,10 @@ from llava_kd.distill.student import Student
 from llava_kd.distill.teacher import Teacher
 from llava_kd.models.checkpoint import Parts, load_stock, save_stock
 from llava_kd.models.fingerprint import weights_fingerprint
+from llava_kd.models.lora import merge_adapters
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.parallel.engine import Engine
-from llava_kd.parallel.teacher_placement import shard_layers
+from llava_kd.parallel.teacher_placement import offload_layers, shard_layers
 from llava_kd.parallel.world import World, join, peers
 from llava_kd.training.checkpoint import Checkpoints
 from llava_kd.training.metrics import Metrics, TensorBoardTracker, Tracker, WandbTracker
@@ -55,6 +64,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
     say = _speaker(world)
     with world.together():
         parent = checked_parent(config.student.checkpoint) if world.is_main else None
+        check_bits(config, world.device)
         read_slices(config.evaluate)  # what is wrong with them is said before a model is read
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
@@ -78,8 +88,9 @@ def _train(config: TrainConfig, world: World) -> str | None:
                 best, moved = trainer.best_weights()
                 weights |= moved
             trained = {name.removeprefix("mllm."): tensor for name, tensor in weights.items()}
-            dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-            save_stock(student, output / "model", trained=trained, dtype=dtype)
+            if config.student.lora is not None:
+                trained = merge_adapters(student.stock, trained)
+            save_stock(student, output / "model", trained=trained, dtype=compute_dtype(config))
             finish(
                 config, num_steps=trainer.num_steps, identity=trainer.identity, parent=parent, exported=best
             )
@@ -100,6 +111,7 @@ def assemble(
 
     `identity` is of what its checkpoints rely on (see `Checkpoints`), before the models are placed.
     """
+    adapt_student(student, config.student, compute_dtype=compute_dtype(config), seed=config.seed)
     mllm = MLLM(student.stock, trainable=config.trainable, tower_last_layers=config.vision_tower_last_layers)
     place(mllm, world.device, student_dtypes(config))
     if config.engine.activation_checkpointing:
@@ -112,14 +124,7 @@ def assemble(
     engine = make_engine(config, world, module)
     frozen_teacher = None
     if teacher is not None:
-        teacher_mllm = MLLM(teacher.stock)
-        assert config.teacher is not None
-        if config.teacher.placement == "fsdp":
-            shard_layers(teacher_mllm.language_model.layers, world, DTYPES[config.teacher.dtype])
-        place(teacher_mllm, world.device, dict.fromkeys(PARTS, DTYPES[config.teacher.dtype]))
-        frozen_teacher = Teacher(
-            teacher_mllm, shares_tower=shares_tower, keeps_head_gram=wants_head_gram(config.objective)
-        )
+        frozen_teacher = placed_teacher(config, world, teacher, shares_tower=shares_tower)
         say("the tower runs once for both models" if shares_tower else "each model runs its own tower")
     evaluate = None
     if config.evaluate is not None:
@@ -144,6 +149,8 @@ def assemble(
         num_steps=total,
         max_grad_norm=config.optim.max_grad_norm,
         save_every=config.checkpoint.every,
+        log_every=config.log.every,
+        seed=config.seed,
         evaluate=evaluate,
         evaluate_every=0 if config.evaluate is None else config.evaluate.every,
         say=say,
@@ -151,9 +158,29 @@ def assemble(
     return trainer, engine
 
 
+def placed_teacher(config: TrainConfig, world: World, teacher: Parts, *, shares_tower: bool) -> Teacher:
+    """The teacher where the settings want it, frozen."""
+    assert config.teacher is not None
+    dtype = DTYPES[config.teacher.dtype]
+    quantize_teacher(teacher, config.teacher, compute_dtype=dtype)
+    mllm = MLLM(teacher.stock)
+    decoder, layers = mllm.language_model, mllm.language_model.layers
+    if config.teacher.placement == "fsdp":
+        shard_layers(layers, world, dtype)
+    if config.teacher.placement == "cpu_offload":
+        decoder.layers = torch.nn.ModuleList()  # they stay behind while the others move
+    place(mllm, world.device, dict.fromkeys(PARTS, dtype))
+    if config.teacher.placement == "cpu_offload":
+        decoder.layers = layers
+        offload_layers(layers, world.device, dtype)
+    return Teacher(mllm, shares_tower=shares_tower, keeps_head_gram=wants_head_gram(config.objective))
+
+
 def frozen_fingerprints(config: TrainConfig, student: Parts, teacher: Parts | None) -> dict[str, str]:
     """Hashes of the weights that a run relies on and does not save, as they are on disk."""
-    mllm = MLLM(student.stock, trainable=config.trainable, tower_last_layers=config.vision_tower_last_layers)
+    mllm = MLLM(
+        student.stock, trainable=wholly_trained(config), tower_last_layers=config.vision_tower_last_layers
+    )
     weights = {
         f"{part}.{index}.{name}": tensor
         for part, modules in mllm.parts().items()

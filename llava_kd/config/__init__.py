@@ -1,5 +1,6 @@
 """The configuration tree, and how it is read from YAML and written back."""
 
+from llava_kd.config.adapters import LoraConfig
 from llava_kd.config.evaluate import EvaluateConfig, SliceConfig
 from llava_kd.config.reading import dump, load
 from llava_kd.config.sections import (
@@ -33,6 +34,7 @@ __all__ = [
     "EvaluateConfig",
     "KLConfig",
     "LogConfig",
+    "LoraConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "PackingConfig",

@@ -19,9 +19,9 @@ def require(condition: bool, message: str) -> None:
 # Which numbers a setting may take, by its own name or that of the mapping it is in.
 _POSITIVE = {"lr", "lr_by_part", "eps", "max_grad_norm", "temperature", "max_length", "global_batch_size"}
 _POSITIVE |= {"micro_batch_size", "epochs", "max_steps", "every", "keep", "timeout_minutes"}
-_POSITIVE |= {"num_questions", "max_new_tokens", "batch_size", "vision_tower_last_layers"}
+_POSITIVE |= {"num_questions", "max_new_tokens", "batch_size", "vision_tower_last_layers", "rank", "alpha"}
 _NOT_NEGATIVE = {"weight", "weight_decay", "seed", "num_workers", "progress_line"}
-_SHARES = {"betas", "warmup_ratio", "max_bad_rate", "mix"}
+_SHARES = {"dropout", "betas", "warmup_ratio", "max_bad_rate", "mix"}
 _SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 

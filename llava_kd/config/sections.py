@@ -5,24 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from llava_kd.config.adapters import LoraConfig, check_adapters, check_teacher_bits
 from llava_kd.config.checks import require
 from llava_kd.config.evaluate import EvaluateConfig, check_best
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+Bits = Literal["4bit", "8bit"]
 Divergence = Literal["forward", "reverse", "jsd", "skewed_forward", "skewed_reverse"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """Either `checkpoint`, a LLaVA directory to go on from, or the parts of a new model."""
+    """Either `checkpoint`, a LLaVA directory to go on from, or the parts of a new model.
+
+    `lora` trains the language model through adapters, on top of weights in few bits with `quantize`.
+    """
 
     checkpoint: str | None = None
     vision_tower: str | None = None
     language_model: str | None = None
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "full"
+    lora: LoraConfig | None = None
+    quantize: Bits | None = None
 
     def __post_init__(self) -> None:
         parts = (self.vision_tower, self.language_model)
@@ -35,11 +42,18 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """A stock LLaVA directory. `placement`: whole on every rank, or its decoder layers spread over them."""
+    """A stock LLaVA directory.
+
+    `placement`: whole on every rank, its decoder layers spread over them, or on the CPU until they are used.
+    """
 
     checkpoint: str
     dtype: Dtype = "bfloat16"
-    placement: Literal["replicated", "fsdp"] = "replicated"
+    quantize: Literal["8bit"] | None = None
+    placement: Literal["replicated", "fsdp", "cpu_offload"] = "replicated"
+
+    def __post_init__(self) -> None:
+        check_teacher_bits(self.quantize, self.placement)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +293,12 @@ class TrainConfig:
             self.global_batch_size % self.micro_batch_size == 0,
             f"`global_batch_size` ({self.global_batch_size}) must be a multiple of `micro_batch_size` "
             f"({self.micro_batch_size})",
+        )
+        check_adapters(
+            has_lora=self.student.lora is not None,
+            quantize=self.student.quantize,
+            trains_language_model="language_model" in self.trainable,
+            engine_kind=self.engine.kind,
         )
         slices = {} if self.evaluate is None else self.evaluate.slices
         check_best(self.checkpoint.best, self.checkpoint.export, slices)

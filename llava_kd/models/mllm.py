@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from llava_kd.batch import Inputs
+from llava_kd.models.lora import is_adapter
 from llava_kd.models.tower_layers import last_layers, read_parameters
 from llava_kd.models.vision_tower import feature_layer, image_features, vision_config
 
@@ -40,6 +41,7 @@ class MLLM(nn.Module):
     The tower is a child only where it is trained: a frozen one runs once, outside, for both models, and no
     training engine needs to know of it. `stock` stays reachable for saving and generation but is no child.
     Of a trained tower, only weights that its features come from move: all, or those of its last layers.
+    A trained part with adapters is trained through them alone.
     """
 
     def __init__(
@@ -62,9 +64,11 @@ class MLLM(nn.Module):
         if self.train_tower:
             self.vision_tower = stock.model.vision_tower
         stock.requires_grad_(False)
-        for module in self.parts(trainable - {"vision_tower"}).values():
-            for child in module:
-                child.requires_grad_(True)
+        for modules in self.parts(trainable - {"vision_tower"}).values():
+            named = [pair for module in modules for pair in module.named_parameters()]
+            adapters = [(name, parameter) for name, parameter in named if is_adapter(name)]
+            for _, parameter in adapters or named:
+                parameter.requires_grad_(True)
         if self.train_tower:
             self._train_tower(tower_last_layers)
 

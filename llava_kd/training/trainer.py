@@ -242,7 +242,7 @@ class Trainer:
 
     def _is_best(self, done: int, figures: Mapping[str, float]) -> bool:
         name = self._checkpoints.figure
-        if name not in figures:
+        if name is None or name not in figures:
             return False
         value = figures[name]
         if self._best is not None and value <= self._best.value:
