@@ -1,0 +1,62 @@
+"""Stops and errors outside the loop: one line, a status that says what to do, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_kd.build import train as build_train
+from llava_kd.cli import main
+from llava_kd.parallel.world import World
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)]
+)
+def test_a_signal_before_the_first_step_ends_the_run_in_one_line(
+    stage, capsys, monkeypatch, number: signal.Signals, status: int
+) -> None:
+    config = stage("run", distilled=False, max_steps=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(build_train, "student_parts", lambda *_, **__: os.kill(os.getpid(), number))
+        before = signal.getsignal(number)
+        with pytest.raises(SystemExit) as ended:
+            main(["train", str(config)])
+    assert ended.value.code == status
+    assert signal.getsignal(number) == before
+    text = capsys.readouterr().err
+    assert text == f"stopped by {number.name} outside of any step; the same command goes on\n"
+    assert main(["train", str(config)]) == 0
+
+
+def test_what_a_file_refuses_is_one_line(stage, capsys) -> None:
+    config = stage("run", distilled=False, max_steps=1)
+    assert main(["train", str(config)]) == 0
+    output = config.with_suffix("")
+    (output / "run.json").unlink()
+    (output / "metrics.jsonl").unlink()
+    (output / "metrics.jsonl").mkdir()
+    capsys.readouterr()
+    assert main(["train", str(config)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("llava-kd train: [Errno 21] Is a directory")
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_what_a_file_refuses_on_one_rank_stops_the_others(tmp_path: Path) -> None:
+    """`together` counts it as a failure of this rank before it goes on up."""
+    told: list[float] = []
+
+    class Told(World):
+        def sum(self, values):
+            told.append(float(values[0]))
+            return values
+
+    world = Told(rank=0, size=2, device=torch.device("cpu"))
+    with pytest.raises(IsADirectoryError), world.together():
+        tmp_path.read_text()
+    assert told == [1.0]
