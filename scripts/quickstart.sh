@@ -2,7 +2,7 @@
 # From nothing to a report: set up .venv, make the shapes data, train a tiny student twice from the same start
 # (undistilled, and by the three distilled stages), score both and the shipped teacher, write the report.
 # Run it again after an interruption and it goes on. QUICKSTART_SEEDS=3 repeats both trainings for three seeds;
-# RUN names the output directory; QUICKSTART_STEPS and QUICKSTART_SCENES shorten it to try it out.
+# RUN names the output directory; QUICKSTART_STEPS, QUICKSTART_SCENES and QUICKSTART_QUESTIONS shorten it to try it out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run="${RUN:-runs/quickstart}"
@@ -14,10 +14,14 @@ started=$SECONDS
 source scripts/setup_env.sh
 setup_env ""
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 NPROC=1
+# Keep freed memory: fetching it from the system anew costs a tenth of a step of models this small.
+export MALLOC_MMAP_THRESHOLD_=2147483648 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864
 installed=$SECONDS
 
+scenes="${QUICKSTART_SCENES:-4000}"
+questions="${QUICKSTART_QUESTIONS:-1200}" # as many as make_teacher.sh holds out, so that the teacher has seen none of them
 mkdir -p "$run"
-llava-kd data shapes --out "$run/data" --num_train "${QUICKSTART_SCENES:-4000}" --num_validation 100 --num_test 300 --seed 0
+llava-kd data shapes --out "$run/data" --num_train "$scenes" --num_validation "$questions" --num_test "$questions" --seed 0
 
 # stage NAME SEED ARM LINE [overrides]: one stage of one arm, through the script that a cluster runs.
 stage() {
@@ -50,7 +54,7 @@ both() {
 }
 
 score() {
-  llava-kd eval --model "$1" --data "$run/data/test.json" --out "$2" >"$run/eval.log"
+  llava-kd eval --model "$1" --data "$run/data/test.json" --out "$2" >/dev/null
 }
 
 for ((seed = 0; seed < seeds; seed++)); do
@@ -68,6 +72,9 @@ for ((seed = 0; seed < seeds; seed++)); do
 done
 
 if [ ! -f "$run/seconds.json" ]; then
+  printf '{"training scenes": %d, "test questions": %d, "commit": "%s", "processor": "%s, %d cores"}\n' "$scenes" "$questions" \
+    "$(git describe --always --dirty 2>/dev/null || echo unknown)" \
+    "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)" "$(nproc)" >"$run/settings.json"
   printf '{"install": %d, "train": %d, "eval": %d}\n' \
     $((installed - started)) $((trained - installed)) $((SECONDS - trained)) >"$run/seconds.json"
 fi

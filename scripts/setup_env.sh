@@ -1,6 +1,8 @@
 # Sourced by the other scripts: put the pinned packages into .venv once, and use it.
 # setup_env EXTRAS installs llava_kd[EXTRAS]; VENV names another directory, PYTHON another interpreter.
+# SETUP=no takes the python on PATH as it is: a container's, say.
 setup_env() {
+  if [ "${SETUP:-yes}" = no ]; then return; fi
   local extras="$1" root venv stamp wanted constraints
   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
   venv="${VENV:-$root/.venv}"
@@ -13,6 +15,9 @@ import sys
 sys.exit(None if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}. Set PYTHON.")
 PY
     "${PYTHON:-python3}" -m venv "$venv" || return 1
+  fi
+  if [ -z "$extras" ] && [ "$(cat "$venv/.installed-all,dev" 2>/dev/null)" = "$wanted" ]; then
+    stamp="$venv/.installed-all,dev" # holds more than is asked for
   fi
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing pinned packages into $venv (about 2 minutes and 6 GB) ..." >&2

@@ -46,7 +46,7 @@ class LlmSize:
 # The teacher has padding rows that the student has not, as Qwen2.5 7B against 0.5B.
 LLM_SIZES = {
     "teacher": LlmSize(vocab_rows=512, width=128, layers=4, heads=4, mlp_width=384),
-    "student": LlmSize(vocab_rows=448, width=64, layers=2, heads=4, mlp_width=192),
+    "student": LlmSize(vocab_rows=448, width=96, layers=3, heads=4, mlp_width=288),
 }
 
 

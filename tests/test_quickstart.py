@@ -1,0 +1,86 @@
+"""The quickstart and the making of its teacher run from end to end, at reduced length."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlavaForConditionalGeneration
+
+ROOT = Path(__file__).parents[1]
+ARMS = ("sft", "kd")
+STAGES = ("stage1", "stage2", "stage3")
+HERE_INSTALLED = {
+    "SETUP": "no",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}
+
+
+def run_script(name: str, **settings: str) -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / name)],
+        env=os.environ | HERE_INSTALLED | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "quickstart"
+    shorter = {"QUICKSTART_STEPS": "2", "QUICKSTART_SCENES": "40", "QUICKSTART_QUESTIONS": "12"}
+    run_script("quickstart.sh", RUN=str(run), **shorter)
+    return run
+
+
+def test_results_hold_every_model_and_seed(quickstart: Path) -> None:
+    results = json.loads((quickstart / "results.json").read_text())
+    assert {"teacher", "sft", "kd", "seeds", "seconds"} <= set(results)
+    for model in ("teacher", *ARMS):
+        assert 0 <= results[model]["accuracy"] <= 1
+        assert set(results[model]["by_type"]) == {"colour", "shape", "count", "exist", "position", "compare"}
+    assert [seed["seed"] for seed in results["seeds"]] == [0]
+    assert set(results["seconds"]) == {"install", "train", "eval"}
+
+
+def test_the_report_needs_no_other_file(quickstart: Path) -> None:
+    html = (quickstart / "report.html").read_text()
+    assert "data:image/" in html
+    assert "http://" not in html.replace("http://www.w3.org/", "")
+    assert "<script src" not in html
+
+
+def test_both_arms_start_alike_and_take_the_same_steps(quickstart: Path) -> None:
+    settings = {arm: [quickstart / "seed0" / arm / s / "config.yaml" for s in STAGES] for arm in ARMS}
+    for undistilled, distilled in zip(settings["sft"], settings["kd"], strict=True):
+        arms = [path.read_text().splitlines() for path in (undistilled, distilled)]
+        for key in ("seed:", "max_steps:", "global_batch_size:", "  lr:", "  path:"):
+            kept = [[line for line in arm if line.startswith(key)] for arm in arms]
+            assert kept[0] == kept[1] != []
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_stage_ends_in_a_stock_student(quickstart: Path, arm: str) -> None:
+    for stage in STAGES:
+        LlavaForConditionalGeneration.from_pretrained(quickstart / "seed0" / arm / stage / "model")
+
+
+def test_only_the_distilled_arm_has_distillation_terms(quickstart: Path) -> None:
+    terms = {"response_kl", "visual_kl", "relation"}
+    for stage in ("stage1", "stage3"):
+        for arm, expected in (("sft", set()), ("kd", terms)):
+            lines = (quickstart / "seed0" / arm / stage / "metrics.jsonl").read_text().splitlines()
+            assert terms & set(json.loads(lines[-1])) == expected
+
+
+def test_the_teacher_is_made_by_its_script(tmp_path: Path) -> None:
+    shorter = {"TEACHER_STEPS": "2", "TEACHER_SCENES": "40", "TEACHER_QUESTIONS": "12"}
+    run_script("quickstart/make_teacher.sh", RUN=str(tmp_path / "run"), OUT=str(tmp_path / "out"), **shorter)
+    LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "run" / "validation" / "summary.json").read_text())["count"] == 12
