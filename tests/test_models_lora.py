@@ -22,10 +22,12 @@ pytest.importorskip("peft", reason="the lora extra is not installed")
 import ranks
 
 from llava_kd.batch import Batch
+from llava_kd.build.estimate import Sizes, memory
 from llava_kd.build.models import place
 from llava_kd.cli import main
+from llava_kd.config import load
 from llava_kd.models.checkpoint import load_stock, save_stock
-from llava_kd.models.lora import add_adapters, chosen_layers, is_adapter, merge_adapters
+from llava_kd.models.lora import add_adapters, chosen_layers, is_adapter, linear_layers, merge_adapters
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.quantize import check_quantization, quantize_linears
 from llava_kd.training.checkpoint import Checkpoints
@@ -88,6 +90,21 @@ def test_only_adapters_of_an_adapted_part_are_trained(student_dir: Path) -> None
         f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
     }
     assert len([name for name in trained if "lora_A" in name]) == len(layers) == 14
+
+
+def test_the_plan_counts_the_adapters_and_the_bits(stage, student_dir: Path) -> None:
+    path = stage("run", distilled=False)
+    config = load(path, [LORA])
+    planned = Sizes.of_directory(str(student_dir), config)
+    stock = load_stock(str(student_dir)).stock
+    linear = sum(layer.weight.numel() for layer in linear_layers(stock).values())
+    add_adapters(stock, **SETTINGS)
+    mllm = MLLM(stock, trainable=config.trainable)
+    assert planned.trained == sum(p.numel() for p in mllm.parameters() if p.requires_grad)
+    assert sum(planned.parameters.values()) == sum(p.numel() for p in stock.parameters())
+    few = load(path, [LORA, "--student.quantize=8bit"])
+    saved = memory(config, 1, planned, None)["weights"] - memory(few, 1, planned, None)["weights"]
+    assert saved == 3 * linear
 
 
 def test_the_first_adapters_are_the_same_on_every_rank(student_dir: Path) -> None:
