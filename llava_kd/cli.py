@@ -22,7 +22,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run one command. A mistake that the user can mend is one line on stderr and exit status 2."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(words)
-    if rest and arguments.run not in (_train, _run, _check):
+    if rest and arguments.run not in (_train, _run, _check, _cache_teacher):
         parser.error(f"unknown words: {' '.join(rest)}")
     arguments.overrides = rest
     try:
@@ -136,6 +136,15 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     export.add_argument("--scores", nargs="*", default=[], help="summary.json files of `llava-kd eval`")
 
+    cache = _command(
+        commands, "cache-teacher", _cache_teacher, "run a stage's teacher once, and keep what it says"
+    )
+    cache.add_argument("config", help="YAML file of the stage; any setting may follow as --a.b=value")
+    cache.add_argument("--out", required=True, help="directory; a cache that was broken off there goes on")
+    cache.add_argument("--mode", choices=["hidden", "topk"], default="hidden", help="states, or logits")
+    cache.add_argument("--topk", type=int, help="how many logits, for --mode topk")
+    cache.add_argument("--shard_mb", type=int, default=512, help="size of a file; what a kill may cost")
+
     chat = _command(commands, "chat", _chat, "talk about images, answer by answer")
     chat.add_argument("--model", required=True, help="stock LLaVA directory")
     chat.add_argument("--image", action="append", default=[], help="may be given several times")
@@ -180,6 +189,16 @@ def _check(arguments: argparse.Namespace) -> int:
     from llava_kd.build.check import check
 
     print(check(config, ranks=arguments.ranks, num_records=arguments.records))
+    return 0
+
+
+def _cache_teacher(arguments: argparse.Namespace) -> int:
+    config = load(arguments.config, arguments.overrides)
+    from llava_kd.build.cache_teacher import cache_teacher
+
+    cache_teacher(
+        config, arguments.out, mode=arguments.mode, top_k=arguments.topk, shard_mb=arguments.shard_mb
+    )
     return 0
 
 

@@ -7,13 +7,15 @@ import torch
 
 from llava_kd.batch import IGNORE_INDEX
 from llava_kd.build.data import make_source, same_tower, side
-from llava_kd.build.models import DTYPES, student_parts
+from llava_kd.build.models import student_parts
 from llava_kd.build.objective import objective
 from llava_kd.build.plan import plan
 from llava_kd.build.slices import read_slices
+from llava_kd.build.teacher import teacher_parts
+from llava_kd.build.teacher_cache import open_cache
 from llava_kd.config import TrainConfig
 from llava_kd.data.images import MAX_PIXELS, decode
-from llava_kd.models.checkpoint import Parts, load_stock
+from llava_kd.models.checkpoint import Parts
 
 
 def check(config: TrainConfig, *, ranks: int, num_records: int) -> str:
@@ -23,14 +25,11 @@ def check(config: TrainConfig, *, ranks: int, num_records: int) -> str:
     """
     read_slices(config.evaluate)
     student = student_parts(config.student, template=config.data.template, seed=config.seed)
-    teacher = None
-    if config.teacher is not None:
-        teacher = load_stock(config.teacher.checkpoint, dtype=DTYPES[config.teacher.dtype])
+    teacher = teacher_parts(config)
     terms = objective(config.objective, student, teacher)
     lines = []
     if teacher is not None:
-        shared = "the same: it runs once" if same_tower(config, student, teacher) else "different: both run"
-        lines.append(f"towers           {shared}")
+        lines.append(f"towers           {_towers(config, student, teacher)}")
         lines.append(
             f"visual tokens    student {student.tokens_per_image}, teacher {teacher.tokens_per_image}"
         )
@@ -38,6 +37,14 @@ def check(config: TrainConfig, *, ranks: int, num_records: int) -> str:
             lines.append(f"vocabulary       {terms.num_common} shared columns")
     lines += _sample(config, student, num_records)
     return "\n".join([*lines, plan(config, ranks)])
+
+
+def _towers(config: TrainConfig, student: Parts, teacher: Parts) -> str:
+    if config.teacher is not None and config.teacher.cache is not None:
+        reader = side(teacher, config.data)
+        cache = open_cache(config, reader, make_source(config.data, seed=config.seed))
+        return f"the student's alone: the teacher's predictions come from {cache.directory}"
+    return "the same: it runs once" if same_tower(config, student, teacher) else "different: both run"
 
 
 def _sample(config: TrainConfig, student: Parts, num_records: int) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import LlavaConfig, LlavaProcessor
 
+from llava_kd.build.teacher_cache import open_cache
 from llava_kd.config import DataConfig, PackingConfig, TrainConfig
 from llava_kd.data.conversation import Source
 from llava_kd.data.images import ImageTransform
@@ -98,13 +99,18 @@ def make_loader(
             f"`data.resize` quick is a kernel of the CPU, but this run resizes on {world.device.type}, where "
             "the exact one costs the CPU nothing; set it to exact"
         )
-    teacher_side, shares_tower = None, False
+    source = make_source(data, seed=config.seed)
+    teacher_side, shares_tower, cache = None, False, None
     if teacher is not None:
-        shares_tower = same_tower(config, student, teacher)
-        if not shares_tower:
+        if config.teacher is not None and config.teacher.cache is not None:
+            cache = open_cache(config, side(teacher, data), source)
+            reads_alike = teacher.tokens_per_image == student.tokens_per_image  # the cache checks the tokens
+        else:
+            reads_alike = shares_tower = same_tower(config, student, teacher)
+        if not reads_alike:
             teacher_side = side(teacher, data)
     loader = Loader(
-        source=make_source(data, seed=config.seed),
+        source=source,
         student=side(student, data),
         teacher=teacher_side,
         seed=config.seed,
@@ -116,6 +122,7 @@ def make_loader(
         num_workers=data.num_workers,
         packing=make_packing(data.packing),
         image_cache_bytes=data.image_cache_mb * 2**20,
+        teacher_cache=cache,
         max_bad_rate=data.max_bad_rate,
         bad_records_path=Path(config.output_dir) / "bad_records.jsonl",
     )

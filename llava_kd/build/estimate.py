@@ -109,6 +109,9 @@ def memory(config: TrainConfig, ranks: int, student: Sizes, teacher: Sizes | Non
     found = _states(engine_kind(config, ranks), ranks, trained, frozen - tower, tower, width, student)
     if config.student.quantize is not None:
         found["weights"] -= student.linear * (width - BYTES[config.student.quantize])
+    if teacher is not None and config.teacher is not None and config.teacher.cache is not None:
+        found["teacher"] = teacher.vocabulary * teacher.hidden * WIDTHS[config.teacher.dtype]
+        teacher = None  # its head is all that is there
     if teacher is not None:
         assert config.teacher is not None
         spread = teacher.layers * teacher.largest_unit * WIDTHS[config.teacher.dtype]

@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "engine.activation_checkpointing",
     "engine.timeout_minutes",
     "teacher.placement",
+    "teacher.cache",  # where it is; what it holds is part of the checkpoints' identity
     "data.num_workers",
     "data.follow_symlinks",
     "data.image_cache_mb",
@@ -63,7 +64,7 @@ def claim(config: TrainConfig, world: World) -> Iterator[bool]:
     with ExitStack() as held:
         with world.together():
             if world.is_main:
-                held.enter_context(_locked(output))
+                held.enter_context(locked(output))
         with world.together():
             _check_config(config, output)
             refuse_newer_format(output / "checkpoints")
@@ -76,21 +77,21 @@ def claim(config: TrainConfig, world: World) -> Iterator[bool]:
 
 
 @contextmanager
-def _locked(output: Path) -> Iterator[None]:
+def locked(output: Path, name: str = "output_dir") -> Iterator[None]:
     """Make the directory and keep other runs out of it; the system lets go of it when the process ends."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         stream = (output / ".lock").open("w")
     except OSError as error:
         raise ValueError(
-            f"output_dir {output} cannot be written ({error}); name a directory that this user may write"
+            f"{name} {output} cannot be written ({error}); name a directory that this user may write"
         ) from error
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"another process is running in {output}; wait for it, or choose a new output_dir"
+                f"another process is running in {output}; wait for it, or choose a new {name}"
             ) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS_HERE:

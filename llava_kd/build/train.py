@@ -26,10 +26,11 @@ from llava_kd.build.objective import objective, wants_head_gram
 from llava_kd.build.provenance import checked_parent, finish
 from llava_kd.build.run_dir import check_world, claim
 from llava_kd.build.slices import read_slices, slice_scorer
+from llava_kd.build.teacher import cached_teacher, is_cached, teacher_fingerprints, teacher_parts
 from llava_kd.config import TrainConfig, dump
 from llava_kd.distill.student import Student
 from llava_kd.distill.teacher import Teacher
-from llava_kd.models.checkpoint import Parts, load_stock, save_stock
+from llava_kd.models.checkpoint import Parts, save_stock
 from llava_kd.models.fingerprint import weights_fingerprint
 from llava_kd.models.lora import merge_adapters
 from llava_kd.models.mllm import MLLM, PARTS
@@ -55,13 +56,13 @@ def train(config: TrainConfig) -> str | None:
             if not is_complete:
                 return _train(config, world)
             output = Path(config.output_dir)
-            _speaker(world)(f"{output} is complete: nothing to do; its student is {output / 'model'}")
+            speaker(world)(f"{output} is complete: nothing to do; its student is {output / 'model'}")
             return None
 
 
 def _train(config: TrainConfig, world: World) -> str | None:
     output = Path(config.output_dir)
-    say = _speaker(world)
+    say = speaker(world)
     with world.together():
         parent = checked_parent(config.student.checkpoint) if world.is_main else None
         check_bits(config, world.device)
@@ -69,9 +70,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
     student = student_parts(config.student, template=config.data.template, seed=config.seed)
-    teacher = None
-    if config.teacher is not None:
-        teacher = load_stock(config.teacher.checkpoint, dtype=DTYPES[config.teacher.dtype])
+    teacher = teacher_parts(config)
     identity = frozen_fingerprints(config, student, teacher)
     if world.device.type == "cuda":
         sizes = Sizes.of(student.stock, config)
@@ -123,7 +122,9 @@ def assemble(
     total = num_steps(config, loader.steps_per_epoch)
     engine = make_engine(config, world, module)
     frozen_teacher = None
-    if teacher is not None:
+    if teacher is not None and is_cached(config):
+        frozen_teacher = cached_teacher(config, teacher, world.device, say)
+    elif teacher is not None:
         frozen_teacher = placed_teacher(config, world, teacher, shares_tower=shares_tower)
         say("the tower runs once for both models" if shares_tower else "each model runs its own tower")
     evaluate = None
@@ -189,9 +190,7 @@ def frozen_fingerprints(config: TrainConfig, student: Parts, teacher: Parts | No
         if not tensor.requires_grad
     }
     prints = {"frozen part of the student": weights_fingerprint(weights)}
-    if teacher is not None:
-        prints["teacher"] = weights_fingerprint(teacher.stock.state_dict())
-    return prints
+    return prints | teacher_fingerprints(config, teacher)
 
 
 def num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
@@ -226,7 +225,7 @@ def _metrics(config: TrainConfig, world: World, num_steps: int) -> Metrics | Non
     )
 
 
-def _speaker(world: World) -> Callable[[str], None]:
+def speaker(world: World) -> Callable[[str], None]:
     def say(message: str) -> None:
         if world.is_main:
             print(message, file=sys.stderr, flush=True)

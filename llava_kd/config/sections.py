@@ -45,12 +45,14 @@ class TeacherConfig:
     """A stock LLaVA directory.
 
     `placement`: whole on every rank, its decoder layers spread over them, or on the CPU until they are used.
+    `cache`: a directory of `llava-kd cache-teacher`, whose predictions stand in for running the teacher.
     """
 
     checkpoint: str
     dtype: Dtype = "bfloat16"
     quantize: Literal["8bit"] | None = None
     placement: Literal["replicated", "fsdp", "cpu_offload"] = "replicated"
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         check_teacher_bits(self.quantize, self.placement)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llava_kd.batch import Batch, Counts
+from llava_kd.distill.cached_teacher import CachedTeacher
 from llava_kd.distill.student import Student
 from llava_kd.distill.teacher import Teacher
 from llava_kd.parallel.engine import STATE_KINDS, Engine
@@ -74,7 +75,7 @@ class Trainer:
         *,
         engine: Engine,
         student: Student,
-        teacher: Teacher | None,
+        teacher: Teacher | CachedTeacher | None,
         loader: Loader,
         checkpoints: Checkpoints,
         metrics: Metrics | None,

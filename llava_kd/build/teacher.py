@@ -1,0 +1,65 @@
+"""The teacher of a stage as it is loaded: whole, or its head alone where a cache stands in for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from llava_kd.build.models import DTYPES
+from llava_kd.build.objective import wants_head_gram
+from llava_kd.build.teacher_cache import HEAD
+from llava_kd.config import TrainConfig
+from llava_kd.data.teacher_cache import Manifest
+from llava_kd.distill.cached_teacher import CachedTeacher
+from llava_kd.models.checkpoint import Parts, load_stock
+from llava_kd.models.fingerprint import weights_fingerprint
+from llava_kd.models.head_only import load_head_only
+
+
+def teacher_parts(config: TrainConfig) -> Parts | None:
+    """The teacher that the settings name; where a cache stands in, its head, tokenizer and shapes alone."""
+    if config.teacher is None:
+        return None
+    if config.teacher.cache is None:
+        return load_stock(config.teacher.checkpoint, dtype=DTYPES[config.teacher.dtype])
+    directory = Path(config.teacher.cache)
+    Manifest.read(directory)  # says what is wrong where there is no cache at all
+    try:
+        head = load_file(directory / HEAD)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{directory / HEAD} cannot be read ({error}); the same `llava-kd cache-teacher` command writes "
+            "it anew"
+        ) from error
+    return load_head_only(config.teacher.checkpoint, head["weight"], head.get("bias"))
+
+
+def is_cached(config: TrainConfig) -> bool:
+    """Whether stored predictions stand in for the teacher."""
+    return config.teacher is not None and config.teacher.cache is not None
+
+
+def cached_teacher(
+    config: TrainConfig, teacher: Parts, device: torch.device, say: Callable[[str], None]
+) -> CachedTeacher:
+    """What predicts in the teacher's place."""
+    assert config.teacher is not None
+    say(f"the teacher's predictions come from {config.teacher.cache}")
+    head = teacher.stock.lm_head
+    bias_U = None if head.bias is None else head.bias.to(device)
+    keeps_head_gram = wants_head_gram(config.objective)
+    return CachedTeacher(head.weight.to(device), bias_U, keeps_head_gram=keeps_head_gram)
+
+
+def teacher_fingerprints(config: TrainConfig, teacher: Parts | None) -> dict[str, str]:
+    """What a run relies on and does not save: the teacher's weights, or the cache of its predictions."""
+    if teacher is None or config.teacher is None:
+        return {}
+    if config.teacher.cache is None:
+        return {"teacher": weights_fingerprint(teacher.stock.state_dict())}
+    manifest = Manifest.read(Path(config.teacher.cache))
+    return {"teacher": manifest.identity["weights of the teacher"], "teacher cache": manifest.digest}
