@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,10 @@ def test_a_run_resumed_twice_ends_bit_for_bit_where_an_undisturbed_one_does(
     original = trainer.Trainer._save
     for stop_after in (2, 4):
 
-        def save_then_die(self, done: int, stop_after: int = stop_after) -> None:
-            original(self, done)
+        def save_then_die(
+            self, done: int, figures: Mapping[str, float], stop_after: int = stop_after
+        ) -> None:
+            original(self, done, figures)
             if done == stop_after:
                 raise KeyboardInterrupt
 

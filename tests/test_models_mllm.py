@@ -165,7 +165,9 @@ def test_gradients_reach_the_trained_parts_and_no_other(parts: Parts, trainable:
         weights = [p for module in modules for p in module.parameters()]
         has_gradient = [p.grad is not None and bool(p.grad.any()) for p in weights]
         assert any(has_gradient) == (name in trainable), name
-        assert all(p.requires_grad == (name in trainable) for p in weights)
+        wants = [p.requires_grad for p in weights]
+        assert any(wants) == (name in trainable)
+        assert name == "vision_tower" or all(wants) == any(wants)  # of a tower, what its features come from
 
 
 def test_an_unknown_part_is_refused_with_the_known_ones(parts: Parts) -> None:
