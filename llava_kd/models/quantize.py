@@ -38,13 +38,18 @@ def quantize_linears(module: nn.Module, bits: Bits, *, compute_dtype: torch.dtyp
         weight = layer.weight.detach()
         if bits == "4bit":
             new = Linear4bit(*shape, has_bias, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
-            new.weight = Params4bit(  # pyright: ignore[reportCallIssue]  # its __new__ takes them
-                weight, requires_grad=False, quant_type="nf4", module=new
+            new.weight = Params4bit(
+                weight,
+                requires_grad=False,
+                quant_type="nf4",  # pyright: ignore[reportCallIssue]  # its __new__ takes what follows
+                module=new,  # pyright: ignore[reportCallIssue]
             )
         else:
             new = Linear8bitLt(*shape, has_bias, has_fp16_weights=False, device="meta")
-            new.weight = Int8Params(  # pyright: ignore[reportCallIssue]  # its __new__ takes them
-                weight, requires_grad=False, has_fp16_weights=False
+            new.weight = Int8Params(
+                weight,
+                requires_grad=False,
+                has_fp16_weights=False,  # pyright: ignore[reportCallIssue]  # its __new__ takes it
             )
         new.bias = layer.bias
         module.set_submodule(path, new)
