@@ -8,14 +8,18 @@ from typing import Literal
 
 from torch import Tensor
 
+from llava_kd.build.options import dbild
 from llava_kd.config import KLConfig, ObjectiveConfig
 from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
+from llava_kd.distill.options import Attention
+from llava_kd.losses import dbild as fast_dbild
 from llava_kd.losses import head_loss, reference, relation
 from llava_kd.models.checkpoint import Parts
 from llava_kd.models.visual_grid import check_resample, resample
 from llava_kd.models.vocabulary import num_common_columns
 
 HEAD_LOSSES = {"fast": head_loss.head_loss, "reference": reference.head_loss}
+DBILDS = {"fast": fast_dbild.dbild_loss, "reference": reference.dbild_loss}
 RELATIONS = {"fast": relation.relation_rows, "reference": reference.relation_rows}
 
 
@@ -26,7 +30,8 @@ def objective(
     visual_alignment: Literal["refuse", "resample"] = "refuse",
 ) -> Objective:
     """The weighted terms, with the vocabulary that both heads share and how their visual tokens line up."""
-    needs_vocabulary = config.response_kl is not None or config.visual_kl is not None
+    over_words = (config.response_kl, config.visual_kl, config.response_dbild, config.visual_switch)
+    needs_vocabulary = any(term is not None for term in over_words)
     num_common = None
     if needs_vocabulary and teacher is not None:
         num_common = num_common_columns(
@@ -35,8 +40,8 @@ def objective(
             student_rows=student.stock.lm_head.weight.shape[0],
             teacher_rows=teacher.stock.lm_head.weight.shape[0],
         )
-    needs_grid = config.visual_kl is not None or config.relation is not None
-    ce, rel = config.cross_entropy, config.relation
+    needs_grid = any(t is not None for t in (config.visual_kl, config.relation, config.attention))
+    ce, rel, attention = config.cross_entropy, config.relation, config.attention
     return Objective(
         cross_entropy=None if ce is None else CrossEntropy(weight=ce.weight),
         response_kl=_kl(config.response_kl),
@@ -44,10 +49,16 @@ def objective(
         relation=None
         if rel is None
         else Relation(weight=rel.weight, tap=rel.tap, centre=rel.centre, normalise=rel.normalise),
+        response_dbild=dbild(config.response_dbild),
+        visual_switch=dbild(config.visual_switch),
+        attention=None
+        if attention is None
+        else Attention(weight=attention.weight, drop_sinks=attention.drop_sinks),
         num_common=num_common,
         align=_alignment(student, teacher, visual_alignment) if needs_grid and teacher is not None else None,
         head_loss=HEAD_LOSSES[config.losses],
         relation_rows=RELATIONS[config.losses],
+        dbild_loss=DBILDS[config.losses],
     )
 
 
@@ -60,10 +71,10 @@ def _alignment(
         return None
     if visual_alignment == "refuse":
         raise ValueError(
-            f"visual_kl and relation need equal grids: the student has {target.num_tokens} visual tokens an "
-            f"image ({target.rows} x {target.columns}), the teacher {source.num_tokens} ({source.rows} x "
-            f"{source.columns}); set data.visual_alignment to resample, use the teacher's tower, layer and "
-            "vision_feature_select_strategy, or drop both terms"
+            "visual_kl, relation and attention need equal grids: the student has "
+            f"{target.num_tokens} visual tokens an image ({target.rows} x {target.columns}), the teacher "
+            f"{source.num_tokens} ({source.rows} x {source.columns}); set data.visual_alignment to resample, "
+            "use the teacher's tower, layer and vision_feature_select_strategy, or drop these terms"
         )
     check_resample(source, target)
     return functools.partial(resample, source=source, target=target)

@@ -23,6 +23,7 @@ from llava_kd.build.models import (
     wholly_trained,
 )
 from llava_kd.build.objective import objective, wants_head_gram
+from llava_kd.build.options import switch, watch
 from llava_kd.build.provenance import checked_parent, finish
 from llava_kd.build.run_dir import check_world, claim
 from llava_kd.build.slices import read_slices, slice_scorer
@@ -116,17 +117,20 @@ def assemble(
     if config.engine.activation_checkpointing:
         student.stock.gradient_checkpointing_enable({"use_reentrant": False})
     loader, shares_tower = make_loader(config, world, student, teacher)
-    module = Student(
-        mllm, objective(config.objective, student, teacher, config.data.visual_alignment)
-    ).train()
-    total = num_steps(config, loader.steps_per_epoch)
-    engine = make_engine(config, world, module)
-    frozen_teacher = None
+    frozen_teacher, switched = None, None
     if teacher is not None and is_cached(config):
         frozen_teacher = cached_teacher(config, teacher, world.device, say)
     elif teacher is not None:
         frozen_teacher = placed_teacher(config, world, teacher, shares_tower=shares_tower)
+        watch(config.objective, mllm, frozen_teacher.mllm)
+        switched = switch(
+            config.objective, student, teacher, frozen_teacher.mllm, config.data.visual_alignment
+        )
         say("the tower runs once for both models" if shares_tower else "each model runs its own tower")
+    terms = objective(config.objective, student, teacher, config.data.visual_alignment)
+    module = Student(mllm, terms, switched).train()
+    total = num_steps(config, loader.steps_per_epoch)
+    engine = make_engine(config, world, module)
     evaluate = None
     if config.evaluate is not None:
         evaluate = slice_scorer(config.evaluate, read_slices(config.evaluate), student, engine)

@@ -22,11 +22,14 @@ from llava_kd.config.sections import (
     TeacherConfig,
     TrainConfig,
 )
+from llava_kd.config.terms import AttentionConfig, DBiLDConfig, VisualSwitchConfig
 
 __all__ = [
     "PARTS",
+    "AttentionConfig",
     "CheckpointConfig",
     "CrossEntropyConfig",
+    "DBiLDConfig",
     "DataConfig",
     "Divergence",
     "Dtype",
@@ -44,6 +47,7 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "TrainConfig",
+    "VisualSwitchConfig",
     "dump",
     "load",
 ]

@@ -21,7 +21,7 @@ _POSITIVE = {"lr", "lr_by_part", "eps", "max_grad_norm", "temperature", "max_len
 _POSITIVE |= {"micro_batch_size", "epochs", "max_steps", "every", "keep", "timeout_minutes"}
 _POSITIVE |= {"num_questions", "max_new_tokens", "batch_size", "vision_tower_last_layers", "rank", "alpha"}
 _NOT_NEGATIVE = {"weight", "weight_decay", "seed", "num_workers", "progress_line"}
-_SHARES = {"dropout", "betas", "warmup_ratio", "max_bad_rate", "mix"}
+_SHARES = {"dropout", "betas", "warmup_ratio", "max_bad_rate", "mix", "first", "last"}
 _SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 

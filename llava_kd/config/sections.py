@@ -8,6 +8,7 @@ from typing import Literal
 from llava_kd.config.adapters import LoraConfig, check_adapters, check_teacher_bits
 from llava_kd.config.checks import require
 from llava_kd.config.evaluate import EvaluateConfig, check_best
+from llava_kd.config.terms import AttentionConfig, DBiLDConfig, VisualSwitchConfig, check_switch
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
@@ -172,15 +173,19 @@ class ObjectiveConfig:
     response_kl: KLConfig | None = None
     visual_kl: KLConfig | None = None
     relation: RelationConfig | None = None
+    response_dbild: DBiLDConfig | None = None
+    visual_switch: VisualSwitchConfig | None = None
+    attention: AttentionConfig | None = None
     losses: Literal["fast", "reference"] = "fast"
 
     def __post_init__(self) -> None:
-        terms = (self.cross_entropy, self.response_kl, self.visual_kl, self.relation)
-        require(any(t is not None for t in terms), "`objective` has no term; give it at least one")
+        has_term = self.cross_entropy is not None or self.needs_teacher
+        require(has_term, "`objective` has no term; give it at least one")
 
     @property
     def needs_teacher(self) -> bool:
-        return any(t is not None for t in (self.response_kl, self.visual_kl, self.relation))
+        lent = (self.response_dbild, self.visual_switch, self.attention)
+        return any(t is not None for t in (self.response_kl, self.visual_kl, self.relation, *lent))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +286,8 @@ class TrainConfig:
             f"`vision_tower_last_layers` is {self.vision_tower_last_layers} but `trainable` is "
             f"{list(self.trainable)}; add vision_tower to it, or set vision_tower_last_layers to null",
         )
+        if self.objective.visual_switch is not None and self.teacher is not None:
+            check_switch(self.objective.visual_switch, self.trainable, self.teacher.placement)
         if self.objective.needs_teacher and self.teacher is None:
             raise ValueError(
                 "`objective` has distillation terms but `teacher` is null; set teacher.checkpoint, or remove "

@@ -6,7 +6,7 @@ E teacher width, V and U rows of the student's and the teacher's head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llava_kd.batch import IGNORE_INDEX, Batch, Counts, Inputs
-from llava_kd.losses.reference import Divergence, HeadLoss, head_loss, relation_rows
+from llava_kd.distill.options import Attention, DBiLD, attention_term, dbild_term, touch
+from llava_kd.losses.reference import Divergence, HeadLoss, RowsLoss, dbild_loss, head_loss, relation_rows
 from llava_kd.models.mllm import Prediction
 
 Tap = Literal["logits", "hidden", "projector"]
@@ -77,27 +78,40 @@ class Objective:
     """The weighted sum of the terms that are present.
 
     `num_common` is the number of vocabulary columns that both heads share; `align` carries the teacher's
-    features of each image, [I, M, E], to the student's tokens, None where both have the same; `head_loss`
-    and `relation_rows` are the formulas, fast or reference.
+    features of each image, [I, M, E], to the student's tokens, None where both have the same; `head_loss`,
+    `relation_rows` and `dbild_loss` are the formulas, fast or reference.
     """
 
     cross_entropy: CrossEntropy | None = None
     response_kl: KL | None = None
     visual_kl: KL | None = None
     relation: Relation | None = None
+    response_dbild: DBiLD | None = None
+    visual_switch: DBiLD | None = None
+    attention: Attention | None = None
     num_common: int | None = None
     align: Callable[[Tensor], Tensor] | None = None
     head_loss: Callable[..., HeadLoss] = head_loss
     relation_rows: Callable[..., Tensor] = relation_rows
+    dbild_loss: Callable[..., RowsLoss] = dbild_loss
 
     @property
     def needs_teacher(self) -> bool:
-        return any(term is not None for term in (self.response_kl, self.visual_kl, self.relation))
+        lent = (self.response_dbild, self.visual_switch, self.attention)
+        return any(t is not None for t in (self.response_kl, self.visual_kl, self.relation, *lent))
 
     def __call__(
-        self, student: Prediction, teacher: Prediction | None, batch: Batch, counts: Counts
+        self,
+        student: Prediction,
+        teacher: Prediction | None,
+        batch: Batch,
+        counts: Counts,
+        switched: Prediction | None = None,
     ) -> Losses:
-        """Raises ValueError if a term needs a teacher that is not there, or the sides do not line up."""
+        """`switched` is the teacher's prediction over the student's visual output.
+
+        Raises ValueError if a term needs a prediction that is not there, or the sides do not line up.
+        """
         if self.needs_teacher and teacher is None:
             raise ValueError("the objective has distillation terms but got no teacher prediction")
         loss = student.hidden_BTD.new_zeros((), dtype=torch.float32)
@@ -107,6 +121,9 @@ class Objective:
             if partial is not None:
                 loss = loss + partial.loss
                 means |= partial.means
+        for share, mean in self._lent_terms(student, teacher, batch, counts, switched):
+            loss = loss + share
+            means |= mean
         return Losses(loss=loss, means=means)
 
     @torch.no_grad()
@@ -122,6 +139,31 @@ class Objective:
             ce_weight_N=torch.ones(len(rows_N), device=rows_N.device),
         )
         return result.ce_N.sum() / counts.response_tokens.clamp_min(1).float()
+
+    def _lent_terms(
+        self,
+        student: Prediction,
+        teacher: Prediction | None,
+        batch: Batch,
+        counts: Counts,
+        switched: Prediction | None,
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Terms of other methods: each one's share of the loss, and its mean."""
+        if teacher is None or (self.response_dbild, self.visual_switch, self.attention) == (None,) * 3:
+            return
+        yield touch(student), {}
+        common = {"num_common": self.num_common, "dbild_loss": self.dbild_loss}
+        rows = _Rows.select("response", batch, with_teacher=True)
+        if (term := self.response_dbild) is not None:
+            both = rows.student_N, rows.teacher_N
+            yield dbild_term("response_dbild", term, (student, teacher), both, counts, **common)
+        if (term := self.visual_switch) is not None:
+            if switched is None:
+                raise ValueError("the visual switch got no prediction over the student's visual output")
+            both = rows.teacher_N, rows.teacher_N
+            yield dbild_term("visual_switch", term, (switched, teacher), both, counts, **common)
+        if self.attention is not None:
+            yield attention_term(self.attention, student, teacher, batch, counts, self.align)
 
     def _head_terms(
         self, student: Prediction, teacher: Prediction | None, batch: Batch, counts: Counts

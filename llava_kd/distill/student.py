@@ -9,16 +9,19 @@ from torch import Tensor, nn
 
 from llava_kd.batch import Batch, Counts
 from llava_kd.distill.objective import Losses, Objective
+from llava_kd.distill.options import Switch
 from llava_kd.models.mllm import MLLM, Prediction
 
 
 class Student(nn.Module):
     """Losses of one micro-batch. `forward` uses the head, since there sharded engines have gathered it."""
 
-    def __init__(self, mllm: MLLM, objective: Objective) -> None:
+    def __init__(self, mllm: MLLM, objective: Objective, switch: Switch | None = None) -> None:
+        """`switch` holds the frozen teacher, which is no child: it is not a module."""
         super().__init__()
         self.mllm = mllm
         self.objective = objective
+        self.switch = switch
 
     def forward(
         self,
@@ -30,5 +33,7 @@ class Student(nn.Module):
         """Loss and logged means. `features_INE` is None where the tower is trained, and runs here."""
         if features_INE is None:
             features_INE = self.mllm.image_features(batch.student)
-        losses: Losses = self.objective(self.mllm(batch.student, features_INE), teacher, batch, counts)
+        prediction = self.mllm(batch.student, features_INE)
+        switched = None if self.switch is None else self.switch(batch, prediction, features_INE)
+        losses: Losses = self.objective(prediction, teacher, batch, counts, switched)
         return losses.loss, losses.means

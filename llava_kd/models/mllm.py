@@ -7,7 +7,7 @@ model, V vocabulary rows.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from llava_kd.batch import Inputs
 from llava_kd.models.lora import is_adapter
 from llava_kd.models.tower_layers import last_layers, read_parameters
 from llava_kd.models.vision_tower import feature_layer, image_features, vision_config
+from llava_kd.models.visual_attention import VisualMaps, watchable
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
@@ -26,6 +27,7 @@ class Prediction:
     """What the losses read. Logits are `hidden_BTD @ head_VD.T (+ bias_V)`; they are never formed here.
 
     `head_gram_DD` is `head_VD.T @ head_VD` where it is known already, as for a head that never moves.
+    `attention_LINN` is how the visual tokens of each image attend to each other, in watched layers.
     """
 
     hidden_BTD: Tensor
@@ -33,6 +35,7 @@ class Prediction:
     head_VD: Tensor
     bias_V: Tensor | None
     head_gram_DD: Tensor | None = None
+    attention_LINN: Tensor | None = None
 
 
 class MLLM(nn.Module):
@@ -56,6 +59,7 @@ class MLLM(nn.Module):
         trainable = set(trainable)
         if unknown := trainable - set(PARTS):
             raise ValueError(f"no part named {sorted(unknown)}; a model has {list(PARTS)}")
+        self._watched: range | None = None
         self._stock = (stock,)  # in a tuple, so that nn.Module does not register it
         self.multi_modal_projector = stock.model.multi_modal_projector
         self.language_model = stock.model.language_model
@@ -123,10 +127,33 @@ class MLLM(nn.Module):
                 strategy=config.vision_feature_select_strategy,
             )
 
+    def watch_attention(self, layers: range) -> None:
+        """Let predictions show the visual attention of these decoder layers."""
+        watchable(self.language_model)
+        self._watched = layers
+
     def forward(self, inputs: Inputs, features_INE: Tensor) -> Prediction:
         """Final hidden states of every position. Raises ValueError if features and placeholders differ."""
+        maps = None if self._watched is None else VisualMaps(self._watched, inputs)
         embedded_BTD = self.language_model.get_input_embeddings()(inputs.input_ids_BT)
-        projected_IND = self._project(features_INE, embedded_BTD.dtype)
+        projected_IND = self.project(features_INE.to(embedded_BTD.dtype))
+        prediction = self._read(inputs, embedded_BTD, projected_IND, maps)
+        return prediction if maps is None else replace(prediction, attention_LINN=maps.take())
+
+    def project(self, features_INE: Tensor) -> Tensor:
+        """Features as the language model reads them; of one stand-in where there is no image."""
+        if features_INE.shape[0] == 0:
+            features_INE = features_INE.new_zeros(1, 1, features_INE.shape[2])
+        return self.multi_modal_projector(features_INE)
+
+    def read(self, inputs: Inputs, projected_IND: Tensor) -> Prediction:
+        """The prediction with `projected_IND`, of whatever origin, in the places of the images."""
+        embedded_BTD = self.language_model.get_input_embeddings()(inputs.input_ids_BT)
+        return self._read(inputs, embedded_BTD, projected_IND, None)
+
+    def _read(
+        self, inputs: Inputs, embedded_BTD: Tensor, projected_IND: Tensor, maps: VisualMaps | None
+    ) -> Prediction:
         if inputs.num_images == 0:
             # A batch without images must still touch the projector, or sharded engines wait for its gradient.
             embedded_BTD = embedded_BTD + 0.0 * projected_IND.sum()
@@ -142,6 +169,7 @@ class MLLM(nn.Module):
             position_ids=inputs.position_ids_BT if inputs.is_packed else None,
             attention_mask=None,
             use_cache=False,
+            **({} if maps is None else {"visual_maps": maps}),
         ).last_hidden_state
         return Prediction(
             hidden_BTD=hidden_BTD,
@@ -149,11 +177,6 @@ class MLLM(nn.Module):
             head_VD=self.lm_head.weight,
             bias_V=self.lm_head.bias,
         )
-
-    def _project(self, features_INE: Tensor, dtype: torch.dtype) -> Tensor:
-        if features_INE.shape[0] == 0:
-            features_INE = features_INE.new_zeros(1, 1, features_INE.shape[2])
-        return self.multi_modal_projector(features_INE.to(dtype))
 
     @staticmethod
     def _check_placeholders(inputs: Inputs, projected_IND: Tensor) -> None:

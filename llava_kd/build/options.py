@@ -1,0 +1,82 @@
+"""What the terms of other methods need of both models, as the settings ask for it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+from llava_kd.config import DBiLDConfig, ObjectiveConfig
+from llava_kd.distill.options import Align, DBiLD, Switch
+from llava_kd.models.checkpoint import Parts
+from llava_kd.models.mllm import MLLM
+from llava_kd.models.vision_tower import vision_config
+from llava_kd.models.visual_attention import middle_layers
+from llava_kd.models.visual_grid import check_resample, resample
+from llava_kd.models.vocabulary import num_common_columns
+from llava_kd.models.width_map import width_map
+
+
+def dbild(config: DBiLDConfig | None) -> DBiLD | None:
+    if config is None:
+        return None
+    return DBiLD(weight=config.weight, temperature=config.temperature, candidates=config.candidates)
+
+
+def watch(config: ObjectiveConfig, *models: MLLM) -> None:
+    """Let the models, whose kernels are chosen, show the attention that the objective compares."""
+    if config.attention is None:
+        return
+    for model in models:
+        num_layers = len(model.language_model.layers)
+        model.watch_attention(middle_layers(num_layers, config.attention.first, config.attention.last))
+
+
+def switch(
+    config: ObjectiveConfig,
+    student: Parts,
+    teacher: Parts,
+    teacher_mllm: MLLM,
+    visual_alignment: Literal["refuse", "resample"],
+) -> Switch | None:
+    """Raises ValueError where the student's visual output cannot stand in the teacher's places."""
+    if config.visual_switch is None:
+        return None
+    source, map_DE = config.visual_switch.source, None
+    if source == "tower":
+        widths = [vision_config(parts.stock.config).hidden_size for parts in (student, teacher)]
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"the student's tower is {widths[0]} wide and the teacher's projector reads {widths[1]}: set "
+                "objective.visual_switch.source to projector, or take a tower of that width"
+            )
+    else:
+        embeddings = [parts.stock.get_input_embeddings().weight for parts in (student, teacher)]
+        common = num_common_columns(
+            student.processor.tokenizer,
+            teacher.processor.tokenizer,
+            student_rows=embeddings[0].shape[0],
+            teacher_rows=embeddings[1].shape[0],
+        )
+        map_DE = width_map(embeddings[0], embeddings[1], common).to(embeddings[1].device)
+    return Switch(
+        teacher=teacher_mllm,
+        source=source,
+        align=_to_the_teacher(student, teacher, visual_alignment),
+        width_map_DE=map_DE,
+    )
+
+
+def _to_the_teacher(
+    student: Parts, teacher: Parts, visual_alignment: Literal["refuse", "resample"]
+) -> Align | None:
+    source, target = student.visual_grid, teacher.visual_grid
+    if source == target:
+        return None
+    if visual_alignment == "refuse":
+        raise ValueError(
+            f"visual_switch puts the student's {source.num_tokens} visual tokens an image in the places of "
+            f"the teacher's {target.num_tokens}; set data.visual_alignment to resample, use the teacher's "
+            "tower, layer and vision_feature_select_strategy, or drop the term"
+        )
+    check_resample(source, target)
+    return functools.partial(resample, source=source, target=target)
