@@ -9,6 +9,7 @@ from llava_kd.batch import IGNORE_INDEX
 from llava_kd.build.data import make_source, same_tower, side
 from llava_kd.build.models import student_parts
 from llava_kd.build.objective import objective
+from llava_kd.build.options import with_projector
 from llava_kd.build.plan import plan
 from llava_kd.build.slices import read_slices
 from llava_kd.build.teacher import teacher_parts
@@ -26,7 +27,8 @@ def check(config: TrainConfig, *, ranks: int, num_records: int) -> str:
     read_slices(config.evaluate)
     student = student_parts(config.student, template=config.data.template, seed=config.seed)
     teacher = teacher_parts(config)
-    terms = objective(config.objective, student, teacher)
+    student = with_projector(config, student, teacher)
+    terms = objective(config.objective, student, teacher, config.data.visual_alignment)
     lines = []
     if teacher is not None:
         lines.append(f"towers           {_towers(config, student, teacher)}")

@@ -16,6 +16,7 @@ from llava_kd.config import LoraConfig, TrainConfig
 from llava_kd.models.lora import chosen_layers, linear_layers
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.reading import existing, read_config
+from llava_kd.models.reused_projector import llava_class
 from llava_kd.models.vision_tower import text_config, tokens_per_image, vision_config
 
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -79,7 +80,7 @@ class Sizes:
         if not isinstance(config, LlavaConfig):
             raise ValueError(f"{name} is a {config.model_type!r} model; a LLaVA checkpoint must be 'llava'")
         with torch.device("meta"):
-            return Sizes.of(LlavaForConditionalGeneration(config), stage)
+            return Sizes.of(llava_class(config)(config), stage)
 
 
 def _adapters(stock: LlavaForConditionalGeneration, lora: LoraConfig | None) -> int:

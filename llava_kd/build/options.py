@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Literal
 
-from llava_kd.config import DBiLDConfig, ObjectiveConfig
+from llava_kd.config import DBiLDConfig, ObjectiveConfig, TrainConfig
 from llava_kd.distill.options import Align, DBiLD, Switch
 from llava_kd.models.checkpoint import Parts
 from llava_kd.models.mllm import MLLM
+from llava_kd.models.teacher_projector import with_teacher_projector
 from llava_kd.models.vision_tower import vision_config
 from llava_kd.models.visual_attention import middle_layers
 from llava_kd.models.visual_grid import check_resample, resample
@@ -22,8 +23,25 @@ def dbild(config: DBiLDConfig | None) -> DBiLD | None:
     return DBiLD(weight=config.weight, temperature=config.temperature, candidates=config.candidates)
 
 
-def watch(config: ObjectiveConfig, *models: MLLM) -> None:
-    """Let the models, whose kernels are chosen, show the attention that the objective compares."""
+def with_projector(config: TrainConfig, student: Parts, teacher: Parts | None) -> Parts:
+    """The student, with the teacher's projector where the settings ask for it."""
+    if config.student.projector == "own" or teacher is None:
+        return student
+    return with_teacher_projector(student, teacher, seed=config.seed)
+
+
+def lend(
+    config: TrainConfig, student: Parts, teacher: Parts, student_mllm: MLLM, teacher_mllm: MLLM
+) -> Switch | None:
+    """Let both placed models show what the terms compare, and give the switch where the settings ask for it.
+
+    To be called before an engine shards the student, and after the kernels of attention are chosen.
+    """
+    _watch(config.objective, student_mllm, teacher_mllm)
+    return _switch(config.objective, student, teacher, teacher_mllm, config.data.visual_alignment)
+
+
+def _watch(config: ObjectiveConfig, *models: MLLM) -> None:
     if config.attention is None:
         return
     for model in models:
@@ -31,7 +49,7 @@ def watch(config: ObjectiveConfig, *models: MLLM) -> None:
         model.watch_attention(middle_layers(num_layers, config.attention.first, config.attention.last))
 
 
-def switch(
+def _switch(
     config: ObjectiveConfig,
     student: Parts,
     teacher: Parts,

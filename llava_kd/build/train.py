@@ -23,12 +23,14 @@ from llava_kd.build.models import (
     wholly_trained,
 )
 from llava_kd.build.objective import objective, wants_head_gram
-from llava_kd.build.options import switch, watch
+from llava_kd.build.options import lend, with_projector
 from llava_kd.build.provenance import checked_parent, finish
 from llava_kd.build.run_dir import check_world, claim
 from llava_kd.build.slices import read_slices, slice_scorer
 from llava_kd.build.teacher import cached_teacher, is_cached, teacher_fingerprints, teacher_parts
 from llava_kd.config import TrainConfig, dump
+from llava_kd.distill.cached_teacher import CachedTeacher
+from llava_kd.distill.options import Switch
 from llava_kd.distill.student import Student
 from llava_kd.distill.teacher import Teacher
 from llava_kd.models.checkpoint import Parts, save_stock
@@ -72,6 +74,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
     transformers.logging.disable_progress_bar()
     student = student_parts(config.student, template=config.data.template, seed=config.seed)
     teacher = teacher_parts(config)
+    student = with_projector(config, student, teacher)
     identity = frozen_fingerprints(config, student, teacher)
     if world.device.type == "cuda":
         sizes = Sizes.of(student.stock, config)
@@ -117,16 +120,7 @@ def assemble(
     if config.engine.activation_checkpointing:
         student.stock.gradient_checkpointing_enable({"use_reentrant": False})
     loader, shares_tower = make_loader(config, world, student, teacher)
-    frozen_teacher, switched = None, None
-    if teacher is not None and is_cached(config):
-        frozen_teacher = cached_teacher(config, teacher, world.device, say)
-    elif teacher is not None:
-        frozen_teacher = placed_teacher(config, world, teacher, shares_tower=shares_tower)
-        watch(config.objective, mllm, frozen_teacher.mllm)
-        switched = switch(
-            config.objective, student, teacher, frozen_teacher.mllm, config.data.visual_alignment
-        )
-        say("the tower runs once for both models" if shares_tower else "each model runs its own tower")
+    frozen_teacher, switched = _teaching(config, world, student, teacher, mllm, say, shares_tower)
     terms = objective(config.objective, student, teacher, config.data.visual_alignment)
     module = Student(mllm, terms, switched).train()
     total = num_steps(config, loader.steps_per_epoch)
@@ -161,6 +155,25 @@ def assemble(
         say=say,
     )
     return trainer, engine
+
+
+def _teaching(
+    config: TrainConfig,
+    world: World,
+    student: Parts,
+    teacher: Parts | None,
+    mllm: MLLM,
+    say: Callable[[str], None],
+    shares_tower: bool,
+) -> tuple[Teacher | CachedTeacher | None, Switch | None]:
+    """What predicts as the teacher, and its path for the student's visual output."""
+    if teacher is None:
+        return None, None
+    if is_cached(config):
+        return cached_teacher(config, teacher, world.device, say), None
+    frozen = placed_teacher(config, world, teacher, shares_tower=shares_tower)
+    say("the tower runs once for both models" if shares_tower else "each model runs its own tower")
+    return frozen, lend(config, student, teacher, mllm, frozen.mllm)
 
 
 def placed_teacher(config: TrainConfig, world: World, teacher: Parts, *, shares_tower: bool) -> Teacher:

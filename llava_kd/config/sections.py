@@ -8,7 +8,13 @@ from typing import Literal
 from llava_kd.config.adapters import LoraConfig, check_adapters, check_teacher_bits
 from llava_kd.config.checks import require
 from llava_kd.config.evaluate import EvaluateConfig, check_best
-from llava_kd.config.terms import AttentionConfig, DBiLDConfig, VisualSwitchConfig, check_switch
+from llava_kd.config.terms import (
+    AttentionConfig,
+    DBiLDConfig,
+    VisualSwitchConfig,
+    check_needs_the_model,
+    check_switch,
+)
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
@@ -21,6 +27,7 @@ Divergence = Literal["forward", "reverse", "jsd", "skewed_forward", "skewed_reve
 class StudentConfig:
     """Either `checkpoint`, a LLaVA directory to go on from, or the parts of a new model.
 
+    `projector`: a new one of its `own`, or the `teacher`'s, frozen, with a trained linear map to its width.
     `lora` trains the language model through adapters, on top of weights in few bits with `quantize`.
     """
 
@@ -31,6 +38,7 @@ class StudentConfig:
     vision_feature_select_strategy: Literal["default", "full"] = "full"
     lora: LoraConfig | None = None
     quantize: Bits | None = None
+    projector: Literal["own", "teacher"] = "own"
 
     def __post_init__(self) -> None:
         parts = (self.vision_tower, self.language_model)
@@ -38,6 +46,11 @@ class StudentConfig:
             (self.checkpoint is not None) != any(parts) and (self.checkpoint is not None or all(parts)),
             "`student` needs either `checkpoint`, or both `vision_tower` and `language_model`; got "
             f"checkpoint={self.checkpoint}, vision_tower={parts[0]}, language_model={parts[1]}",
+        )
+        require(
+            self.projector == "own" or self.checkpoint is None,
+            "`student.projector` is of a new student; one that goes on from `student.checkpoint` keeps the "
+            "projector it has, its teacher's too: leave projector out",
         )
 
 
@@ -286,6 +299,18 @@ class TrainConfig:
             f"`vision_tower_last_layers` is {self.vision_tower_last_layers} but `trainable` is "
             f"{list(self.trainable)}; add vision_tower to it, or set vision_tower_last_layers to null",
         )
+        reuses_teacher = self.student.projector == "teacher"
+        require(
+            self.teacher is not None or not reuses_teacher,
+            "`student.projector` is teacher but `teacher` is null; set teacher.checkpoint",
+        )
+        if self.teacher is not None:
+            needs = {
+                "objective.visual_switch": self.objective.visual_switch,
+                "objective.attention": self.objective.attention,
+                "student.projector": reuses_teacher,
+            }
+            check_needs_the_model(needs, self.teacher.cache)
         if self.objective.visual_switch is not None and self.teacher is not None:
             check_switch(self.objective.visual_switch, self.trainable, self.teacher.placement)
         if self.objective.needs_teacher and self.teacher is None:
@@ -293,7 +318,7 @@ class TrainConfig:
                 "`objective` has distillation terms but `teacher` is null; set teacher.checkpoint, or remove "
                 "response_kl, visual_kl and relation"
             )
-        if self.teacher is not None and not self.objective.needs_teacher:
+        if self.teacher is not None and not self.objective.needs_teacher and not reuses_teacher:
             raise ValueError(
                 "`teacher` is set but no term of `objective` uses it; add response_kl, visual_kl or "
                 "relation, or set teacher to null"

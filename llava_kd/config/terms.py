@@ -71,3 +71,12 @@ def check_switch(switch: VisualSwitchConfig, trainable: list[str], placement: st
         "`objective.visual_switch` runs backwards through the teacher, which must be whole on every rank; "
         "set teacher.placement to replicated",
     )
+
+
+def check_needs_the_model(settings: dict[str, object], cache: str | None) -> None:
+    """ValueError for settings that need the teacher itself where a cache stands in for it."""
+    named = " and ".join(f"`{name}`" for name, value in settings.items() if value)
+    require(
+        not named or cache is None,
+        f"{named} need the teacher itself, but teacher.cache is {cache}; set it to null, or leave them out",
+    )

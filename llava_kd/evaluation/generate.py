@@ -30,6 +30,8 @@ from llava_kd.data.conversation import IMAGE_PLACEHOLDER
 from llava_kd.evaluation.answers import AnswerWriter
 from llava_kd.evaluation.questions import Question
 from llava_kd.evaluation.ranks import Ranks
+from llava_kd.models.checkpoint import load_config
+from llava_kd.models.reused_projector import ReusedProjectorConfig, llava_class
 
 
 def check_llava_directory(directory: str | Path) -> Path:
@@ -41,7 +43,7 @@ def check_llava_directory(directory: str | Path) -> Path:
     if not config.is_file():
         raise ValueError(f"{directory} has no config.json; give a directory that save_pretrained wrote")
     model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    if model_type != "llava":
+    if model_type not in ("llava", ReusedProjectorConfig.model_type):
         raise ValueError(
             f"{directory} must hold a stock LLaVA model (model_type 'llava' in config.json), "
             f"got {model_type!r}; convert it first"
@@ -75,7 +77,8 @@ class Generator:
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         processor = load_processor(directory)
-        model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        kind = llava_class(load_config(str(directory)))
+        model = kind.from_pretrained(directory, dtype=dtype, local_files_only=True)
         return Generator(model.to(device).eval(), processor, max_new_tokens)  # pyright: ignore[reportArgumentType]
 
     def answer(self, questions: Sequence[Question]) -> list[str]:

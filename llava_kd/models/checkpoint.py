@@ -23,6 +23,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from llava_kd.models.language_model import IMAGE_TOKEN, decoder_of, load_language_model
 from llava_kd.models.reading import existing, read_config, read_pretrained, readable
+from llava_kd.models.reused_projector import llava_class
 from llava_kd.models.towers import LoadedTower, load_tower
 from llava_kd.models.vision_tower import (
     input_size,
@@ -55,8 +56,7 @@ def load_stock(name: str, *, dtype: torch.dtype = torch.float32) -> Parts:
 
     Raises ValueError if it is missing, is another kind of model, or lacks its processor.
     """
-    load_config(name)
-    stock = read_pretrained(LlavaForConditionalGeneration, name, dtype)
+    stock = read_pretrained(llava_class(load_config(name)), name, dtype)
     assert isinstance(stock, LlavaForConditionalGeneration)
     return Parts(stock=stock, processor=load_processor(name))
 

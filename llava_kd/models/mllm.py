@@ -15,6 +15,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_kd.batch import Inputs
 from llava_kd.models.lora import is_adapter
+from llava_kd.models.reused_projector import ReusedProjector
 from llava_kd.models.tower_layers import last_layers, read_parameters
 from llava_kd.models.vision_tower import feature_layer, image_features, vision_config
 from llava_kd.models.visual_attention import VisualMaps, watchable
@@ -73,6 +74,8 @@ class MLLM(nn.Module):
             adapters = [(name, parameter) for name, parameter in named if is_adapter(name)]
             for _, parameter in adapters or named:
                 parameter.requires_grad_(True)
+        if isinstance(self.multi_modal_projector, ReusedProjector):
+            self.multi_modal_projector.freeze_reused()
         if self.train_tower:
             self._train_tower(tower_last_layers)
 
