@@ -11,7 +11,7 @@ from test_training_trainer import Run, TinyLoader
 from tiny_batches import inputs, record
 from tiny_llava import make_tiny_llava
 
-from llava_kd.batch import Batch
+from llava_kd.batch import Batch, TeacherRows
 from llava_kd.distill.objective import KL, CrossEntropy, Objective
 from llava_kd.distill.teacher import Teacher
 from llava_kd.losses import head_loss
@@ -37,7 +37,20 @@ def test_it_is_what_transformers_says_of_the_teacher(teacher_dir: Path, fast: bo
             output = stock(input_ids=row.ids[None], pixel_values=row.pixels_ICHW, labels=row.labels[None])
             number = int((row.labels != -100).sum())
             total, count = total + float(output.loss) * number, count + number
+    assert own is not None
     assert float(own) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_it_is_unknown_where_no_prediction_of_the_responses_is_stored(teacher_dir: Path) -> None:
+    student = inputs(record(1))
+    rows = TeacherRows(places_M=torch.zeros(1, dtype=torch.long), hidden_ME=torch.zeros(1, 48))
+    stored = Batch(student=student, record_ids=("a",), teacher_rows=rows)
+    live = Batch(student=student, record_ids=("a",))
+    prediction = Teacher(MLLM(load_stock(str(teacher_dir)).stock), shares_tower=False)(live)
+    without, with_responses = Objective(visual_kl=KL()), Objective(response_kl=KL())
+    assert without.teacher_cross_entropy(prediction, live, live.counts()) is not None
+    assert without.teacher_cross_entropy(prediction, stored, live.counts()) is None
+    assert with_responses.teacher_cross_entropy(prediction, stored, live.counts()) is not None
 
 
 def test_the_same_model_on_both_sides_has_one_cross_entropy(tmp_path: Path, teacher_dir: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_kd.batch import IGNORE_INDEX, Batch, Counts, Inputs
+from llava_kd.distill.cached_teacher import TopKPrediction
 from llava_kd.distill.options import Attention, DBiLD, attention_term, dbild_term, touch
 from llava_kd.losses.reference import Divergence, HeadLoss, RowsLoss, dbild_loss, head_loss, relation_rows
 from llava_kd.models.mllm import Prediction
@@ -127,8 +128,15 @@ class Objective:
         return Losses(loss=loss, means=means)
 
     @torch.no_grad()
-    def teacher_cross_entropy(self, teacher: Prediction, batch: Batch, counts: Counts) -> Tensor:
-        """The teacher's own mean over the response targets, as `cross_entropy` is the student's."""
+    def teacher_cross_entropy(
+        self, teacher: Prediction | TopKPrediction, batch: Batch, counts: Counts
+    ) -> Tensor | None:
+        """The teacher's own mean over the response targets, as `cross_entropy` is the student's.
+
+        None where it is not known: only top logits are stored, or no predictions of the responses.
+        """
+        if not isinstance(teacher, Prediction) or (batch.teacher_rows is not None and not self.response_kl):
+            return None
         inputs = batch.teacher_inputs
         rows_N = response_rows(inputs)
         result = self.head_loss(

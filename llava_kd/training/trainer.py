@@ -208,7 +208,7 @@ class Trainer:
         loss, means = self._engine.forward(batch, counts, features_INE, prediction, is_last=is_last)
         if is_logged and prediction is not None:
             own = self._student.objective.teacher_cross_entropy(prediction, batch, counts)
-            means = {**means, "teacher_cross_entropy": own}
+            means = means if own is None else {**means, "teacher_cross_entropy": own}
         return loss, means
 
     def _global_counts(self, batches: Sequence[Batch]) -> tuple[Counts, Tensor, bool]:
