@@ -200,6 +200,36 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused_and_not_filled_at_random(tm
         load_stock(str(directory))
 
 
+def test_a_checkpoint_whose_parts_do_not_fit_names_the_weight(tmp_path: Path) -> None:
+    directory = make_tiny_llava(tmp_path / "m", layers=1)
+    state = load_file(directory / "model.safetensors")
+    (name,) = (name for name in state if "multi_modal_projector.linear_1.weight" in name)
+    state[name] = torch.zeros(48, 7)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"do not fit together: .*linear_1\.weight is \(48, 7\) where .* needs \(48, 32\)"
+    ):
+        load_stock(str(directory))
+
+
+def test_an_unknown_id_comes_with_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = str(tower_model(tmp_path / "tower", "siglip"))
+    (tmp_path / "hub" / "models--my-lab--my-tower").mkdir(parents=True)
+    monkeypatch.setattr("llava_kd.models.reading.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for line, llm, near in (
+        (
+            "google/siglip-so400m-patch14-385",
+            "Qwen/Qwen2.5-0.5B",
+            r"siglip-so400m-patch14-385 cannot be read"
+            r".*did you mean google/siglip-so400m-patch14-384",
+        ),
+        ("my-lab/my-towel", "Qwen/Qwen2.5-0.5B", r"did you mean my-lab/my-tower"),
+        (tower, "Qwen/Qwen2.5-0.6B", r"Qwen/Qwen2.5-0.6B cannot be read.*did you mean Qwen/Qwen2.5-0.5B"),
+    ):
+        with pytest.raises(ValueError, match=near):
+            compose(vision_tower=line, language_model=llm)
+
+
 # Composition ----
 
 

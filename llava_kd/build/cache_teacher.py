@@ -74,7 +74,7 @@ def cache_teacher(
                 held.enter_context(locked(directory, "--out"))
         teacher = load_stock(config.teacher.checkpoint, dtype=DTYPES[config.teacher.dtype])
         source = make_source(config.data, seed=config.seed)
-        reader = side(teacher, config.data)
+        reader = side(teacher, config.data, config.teacher.template)
         manifest = Manifest(
             identity=identity(config, reader, source),
             contents=_contents(config, mode, top_k, teacher),

@@ -43,7 +43,7 @@ def check(config: TrainConfig, *, ranks: int, num_records: int) -> str:
 
 def _towers(config: TrainConfig, student: Parts, teacher: Parts) -> str:
     if config.teacher is not None and config.teacher.cache is not None:
-        reader = side(teacher, config.data)
+        reader = side(teacher, config.data, config.teacher.template)
         cache = open_cache(config, reader, make_source(config.data, seed=config.seed))
         return f"the student's alone: the teacher's predictions come from {cache.directory}"
     return "the same: it runs once" if same_tower(config, student, teacher) else "different: both run"
@@ -51,7 +51,7 @@ def _towers(config: TrainConfig, student: Parts, teacher: Parts) -> str:
 
 def _sample(config: TrainConfig, student: Parts, num_records: int) -> list[str]:
     source = make_source(config.data, seed=config.seed)
-    reader = side(student, config.data)
+    reader = side(student, config.data, config.student.template)
     encode = reader.encoder()
     chosen = np.linspace(0, len(source) - 1, min(num_records, len(source))).astype(int).tolist()
     lengths, bad, shown = [], [], ""

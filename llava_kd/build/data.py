@@ -17,26 +17,31 @@ from llava_kd.data.mixture import Mixture
 from llava_kd.data.packing import Packing
 from llava_kd.data.records import LlavaJson
 from llava_kd.data.tar_shards import TarShards
-from llava_kd.data.template import TEMPLATES
+from llava_kd.data.template_choice import choose
 from llava_kd.models.checkpoint import Parts
-from llava_kd.models.vision_tower import input_size, tokens_per_image, tower_fingerprint
+from llava_kd.models.vision_tower import input_size, text_config, tokens_per_image, tower_fingerprint
 from llava_kd.parallel.world import World
 
 TABLES_AND_SHARDS = (".tar", ".parquet", ".arrow")
 
 
-def side(parts: Parts, config: DataConfig) -> Side:
-    """How one model reads records."""
-    return side_of(parts.processor, parts.stock.config, config)
+def side(parts: Parts, config: DataConfig, template: str | None = None) -> Side:
+    """How one model reads records; `template` is its own where it has one."""
+    return side_of(parts.processor, parts.stock.config, config, template)
 
 
-def side_of(processor: LlavaProcessor, model: LlavaConfig, config: DataConfig) -> Side:
+def side_of(
+    processor: LlavaProcessor, model: LlavaConfig, config: DataConfig, template: str | None = None
+) -> Side:
     """The same from what needs no weights."""
-    if config.template not in TEMPLATES:
-        raise ValueError(f"`data.template` must be one of {', '.join(TEMPLATES)}; got {config.template!r}")
     return Side(
         tokenizer=processor.tokenizer,
-        template=TEMPLATES[config.template],
+        template=choose(
+            template or config.template,
+            tokenizer=processor.tokenizer,
+            model_type=text_config(model).model_type,
+            chat_template=processor.chat_template,
+        ),
         image_token_id=model.image_token_id,
         tokens_per_image=tokens_per_image(model, input_size(processor.image_processor)),
         transform=ImageTransform.from_processor(
@@ -100,18 +105,29 @@ def make_loader(
             "the exact one costs the CPU nothing; set it to exact"
         )
     source = make_source(data, seed=config.seed)
+    student_side = side(student, data, config.student.template)
     teacher_side, shares_tower, cache = None, False, None
     if teacher is not None:
-        if config.teacher is not None and config.teacher.cache is not None:
-            cache = open_cache(config, side(teacher, data), source)
+        assert config.teacher is not None
+        teacher_side = side(teacher, data, config.teacher.template)
+        reads_alike = teacher_side.reads_as(student_side)
+        if config.teacher.cache is not None:
+            if teacher_side.template != student_side.template:
+                raise ValueError(
+                    "`teacher.cache` holds predictions at the teacher's own tokens: both sides must have one "
+                    f"template; the student's is {student_side.template.name}, the teacher's "
+                    f"{teacher_side.template.name}; set data.template, or teacher.cache to null"
+                )
+            cache = open_cache(config, teacher_side, source)
             reads_alike = teacher.tokens_per_image == student.tokens_per_image  # the cache checks the tokens
         else:
-            reads_alike = shares_tower = same_tower(config, student, teacher)
-        if not reads_alike:
-            teacher_side = side(teacher, data)
+            shares_tower = same_tower(config, student, teacher)
+            reads_alike = reads_alike and shares_tower
+        if reads_alike:
+            teacher_side = None
     loader = Loader(
         source=source,
-        student=side(student, data),
+        student=student_side,
         teacher=teacher_side,
         seed=config.seed,
         global_batch_size=config.global_batch_size,

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from llava_kd.config import StudentConfig, TrainConfig
-from llava_kd.data.template import TEMPLATES, Template
+from llava_kd.data.template import Template
+from llava_kd.data.template_choice import choose
 from llava_kd.models.checkpoint import Parts, compose, load_stock
 from llava_kd.models.lora import is_adapter
 from llava_kd.models.mllm import MLLM, PARTS
+from llava_kd.models.vision_tower import text_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,9 +32,13 @@ def student_parts(config: StudentConfig, *, template: str, seed: int) -> Parts:
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             seed=seed,
         )
-    if template not in TEMPLATES:
-        raise ValueError(f"`data.template` must be one of {', '.join(TEMPLATES)}; got {template!r}")
-    _speak(parts, TEMPLATES[template])
+    chosen = choose(
+        config.template or template,
+        tokenizer=parts.processor.tokenizer,
+        model_type=text_config(parts.stock.config).model_type,
+        chat_template=parts.processor.chat_template,
+    )
+    _speak(parts, chosen)
     return parts
 
 

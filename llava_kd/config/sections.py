@@ -29,6 +29,7 @@ class StudentConfig:
 
     `projector`: a new one of its `own`, or the `teacher`'s, frozen, with a trained linear map to its width.
     `lora` trains the language model through adapters, on top of weights in few bits with `quantize`.
+    `template` is that of `data` where it is null, here and for the teacher.
     """
 
     checkpoint: str | None = None
@@ -39,6 +40,7 @@ class StudentConfig:
     lora: LoraConfig | None = None
     quantize: Bits | None = None
     projector: Literal["own", "teacher"] = "own"
+    template: str | None = None
 
     def __post_init__(self) -> None:
         parts = (self.vision_tower, self.language_model)
@@ -67,6 +69,7 @@ class TeacherConfig:
     quantize: Literal["8bit"] | None = None
     placement: Literal["replicated", "fsdp", "cpu_offload"] = "replicated"
     cache: str | None = None
+    template: str | None = None
 
     def __post_init__(self) -> None:
         check_teacher_bits(self.quantize, self.placement)
@@ -106,6 +109,7 @@ class DataConfig:
     `path` is a LLaVA JSON or JSON Lines file with its image root `images` (default: its folder), or a
     pattern of tar shards (`*.tar`) or of tables with embedded images (`*.parquet`, `*.arrow`). `sources` is
     a mixture of several, in its place. `follow_symlinks` lets links lead out of an image root.
+    `template`: `auto` is the one of a model's own directory, or else of its language model's family.
     `resize`: `exact` as Pillow does, or the CPU's `quick` kernel, which differs by 1 in some pixels.
     `visual_alignment`: what to do where the two models have different visual tokens; `resample` interpolates
     the teacher's final hidden states to the student's grid.
@@ -115,7 +119,7 @@ class DataConfig:
     images: str | None = None
     sources: list[SourceConfig] = field(default_factory=list)
     follow_symlinks: bool = False
-    template: str = "vicuna"
+    template: str = "auto"
     max_length: int = 2048
     image_aspect: Literal["square", "pad"] = "square"
     resize: Literal["exact", "quick"] = "exact"

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from llava_kd.batch import IGNORE_INDEX, TeacherRows
+from llava_kd.data.alignment import matched
 from llava_kd.data.bad_records import BadRecord
 from llava_kd.data.collate import Item, RawImages, Rows, collate, masked
 from llava_kd.data.conversation import Record, Source
@@ -190,31 +191,6 @@ class MicroBatches(Dataset[Micro]):
         return result
 
 
-def matched(record: Record, encoded: tuple[Encoded, ...]) -> tuple[Encoded, ...]:
-    """The two sides with the same targets: the longer loses those that truncation took from the shorter.
-
-    ValueError if the answers are not the same tokens on both sides.
-    """
-    if len(encoded) < 2:
-        return encoded
-    targets = [e.labels[e.labels != IGNORE_INDEX] for e in encoded]
-    shared = min(len(t) for t in targets)
-    if not torch.equal(targets[0][:shared], targets[1][:shared]):
-        raise ValueError(
-            f"record {record.id!r}: student and teacher must read the same answer tokens; give both "
-            "sides the same template"
-        )
-    return tuple(_first_targets(e, shared) for e in encoded)
-
-
-def _first_targets(encoded: Encoded, count: int) -> Encoded:
-    is_target = encoded.labels != IGNORE_INDEX
-    late = is_target & (is_target.cumsum(0) > count)
-    if not bool(late.any()):
-        return encoded
-    return replace(encoded, labels=encoded.labels.masked_fill(late, IGNORE_INDEX), is_truncated=True)
-
-
 def _wanted(number: int, loaded: _Loaded) -> Wanted:
     """What a cache is asked for: the record as the teacher reads it."""
     item = loaded.items[-1]
@@ -233,5 +209,6 @@ def _stand_in(side: Side) -> Item:
         ids=torch.tensor([side.pad_id]),
         labels=torch.tensor([IGNORE_INDEX]),
         visual=torch.tensor([False]),
+        spans=torch.zeros(1, 4, dtype=torch.int32),
     )
     return Item(encoded=encoded, images=(), num_images=0, is_valid=False)

@@ -31,6 +31,16 @@ class Side:
             max_length=self.max_length,
         )
 
+    def reads_as(self, other: Side) -> bool:
+        """Whether both make the same tokens of every record."""
+        return (
+            self.template == other.template
+            and self.image_token_id == other.image_token_id
+            and self.tokens_per_image == other.tokens_per_image
+            and self.max_length == other.max_length
+            and self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+        )
+
     @property
     def pad_id(self) -> int:
         pad_id = self.tokenizer.pad_token_id

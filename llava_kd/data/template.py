@@ -7,7 +7,7 @@ tokenised once, and a token is a target if its characters lie in a target segmen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_kd.batch import IGNORE_INDEX
 from llava_kd.data.conversation import IMAGE_PLACEHOLDER, Record, Turn
+from llava_kd.data.spans import target_spans
 
 LLAVA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -35,7 +36,8 @@ class Template:
     `before_answer` is the generation prompt; `answer_lead` follows it and is already a target, so that the
     space before a word, which is part of the word's token in most tokenizers, never straddles the boundary.
     `end_token` closes an answer and is a target; None is the tokenizer's own end-of-sequence token.
-    With `images_only`, a user turn keeps its images and loses its words.
+    With `images_only`, a user turn keeps its images and loses its words. `starts_with_bos` puts the
+    beginning-of-sequence token first also where the tokenizer does not.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Template:
     end_token: str | None = None
     after_answer: str = ""
     images_only: bool = False
+    starts_with_bos: bool = False
 
     def render(self, turns: Sequence[Turn], *, eos_token: str) -> list[Segment]:
         """Segments of the turns. Turns that end with the user's end with the generation prompt."""
@@ -101,7 +104,13 @@ class Template:
 
     def chat_template_for(self, tokenizer: PreTrainedTokenizerFast) -> str:
         """`chat_template`, with the beginning-of-sequence token first where the tokenizer puts one."""
-        return ("{{ bos_token }}" if _bos_text(tokenizer) else "") + self.chat_template
+        return ("{{ bos_token }}" if self.bos_text(tokenizer) else "") + self.chat_template
+
+    def bos_text(self, tokenizer: PreTrainedTokenizerFast) -> str:
+        """What stands before the whole text."""
+        if self.starts_with_bos:
+            return _special(tokenizer, "bos_token") or ""
+        return _bos_text(tokenizer)
 
     def end_token_id(self, tokenizer: PreTrainedTokenizerFast) -> int:
         """Id of the token that closes an answer, at which generation must stop."""
@@ -149,6 +158,48 @@ TEMPLATES: dict[str, Template] = {
             end_token="<|im_end|>",
             after_answer="\n",
         ),
+        Template(
+            name="llama3",
+            before_system="<|start_header_id|>system<|end_header_id|>\n\n",
+            after_system="<|eot_id|>",
+            before_user="<|start_header_id|>user<|end_header_id|>\n\n",
+            before_answer="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            end_token="<|eot_id|>",
+        ),
+        Template(
+            name="gemma",
+            before_user="<start_of_turn>user\n",
+            before_answer="<end_of_turn>\n<start_of_turn>model\n",
+            end_token="<end_of_turn>",
+            after_answer="\n",
+        ),
+        Template(
+            name="phi3",
+            before_system="<|system|>\n",
+            after_system="<|end|>\n",
+            before_user="<|user|>\n",
+            before_answer="<|end|>\n<|assistant|>\n",
+            end_token="<|end|>",
+            after_answer="\n",
+        ),
+        Template(
+            name="phi4",
+            before_system="<|im_start|>system<|im_sep|>",
+            after_system="<|im_end|>",
+            before_user="<|im_start|>user<|im_sep|>",
+            before_answer="<|im_end|><|im_start|>assistant<|im_sep|>",
+            end_token="<|im_end|>",
+        ),
+        # OLMo 2: words, not tokens, mark its turns.
+        Template(
+            name="tulu",
+            before_system="<|system|>\n",
+            after_system="\n",
+            before_user="<|user|>\n",
+            before_answer="\n<|assistant|>\n",
+            after_answer="\n",
+            starts_with_bos=True,
+        ),
     )
 }
 
@@ -173,11 +224,16 @@ def _bos_text(tokenizer: PreTrainedTokenizerFast) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """One record as tokens. `labels` are not shifted; `visual` marks the image positions."""
+    """One record as tokens. `labels` are not shifted; `visual` marks the image positions.
+
+    `spans` has of each target the number of its answer, the first and last character of it that it covers
+    (none: both the same), and whether it reaches beyond the answer into what the template puts around it.
+    """
 
     ids: Tensor
     labels: Tensor
     visual: Tensor
+    spans: Tensor = field(default_factory=lambda: torch.zeros(0, 4, dtype=torch.int32))
     is_truncated: bool = False
 
 
@@ -203,7 +259,7 @@ class Encoder:
         self.tokens_per_image = tokens_per_image
         self.max_length = max_length
         self._end_id = template.end_token_id(tokenizer)
-        self._bos = _bos_text(tokenizer)
+        self._bos = template.bos_text(tokenizer)
 
     def __call__(self, record: Record) -> Encoded:
         """Tokens and labels; each image placeholder becomes `tokens_per_image` ids.
@@ -211,7 +267,7 @@ class Encoder:
         A record longer than `max_length` loses its end. ValueError, naming the record, if that would cut an
         image or leave no target, or if a token lies across the edge of an answer.
         """
-        ids, is_target = self._tokenise(record)
+        ids, is_target, spans = self._tokenise(record)
         is_image = ids == self.image_token_id
         if int(is_image.sum()) != len(record.images):
             raise ValueError(
@@ -219,7 +275,9 @@ class Encoder:
                 f"its text has {int(is_image.sum())} such tokens for {len(record.images)} images"
             )
         repeats = torch.where(is_image, self.tokens_per_image, 1)
-        ids, is_target, visual = (x.repeat_interleave(repeats) for x in (ids, is_target, is_image))
+        ids, is_target, visual, spans = (
+            x.repeat_interleave(repeats, dim=0) for x in (ids, is_target, is_image, spans)
+        )
         is_target[0] = False
         end = self.max_length
         is_truncated = len(ids) > end
@@ -228,14 +286,14 @@ class Encoder:
                 f"record {record.id!r}: its {len(ids)} tokens do not fit into max_length {end} without "
                 "cutting an image; raise max_length or remove the record"
             )
-        ids, is_target, visual = ids[:end], is_target[:end], visual[:end]
+        ids, is_target, visual, spans = ids[:end], is_target[:end], visual[:end], spans[:end]
         if not bool(is_target.any()):
             raise ValueError(
                 f"record {record.id!r}: no token of its answers is left within max_length {end}; raise "
                 "max_length or remove the record"
             )
         labels = torch.where(is_target, ids, IGNORE_INDEX)
-        return Encoded(ids=ids, labels=labels, visual=visual, is_truncated=is_truncated)
+        return Encoded(ids=ids, labels=labels, visual=visual, spans=spans, is_truncated=is_truncated)
 
     def lengths(self, records: Sequence[Record]) -> list[int]:
         """Number of tokens of each record: exact, or an upper bound for a record that has no encoding."""
@@ -253,8 +311,8 @@ class Encoder:
         segments = self.template.render(record.turns, eos_token=_special(self.tokenizer, "eos_token") or "")
         return _merged([Segment(self._bos, False), *segments])
 
-    def _tokenise(self, record: Record) -> tuple[Tensor, Tensor]:
-        """Ids of the rendered record and which of them are targets, before images take their places."""
+    def _tokenise(self, record: Record) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids of the rendered record, which of them are targets, and their spans; an image is one token."""
         segments = self._segments(record)
         encoding = self.tokenizer(
             "".join(segment.text for segment in segments),
@@ -263,26 +321,43 @@ class Encoder:
             return_attention_mask=False,
             verbose=False,
         )
-        is_target = self._targets(record, segments, encoding["offset_mapping"])
-        ids = encoding["input_ids"]
+        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        is_target = self._targets(record, segments, ids, offsets)
         answers = sum(turn.role == "assistant" for turn in record.turns)
         ends = sum(i == self._end_id and target for i, target in zip(ids, is_target, strict=True))
         if ends < answers:
             raise ValueError(f"record {record.id!r}: the end of an answer was not tokenised as one token")
-        return torch.tensor(ids), torch.tensor(is_target)
+        return torch.tensor(ids), torch.tensor(is_target), self._spans(record, is_target, offsets)
 
-    def _targets(self, record: Record, segments: list[Segment], offsets: list[tuple[int, int]]) -> list[bool]:
-        """Whether each token lies in a target segment, by its characters' places in the text."""
+    def _spans(self, record: Record, is_target: list[bool], offsets: list[tuple[int, int]]) -> Tensor:
+        place, answers = len(self._bos), []
+        eos = _special(self.tokenizer, "eos_token") or ""
+        end = len(eos if self.template.end_token is None else self.template.end_token)
+        for segment in self.template.render(record.turns, eos_token=eos):
+            stop = place + len(segment.text)
+            if segment.is_target:
+                answers.append((stop, place + len(self.template.answer_lead), stop - end))
+            place = stop
+        return target_spans(answers, is_target, offsets)
+
+    def _targets(
+        self, record: Record, segments: list[Segment], ids: list[int], offsets: list[tuple[int, int]]
+    ) -> list[bool]:
+        """Whether each token lies in a target segment, by its characters' places in the text.
+
+        An end token that swallows the white space behind it, as Phi-3's does, still ends its answer.
+        """
         is_target = []
         edge = covered = 0
         remaining = iter(segments)
         segment = Segment("", False)
-        for start, stop in offsets:
+        text = "".join(segment.text for segment in segments)
+        for token_id, (start, stop) in zip(ids, offsets, strict=True):
             start = min(start, covered)  # whitespace that a tokenizer trims off belongs to the next token
             while start >= edge and (following := next(remaining, None)) is not None:
                 segment = following
                 edge += len(segment.text)
-            if stop > edge:
+            if stop > edge and (token_id != self._end_id or text[edge:stop].strip()):
                 raise ValueError(
                     f"record {record.id!r}: a token lies across the edge of an answer, after "
                     f"{segment.text[-20:]!r}: template {self.template.name!r} gives no sound label mask with "

@@ -234,7 +234,7 @@ class Objective:
             teacher_NE=torch.cat([self._teacher_rows(r, teacher, batch) for r in rows]),
             teacher_head_UE=teacher.head_VD,
             teacher_bias_U=teacher.bias_V,
-            kl_weight_N=torch.cat([_fill(r, weights[r.name]) for r in rows]),
+            kl_weight_N=torch.cat([_fill(r, weights[r.name]) * r.is_shared_N for r in rows]),
             temperature=kind[0],
             divergence=kind[1],
             num_common=self.num_common,
@@ -298,12 +298,16 @@ def _fill(rows: _Rows, value: Tensor | float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Rows:
-    """Flat positions of one kind of row on both sides; the same count, in the same order."""
+    """Flat positions of one kind of row on both sides; the same count, in the same order.
+
+    `is_shared_N` is 0 where the two sides answer with other tokens, as at the edges of two templates.
+    """
 
     name: str
     student_N: Tensor
     teacher_N: Tensor
     targets_N: Tensor
+    is_shared_N: Tensor
 
     @staticmethod
     def select(name: str, batch: Batch, *, with_teacher: bool) -> _Rows:
@@ -321,4 +325,13 @@ class _Rows:
             targets_N = targets_of_rows(batch.student, student_N)
         else:
             targets_N = torch.full_like(student_N, IGNORE_INDEX)
-        return _Rows(name=name, student_N=student_N, teacher_N=teacher_N, targets_N=targets_N)
+        is_shared_N = torch.ones(len(student_N), device=student_N.device)
+        if name == "response" and with_teacher and batch.teacher is not None:
+            is_shared_N = (targets_of_rows(batch.teacher, teacher_N) == targets_N).float()
+        return _Rows(
+            name=name,
+            student_N=student_N,
+            teacher_N=teacher_N,
+            targets_N=targets_N,
+            is_shared_N=is_shared_N,
+        )

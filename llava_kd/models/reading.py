@@ -8,10 +8,48 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from llava_kd.models.tower_source import nearest_neighbours
+from llava_kd.models.tower_source import nearest, nearest_neighbours
+
+# Ids that an id which cannot be read is compared with, beside those that this machine has read before.
+KNOWN_IDS = (
+    *(
+        "google/siglip-so400m-patch14-384",
+        "google/siglip-base-patch16-224",
+        "google/siglip2-base-patch16-224",
+    ),
+    *(
+        "google/siglip2-so400m-patch14-384",
+        "openai/clip-vit-base-patch32",
+        "openai/clip-vit-large-patch14-336",
+    ),
+    *("facebook/dinov2-base", "facebook/dinov2-large", "facebook/dinov2-with-registers-base"),
+    *("facebook/dinov3-vitb16-pretrain-lvd1689m", "facebook/dinov3-vitl16-pretrain-lvd1689m"),
+    *(
+        "Qwen/Qwen2.5-0.5B",
+        "Qwen/Qwen2.5-1.5B",
+        "Qwen/Qwen2.5-3B",
+        "Qwen/Qwen2.5-7B",
+        "Qwen/Qwen2.5-0.5B-Instruct",
+    ),
+    *("Qwen/Qwen1.5-0.5B", "Qwen/Qwen1.5-1.8B", "Qwen/Qwen1.5-4B", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"),
+    *(
+        "meta-llama/Llama-3.2-1B",
+        "meta-llama/Llama-3.2-3B",
+        "microsoft/Phi-3-mini-4k-instruct",
+        "google/gemma-2b",
+    ),
+    *(
+        "google/gemma-3-1b-pt",
+        "HuggingFaceTB/SmolLM2-135M",
+        "HuggingFaceTB/SmolLM2-360M",
+        "HuggingFaceTB/SmolLM3-3B",
+    ),
+    *("allenai/OLMo-2-0425-1B", "llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf"),
+)
 
 
 def existing(name: str, what: str) -> str:
@@ -40,15 +78,38 @@ def readable(what: str, name: str) -> Iterator[None]:
 
 
 def read_config(name: str) -> PreTrainedConfig:
-    with readable("the config of", name):
-        return AutoConfig.from_pretrained(name)
+    """Raises ValueError, with the nearest names for an id that is not known."""
+    try:
+        with readable("the config of", name):
+            return AutoConfig.from_pretrained(name)
+    except ValueError as error:
+        if Path(name).is_dir():
+            raise
+        raise ValueError(f"{error}{nearest(name, {*KNOWN_IDS, *_read_before()})}") from error
+
+
+def _read_before() -> list[str]:
+    """Ids of the models in the cache of the hub."""
+    cached = Path(HF_HUB_CACHE).glob("models--*--*")
+    return [path.name.removeprefix("models--").replace("--", "/", 1) for path in cached]
 
 
 def read_pretrained(kind: type, name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of class `kind`; ValueError if a weight is missing, which would be drawn at random."""
+    """The model of class `kind`.
+
+    Raises ValueError if a weight is missing or has another shape, which would be drawn at random.
+    """
     with readable("the weights of", name):
-        model, info = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, info = kind.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     assert isinstance(model, PreTrainedModel)
+    if misfits := sorted(info["mismatched_keys"]):
+        weight, found, needed = misfits[0]
+        raise ValueError(
+            f"the parts of {name} do not fit together: {weight} is {tuple(found)} where its config needs "
+            f"{tuple(needed)} ({len(misfits)} such weights)"
+        )
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{name} lacks {len(missing)} weights of a {type(model).__name__}: {missing[:3]} ..."
