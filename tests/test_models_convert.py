@@ -122,6 +122,35 @@ def test_parts_that_do_not_fit_name_the_tensor(original: tuple[Parts, Path], tmp
         convert(source)
 
 
+@pytest.mark.parametrize("llm", ["qwen2", "llama"])
+def test_the_files_have_the_names_and_keys_that_vllm_reads(llm: str, tmp_path: Path) -> None:
+    """Its LLaVA knows these prefixes, of before and after transformers 4.52, and keys; it was not run."""
+    tower = make_tower("siglip", tmp_path / "tower")
+    directory = make_language_model(llm, tmp_path / "llm")
+    save_stock(compose(vision_tower=tower, language_model=str(directory)), tmp_path / "out")
+    before = ("language_model.model.", "language_model.lm_head.")
+    after = ("model.language_model.", "lm_head.")
+    names = load_file(tmp_path / "out" / "model.safetensors")
+    text = [n.removeprefix("model.") for n in names if "language_model" in n or "lm_head" in n]
+    assert all(n.startswith(before) for n in text) or all(
+        n.startswith((after[0][6:], after[1])) for n in text
+    )
+    others = {n.removeprefix("model.").split(".")[0] for n in names} - {"language_model", "lm_head"}
+    assert others == {"vision_tower", "multi_modal_projector"}
+    projector = {n.split("multi_modal_projector.")[1] for n in names if "multi_modal_projector" in n}
+    assert projector == {f"linear_{k}.{kind}" for k in (1, 2) for kind in ("weight", "bias")}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlavaForConditionalGeneration"]
+    assert config["model_type"] == "llava"
+    assert config["text_config"]["model_type"] == llm
+    assert config["vision_config"]["model_type"] == "siglip_vision_model"
+    assert config["tie_word_embeddings"] == config["text_config"]["tie_word_embeddings"] == (llm == "qwen2")
+    wanted = {"image_token_index", "vision_feature_layer", "vision_feature_select_strategy"}
+    assert wanted | {"projector_hidden_act"} <= set(config)
+    processor = json.loads((tmp_path / "out" / "processor_config.json").read_text())
+    assert {"patch_size", "num_additional_image_tokens", "vision_feature_select_strategy"} <= set(processor)
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_an_export_is_checked_and_has_a_card(
     original: tuple[Parts, Path], dtype: torch.dtype | None, tmp_path: Path

@@ -43,18 +43,13 @@ def check_llava_directory(directory: str | Path) -> Path:
     config = directory / "config.json"
     if not config.is_file():
         raise ValueError(f"{directory} has no config.json; give a directory that save_pretrained wrote")
-<<<<<<< HEAD
-    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    if model_type not in ("llava", ReusedProjectorConfig.model_type):
-=======
     try:
         model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(
             f"{config} is not a model's configuration ({error}); copy the model again"
         ) from error
-    if model_type != "llava":
->>>>>>> 84028ed (Give each side its own template, by its directory or its family, and align answers by content)
+    if model_type not in ("llava", ReusedProjectorConfig.model_type):
         raise ValueError(
             f"{directory} must hold a stock LLaVA model (model_type 'llava' in config.json), "
             f"got {model_type!r}; run `llava-kd convert` on a TinyLLaVA or LLaVA-1.5 directory first"

@@ -18,8 +18,6 @@ from llava_kd.models.teacher_projector import folded
 from llava_kd.models.vision_tower import family, vision_config
 
 _VLLM_TOWERS = ("siglip_vision_model", "clip_vision_model")
-_LLAMA_CPP_TOWERS = ("clip_vision_model", "siglip_vision_model")
-_LLAMA_CPP_LLMS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma")
 _FOLDED = 1e-4  # two matrices in one round differently
 _TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -96,17 +94,18 @@ def vllm_notes(parts: Parts) -> list[str]:
         notes.append(f"vLLM reads LLaVA with a SigLIP or CLIP tower; this one is {tower!r}")
     if tower == "siglip_vision_model" and config.vision_feature_select_strategy == "default":
         notes.append("vLLM: strategy 'default' drops a SigLIP patch; check its token count before serving")
+    if tower == "siglip_vision_model" and config.vision_feature_layer == -1:
+        notes.append("vLLM: leaves SigLIP's last normalisation out; check the answers of layer -1")
     return notes
 
 
 def llama_cpp_notes(parts: Parts) -> list[str]:
-    """What stands against llama.cpp's LLaVA converter; empty if nothing."""
-    config, notes = parts.stock.config, []
-    if (tower := vision_config(config).model_type) not in _LLAMA_CPP_TOWERS:
-        notes.append(f"llama.cpp converts LLaVA with a CLIP or SigLIP tower; this one is {tower!r}")
-    if (text := config.get_text_config().model_type) not in _LLAMA_CPP_LLMS:
-        notes.append(f"llama.cpp: not known here whether its LLaVA converter takes a {text!r} model")
-    return notes
+    """What stands against llama.cpp's converter: of stock LLaVA directories it takes Pixtral's tower only."""
+    tower = vision_config(parts.stock.config).model_type
+    return [
+        f"llama.cpp: `convert_hf_to_gguf.py --mmproj` refuses a LLaVA with a {tower!r} tower (it takes "
+        "Pixtral's only); the language model converts alone, tower and projector by its older scripts"
+    ]
 
 
 def model_card(
