@@ -164,6 +164,8 @@ class Objective:
         rows = _Rows.select("response", batch, with_teacher=True)
         if (term := self.response_dbild) is not None:
             both = rows.student_N, rows.teacher_N
+            if batch.teacher is not None:  # other tokens have no common place in the two vocabularies
+                both = both[0][rows.is_shared_N > 0], both[1][rows.is_shared_N > 0]
             yield dbild_term("response_dbild", term, (student, teacher), both, counts, **common)
         if (term := self.visual_switch) is not None:
             if switched is None:
