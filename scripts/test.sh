@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up .venv and run the tests; words after it go to pytest. --floor uses the oldest supported versions.
+# Set up .venv and run the tests, a file of them on each core; words after it go to pytest (-n0: one process).
+# --floor uses the oldest supported versions.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
@@ -11,4 +12,4 @@ else
   setup_env all,dev
 fi
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu
-exec python -m pytest "$@"
+exec python -m pytest -n "${TEST_PROCESSES:-auto}" --dist loadfile "$@"
