@@ -21,6 +21,7 @@ from llava_kd.build.models import DTYPES
 from llava_kd.build.run_dir import locked
 from llava_kd.build.teacher_cache import (
     HEAD,
+    beyond_top_k,
     identity,
     places_read,
     reads_projector,
@@ -103,10 +104,9 @@ def _contents(config: TrainConfig, mode: Mode, top_k: int | None, teacher: Parts
         if top_k is not None:
             raise ValueError("--topk belongs to --mode topk")
         return Contents(mode=mode, places=places, projected=reads_projector(config.objective))
-    if config.objective.relation is not None:
+    if terms := beyond_top_k(config.objective):
         raise ValueError(
-            "relation compares all logits, or hidden states, which the largest k logits do not give; use "
-            "--mode hidden, or set objective.relation to null"
+            f"{terms} compares more than the largest k logits give; use --mode hidden, or set that to null"
         )
     if len(found := temperatures(config.objective)) != 1:
         raise ValueError(f"--mode topk needs one temperature for both KL terms; got {sorted(found)}")

@@ -119,6 +119,11 @@ def make_loader(
                     f"{teacher_side.template.name}; set data.template, or teacher.cache to null"
                 )
             cache = open_cache(config, teacher_side, source)
+            if cache.manifest.contents.mode == "topk" and teacher.visual_grid != student.visual_grid:
+                raise ValueError(
+                    f"{cache.directory} holds logits, which cannot be resampled to the grid of the student; "
+                    "write one with --mode hidden, or use the tower of the teacher"
+                )
             reads_alike = teacher.tokens_per_image == student.tokens_per_image  # the cache checks the tokens
         else:
             shares_tower = same_tower(config, student, teacher)

@@ -13,13 +13,14 @@ from llava_kd.config import KLConfig, ObjectiveConfig
 from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
 from llava_kd.distill.options import Attention
 from llava_kd.losses import dbild as fast_dbild
-from llava_kd.losses import head_loss, reference, relation
+from llava_kd.losses import head_loss, reference, reference_top_k, relation, top_k
 from llava_kd.models.checkpoint import Parts
 from llava_kd.models.visual_grid import check_resample, resample
 from llava_kd.models.vocabulary import num_common_columns
 
 HEAD_LOSSES = {"fast": head_loss.head_loss, "reference": reference.head_loss}
 DBILDS = {"fast": fast_dbild.dbild_loss, "reference": reference.dbild_loss}
+TOP_K_LOSSES = {"fast": top_k.top_k_head_loss, "reference": reference_top_k.top_k_head_loss}
 RELATIONS = {"fast": relation.relation_rows, "reference": reference.relation_rows}
 
 
@@ -57,6 +58,7 @@ def objective(
         num_common=num_common,
         align=_alignment(student, teacher, visual_alignment) if needs_grid and teacher is not None else None,
         head_loss=HEAD_LOSSES[config.losses],
+        top_k_head_loss=TOP_K_LOSSES[config.losses],
         relation_rows=RELATIONS[config.losses],
         dbild_loss=DBILDS[config.losses],
     )

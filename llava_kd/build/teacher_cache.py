@@ -67,6 +67,12 @@ def reads_projector(objective: ObjectiveConfig) -> bool:
     return objective.relation is not None and objective.relation.tap == "projector"
 
 
+def beyond_top_k(objective: ObjectiveConfig) -> str:
+    """The terms that the largest logits cannot serve."""
+    terms = {"relation": objective.relation, "response_dbild": objective.response_dbild}
+    return " and ".join(name for name, term in terms.items() if term is not None)
+
+
 def temperatures(objective: ObjectiveConfig) -> set[float]:
     """Of the terms that compare logits."""
     return {term.temperature for term in (objective.response_kl, objective.visual_kl) if term is not None}
@@ -79,8 +85,8 @@ def _refuse_missing(contents: Contents, objective: ObjectiveConfig, directory: s
         lacking = f"the teacher at {' and '.join(missing)} places, which the terms of `objective` read"
     if contents.mode == "hidden" and reads_projector(objective) and not contents.projected:
         lacking = "the projector's output, which relation.tap projector reads"
-    if contents.mode == "topk" and objective.relation is not None:
-        lacking = "what relation compares: it has the largest logits alone; set objective.relation to null"
+    if contents.mode == "topk" and (terms := beyond_top_k(objective)):
+        lacking = f"what {terms} compares: it has the largest logits alone; set that to null"
     if contents.mode == "topk" and objective.response_dbild is not None:
         lacking = "whole logits, which response_dbild reads; set objective.response_dbild to null"
     if contents.mode == "topk" and temperatures(objective) != {contents.temperature}:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llava_kd.batch import Batch, Inputs, TeacherRows
+from llava_kd.losses.reference_top_k import TopK
 from llava_kd.losses.relation import head_gram
 from llava_kd.models.mllm import Prediction
 
@@ -23,6 +24,14 @@ class TopKPrediction:
     logits_BTK: Tensor
     columns_BTK: Tensor
     rest_BT: Tensor
+
+    def top_k(self, rows_N: Tensor) -> TopK:
+        """Of these flat places."""
+        return TopK(
+            logits_NK=self.logits_BTK.flatten(0, 1)[rows_N],
+            columns_NK=self.columns_BTK.flatten(0, 1)[rows_N],
+            rest_N=self.rest_BT.flatten()[rows_N],
+        )
 
 
 class CachedTeacher:

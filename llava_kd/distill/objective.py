@@ -17,8 +17,10 @@ from llava_kd.batch import IGNORE_INDEX, Batch, Counts, Inputs
 from llava_kd.distill.cached_teacher import TopKPrediction
 from llava_kd.distill.options import Attention, DBiLD, attention_term, dbild_term, touch
 from llava_kd.losses.reference import Divergence, HeadLoss, RowsLoss, dbild_loss, head_loss, relation_rows
+from llava_kd.losses.reference_top_k import top_k_head_loss
 from llava_kd.models.mllm import Prediction
 
+AnyPrediction = Prediction | TopKPrediction
 Tap = Literal["logits", "hidden", "projector"]
 
 
@@ -80,7 +82,7 @@ class Objective:
 
     `num_common` is the number of vocabulary columns that both heads share; `align` carries the teacher's
     features of each image, [I, M, E], to the student's tokens, None where both have the same; `head_loss`,
-    `relation_rows` and `dbild_loss` are the formulas, fast or reference.
+    `top_k_head_loss`, `relation_rows` and `dbild_loss` are the formulas, fast or reference.
     """
 
     cross_entropy: CrossEntropy | None = None
@@ -93,6 +95,7 @@ class Objective:
     num_common: int | None = None
     align: Callable[[Tensor], Tensor] | None = None
     head_loss: Callable[..., HeadLoss] = head_loss
+    top_k_head_loss: Callable[..., HeadLoss] = top_k_head_loss
     relation_rows: Callable[..., Tensor] = relation_rows
     dbild_loss: Callable[..., RowsLoss] = dbild_loss
 
@@ -104,7 +107,7 @@ class Objective:
     def __call__(
         self,
         student: Prediction,
-        teacher: Prediction | None,
+        teacher: AnyPrediction | None,
         batch: Batch,
         counts: Counts,
         switched: Prediction | None = None,
@@ -115,27 +118,30 @@ class Objective:
         """
         if self.needs_teacher and teacher is None:
             raise ValueError("the objective has distillation terms but got no teacher prediction")
+        if isinstance(teacher, TopKPrediction) and any((self.relation, self.response_dbild, self.attention)):
+            raise ValueError("the largest logits serve response_kl and visual_kl alone; drop the other terms")
         loss = student.hidden_BTD.new_zeros((), dtype=torch.float32)
         means: dict[str, Tensor] = {}
-        for part in (self._head_terms, self._relation_term):
-            partial = part(student, teacher, batch, counts)
+        states = None if isinstance(teacher, TopKPrediction) else teacher
+        for partial in (
+            self._head_terms(student, teacher, batch, counts),
+            self._relation_term(student, states, batch, counts),
+        ):
             if partial is not None:
                 loss = loss + partial.loss
                 means |= partial.means
-        for share, mean in self._lent_terms(student, teacher, batch, counts, switched):
+        for share, mean in self._lent_terms(student, states, batch, counts, switched):
             loss = loss + share
             means |= mean
         return Losses(loss=loss, means=means)
 
     @torch.no_grad()
-    def teacher_cross_entropy(
-        self, teacher: Prediction | TopKPrediction, batch: Batch, counts: Counts
-    ) -> Tensor | None:
+    def teacher_cross_entropy(self, teacher: AnyPrediction, batch: Batch, counts: Counts) -> Tensor | None:
         """The teacher's own mean over the response targets, as `cross_entropy` is the student's.
 
-        None where it is not known: only top logits are stored, or no predictions of the responses.
+        None where it is not known: of a cache that holds the largest logits alone.
         """
-        if not isinstance(teacher, Prediction) or (batch.teacher_rows is not None and not self.response_kl):
+        if isinstance(teacher, TopKPrediction):
             return None
         inputs = batch.teacher_inputs
         rows_N = response_rows(inputs)
@@ -176,7 +182,7 @@ class Objective:
             yield attention_term(self.attention, student, teacher, batch, counts, self.align)
 
     def _head_terms(
-        self, student: Prediction, teacher: Prediction | None, batch: Batch, counts: Counts
+        self, student: Prediction, teacher: AnyPrediction | None, batch: Batch, counts: Counts
     ) -> Losses | None:
         """CE and both KLs; terms of equal temperature and divergence go through the head together."""
         share = 1.0 / counts.response_tokens.clamp_min(1), 1.0 / counts.visual_tokens.clamp_min(1)
@@ -210,7 +216,7 @@ class Objective:
     def _one_head_call(
         self,
         student: Prediction,
-        teacher: Prediction | None,
+        teacher: AnyPrediction | None,
         batch: Batch,
         rows: list[_Rows],
         kind: tuple[float, Divergence] | None,
@@ -228,6 +234,18 @@ class Objective:
             "response": 0.0 if self.response_kl is None else self.response_kl.weight * share[0],
             "visual": 0.0 if self.visual_kl is None else self.visual_kl.weight * share[1],
         }
+        if isinstance(teacher, TopKPrediction):
+            return self.top_k_head_loss(
+                student_ND,
+                student.head_VD,
+                targets_N,
+                **common,
+                top=teacher.top_k(torch.cat([r.teacher_N for r in rows])),
+                kl_weight_N=torch.cat([_fill(r, weights[r.name]) for r in rows]),
+                temperature=kind[0],
+                divergence=kind[1],
+                num_common=self.num_common,
+            )
         return self.head_loss(
             student_ND,
             student.head_VD,

@@ -8,9 +8,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from llava_kd.batch import Batch, Counts
-from llava_kd.distill.objective import Losses, Objective
+from llava_kd.distill.objective import AnyPrediction, Losses, Objective
 from llava_kd.distill.options import Switch
-from llava_kd.models.mllm import MLLM, Prediction
+from llava_kd.models.mllm import MLLM
 
 
 class Student(nn.Module):
@@ -28,7 +28,7 @@ class Student(nn.Module):
         batch: Batch,
         counts: Counts,
         features_INE: Tensor | None = None,
-        teacher: Prediction | None = None,
+        teacher: AnyPrediction | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and logged means. `features_INE` is None where the tower is trained, and runs here."""
         if features_INE is None:

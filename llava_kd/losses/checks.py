@@ -68,6 +68,27 @@ def check_targets(targets_N: Tensor, ce_weight_N: Tensor, num_classes: int) -> N
         )
 
 
+def check_top_k(
+    student_ND: Tensor,
+    student_head_VD: Tensor,
+    logits_NK: Tensor,
+    columns_NK: Tensor,
+    rest_N: Tensor,
+    num_common: int,
+) -> None:
+    """ValueError where what was kept of a teacher's logits does not fit the rows or the columns."""
+    num_rows, num_classes = student_ND.shape[0], student_head_VD.shape[0]
+    if not 1 <= num_common <= num_classes:
+        raise ValueError(f"num_common must lie in 1..{num_classes}; got {num_common}")
+    shapes = [list(tensor.shape) for tensor in (logits_NK, columns_NK, rest_N)]
+    width = shapes[0][1] if len(shapes[0]) == 2 else 0
+    if shapes != [[num_rows, width], [num_rows, width], [num_rows]] or not 1 <= width < num_common:
+        raise ValueError(
+            f"top k: logits and columns must be [{num_rows}, k] with k in 1..{num_common - 1}, and the rest "
+            f"[{num_rows}]; got {shapes[0]}, {shapes[1]} and {shapes[2]}"
+        )
+
+
 def _check_head(side: str, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None) -> None:
     if hidden_ND.ndim != 2 or head_VD.ndim != 2 or hidden_ND.shape[1] != head_VD.shape[1]:
         raise ValueError(

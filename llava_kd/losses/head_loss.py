@@ -129,8 +129,8 @@ class _Side:
         hidden_ND, head_VD = self.logit_operands
         return hidden_ND.new_empty((num_rows, head_VD.shape[0]), dtype=self.logits_dtype)
 
-    def logits(self, index_C: Tensor, buffer_CV: Tensor) -> Tensor:
-        """Logits of some rows, written to the first rows of the buffer."""
+    def logits(self, index_C: Tensor, buffer_CV: Tensor, student_CV: Tensor | None = None) -> Tensor:
+        """Logits of some rows, written to the first rows of the buffer; a teacher is shown the student's."""
         hidden_ND, head_VD = self.logit_operands
         logits_CV = buffer_CV[: len(index_C)]
         gemm.write_logits(hidden_ND[index_C], head_VD, logits_CV)
@@ -242,7 +242,8 @@ def _run(
         student_CV = student.logits(index_C, student_buffer_CV)
         teacher_CU = kl_weight_C = None
         if has_kl and teacher is not None and teacher_buffer_CU is not None and kl_weight_N is not None:
-            teacher_CU, kl_weight_C = teacher.logits(index_C, teacher_buffer_CU), kl_weight_N[index_C]
+            teacher_CU = teacher.logits(index_C, teacher_buffer_CU, student_CV)
+            kl_weight_C = kl_weight_N[index_C]
         gradient_CV = gradient_buffer_CV[: len(index_C)] if gradients.any else None
         ce_C, kl_C = kernel(
             student_CV, teacher_CU, targets_C=rows.targets_N[index_C], ce_weight_C=ce_weight_N[index_C],

@@ -37,7 +37,8 @@ def load_head_only(name: str, head_VD: Tensor, bias_V: Tensor | None) -> Parts:
             f"{list(head_VD.shape)}"
         )
     stock.lm_head.weight = nn.Parameter(head_VD, requires_grad=False)
-    stock.lm_head.bias = None if bias_V is None else nn.Parameter(bias_V, requires_grad=False)
+    bias = None if bias_V is None else nn.Parameter(bias_V, requires_grad=False)
+    stock.lm_head.register_parameter("bias", bias)
     with readable("the processor of", name):
         processor = LlavaProcessor.from_pretrained(name)
     return Parts(stock=stock, processor=processor)
