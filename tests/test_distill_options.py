@@ -80,7 +80,7 @@ def pair(request: pytest.FixtureRequest, directories: dict[str, Path], teacher: 
     map_DE = None
     if request.param == "projector":
         tables = [side.language_model.embed_tokens.weight for side in (student, teacher.mllm)]
-        map_DE = width_map(tables[0], tables[1], COMMON)
+        map_DE = width_map(tables[0][:COMMON], tables[1][:COMMON])
     return student, Switch(teacher=teacher.mllm, source=request.param, width_map_DE=map_DE)
 
 
@@ -205,7 +205,7 @@ def test_the_students_own_visual_output_in_its_own_path_costs_nothing(directorie
     student = model(directories["teacher"], trainable=("vision_tower", *PROJECTOR))
     teacher = Teacher(model(directories["teacher"]), shares_tower=False)
     table = student.language_model.embed_tokens.weight
-    identity = width_map(table, table, COMMON)
+    identity = width_map(table, table)
     for source, map_DE, limit in (("tower", None, 0.0), ("projector", identity, 1e-5)):
         switch = Switch(teacher=teacher.mllm, source=source, width_map_DE=map_DE)
         means, gradients = run(cut([8]), replace(ALL, cross_entropy=None), student, teacher, switch)
@@ -302,7 +302,7 @@ def test_visual_outputs_of_other_grids_are_carried_over(tmp_path: Path) -> None:
         teacher=teacher.mllm,
         source="projector",
         align=partial(resample, source=large, target=small),
-        width_map_DE=width_map(tables[0], tables[1], COMMON),
+        width_map_DE=width_map(tables[0][:COMMON], tables[1][:COMMON]),
     )
     objective = replace(ALL, align=partial(resample, source=small, target=large))
     means, gradients = run([batch], objective, student, teacher, switch)

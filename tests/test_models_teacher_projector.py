@@ -24,7 +24,14 @@ from llava_kd.models.teacher_projector import folded, with_teacher_projector
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    return load_stock(str(make_tiny_llava(tmp_path_factory.mktemp("t") / "m", hidden=48)))
+    """With biases that count: those of a fresh model are zero."""
+    parts = load_stock(str(make_tiny_llava(tmp_path_factory.mktemp("t") / "m", hidden=48)))
+    for layer in (
+        parts.stock.model.multi_modal_projector.linear_1,
+        parts.stock.model.multi_modal_projector.linear_2,
+    ):
+        torch.nn.init.normal_(layer.bias, generator=torch.Generator().manual_seed(1))
+    return parts
 
 
 def student(directory: Path, teacher: Parts, *, hidden: int) -> Parts:
@@ -45,7 +52,7 @@ def test_it_is_the_teachers_projector_and_then_a_linear_map(tmp_path: Path, teac
     carry = parts.stock.model.multi_modal_projector.width_map
     expected = theirs @ carry.weight.T + carry.bias
     torch.testing.assert_close(parts.stock.model.multi_modal_projector(features_INE), expected)
-    assert float(carry.weight.abs().max()) <= 48**-0.5
+    assert float(carry.weight.detach().abs().max()) <= 48**-0.5
     again = student(tmp_path, teacher, hidden=32).stock.model.multi_modal_projector.width_map.weight
     assert torch.equal(carry.weight, again)
 

@@ -157,9 +157,7 @@ def test_an_empty_middle_is_refused() -> None:
         middle_layers(1, 0.3, 0.7)
 
 
-def test_a_width_map_recovers_a_linear_relation_of_the_shared_rows() -> None:
+def test_a_width_map_recovers_a_linear_relation() -> None:
     generator = torch.Generator().manual_seed(0)
-    source_VD, map_DE = torch.randn(60, 6, generator=generator), torch.randn(6, 9, generator=generator)
-    target_UE = source_VD @ map_DE
-    target_UE[50:] = 1e3  # rows that are not shared
-    torch.testing.assert_close(width_map(source_VD, target_UE, 50), map_DE, rtol=1e-3, atol=1e-3)
+    source_CD, map_DE = torch.randn(60, 6, generator=generator), torch.randn(6, 9, generator=generator)
+    torch.testing.assert_close(width_map(source_CD, source_CD @ map_DE), map_DE, rtol=1e-3, atol=1e-3)

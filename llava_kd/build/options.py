@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from llava_kd.config import DBiLDConfig, ObjectiveConfig, TrainConfig
 from llava_kd.distill.options import Align, DBiLD, Switch
 from llava_kd.models.checkpoint import Parts
@@ -68,20 +71,27 @@ def _switch(
                 "objective.visual_switch.source to projector, or take a tower of that width"
             )
     else:
-        embeddings = [parts.stock.get_input_embeddings().weight for parts in (student, teacher)]
         common = num_common_columns(
             student.processor.tokenizer,
             teacher.processor.tokenizer,
-            student_rows=embeddings[0].shape[0],
-            teacher_rows=embeddings[1].shape[0],
+            student_rows=student.stock.lm_head.weight.shape[0],
+            teacher_rows=teacher.stock.lm_head.weight.shape[0],
         )
-        map_DE = width_map(embeddings[0], embeddings[1], common).to(embeddings[1].device)
+        map_DE = width_map(_embeddings(student, common), _embeddings(teacher, common))
+        map_DE = map_DE.to(teacher.stock.lm_head.weight.device)
     return Switch(
         teacher=teacher_mllm,
         source=source,
         align=_to_the_teacher(student, teacher, visual_alignment),
         width_map_DE=map_DE,
     )
+
+
+@torch.no_grad()
+def _embeddings(parts: Parts, num_tokens: int) -> Tensor:
+    """What the language model reads for each of the first tokens, as its own scale makes it."""
+    table = parts.stock.get_input_embeddings()
+    return table(torch.arange(num_tokens, device=parts.stock.lm_head.weight.device))
 
 
 def _to_the_teacher(

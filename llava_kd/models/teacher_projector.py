@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,15 +93,21 @@ def folded(parts: Parts, name: str) -> Parts:
         projector.linear_2.bias.copy_(carry.bias)
         if reused.linear_1.bias is not None:
             projector.linear_1.bias[:inner] = reused.linear_1.bias
-            projector.linear_2.bias += (carry.weight.double() @ second.bias.double()).to(carry.weight)
+            projector.linear_2.bias.add_((carry.weight.double() @ second.bias.double()).to(carry.weight))
     return Parts(stock=_filled(stock, model, projector), processor=parts.processor)
 
 
-def _shared(config: LlavaConfig) -> dict[str, object]:
+def _shared(config: LlavaConfig) -> dict[str, Any]:
     """What two LLaVA configurations that differ in the projector alone have in common."""
-    keys = ("vision_config", "text_config", "image_token_index", "image_seq_length", "vision_feature_layer")
-    more = ("vision_feature_select_strategy", "tie_word_embeddings")
-    return {key: getattr(config, key) for key in (*keys, *more)}
+    return {
+        "vision_config": config.vision_config,
+        "text_config": config.text_config,
+        "image_token_index": config.image_token_index,
+        "image_seq_length": config.image_seq_length,
+        "vision_feature_layer": config.vision_feature_layer,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
 
 
 def _filled(
@@ -109,7 +116,7 @@ def _filled(
     """`model` with the parts of `source` and this projector."""
     model.model.vision_tower = source.model.vision_tower
     model.model.language_model = source.model.language_model
-    model.model.multi_modal_projector = projector
+    model.model.register_module("multi_modal_projector", projector)
     model.set_output_embeddings(source.get_output_embeddings())
     model.tie_weights()
     model.generation_config = source.generation_config

@@ -39,7 +39,7 @@ def watchable(language_model: nn.Module) -> None:
     """
     assert isinstance(language_model, PreTrainedModel)
     name, kernels = language_model.config._attn_implementation, AttentionInterface()
-    if name not in kernels:
+    if name is None or name not in kernels:
         raise ValueError(
             f"`objective.attention` reads the maps beside a registered kernel such as sdpa; this "
             f"{language_model.config.model_type!r} model uses {name!r}: take another model or drop the term"
