@@ -138,6 +138,7 @@ def random_batch(case: Case, config: LlavaConfig, *, device: str, size: int) -> 
         pixels_ICHW=torch.randn(size, 3, side, side, device=device),
         image_is_valid_I=torch.ones(size, dtype=torch.bool, device=device),
     )
+    inputs = replace(inputs, known_places=inputs.places)  # as the loader hands it over
     return Batch(student=inputs, record_ids=tuple(f"record {i}" for i in range(size)))
 
 

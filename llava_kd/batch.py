@@ -16,6 +16,63 @@ IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where things are in the flattened rows, found on the host, so that no step waits for its device.
+
+    `response_N`: positions whose next token is a target. `visual_N`: positions of image features, and
+    `distilled_N` those of valid images; `valid_images_N` are the numbers of these images. `boundaries_N`:
+    where each record, or the padding of a row, begins, and the end of the last; `lengths`: how long each is.
+    """
+
+    response_N: Tensor
+    visual_N: Tensor
+    distilled_N: Tensor
+    valid_images_N: Tensor
+    boundaries_N: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def find(
+        cls, *, labels_BT: Tensor, visual_BT: Tensor, position_ids_BT: Tensor, image_is_valid_I: Tensor
+    ) -> Places:
+        """Waits for the device if the tensors are not on the host."""
+        starts_N = _where(position_ids_BT == 0)
+        end = starts_N.new_tensor([position_ids_BT.numel()])
+        boundaries_N = torch.cat([starts_N, end]).int()
+        return cls(
+            response_N=_where(_next(labels_BT) != IGNORE_INDEX),
+            visual_N=_where(visual_BT),
+            distilled_N=_where(_of_valid_images(visual_BT, image_is_valid_I)),
+            valid_images_N=_where(image_is_valid_I),
+            boundaries_N=boundaries_N,
+            lengths=tuple(boundaries_N.diff().tolist()),
+        )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Places:
+        """The same with every tensor changed."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lengths"}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+
+
+def _where(mask: Tensor) -> Tensor:
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def _next(labels_BT: Tensor) -> Tensor:
+    return torch.nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def _of_valid_images(visual_BT: Tensor, image_is_valid_I: Tensor) -> Tensor:
+    num_images = image_is_valid_I.shape[0]
+    if num_images == 0:
+        return visual_BT
+    flat = visual_BT.flatten()
+    per_image = flat.sum() // num_images
+    image_of_token = ((flat.cumsum(0) - 1) // per_image.clamp_min(1)).clamp(0, num_images - 1)
+    return (flat & image_is_valid_I[image_of_token]).view_as(visual_BT)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
     """What one model reads.
 
@@ -24,7 +81,7 @@ class Inputs:
     record is never a target. `visual_BT` marks the positions that receive projected image features, in
     the order of `pixels_ICHW`; every image fills the same number of positions. `image_is_valid_I` is False
     for the stand-in of an image that could not be read: it fills its place but is not distilled.
-    `is_packed` is True where some row holds more than one record.
+    `is_packed` is True where some row holds more than one record. `known_places`: as the loader found them.
     """
 
     input_ids_BT: Tensor
@@ -35,11 +92,24 @@ class Inputs:
     pixels_ICHW: Tensor
     image_is_valid_I: Tensor
     is_packed: bool = False
+    known_places: Places | None = None
+
+    @property
+    def places(self) -> Places:
+        """The known ones; otherwise they are looked for, and the device is waited for."""
+        if self.known_places is not None:
+            return self.known_places
+        return Places.find(
+            labels_BT=self.labels_BT,
+            visual_BT=self.visual_BT,
+            position_ids_BT=self.position_ids_BT,
+            image_is_valid_I=self.image_is_valid_I,
+        )
 
     @property
     def targets_BT(self) -> Tensor:
         """Label of the next token at each position; IGNORE_INDEX where there is none."""
-        return torch.nn.functional.pad(self.labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
+        return _next(self.labels_BT)
 
     @property
     def num_images(self) -> int:
@@ -48,16 +118,16 @@ class Inputs:
     @property
     def distilled_visual_BT(self) -> Tensor:
         """Visual positions whose image is valid."""
-        if self.num_images == 0:
-            return self.visual_BT
-        flat = self.visual_BT.flatten()
-        per_image = flat.sum() // self.num_images
-        image_of_token = ((flat.cumsum(0) - 1) // per_image.clamp_min(1)).clamp(0, self.num_images - 1)
-        return (flat & self.image_is_valid_I[image_of_token]).view_as(self.visual_BT)
+        return _of_valid_images(self.visual_BT, self.image_is_valid_I)
 
     def to(self, device: torch.device | str) -> Inputs:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "is_packed"}
-        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        others = ("is_packed", "known_places")
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
+        places = None if self.known_places is None else self.known_places.map(move)
+        return replace(self, known_places=places, **{name: move(t) for name, t in tensors.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +179,15 @@ class TeacherRows:
 class Batch:
     """One micro-batch. `teacher` is None where the teacher reads exactly what the student reads.
 
-    `teacher_rows` is what a cache holds of the teacher, where one stands in for it.
+    `teacher_rows` is what a cache holds of the teacher, where one stands in for it. `num_shared_targets`: how
+    many targets are the same tokens on both sides, where there are two and the loader counted.
     """
 
     student: Inputs
     teacher: Inputs | None = None
     record_ids: tuple[str, ...] = ()
     teacher_rows: TeacherRows | None = None
+    num_shared_targets: int | None = None
 
     @property
     def teacher_inputs(self) -> Inputs:

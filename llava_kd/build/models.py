@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llava_kd.config import StudentConfig, TrainConfig
 from llava_kd.data.template import Template
 from llava_kd.data.template_choice import choose
+from llava_kd.models import packed_attention
 from llava_kd.models.checkpoint import Parts, compose, load_stock
 from llava_kd.models.lora import is_adapter
 from llava_kd.models.mllm import MLLM, PARTS
@@ -70,6 +71,13 @@ def place(mllm: MLLM, device: torch.device, dtypes: Mapping[str, torch.dtype]) -
             for path, value in constants.items():
                 owner, _, buffer = path.rpartition(".")
                 module.get_submodule(owner).register_buffer(buffer, value.to(device), persistent=False)
+
+
+def choose_attention(mllm: MLLM, device: torch.device, dtype: torch.dtype) -> str:
+    """Let the language model, which computes in `dtype`, take the best kernel for its rows; its name."""
+    model = mllm.language_model
+    kernel = packed_attention.choose(packed_attention.circumstances(model, device=device, dtype=dtype))
+    return packed_attention.use(model, kernel)
 
 
 def _constants(module: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from llava_kd.build.engine import make_engine
 from llava_kd.build.estimate import Sizes, memory, refuse_too_large
 from llava_kd.build.models import (
     DTYPES,
+    choose_attention,
     compute_dtype,
     place,
     student_dtypes,
@@ -117,6 +118,7 @@ def assemble(
     adapt_student(student, config.student, compute_dtype=compute_dtype(config), seed=config.seed)
     mllm = MLLM(student.stock, trainable=config.trainable, tower_last_layers=config.vision_tower_last_layers)
     place(mllm, world.device, student_dtypes(config))
+    kernel = choose_attention(mllm, world.device, compute_dtype(config))
     if config.engine.activation_checkpointing:
         student.stock.gradient_checkpointing_enable({"use_reentrant": False})
     loader, shares_tower = make_loader(config, world, student, teacher)
@@ -125,6 +127,7 @@ def assemble(
     module = Student(mllm, terms, switched).train()
     total = num_steps(config, loader.steps_per_epoch)
     engine = make_engine(config, world, module)
+    say(f"attention of the student: {kernel}")
     evaluate = None
     if config.evaluate is not None:
         evaluate = slice_scorer(config.evaluate, read_slices(config.evaluate), student, engine)
@@ -191,6 +194,7 @@ def placed_teacher(config: TrainConfig, world: World, teacher: Parts, *, shares_
     if config.teacher.placement == "cpu_offload":
         decoder.layers = layers
         offload_layers(layers, world.device, dtype)
+    choose_attention(mllm, world.device, dtype)
     return Teacher(mllm, shares_tower=shares_tower, keeps_head_gram=wants_head_gram(config.objective))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from llava_kd.batch import IGNORE_INDEX
+from llava_kd.batch import IGNORE_INDEX, Places
 from llava_kd.data.template import Encoded
 
 
@@ -36,12 +36,14 @@ class Rows:
     visual_BT: Tensor
     images_IHWC: Tensor
     image_is_valid_I: Tensor
+    places: Places
     is_packed: bool
 
     def pinned(self) -> Rows:
         """The same in page-locked memory, so that copying to a GPU does not wait."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "is_packed"}
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)[:-2]}
+        pinned = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return replace(self, places=self.places.map(Tensor.pin_memory), **pinned)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,10 @@ def collate(rows: Sequence[Sequence[Item]], *, pad_id: int, size: tuple[int, int
         position_ids_BT[b, start:] = torch.arange(length - start)
     items = [item for row in rows for item in row]
     images = [image for item in items for image in item.images]
-    valid = [item.is_valid for item in items for _ in range(item.num_images)]
+    valid = torch.tensor([item.is_valid for item in items for _ in range(item.num_images)], dtype=torch.bool)
+    places = Places.find(
+        labels_BT=labels_BT, visual_BT=visual_BT, position_ids_BT=position_ids_BT, image_is_valid_I=valid
+    )
     return Rows(
         input_ids_BT=input_ids_BT,
         labels_BT=labels_BT,
@@ -111,6 +116,7 @@ def collate(rows: Sequence[Sequence[Item]], *, pad_id: int, size: tuple[int, int
         segment_ids_BT=segment_ids_BT,
         visual_BT=visual_BT,
         images_IHWC=torch.stack(images) if images else torch.zeros(0, *size, 3, dtype=torch.uint8),
-        image_is_valid_I=torch.tensor(valid, dtype=torch.bool),
+        image_is_valid_I=valid,
+        places=places,
         is_packed=any(len(row) > 1 for row in rows),
     )

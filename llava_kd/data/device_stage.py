@@ -34,7 +34,16 @@ def to_batch(micro: Micro, sides: tuple[Side, ...], device: torch.device) -> Bat
         teacher=inputs[1] if len(inputs) > 1 else None,
         record_ids=micro.record_ids,
         teacher_rows=None if stored is None else stored.map(lambda t: t.to(device, non_blocking=True)),
+        num_shared_targets=_num_shared_targets(micro.rows),
     )
+
+
+def _num_shared_targets(sides: tuple[Rows, ...]) -> int | None:
+    """Counted on the host; None with one side, or with sides that do not line up."""
+    targets = [rows.labels_BT.flatten()[rows.places.response_N + 1] for rows in sides]
+    if len(targets) < 2 or len(targets[0]) != len(targets[1]):
+        return None
+    return int((targets[0] == targets[1]).sum())
 
 
 def _inputs(rows: Rows, transform: ImageTransform, raw: RawImages | None, device: torch.device) -> Inputs:
@@ -54,6 +63,7 @@ def _inputs(rows: Rows, transform: ImageTransform, raw: RawImages | None, device
         pixels_ICHW=transform.normalise(images_IHWC),
         image_is_valid_I=rows.image_is_valid_I.to(device, non_blocking=True),
         is_packed=rows.is_packed,
+        known_places=rows.places.map(lambda t: t.to(device, non_blocking=True)),
     )
 
 
@@ -101,6 +111,7 @@ class SideStream:
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
-    holders = (batch.student, batch.teacher, batch.teacher_rows)
+    sides = [side for side in (batch.student, batch.teacher) if side is not None]
+    holders = (*sides, *(side.known_places for side in sides), batch.teacher_rows)
     values = [value for holder in holders if holder is not None for value in vars(holder).values()]
     return [value for value in values if isinstance(value, Tensor)]

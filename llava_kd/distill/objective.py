@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -68,12 +69,12 @@ def targets_of_rows(inputs: Inputs, rows_N: Tensor) -> Tensor:
 
 def response_rows(inputs: Inputs) -> Tensor:
     """Flat positions whose next token is a target."""
-    return (inputs.targets_BT.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    return inputs.places.response_N
 
 
 def visual_rows(inputs: Inputs) -> Tensor:
     """Flat positions of valid visual tokens: their own prediction is distilled, it is not shifted."""
-    return inputs.distilled_visual_BT.flatten().nonzero().squeeze(1)
+    return inputs.places.distilled_N
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +152,7 @@ class Objective:
             targets_of_rows(inputs, rows_N),
             student_bias_V=teacher.bias_V,
             ce_weight_N=torch.ones(len(rows_N), device=rows_N.device),
+            active_rows=(0, len(rows_N)),
         )
         return result.ce_N.sum() / counts.response_tokens.clamp_min(1).float()
 
@@ -204,7 +206,7 @@ class Objective:
             ]
             result = self._one_head_call(student, teacher, batch, rows, kind, share)
             loss = loss + result.loss
-            ends = torch.tensor([len(r.student_N) for r in rows]).cumsum(0).tolist()
+            ends = list(accumulate(len(r.student_N) for r in rows))
             for begin, end, row in zip([0, *ends[:-1]], ends, rows, strict=True):
                 scale = share[0] if row.name == "response" else share[1]
                 if row.name == "response" and self.cross_entropy is not None:
@@ -229,7 +231,8 @@ class Objective:
         ce_N = torch.cat([_fill(r, ce * share[0] if r.name == "response" else 0.0 * share[0]) for r in rows])
         common = {"student_bias_V": student.bias_V, "ce_weight_N": ce_N}
         if kind is None or teacher is None:
-            return self.head_loss(student_ND, student.head_VD, targets_N, **common)
+            active = (0, len(targets_N) if ce > 0 else 0)
+            return self.head_loss(student_ND, student.head_VD, targets_N, **common, active_rows=active)
         weights = {
             "response": 0.0 if self.response_kl is None else self.response_kl.weight * share[0],
             "visual": 0.0 if self.visual_kl is None else self.visual_kl.weight * share[1],
@@ -258,7 +261,24 @@ class Objective:
             temperature=kind[0],
             divergence=kind[1],
             num_common=self.num_common,
+            active_rows=self._active_rows(rows, batch),
         )
+
+    def _active_rows(self, rows: list[_Rows], batch: Batch) -> tuple[int, int] | None:
+        """Rows with a KL weight, and those with a cross-entropy weight alone; None where they must be found."""
+        num_kl = num_ce_alone = 0
+        for row in rows:
+            term = self.response_kl if row.name == "response" else self.visual_kl
+            shared = len(row.student_N)
+            if row.name == "response" and batch.teacher is not None:
+                if batch.num_shared_targets is None:
+                    return None
+                shared = batch.num_shared_targets
+            with_kl = shared if term is not None and term.weight > 0 else 0
+            num_kl += with_kl
+            if row.name == "response" and self.cross_entropy is not None and self.cross_entropy.weight > 0:
+                num_ce_alone += len(row.student_N) - with_kl
+        return num_kl, num_ce_alone
 
     def _is_aligned(self, name: str) -> bool:
         return name == "visual" and self.align is not None
@@ -268,7 +288,7 @@ class Objective:
         if not self._is_aligned(rows.name):
             return teacher.hidden_BTD.flatten(0, 1)[rows.teacher_N]
         features_IME = self._teacher_features(teacher, batch, "hidden")
-        return features_IME[batch.student.image_is_valid_I].flatten(0, 1)
+        return features_IME[batch.student.places.valid_images_N].flatten(0, 1)
 
     def _teacher_features(self, teacher: Prediction, batch: Batch, tap: Tap) -> Tensor:
         features_IME = visual_features(teacher, batch.teacher_inputs, tap)
@@ -300,7 +320,7 @@ def visual_features(prediction: Prediction, inputs: Inputs, tap: Tap) -> Tensor:
     """[I, M, D] of the tap; the logits tap reads hidden states, its head is applied by the loss."""
     if tap == "projector":
         return prediction.projected_IND
-    hidden_D = prediction.hidden_BTD[inputs.visual_BT]
+    hidden_D = prediction.hidden_BTD.flatten(0, 1)[inputs.places.visual_N]
     if inputs.num_images == 0:
         return hidden_D.view(0, 1, prediction.hidden_BTD.shape[2])
     return hidden_D.view(inputs.num_images, -1, hidden_D.shape[1])

@@ -101,11 +101,13 @@ def head_loss(
     temperature: float = 1.0,
     divergence: Divergence = FORWARD,
     num_common: int | None = None,
+    active_rows: tuple[int, int] | None = None,
 ) -> HeadLoss:
     """Weighted sums of cross-entropy and T^2-scaled divergence over rows; `kl_N` carries the T^2.
 
     The softmaxes of the divergence see the first `num_common` columns (default: all, if V == U). The teacher
     receives no gradient. Targets are read where `ce_weight_N` is not zero and may hold anything elsewhere.
+    `active_rows` is what the fast form is told; here the rows are looked for.
     """
     num_common = check_head_inputs(
         student_ND,

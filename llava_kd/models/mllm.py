@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from llava_kd.batch import Inputs
+from llava_kd.models import packed_attention
 from llava_kd.models.lora import is_adapter
 from llava_kd.models.reused_projector import ReusedProjector
 from llava_kd.models.tower_layers import last_layers, read_parameters
@@ -157,21 +158,23 @@ class MLLM(nn.Module):
     def _read(
         self, inputs: Inputs, embedded_BTD: Tensor, projected_IND: Tensor, maps: VisualMaps | None
     ) -> Prediction:
+        places = inputs.places
         if inputs.num_images == 0:
             # A batch without images must still touch the projector, or sharded engines wait for its gradient.
             embedded_BTD = embedded_BTD + 0.0 * projected_IND.sum()
             projected_IND = projected_IND[:0]
         else:
-            self._check_placeholders(inputs, projected_IND)
-            mask_BT1 = inputs.visual_BT.unsqueeze(-1)
-            embedded_BTD = embedded_BTD.masked_scatter(mask_BT1, projected_IND.to(embedded_BTD.dtype))
+            self._check_placeholders(len(places.visual_N), projected_IND)
+            visual_ND = projected_IND.flatten(0, 1).to(embedded_BTD.dtype)
+            flat_D = embedded_BTD.flatten(0, 1).index_copy(0, places.visual_N, visual_ND)
+            embedded_BTD = flat_D.view_as(embedded_BTD)
         # Without an attention mask the model is causal within each run of positions: right padding is
         # never seen by a real token, and packed records never see each other.
         hidden_BTD = self.language_model(
             inputs_embeds=embedded_BTD,
             position_ids=inputs.position_ids_BT if inputs.is_packed else None,
-            attention_mask=None,
             use_cache=False,
+            **packed_attention.arguments(self.language_model, inputs),
             **({} if maps is None else {"visual_maps": maps}),
         ).last_hidden_state
         return Prediction(
@@ -182,10 +185,7 @@ class MLLM(nn.Module):
         )
 
     @staticmethod
-    def _check_placeholders(inputs: Inputs, projected_IND: Tensor) -> None:
-        if inputs.visual_BT.device.type != "cpu":
-            return  # counting on the device would wait for it; the loader builds both from the same records
-        placeholders = int(inputs.visual_BT.sum())
+    def _check_placeholders(placeholders: int, projected_IND: Tensor) -> None:
         rows = projected_IND.shape[0] * projected_IND.shape[1]
         if placeholders != rows:
             raise ValueError(
