@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,7 +174,21 @@ def spoilt(tmp_path: Path, content: bytes | None, *, count: int = 1, records: in
     return LlavaJson(path, tmp_path)
 
 
+def bomb(kind: str) -> bytes:
+    """A small file whose header promises 60,000 x 60,000 pixels."""
+    data = bytearray(encoded_image(kind=kind))
+    if kind == "JPEG":
+        start = data.index(b"\xff\xc0") + 5  # marker, length, precision; then height and width
+        data[start : start + 4] = struct.pack(">HH", 60_000, 60_000)
+    else:
+        data[16:24] = struct.pack(">II", 60_000, 60_000)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
 BAD_IMAGES = {
+    "JPEG bomb": (bomb("JPEG"), "60000 x 60000"),
+    "PNG bomb": (bomb("PNG"), "exceeds limit|60000 x 60000"),
     "missing": (None, "is missing"),
     "empty": (b"", "is empty"),
     "cut": (encoded_image(80, 90)[:900], "damaged"),
@@ -197,7 +214,9 @@ def test_bad_image_keeps_its_place_and_is_named(tmp_path: Path, content: bytes |
     assert batch.counts().images == 7
     (line,) = [json.loads(text) for text in listing.read_text().splitlines()]
     assert line["id"] == "r0"
-    assert reason in line["reason"]
+    assert re.search(reason, line["reason"])
+    assert "BytesIO" not in line["reason"]
+    assert line["source"] == "data.json"
     assert loader.telemetry()["bad_records"] == 1
 
 

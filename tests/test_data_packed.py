@@ -11,6 +11,7 @@ from data_samples import entry, llama_like, qwen_like, side, write_dataset
 from tiny_llava import IMAGE_TOKEN, make_tiny_llava
 
 from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
+from llava_kd.data.device_stage import tensors_of
 from llava_kd.data.images import ImageTransform
 from llava_kd.data.lengths import record_sizes
 from llava_kd.data.loader import Loader, Side
@@ -101,6 +102,69 @@ def test_workers_and_ranks_get_the_same_packs(source: LlavaJson) -> None:
 
 def names(group: list[Batch]) -> list[str]:
     return [name for batch in group for name in batch.record_ids]
+
+
+def test_packed_batches_are_the_same_with_any_number_of_workers_and_after_two_resumes(
+    source: LlavaJson,
+) -> None:
+    whole = [batch for group in make_loader(source).batches(0, 4) for batch in group]
+    assert any(batch.student.is_packed for batch in whole)
+    for num_workers in (0, 1, 2):
+        resumed = [
+            batch
+            for cut in ((0, 1), (1, 2), (2, 4))
+            for group in make_loader(source, num_workers=num_workers).batches(*cut)
+            for batch in group
+        ]
+        for one, other in zip(whole, resumed, strict=True):
+            assert one.record_ids == other.record_ids
+            for a, b in zip(tensors_of(one), tensors_of(other), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_places_that_a_batch_knows_are_those_of_its_rows(source: LlavaJson, tmp_path: Path) -> None:
+    (tmp_path / "images" / "1_0.jpg").write_bytes(b"no image")
+    teacher = side(tokenizer=SIDE.tokenizer, tokens_per_image=6, max_length=140)
+    for group in make_loader(source, teacher=teacher).batches(0, 2):
+        for batch in group:
+            assert batch.teacher is not None
+            assert batch.num_shared_targets == len(batch.student.places.response_N)
+            for inputs in (batch.student, batch.teacher):
+                known = inputs.known_places
+                assert known is not None
+                found = replace(inputs, known_places=None).places
+                assert known.lengths == found.lengths
+                for name, tensor in vars(known).items():
+                    assert name == "lengths" or torch.equal(tensor, vars(found)[name])
+                segments_BT = torch.zeros_like(inputs.segment_ids_BT).flatten()
+                segments_BT[known.boundaries_N[1:-1].long()] = 1  # where another record begins
+                changes = inputs.segment_ids_BT.diff(dim=1) != 0
+                inside = segments_BT.view_as(inputs.segment_ids_BT)[:, 1:].bool()
+                assert torch.equal(inside, changes)
+
+
+def test_bad_record_in_a_pack_keeps_its_place_and_spares_the_others(
+    source: LlavaJson, tmp_path: Path
+) -> None:
+    good = next(make_loader(source, micro_batch_size=4).batches(0, 1))[0]
+    number = next(int(name[1:]) for name in good.record_ids if int(name[1:]) % 3 == 1)
+    (tmp_path / "images" / f"{number}_0.jpg").unlink()
+    loader = make_loader(source, micro_batch_size=4)
+    bad = next(loader.batches(0, 1))[0]
+    assert loader.telemetry()["bad_records"] == 1
+    place = good.record_ids.index(f"r{number}")
+    for index, (one, other) in enumerate(zip(segments(good.student), segments(bad.student), strict=True)):
+        assert one["ids"] == other["ids"]
+        assert one["positions"] == other["positions"]
+        if index == place:
+            assert set(other["labels"]) == {IGNORE_INDEX}
+        else:
+            assert one["labels"] == other["labels"]
+    valid = good.student.image_is_valid_I & bad.student.image_is_valid_I
+    assert int((~valid).sum()) == 1
+    lost = len(good.student.places.distilled_N) - len(bad.student.places.distilled_N)
+    assert lost == SIDE.tokens_per_image
+    assert good.counts().images - bad.counts().images == 1
 
 
 def test_pack_smaller_than_max_length_is_an_error(source: LlavaJson) -> None:

@@ -58,6 +58,8 @@ def test_equals_pillow_on_random_sizes(resample: int) -> None:
         ((50, 24), (24, 24)),
         ((24, 50), (24, 24)),
         ((24, 24), (24, 24)),
+        ((2400, 3200), (48, 64)),
+        ((30, 9000), (24, 24)),
     ],
 )
 def test_equals_pillow_on_chosen_sizes(shape: tuple[int, int], size: tuple[int, int]) -> None:

@@ -50,6 +50,22 @@ def test_amounts_become_rates(tmp_path: Path) -> None:
         assert line["lr"] == 0.5
 
 
+def test_what_the_loader_counts_becomes_a_rate_and_a_fill(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, num_steps=2, every=1, progress=False)
+    counts = [
+        {"data_wait_s": 0.0, "images": 6.0, "tokens": 30.0, "token_places": 40.0},
+        {"data_wait_s": 0.0, "images": 0.0, "tokens": 0.0, "token_places": 0.0},
+    ]
+    for step, telemetry in enumerate(counts, start=1):
+        metrics.add(step, {"loss": torch.tensor(1.0)}, {}, lambda t=telemetry: t)
+    metrics.close()
+    first, second = lines(tmp_path)
+    assert first["fill"] == 0.75
+    assert first["images_per_s"] == pytest.approx(6.0 / first["seconds_per_step"])
+    assert second["images_per_s"] == 0
+    assert "fill" not in second
+
+
 def test_trackers_get_what_the_file_gets(tmp_path: Path) -> None:
     memory = Memory()
     run(Metrics(tmp_path, num_steps=4, every=2, progress=False, trackers=[memory]), 1, 4)

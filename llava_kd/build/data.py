@@ -144,6 +144,7 @@ def make_loader(
         packing=make_packing(data.packing),
         image_cache_bytes=data.image_cache_mb * 2**20,
         teacher_cache=cache,
+        progress=config.log.progress and world.is_main,
         max_bad_rate=data.max_bad_rate,
         bad_records_path=Path(config.output_dir) / "bad_records.jsonl",
     )

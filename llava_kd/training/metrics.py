@@ -122,6 +122,10 @@ class Metrics:
         line["seconds_per_step"] = seconds / count
         if "data_wait_s" in telemetry:
             line["data_wait_share"] = telemetry["data_wait_s"] / seconds
+        if "images" in telemetry:
+            line["images_per_s"] = telemetry["images"] / seconds
+        if telemetry.get("token_places"):
+            line["fill"] = telemetry["tokens"] / telemetry["token_places"]
         if self._file is None:
             self._file = self._path.open("a")
         self._file.write(json.dumps(line) + "\n")
