@@ -62,4 +62,4 @@ def teacher_fingerprints(config: TrainConfig, teacher: Parts | None) -> dict[str
     if config.teacher.cache is None:
         return {"teacher": weights_fingerprint(teacher.stock.state_dict())}
     manifest = Manifest.read(Path(config.teacher.cache))
-    return {"teacher": manifest.identity["weights of the teacher"], "teacher cache": manifest.digest}
+    return {"teacher": manifest.identity["weights of the teacher"], "cache of the teacher": manifest.digest}
