@@ -288,7 +288,7 @@ def test_truncation_on_one_side_takes_the_targets_of_both(source: LlavaJson) -> 
 
 
 def test_sides_that_answer_in_different_tokens_are_named(source: LlavaJson) -> None:
-    teacher = side(tokenizer=SIDE.tokenizer, template="chatml")
+    teacher = side(tokenizer=llama_like())
     with pytest.raises(ValueError, match="must read the same answer tokens"):
         list(make_loader(source, teacher=teacher, global_batch_size=20).batches(0, 1))
 

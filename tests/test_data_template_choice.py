@@ -94,7 +94,7 @@ def test_tokens_are_those_of_the_familys_own_chat_template(family: str, number: 
     )
     ours = encoder(family)(record).ids.tolist()
     assert ours[: len(published)] == published
-    assert tokenizer.decode(ours[len(published) :]).strip("\n") == ""
+    assert str(tokenizer.decode(ours[len(published) :])).strip("\n") == ""
     prompt = tokenizer.apply_chat_template(
         MESSAGES[: number - 1],
         chat_template=PUBLISHED[family],
@@ -148,11 +148,15 @@ def test_what_we_write_is_recognised(name: str, tokenizer: PreTrainedTokenizerFa
 def test_auto_takes_the_directorys_own_then_the_family() -> None:
     tokenizer = qwen_like()
 
-    def chosen(chat_template: str | None, name: str = "auto", model_type: str = "qwen2") -> str:
+    def chosen(
+        chat_template: str | dict[str, str] | None, name: str = "auto", model_type: str = "qwen2"
+    ) -> str:
         return choose(name, tokenizer=tokenizer, model_type=model_type, chat_template=chat_template).name
 
     assert chosen(None) == "chatml"
     assert chosen(TEMPLATES["vicuna"].chat_template) == "vicuna"
+    assert chosen({"default": TEMPLATES["llava_v1"].chat_template, "tool_use": "x"}) == "llava_v1"
+    assert chosen({"tool_use": TEMPLATES["vicuna"].chat_template}) == "chatml"
     assert chosen(TEMPLATES["plain"].chat_template) == "chatml"  # a first stage's is not gone on with
     assert chosen("{{ messages[0]['content'][0]['text'] }}") == "chatml"
     assert chosen("{{ raise_exception('no') }}") == "chatml"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
@@ -32,17 +34,20 @@ def choose(
     *,
     tokenizer: PreTrainedTokenizerFast,
     model_type: str,
-    chat_template: str | None,
+    chat_template: str | Mapping[str, str] | None,
     where: str = "data.template",
 ) -> Template:
     """The template of that name; `auto` is the model's own where it is one of ours, else its family's.
 
-    A model's own that forgets the question (`plain`) was left by a first stage and is not taken.
+    A model's own that forgets the question (`plain`) was left by a first stage and is not taken. Of several
+    that a model has, its own is the one named `default`.
     """
     if name != AUTO:
         if name not in TEMPLATES:
             raise ValueError(f"`{where}` must be {AUTO} or one of {', '.join(TEMPLATES)}; got {name!r}")
         return TEMPLATES[name]
+    if isinstance(chat_template, Mapping):
+        chat_template = chat_template.get("default")
     own = None if chat_template is None else recognised(chat_template, tokenizer)
     return own or family_template(tokenizer, model_type)
 
@@ -76,6 +81,6 @@ def recognised(chat_template: str, tokenizer: PreTrainedTokenizerFast) -> Templa
             for turns in (_TALK, _TALK[:-1])
         ]
         # What follows the last answer is no part of it: some end with a line break and some do not.
-        if not template.images_only and (whole.rstrip("\n"), asked) == (ours[0].rstrip("\n"), ours[1]):
+        if not template.images_only and (str(whole).rstrip("\n"), asked) == (ours[0].rstrip("\n"), ours[1]):
             return template
     return None

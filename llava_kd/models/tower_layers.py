@@ -26,7 +26,7 @@ def read_parameters(tower: PreTrainedModel, config: LlavaConfig) -> frozenset[st
     get no gradient, for which a sharded engine would wait.
     """
     with torch.device("meta"):
-        ghost = type(tower)(tower.config).to("meta")
+        ghost = nn.Module.to(type(tower)(tower.config), "meta")
         size = vision_config(config).image_size
         pixels_ICHW = torch.zeros(1, 3, size, size)
         features_INE = image_features(ghost, pixels_ICHW, layer=feature_layer(config), strategy="full")
