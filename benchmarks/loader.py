@@ -2,6 +2,7 @@
 
 Images: 640x480 JPEG to 384x384 pixels as SigLIP reads them, from the bytes of a file, against transformers'
 own processors in the same run. Rates are per CPU-second of one thread, so that a busy machine does not count.
+Parts: where that time goes, and other ways to the same pixels that were tried and are not used.
 Packing: a LLaVA-like mixture (729 places an image, lognormal text, cut at 2,048), which is assumed: the
 distribution of the real 665k records was not at hand.
 """
@@ -16,6 +17,7 @@ import tempfile
 import time
 from bisect import bisect_left, insort
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,12 @@ from llava_kd.data.images import ImageTransform, decode
 from llava_kd.data.packing import Packing, Sizes, pack
 from llava_kd.data.plan import Plan, permutation
 from llava_kd.data.records import LlavaJson
+from llava_kd.data.resize import fixed_point_weights, resize_by_products, resize_fast
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 SIZE = {"height": 384, "width": 384}
 NUM_RECORDS = 665_298
@@ -77,6 +85,92 @@ def image_rows(repeats: int) -> list[Row]:
         {"part": "images", "what": name, "value": rate, "unit": "images per CPU-second", "ratio": rate / base}
         for name, rate in rates.items()
     ]
+
+
+def part_rows(repeats: int) -> list[Row]:
+    """CPU milliseconds of each part of an image's way, and of ways that were tried for it."""
+    files = [picture(seed) for seed in range(4)]
+    images = [decode(data) for data in files]
+    transform = ImageTransform.from_processor(SiglipImageProcessorPil(size=SIZE))
+    resized = [transform.resize(image) for image in images]
+    size = transform.size
+    bicubic = transform.resample
+    if any(not torch.equal(by_bands(a, size, bicubic), b) for a, b in zip(images, resized, strict=True)):
+        raise RuntimeError("the banded products are not equal to Pillow's resize")
+    parts: dict[str, tuple[Callable, list]] = {
+        "decode": (decode, files),
+        "resize, equal to Pillow": (transform.resize, images),
+        "resize, quick": (lambda image: resize_fast(image, size, bicubic), images),
+        "normalise": (lambda image: transform.normalise(image[None]), resized),
+        "tried: exact resize as products of bands in fp64": (lambda i: by_bands(i, size, bicubic), images),
+        "tried: exact resize as dense products in fp64": (
+            lambda image: resize_by_products(image, size, bicubic),
+            images,
+        ),
+        "tried: decode and resize all in Pillow": (by_pillow, files),
+    }
+    if simplejpeg is not None:
+        parts["tried, not exact: decode at 7/8 of the size"] = (decode_reduced, files)
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for number in range(repeats + 1):
+        for name, (way, inputs) in parts.items():
+            started = time.process_time()
+            for one in inputs:
+                way(one)
+            if number:
+                seconds[name].append((time.process_time() - started) / len(inputs))
+    return [
+        {
+            "part": "parts",
+            "what": name,
+            "value": 1e3 * statistics.median(values),
+            "unit": "CPU ms an image",
+        }
+        for name, values in seconds.items()
+    ]
+
+
+def by_pillow(data: bytes) -> np.ndarray:
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    return np.array(picture.resize((SIZE["width"], SIZE["height"]), Image.Resampling.BICUBIC))
+
+
+def decode_reduced(data: bytes) -> np.ndarray:
+    """By the decoder's own scaling, to the smallest size that still covers the target."""
+    assert simplejpeg is not None
+    return simplejpeg.decode_jpeg(
+        data, colorspace="RGB", min_height=SIZE["height"], min_width=SIZE["width"], min_factor=1
+    )
+
+
+def by_bands(pixels_HWC: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
+    """Pillow's resize as small products: 16 outputs read only the inputs that their filters reach."""
+    height, width, channels = pixels_HWC.shape
+    columns = pixels_HWC.permute(1, 0, 2).reshape(width, height * channels)
+    across = _banded(columns, size[1], resample).view(size[1], height, channels)
+    rows = across.permute(1, 0, 2).reshape(height, size[1] * channels)
+    return _banded(rows, size[0], resample).view(size[0], size[1], channels)
+
+
+def _banded(lines: torch.Tensor, size: int, resample: int) -> torch.Tensor:
+    bands, firsts = _bands(len(lines), size, resample)
+    wide = lines.double()
+    windows = torch.stack([wide[first : first + bands.shape[2]] for first in firsts])
+    sums = torch.bmm(bands, windows).flatten(0, 1)[:size]
+    return sums.mul_(2.0**-22).add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
+
+
+@lru_cache(maxsize=8)
+def _bands(size_in: int, size_out: int, resample: int, group: int = 16) -> tuple[torch.Tensor, list[int]]:
+    weights = fixed_point_weights(size_in, size_out, resample)
+    groups = [weights[start : start + group] for start in range(0, size_out, group)]
+    reached = [np.flatnonzero(np.abs(rows).sum(0)) for rows in groups]
+    span = max(int(places[-1] - places[0]) + 1 for places in reached)
+    firsts = [min(int(places[0]), size_in - span) for places in reached]
+    bands = np.zeros((len(groups), group, span))
+    for band, rows, first in zip(bands, groups, firsts, strict=True):
+        band[: len(rows)] = rows[:, first : first + span]
+    return torch.from_numpy(bands), firsts
 
 
 def llava_like(num_records: int) -> Sizes:
@@ -153,8 +247,9 @@ def _entry(i: int) -> dict:
 
 
 def _private_bytes() -> int:
+    """Of this process alone; pages of a mapped file that still wait to be written to disk do not count."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty"))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
 
 
 def _bytes_of_reading(source: LlavaJson) -> int:
@@ -175,7 +270,7 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=15)
     flags = arguments.parse_args()
     torch.set_num_threads(flags.threads or 1)
-    rows = [*image_rows(flags.repeats), *packing_rows(), *index_rows()]
+    rows = [*image_rows(flags.repeats), *part_rows(flags.repeats), *packing_rows(), *index_rows()]
     print_table(rows, ["part", "what", "value", "unit", "ratio"])
     if flags.json:
         write_json(flags.json, meta=meta(device="cpu"), rows=rows)

@@ -54,6 +54,13 @@ ERRORS = ("row_error", "dh_error", "dw_error")
 STEP = ("case", "impl", "seconds", "samples_per_s", "ratio_to_ours", "mfu", "peak_gb")
 
 
+LOADER = """Images and text for both models. Four times the rate of transformers' processor was to be
+reached. What the CPU does beside a GPU, which resizes, reaches it. With pixels equal to
+Pillow's and all on the CPU it is not reached, and nothing that was tried would: decoding
+and normalising take most of the time that such a rate leaves, so that even PyTorch's
+vectorised kernel for bytes, which is not exact, is too slow. Pillow's own loops beat the
+same sums as matrix products, banded or dense, and the JPEG decoder's own scaling is slower
+than decoding whole."""
 SECTIONS = (
     Section(
         script="loss_head",
@@ -81,7 +88,13 @@ Each switch of ours turned off in turn, and the plain loop over two transformers
 that materialises logits.""",
         tables=(Table(figure="seconds", columns=STEP),),
     ),
-    Section(script="loader", title="The loader", text="Images and text for both models.", on_gpu=False),
+    Section(
+        script="loader",
+        title="The loader",
+        text=LOADER,
+        tables=(Table(figure="value", columns=("part", "what", "value", "unit", "ratio")),),
+        on_gpu=False,
+    ),
     Section(script="generation", title="Answering", text="Greedy answers in batches, beside one at a time."),
     Section(script="scoring", title="Scoring", text="The VQA rules over many answers.", on_gpu=False),
 )
