@@ -32,6 +32,7 @@ WAITS = {
     aten.nonzero.default,
     aten._local_scalar_dense.default,
     aten.masked_select.default,
+    aten.masked_scatter_backward.default,  # selects by the mask below what a dispatch mode sees
     aten.is_nonzero.default,
     aten.equal.default,
     aten.unique_consecutive.default,
@@ -60,6 +61,13 @@ OBJECTIVES = {
 }
 
 
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+
+
+def _is_mask(index: torch.Tensor | None) -> bool:
+    return index is not None and index.dtype == torch.bool
+
+
 class Waits(TorchDispatchMode):
     """Notes the functions that call what the host must wait for."""
 
@@ -70,7 +78,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        if func in WAITS:
+        if func in WAITS or (func in INDEXING and any(_is_mask(index) for index in args[1])):
             ours = [f for f in traceback.extract_stack() if "/torch/" not in f.filename][:-1]
             self.callers.append(ours[-1].name)
         return func(*args, **(kwargs or {}))

@@ -265,7 +265,7 @@ class Objective:
         )
 
     def _active_rows(self, rows: list[_Rows], batch: Batch) -> tuple[int, int] | None:
-        """Rows with a KL weight, and those with a cross-entropy weight alone; None where they must be found."""
+        """Rows with a KL weight, and those with cross-entropy alone; None where they must be looked for."""
         num_kl = num_ce_alone = 0
         for row in rows:
             term = self.response_kl if row.name == "response" else self.visual_kl
