@@ -29,7 +29,12 @@ def quantize_linears(module: nn.Module, bits: Bits, *, compute_dtype: torch.dtyp
 
     They hold the values as they are until they are moved to a GPU.
     """
-    from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+    from bitsandbytes.nn.modules import (  # pyright: ignore[reportMissingImports]  # an extra
+        Int8Params,
+        Linear4bit,
+        Linear8bitLt,
+        Params4bit,
+    )
 
     for path, layer in list(module.named_modules()):
         if type(layer) is not nn.Linear:
