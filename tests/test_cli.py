@@ -45,7 +45,7 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         ("--global_batch_size=four", "`global_batch_size` must be a whole number; got 'four'"),
         ("--teacher=null", "distillation terms but `teacher` is null; set teacher.checkpoint"),
         ("--objective={cross_entropy: {}}", "`teacher` is set but no term of `objective` uses it; add"),
-        ("--data.template=alpaca", "`data.template` must be one of plain, vicuna,"),
+        ("--data.template=alpaca", "`data.template` must be auto or one of plain, vicuna,"),
         ("--engine.device=tpu", "`engine.device` must be one of auto, cpu, cuda; got 'tpu'"),
         ("optim.lr=1", "an override looks like --optim.lr=1e-4; got 'optim.lr=1'"),
         ("--objective.response_kl.mix=0", "mix must lie strictly between 0 and 1; got 0"),

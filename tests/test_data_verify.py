@@ -120,7 +120,7 @@ def test_command_measures_lengths_as_a_model_reads(
     assert status == 1
     assert "3 records that cannot be encoded" in said
     status, said = run(capsys, "--data", path, "--model", student_dir, "--template", "alpaca")
-    assert (status, "`data.template` must be one of" in said) == (2, True)
+    assert (status, "`data.template` must be auto or one of" in said) == (2, True)
 
 
 def test_command_reads_tar_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
