@@ -12,4 +12,5 @@ else
   setup_env all,dev
 fi
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-${VENV:-$PWD/.venv}/torch_extensions}" # one shared with others is rebuilt and locked
 exec python -m pytest -n "${TEST_PROCESSES:-auto}" --dist loadfile "$@"
