@@ -13,6 +13,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llava_kd.build.models import wholly_trained
 from llava_kd.config import LoraConfig, TrainConfig
+from llava_kd.losses.gemm import HEAD_ROWS_AT_A_TIME
+from llava_kd.losses.rows import CPU_CHUNK_BYTES, CUDA_MEMORY_SHARE, MAX_CHUNK_ROWS
 from llava_kd.models.lora import chosen_layers, linear_layers
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.reading import existing, read_config
@@ -22,7 +24,6 @@ from llava_kd.models.vision_tower import text_config, tokens_per_image, vision_c
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 BYTES = {"4bit": 0.516, "8bit": 1.0}  # of a quantized weight and its share of the scales
 GB = 1e9
-_HEAD_ROWS = 1024  # rows whose logits exist at one time in the loss head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,10 @@ def memory(config: TrainConfig, ranks: int, student: Sizes, teacher: Sizes | Non
     trained = student.trained
     frozen = sum(student.parameters.values()) - trained
     tower = 0 if "vision_tower" in config.trainable else student.parameters["vision_tower"]
-    found = _states(engine_kind(config, ranks), ranks, trained, frozen - tower, tower, width, student)
+    kind = engine_kind(config, ranks)
+    found = _states(kind, ranks, trained, frozen - tower, tower, width, student)
+    if kind == "fsdp2" and accumulation(config, ranks) > 1:
+        found["gradients"] = 4.0 * trained  # summed whole, exchanged once
     if config.student.quantize is not None:
         found["weights"] -= student.linear * (width - BYTES[config.student.quantize])
     if teacher is not None and config.teacher is not None and config.teacher.cache is not None:
@@ -127,7 +131,8 @@ def memory(config: TrainConfig, ranks: int, student: Sizes, teacher: Sizes | Non
         if config.teacher.placement == "fsdp":
             found["teacher"] -= spread * (ranks - 1) / ranks
             found["gathered units"] += 2 * spread / teacher.layers * (ranks > 1)
-    found["activations"] = _activations(config, student, teacher, width)
+    is_autocast = bf16 and kind in ("single", "ddp")
+    found["activations"] = _activations(config, student, teacher, width, is_autocast=is_autocast)
     return found
 
 
@@ -160,19 +165,57 @@ def _states(
     }
 
 
-def _activations(config: TrainConfig, student: Sizes, teacher: Sizes | None, width: int) -> float:
-    tokens = config.micro_batch_size * config.data.max_length
-    layer = tokens * width * (10 * student.hidden + 4 * student.inner)
-    kept = tokens * width * student.hidden * student.layers
-    total = kept + layer if config.engine.activation_checkpointing else layer * student.layers
-    for side in (student, teacher):
-        if side is not None:
-            head = _HEAD_ROWS * side.vocabulary * (4 + width)
-            images = config.micro_batch_size * side.tokens_per_image * side.tower_hidden * width * 16
-            total += head + tokens * side.hidden * width * 4 + images
+def _activations(
+    config: TrainConfig, student: Sizes, teacher: Sizes | None, width: int, *, is_autocast: bool
+) -> float:
+    """The most of what one moment holds: the tower, the teacher's forward, or the student's graph."""
+    rows, tokens = config.micro_batch_size, config.micro_batch_size * config.data.max_length
+    sides = [side for side in (student, teacher) if side is not None]
+    tower = rows * max(side.tokens_per_image * side.tower_hidden for side in sides) * width
+    around = tokens * student.hidden * 6 * width + 2 * tower  # embeddings, projector, last norm, loss rows
     if teacher is not None:
-        total += tokens * width * (10 * teacher.hidden + 4 * teacher.inner)
-    return total
+        around += 2 * tokens * teacher.hidden * width  # its prediction, and the rows of it
+    backward = 3 * tokens * width * (student.hidden + student.inner)
+    is_trained = "language_model" in config.trainable
+    layer = _layer(student, tokens, width, is_trained=is_trained)
+    kept = student.layers * layer
+    if config.engine.activation_checkpointing:
+        # A layer is computed again in the backward. Autocast leaves what runs between layers in fp32.
+        kept = student.layers * tokens * student.hidden * (4 if is_autocast and is_trained else width)
+        backward += layer
+    # The buffers of the head are free when the backward comes to the layers.
+    graph = kept + around + max(_head(config, student, teacher, tokens, width), backward)
+    forward = 0.0 if teacher is None else tokens * width * (8 * teacher.hidden + 3 * teacher.inner)
+    return max(graph, around + forward, 16.0 * tower)
+
+
+def _layer(student: Sizes, tokens: int, width: int, *, is_trained: bool) -> float:
+    """Bytes that a decoder layer keeps for its backward. Norms compute in fp32 whatever the width is.
+
+    Frozen products keep no input.
+    """
+    if is_trained:
+        return tokens * ((40 if width == 4 else 26) * student.hidden + 4 * width * student.inner)
+    return tokens * ((22 if width == 4 else 14) * student.hidden + 3 * width * student.inner)
+
+
+def _head(config: TrainConfig, student: Sizes, teacher: Sizes | None, tokens: int, width: int) -> float:
+    """Logits of a chunk on both sides, their gradient, and that of the head's weight before it is added."""
+    logits = 4 * (student.vocabulary + (0 if teacher is None else teacher.vocabulary))
+    if config.engine.device == "cpu":
+        most = CPU_CHUNK_BYTES
+    else:
+        device = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 80 * GB
+        most = device * CUDA_MEMORY_SHARE
+    rows = min(tokens, MAX_CHUNK_ROWS, int(most / logits))
+    extra = 0  # of 16-bit operands: on a GPU the gradient apart from the logits, on a CPU a block widened
+    if width == 2:
+        largest = max(logits // 4 - student.vocabulary, student.vocabulary)
+        extra = (
+            4 * min(largest, HEAD_ROWS_AT_A_TIME) if config.engine.device == "cpu" else 2 * student.vocabulary
+        )
+    weight = 4.0 * student.vocabulary * student.hidden if "language_model" in config.trainable else 0.0
+    return rows * (logits + extra) + weight
 
 
 def traffic(config: TrainConfig, ranks: int, student: Sizes) -> float:

@@ -99,7 +99,8 @@ class TorchEngine:
         for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
             group["lr"] = lr * lr_multiplier
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        # DDP's gradients are views of its buckets: without them micro-batches would be summed beside these.
+        self._optimizer.zero_grad(set_to_none=not isinstance(self._wrapped, DistributedDataParallel))
         return norm
 
     def parameters(self) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ def records(
 ) -> Callable[[str], Path]:
     """Records for a layout, put so that two ranks read rows as `kind_of_row` says."""
     source = json.loads((shapes_dir / "instructions.json").read_text())
-    reader = side(load_stock(str(student_dir)), DataConfig(path="", max_length=MAX_LENGTH))
+    reader = side(load_stock(str(student_dir)), DataConfig(path="", template="vicuna", max_length=MAX_LENGTH))
     root = tmp_path_factory.mktemp("records")
 
     def write(layout: str) -> Path:
