@@ -89,6 +89,15 @@ that materialises logits.""",
         tables=(Table(figure="seconds", columns=STEP),),
     ),
     Section(
+        script="teacher_cache",
+        title="The teacher from a cache",
+        text="""A step of the quickstart's stage 3 that reads the teacher's predictions, beside the step that
+runs the teacher, in CPU seconds of one thread. The floor, its batch at hand, has no teacher at all: where the
+student takes most of the step, no cache can halve it. `loss_difference` is relative; the k largest logits are
+a lower bound of the divergence, so theirs is not an error.""",
+        on_gpu=False,
+    ),
+    Section(
         script="loader",
         title="The loader",
         text=LOADER,
