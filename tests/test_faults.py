@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llava import make_tiny_llava
 
+from llava_kd.build import teacher as build_teacher
 from llava_kd.build import train as build_train
 from llava_kd.cli import main
 from llava_kd.parallel.world import World
@@ -51,7 +52,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(build_train, "student_parts", refuse)
-    monkeypatch.setattr(build_train, "load_stock", refuse)
+    monkeypatch.setattr(build_teacher, "load_stock", refuse)
 
 
 @pytest.mark.parametrize("what", ["cut", "flipped", "no state", "no json", "not a format"])

@@ -140,9 +140,11 @@ class Objective:
     def teacher_cross_entropy(self, teacher: AnyPrediction, batch: Batch, counts: Counts) -> Tensor | None:
         """The teacher's own mean over the response targets, as `cross_entropy` is the student's.
 
-        None where it is not known: of a cache that holds the largest logits alone.
+        None where it is not known: of a cache of the largest logits, or of none at the responses.
         """
-        if isinstance(teacher, TopKPrediction):
+        if isinstance(teacher, TopKPrediction) or (
+            batch.teacher_rows is not None and self.response_kl is None
+        ):
             return None
         inputs = batch.teacher_inputs
         rows_N = response_rows(inputs)
