@@ -58,6 +58,9 @@ def evaluate_benchmarks(
     quirks = quirks or Quirks()
     chosen = find(names)
     questions = {b.name: _questions(b, root, quirks, limit) for b in chosen}
+    for benchmark in chosen:  # nothing is asked where something is missing that its scorer will read
+        if benchmark.score is not None:
+            score_answers(benchmark, root, questions[benchmark.name], {}, quirks)
     ranks = join_ranks()
     model = Model(model_dir, ranks=ranks, device=device, dtype=dtype)
     summaries = {}
