@@ -58,13 +58,23 @@ def run(config: Path, output: Path, *overrides: str, num_ranks: int) -> tuple[li
     return losses, load_file(output / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("last", LAST)
-def test_every_engine_trains_the_tower_alike(config: Path, last: str, tmp_path: Path) -> None:
-    losses, weights = run(config, tmp_path / "alone", LAST[last], num_ranks=1)
+@pytest.fixture(scope="module", params=LAST)
+def alone(
+    request: pytest.FixtureRequest, config: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, list[float], dict]:
+    """How much of the tower is trained, and what one rank makes of it."""
+    output = tmp_path_factory.mktemp("alone") / "run"
+    return LAST[request.param], *run(config, output, LAST[request.param], num_ranks=1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_trains_the_tower_alike(
+    config: Path, alone: tuple[str, list[float], dict], engine: str, tmp_path: Path
+) -> None:
+    last, losses, weights = alone
     assert len(losses) == 6
-    for engine, overrides in ENGINES.items():
-        output = tmp_path / engine
-        got_losses, got = run(config, output, LAST[last], *overrides, num_ranks=2)
-        assert got_losses == pytest.approx(losses, rel=1e-5), engine
-        for name, tensor in weights.items():
-            torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=2e-5, msg=f"{engine}: {name}")
+    got_losses, got = run(config, tmp_path / "run", last, *ENGINES[engine], num_ranks=2)
+    assert got_losses == pytest.approx(losses, rel=1e-5)
+    for name, tensor in weights.items():
+        if not name.endswith("k_proj.bias"):  # its gradient is rounding alone, which Adam makes large
+            torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
