@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_kd.data.images import ImageTransform
 from llava_kd.data.side import Side
-from llava_kd.data.template import TEMPLATES
+from llava_kd.data.template_table import TEMPLATES
 
 IMAGE_TOKEN = "<image>"
 CORPUS = [

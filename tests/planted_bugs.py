@@ -95,7 +95,7 @@ BUGS = (
     ),
     Bug(
         7,
-        "data/template.py",
+        "data/encoder.py",
         "labels = torch.where(is_target, ids",
         "labels = torch.where(is_target.roll(1), ids",
         "test_data_template.py::test_labels_are_the_answers_and_their_end_tokens",
@@ -146,14 +146,14 @@ BUGS = (
     ),
     Bug(
         12,
-        "data/template.py",
+        "data/encoder.py",
         "if is_truncated and bool(visual[end:].any()):",
         "if False:",
         "test_data_template.py::test_truncation_never_drops_a_later_image",
     ),
     Bug(
         12,
-        "data/template.py",
+        "data/encoder.py",
         "if not bool(is_target.any()):",
         "if False:",
         "test_data_template.py::test_truncation_keeps_images_and_targets_or_names_the_record",
@@ -230,7 +230,7 @@ BUGS = (
     ),
     Bug(
         20,
-        "data/template.py",
+        "data/encoder.py",
         "repeats = torch.where(is_image, self.tokens_per_image, 1)",
         "repeats = torch.where(is_image, 9, 1)",
         "test_data_template.py::test_each_image_fills_its_places",

@@ -22,8 +22,9 @@ from llava_kd.build.models import student_parts
 from llava_kd.build.train import train
 from llava_kd.config import load
 from llava_kd.data.alignment import matched
+from llava_kd.data.encoder import Encoded, Encoder
 from llava_kd.data.records import Record, Turn
-from llava_kd.data.template import TEMPLATES, Encoded, Encoder
+from llava_kd.data.template_table import TEMPLATES
 from llava_kd.distill.objective import KL, CrossEntropy, Objective
 from llava_kd.models.checkpoint import load_stock
 from llava_kd.models.mllm import Prediction

@@ -17,7 +17,7 @@ from llava_kd.data.lengths import record_sizes
 from llava_kd.data.loader import Loader, Side
 from llava_kd.data.packing import Packing
 from llava_kd.data.records import LlavaJson
-from llava_kd.data.template import TEMPLATES
+from llava_kd.data.template_table import TEMPLATES
 from llava_kd.models.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 

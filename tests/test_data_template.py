@@ -10,8 +10,10 @@ from data_samples import IMAGE_TOKEN, llama_like, qwen_like
 from transformers import PreTrainedTokenizerFast
 
 from llava_kd.batch import IGNORE_INDEX
+from llava_kd.data.encoder import Encoder
 from llava_kd.data.records import Record, Turn, parse_record
-from llava_kd.data.template import TEMPLATES, Encoder, Template, encode
+from llava_kd.data.template import Template
+from llava_kd.data.template_table import TEMPLATES
 
 TOKENIZERS = {"qwen": qwen_like(), "llama": llama_like()}
 TURNS = {
@@ -211,14 +213,13 @@ def test_placeholder_that_is_not_one_token_is_an_error() -> None:
     tokenizer = TOKENIZERS["qwen"]
     record = record_of("one image")
     with pytest.raises(ValueError, match=r"record 'one image': <image> must be one token, id 7"):
-        encode(
-            record,
+        Encoder(
             template=TEMPLATES["vicuna"],
             tokenizer=tokenizer,
             image_token_id=7,
             tokens_per_image=3,
             max_length=100,
-        )
+        )(record)
 
 
 def test_missing_end_token_is_an_error() -> None:

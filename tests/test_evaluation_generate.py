@@ -14,7 +14,7 @@ from tiny_llava import make_tiny_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from llava_kd.data.conversation import Turn
-from llava_kd.data.template import TEMPLATES
+from llava_kd.data.template_table import TEMPLATES
 from llava_kd.evaluation.answers import answers_file, read_lines
 from llava_kd.evaluation.generate import Generator, evaluation_mode, generate, render_prompt
 from llava_kd.evaluation.questions import Question, read_llava_json

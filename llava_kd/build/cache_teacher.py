@@ -31,6 +31,7 @@ from llava_kd.build.teacher_cache import (
 from llava_kd.build.train import placed_teacher, speaker
 from llava_kd.config import TrainConfig
 from llava_kd.data.conversation import Source
+from llava_kd.data.encoder import Encoded
 from llava_kd.data.loader import Loader, Side
 from llava_kd.data.teacher_cache import INDEX, MANIFEST, SHARDS, Contents, Manifest, Mode, write_index
 from llava_kd.data.teacher_shards import (
@@ -43,7 +44,6 @@ from llava_kd.data.teacher_shards import (
     text_crc,
     write_shard,
 )
-from llava_kd.data.template import Encoded
 from llava_kd.models.checkpoint import Parts, load_stock
 from llava_kd.models.mllm import Prediction
 from llava_kd.parallel.world import World, join, peers

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_kd.build.models import DTYPES
-from llava_kd.data.template import TEMPLATES
+from llava_kd.data.template_table import TEMPLATES
 from llava_kd.models.checkpoint import save_stock
 from llava_kd.models.convert import convert
 from llava_kd.models.export import export

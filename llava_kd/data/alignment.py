@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llava_kd.batch import IGNORE_INDEX
 from llava_kd.data.conversation import Record
-from llava_kd.data.template import Encoded
+from llava_kd.data.encoder import Encoded
 
 
 def matched(record: Record, encoded: tuple[Encoded, ...]) -> tuple[Encoded, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava_kd.batch import IGNORE_INDEX, Places
-from llava_kd.data.template import Encoded
+from llava_kd.data.encoder import Encoded
 
 
 @dataclass(frozen=True, kw_only=True)

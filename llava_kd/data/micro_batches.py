@@ -14,12 +14,12 @@ from llava_kd.data.alignment import matched
 from llava_kd.data.bad_records import BadRecord
 from llava_kd.data.collate import Item, RawImages, Rows, collate, masked
 from llava_kd.data.conversation import Record, Source
+from llava_kd.data.encoder import Encoded
 from llava_kd.data.images import GREY, decode
 from llava_kd.data.listing import Listing
 from llava_kd.data.plan import Plan
 from llava_kd.data.side import Side
 from llava_kd.data.teacher_cache import TeacherCache, Wanted
-from llava_kd.data.template import Encoded
 
 _CACHED_TOKENS = 4_000_000
 

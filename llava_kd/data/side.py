@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
+from llava_kd.data.encoder import Encoder
 from llava_kd.data.images import ImageTransform
-from llava_kd.data.template import Encoder, Template
+from llava_kd.data.template import Template
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llava_kd.batch import TeacherRows
+from llava_kd.data.encoder import Encoded
 from llava_kd.data.teacher_shards import (
     IMAGE_TENSORS,
     DamagedShardError,
@@ -29,7 +30,6 @@ from llava_kd.data.teacher_shards import (
     sync,
     text_crc,
 )
-from llava_kd.data.template import Encoded
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

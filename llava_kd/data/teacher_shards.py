@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llava_kd.batch import IGNORE_INDEX
-from llava_kd.data.template import Encoded
+from llava_kd.data.encoder import Encoded
 
 SUFFIX = ".safetensors"
 ROW_TENSORS = ("hidden_ME", "top_logits_MK", "top_columns_MK", "rest_M")

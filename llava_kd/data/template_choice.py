@@ -8,7 +8,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from llava_kd.data.conversation import IMAGE_PLACEHOLDER, Turn
-from llava_kd.data.template import TEMPLATES, Template
+from llava_kd.data.template import Template
+from llava_kd.data.template_table import TEMPLATES
 
 AUTO = "auto"
 # By the tokens that only this family's turns are made of; the first that a tokenizer has all of.
