@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,9 +14,9 @@ from data_samples import entry, side, write_dataset
 
 from llava_kd.batch import Batch
 from llava_kd.data.collate import RawImages
-from llava_kd.data.device_stage import SideStream, tensors_of, to_batch
+from llava_kd.data.device_stage import Ahead, tensors_of, to_batch
 from llava_kd.data.loader import Loader
-from llava_kd.data.micro_batches import MicroBatches
+from llava_kd.data.micro_batches import Micro, MicroBatches
 from llava_kd.data.plan import Plan
 from llava_kd.data.records import LlavaJson
 
@@ -61,9 +65,9 @@ def test_raw_images_give_the_batch_of_resized_ones(source: LlavaJson) -> None:
 def test_raw_images_are_one_block(source: LlavaJson) -> None:
     images = [torch.randint(0, 256, (h, w, 3), dtype=torch.uint8) for h, w in ((2, 3), (1, 1), (5, 4))]
     raw = RawImages.of(images)
-    assert raw.block.shape == (3 * (6 + 1 + 20),)
-    assert all(torch.equal(a, b) for a, b in zip(raw.images(), images, strict=True))
-    assert RawImages.of([]).images() == []
+    assert raw.pixels.shape == (3 * (6 + 1 + 20),)
+    assert all(torch.equal(a, b) for a, b in zip(raw.images(torch.device("cpu")), images, strict=True))
+    assert RawImages.of([]).images(torch.device("cpu")) == []
 
 
 @pytest.mark.gpu
@@ -76,7 +80,7 @@ def test_side_stream_gives_the_batches_in_order(source: LlavaJson) -> None:
     sides = (STUDENT, TEACHER)
     keys = [(step, m) for step in range(20) for m in range(2)]
     raw, resized = micro_batches(source, leaves_raw=True), micro_batches(source, leaves_raw=False)
-    stream = SideStream(torch.device("cuda"))
+    stream = Ahead(torch.device("cuda"))
     for _ in range(2):
         made = stream.run((raw[key] for key in keys), sides)
         for key, (_, batch) in zip(keys, made, strict=True):
@@ -100,3 +104,41 @@ def test_loader_on_a_gpu_gives_the_batches_of_the_cpu(source: LlavaJson) -> None
     for one, other in zip(on_gpu.batches(0, 3), on_cpu.batches(0, 3), strict=True):
         for a, b in zip(one, other, strict=True):
             assert_equal(a, b)
+
+
+def test_batches_are_made_while_the_one_before_is_used(source: LlavaJson) -> None:
+    micros = micro_batches(source, leaves_raw=False)
+    asked: list[tuple[int, int]] = []
+    third = threading.Event()
+
+    def made() -> Iterator[Micro]:
+        for key in [(step, m) for step in range(4) for m in range(2)]:
+            asked.append(key)
+            if len(asked) == 3:
+                third.set()
+            yield micros[key]
+
+    batches = Ahead(torch.device("cpu")).run(made(), (STUDENT, TEACHER))
+    next(batches)
+    assert third.wait(timeout=60)
+    time.sleep(0.5)
+    assert len(asked) == 3  # two ahead, not all
+    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_workers_end_with_the_batches_and_with_an_error(source: LlavaJson) -> None:
+    def loader(**settings) -> Loader:
+        return Loader(
+            source=source, student=STUDENT, teacher=TEACHER, seed=0, global_batch_size=4, micro_batch_size=4,
+            rank=0, world_size=1, device="cpu", num_workers=1, **settings,
+        )  # fmt: skip
+
+    batches = loader(max_bad_rate=1.0).batches(0, 1000)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 1
+    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert multiprocessing.active_children() == []
+    with pytest.raises(ValueError, match="bad") as held:
+        list(loader(max_bad_rate=0.0).batches(0, 1000))
+    assert multiprocessing.active_children() == []
+    assert held.traceback  # which keeps alive what the failed call had

@@ -114,6 +114,7 @@ def test_a_student_starts_with_its_teachers_projector_and_goes_on_with_it(
         (["--objective.attention={first: 0.7, last: 0.3}"], "must be less than `last`"),
         (["--objective.attention={first: 1.3}"], "from 0 to 1"),
         (["--objective.attention={}", "--teacher.cache=somewhere"], "attention` need the teacher itself"),
+        (["--data.decode=nvjpeg", "--teacher.cache=somewhere"], "nvjpeg makes others: set it to cpu"),
         (["--student.projector=teacher"], "keeps the projector it has"),
     ],
 )

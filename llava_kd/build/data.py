@@ -141,6 +141,7 @@ def make_loader(
         world_size=world.size,
         device=world.device,
         num_workers=data.num_workers,
+        decoder=data.decode,
         packing=make_packing(data.packing),
         image_cache_bytes=data.image_cache_mb * 2**20,
         teacher_cache=cache,

@@ -111,6 +111,8 @@ class DataConfig:
     a mixture of several, in its place. `follow_symlinks` lets links lead out of an image root.
     `template`: `auto` is the one of a model's own directory, or else of its language model's family.
     `resize`: `exact` as Pillow does, or the CPU's `quick` kernel, which differs by 1 in some pixels.
+    `decode`: `nvjpeg` decodes baseline JPEGs on the GPU, with the pixels of another chroma filter than every
+    CPU decoder's; a damaged one then stops the run.
     `visual_alignment`: what to do where the two models have different visual tokens; `resample` interpolates
     the teacher's final hidden states to the student's grid.
     """
@@ -122,6 +124,7 @@ class DataConfig:
     template: str = "auto"
     max_length: int = 2048
     image_aspect: Literal["square", "pad"] = "square"
+    decode: Literal["cpu", "nvjpeg"] = "cpu"
     resize: Literal["exact", "quick"] = "exact"
     visual_alignment: Literal["refuse", "resample"] = "refuse"
     num_workers: int = 4
@@ -315,6 +318,11 @@ class TrainConfig:
                 "student.projector": reuses_teacher,
             }
             check_needs_the_model(needs, self.teacher.cache)
+            require(
+                self.teacher.cache is None or self.data.decode == "cpu",
+                f"`teacher.cache` ({self.teacher.cache}) holds predictions for the pixels of a CPU decoder; "
+                f"`data.decode` {self.data.decode} makes others: set it to cpu",
+            )
         if self.objective.visual_switch is not None and self.teacher is not None:
             check_switch(self.objective.visual_switch, self.trainable, self.teacher.placement)
         if self.objective.needs_teacher and self.teacher is None:

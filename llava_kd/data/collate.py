@@ -5,6 +5,7 @@ Shape legend: B rows, T tokens, I images, H height, W width, C channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llava_kd.batch import IGNORE_INDEX, Places
+from llava_kd.data.device_decode import decode_jpegs
 from llava_kd.data.encoder import Encoded
 
 
@@ -48,30 +50,37 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class RawImages:
-    """Decoded images of any sizes in one block of bytes."""
+    """Images of any sizes in two blocks of bytes: `pixels` of those that are decoded, and `jpegs`.
 
-    block: Tensor
-    sizes: tuple[tuple[int, int], ...]
+    `shapes` are in the order of the images: [H, W, 3], or [number of bytes] of a JPEG.
+    """
+
+    pixels: Tensor
+    jpegs: Tensor
+    shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, images: Sequence[Tensor]) -> RawImages:
+        """`images` are uint8: [H, W, 3], or [number of bytes]."""
         empty = torch.zeros(0, dtype=torch.uint8)
         return cls(
-            block=torch.cat([empty, *(image_HWC.flatten() for image_HWC in images)]),
-            sizes=tuple((image_HWC.shape[0], image_HWC.shape[1]) for image_HWC in images),
+            pixels=torch.cat([empty, *(image.flatten() for image in images if image.dim() == 3)]),
+            jpegs=torch.cat([empty, *(image for image in images if image.dim() == 1)]),
+            shapes=tuple(tuple(image.shape) for image in images),
         )
 
-    def images(self) -> list[Tensor]:
-        """uint8 [H, W, C] of each image, sharing the block's memory."""
-        areas = [3 * height * width for height, width in self.sizes]
-        parts = self.block.split(areas)
-        return [part.view(*size, 3) for part, size in zip(parts, self.sizes, strict=True)]
-
-    def to(self, device: torch.device) -> RawImages:
-        return replace(self, block=self.block.to(device, non_blocking=True))
+    def images(self, device: torch.device) -> list[Tensor]:
+        """uint8 [H, W, 3] of each image on `device`; ValueError if a JPEG cannot be decoded there."""
+        parts = {
+            number: block.split([math.prod(shape) for shape in self.shapes if len(shape) == number])
+            for number, block in ((3, self.pixels.to(device, non_blocking=True)), (1, self.jpegs))
+        }
+        pixels = iter(parts[3])
+        decoded = iter(decode_jpegs(parts[1], device))
+        return [next(pixels).view(shape) if len(shape) == 3 else next(decoded) for shape in self.shapes]
 
     def pinned(self) -> RawImages:
-        return replace(self, block=self.block.pin_memory())
+        return replace(self, pixels=self.pixels.pin_memory())
 
 
 def masked(item: Item) -> Item:

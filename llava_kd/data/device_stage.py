@@ -19,12 +19,15 @@ from llava_kd.data.micro_batches import Micro
 from llava_kd.data.side import Side
 
 _DEPTH = 2
-_Made = tuple[Micro, Batch, torch.cuda.Event]
+_Made = tuple[Micro, Batch, torch.cuda.Event | None]
 
 
 def to_batch(micro: Micro, sides: tuple[Side, ...], device: torch.device) -> Batch:
-    """Move a micro-batch, and resize its images if the worker left them raw, and normalise them."""
-    raw = None if micro.raw is None else micro.raw.to(device)
+    """Move a micro-batch, decode and resize its images if the worker left them raw, and normalise them.
+
+    ValueError, naming the records, if an image that was left encoded cannot be decoded.
+    """
+    raw = None if micro.raw is None else _on_device(micro.raw, micro.record_ids, device)
     inputs = [
         _inputs(rows, side.transform, raw, device) for rows, side in zip(micro.rows, sides, strict=True)
     ]
@@ -38,6 +41,16 @@ def to_batch(micro: Micro, sides: tuple[Side, ...], device: torch.device) -> Bat
     )
 
 
+def _on_device(raw: RawImages, record_ids: tuple[str, ...], device: torch.device) -> list[Tensor]:
+    try:
+        return raw.images(device)
+    except ValueError as error:
+        raise ValueError(
+            f"an image of the records {', '.join(record_ids)} is damaged ({error}): find it with "
+            "`llava-kd data verify`, or set data.decode to cpu, where a bad record is masked and counted"
+        ) from error
+
+
 def _num_shared_targets(sides: tuple[Rows, ...]) -> int | None:
     """Counted on the host; None with one side, or with sides that do not line up."""
     targets = [rows.labels_BT.flatten()[rows.places.response_N + 1] for rows in sides]
@@ -46,11 +59,11 @@ def _num_shared_targets(sides: tuple[Rows, ...]) -> int | None:
     return int((targets[0] == targets[1]).sum())
 
 
-def _inputs(rows: Rows, transform: ImageTransform, raw: RawImages | None, device: torch.device) -> Inputs:
+def _inputs(rows: Rows, transform: ImageTransform, raw: list[Tensor] | None, device: torch.device) -> Inputs:
     if raw is None:
         images_IHWC = rows.images_IHWC.to(device, non_blocking=True)
     else:
-        resized = [transform.resize(image_HWC) for image_HWC in raw.images()]
+        resized = [transform.resize(image_HWC) for image_HWC in raw]
         images_IHWC = (
             torch.stack(resized) if resized else torch.zeros(0, *transform.size, 3, dtype=torch.uint8)
         ).to(device)
@@ -67,19 +80,19 @@ def _inputs(rows: Rows, transform: ImageTransform, raw: RawImages | None, device
     )
 
 
-class SideStream:
-    """Makes batches on a thread and a CUDA stream of their own, a few ahead of their use.
+class Ahead:
+    """Makes batches on a thread, a few ahead of their use; on a CUDA device also on a stream of its own.
 
     Made once and kept: a stream per epoch would strand the memory that was allocated on it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run(self, micros: Iterator[Micro], sides: tuple[Side, ...]) -> Iterator[tuple[Micro, Batch]]:
         """The batches in order, each with its micro-batch; an error comes where its batch would have."""
-        consumer = torch.cuda.current_stream(self._device)
+        consumer = None if self._stream is None else torch.cuda.current_stream(self._device)
         pending: deque[Future[_Made | None]] = deque()
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="device-stage") as thread:
             try:
@@ -88,20 +101,23 @@ class SideStream:
                 while (made := pending.popleft().result()) is not None:
                     micro, batch, event = made
                     pending.append(thread.submit(self._next, micros, sides, consumer))
-                    consumer.wait_event(event)
-                    for tensor in tensors_of(batch):
-                        tensor.record_stream(consumer)  # its memory is the side stream's
+                    if consumer is not None and event is not None:
+                        consumer.wait_event(event)
+                        for tensor in tensors_of(batch):
+                            tensor.record_stream(consumer)  # its memory is the side stream's
                     yield micro, batch
             finally:
                 for future in pending:
                     future.cancel()
 
     def _next(
-        self, micros: Iterator[Micro], sides: tuple[Side, ...], consumer: torch.cuda.Stream
+        self, micros: Iterator[Micro], sides: tuple[Side, ...], consumer: torch.cuda.Stream | None
     ) -> _Made | None:
         micro = next(micros, None)
         if micro is None:
             return None
+        if self._stream is None or consumer is None:
+            return micro, to_batch(micro, sides, self._device), None
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._stream.wait_stream(consumer)
             batch = to_batch(micro.pinned(), sides, self._device)

@@ -71,7 +71,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     return torch.from_numpy(_decode_pillow(data, max_pixels))
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """ValueError for more than `max_pixels` pixels."""
     if width * height > max_pixels:
         raise ValueError(f"an image may have at most {max_pixels} pixels, got {width} x {height}")
 
@@ -83,7 +84,7 @@ def _decode_simplejpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    _check_size(int(width), int(height), max_pixels)
+    check_size(int(width), int(height), max_pixels)
     if colorspace in ("CMYK", "YCCK"):
         return None
     try:
@@ -113,7 +114,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         # Pillow names the stream that it could not identify, not what is wrong with it.
         detail = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
         raise ValueError(f"not a readable image of {', '.join(FORMATS)}{detail}") from None
-    _check_size(*image.size, max_pixels)
+    check_size(*image.size, max_pixels)
     return image
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from llava_kd.batch import Batch
 from llava_kd.data.bad_records import BadRecords
 from llava_kd.data.conversation import Source
-from llava_kd.data.device_stage import SideStream, to_batch
+from llava_kd.data.device_decode import Decoder, check_decoder
+from llava_kd.data.device_stage import Ahead
 from llava_kd.data.images import MAX_PIXELS
 from llava_kd.data.lengths import record_sizes
 from llava_kd.data.listing import Listing
@@ -55,6 +56,7 @@ class Loader:
         max_bad_rate: float = 0.001,
         bad_records_path: str | Path | None = None,
         max_pixels: int = MAX_PIXELS,
+        decoder: Decoder = "cpu",
         packing: Packing | None = None,
         one_record_per_row: bool = False,
         cache: str | Path | None = None,
@@ -68,7 +70,8 @@ class Loader:
         `teacher_cache` gives batches their `teacher_rows`. `records`, on one rank: these once, in this order.
         """
         self._device = torch.device(device)
-        self._side_stream = SideStream(self._device) if self._device.type == "cuda" else None
+        check_decoder(decoder, self._device)
+        self._ahead = Ahead(self._device)
         self._sides = sides = (student,) if teacher is None else (student, teacher)
         if records is not None:
             plan = Listing(records, rows_per_step=global_batch_size)
@@ -80,7 +83,7 @@ class Loader:
             )  # fmt: skip
         self._dataset = MicroBatches(
             source=source, sides=sides, plan=plan, micro_batch_size=micro_batch_size, rank=rank,
-            max_pixels=max_pixels, leaves_raw=self._side_stream is not None,
+            max_pixels=max_pixels, leaves_raw=self._device.type == "cuda", decoder=decoder,
             one_record_per_row=one_record_per_row, image_cache_bytes=image_cache_bytes,
             teacher_cache=teacher_cache,
         )  # fmt: skip
@@ -111,7 +114,7 @@ class Loader:
         result, self._since_last_call = self._since_last_call, _zero_telemetry(self._parts)
         return result
 
-    def _micros(self, keys: list[tuple[int, int]]) -> Iterator[Micro]:
+    def _micros(self, keys: list[tuple[int, int]]) -> Generator[Micro, None, None]:
         if self._num_workers == 0:
             for key in keys:
                 yield self._dataset[key]
@@ -135,14 +138,13 @@ class Loader:
                 f"a data worker died ({error}); the machine may be out of memory: use fewer data.num_workers"
             ) from error
 
-    def _batches(self, micros: Iterator[Micro]) -> Iterator[Batch]:
-        if self._side_stream is None:
-            made = ((micro, to_batch(micro, self._sides, self._device)) for micro in micros)
-        else:
-            made = self._side_stream.run(micros, self._sides)
-        for micro, batch in made:
-            self._count(micro)
-            yield batch
+    def _batches(self, micros: Generator[Micro, None, None]) -> Iterator[Batch]:
+        try:
+            for micro, batch in self._ahead.run(micros, self._sides):
+                self._count(micro)
+                yield batch
+        finally:
+            micros.close()  # ends the workers
 
     def _count(self, micro: Micro) -> None:
         """Add up what came; ValueError if the run must stop for its bad records."""

@@ -14,8 +14,9 @@ from llava_kd.data.alignment import matched
 from llava_kd.data.bad_records import BadRecord
 from llava_kd.data.collate import Item, RawImages, Rows, collate, masked
 from llava_kd.data.conversation import Record, Source
+from llava_kd.data.device_decode import Decoder, plain_jpeg_size
 from llava_kd.data.encoder import Encoded
-from llava_kd.data.images import GREY, decode
+from llava_kd.data.images import GREY, check_size, decode
 from llava_kd.data.listing import Listing
 from llava_kd.data.plan import Plan
 from llava_kd.data.side import Side
@@ -60,7 +61,8 @@ class _Loaded:
 class MicroBatches(Dataset[Micro]):
     """Micro-batch by (step, number within the step); all that a worker needs, and picklable.
 
-    `leaves_raw` hands decoded images over as they are, for a device to resize.
+    `leaves_raw` hands images over as they are, for a device to resize; `decoder` nvjpeg leaves those JPEGs
+    encoded that the device may decode.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class MicroBatches(Dataset[Micro]):
         rank: int,
         max_pixels: int,
         leaves_raw: bool = False,
+        decoder: Decoder = "cpu",
         one_record_per_row: bool = False,
         image_cache_bytes: int = 0,
         teacher_cache: TeacherCache | None = None,
@@ -85,6 +88,7 @@ class MicroBatches(Dataset[Micro]):
         self._rank = rank
         self._max_pixels = max_pixels
         self._leaves_raw = leaves_raw
+        self._leaves_encoded = leaves_raw and decoder == "nvjpeg"
         self._one_record_per_row = one_record_per_row
         self._encoded: dict[int, tuple[Encoded, ...] | str] = {}
         self._cached_tokens = 0
@@ -165,15 +169,22 @@ class MicroBatches(Dataset[Micro]):
             self._image_cache_bytes -= size
 
     def _decoded(self, i: int, record: Record) -> tuple[list[Tensor], list[str]]:
-        """Pixels of each image, a grey one in the place of a bad one, and what is wrong with those."""
+        """Each image, a grey one in the place of a bad one, and what is wrong with those."""
         images, reasons = [], []
         for k, name in enumerate(record.images):
             try:
-                images.append(decode(self._source.image_bytes(i, k), max_pixels=self._max_pixels))
+                images.append(self._pixels(self._source.image_bytes(i, k)))
             except (ValueError, OSError) as error:
                 reasons.append(f"image {name!r}: {error}")
                 images.append(torch.full((1, 1, 3), GREY, dtype=torch.uint8))
         return images, reasons
+
+    def _pixels(self, data: bytes) -> Tensor:
+        """Decoded, or the bytes themselves where a device decodes them."""
+        if self._leaves_encoded and (size := plain_jpeg_size(data)) is not None:
+            check_size(size[1], size[0], self._max_pixels)
+            return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return decode(data, max_pixels=self._max_pixels)
 
     def _encode(self, i: int, record: Record) -> tuple[Encoded, ...] | str:
         """The record's tokens on each side, or why it has none; kept in memory while there is room."""
