@@ -16,7 +16,8 @@ from _common import Row, meta, parser, print_table, write_json
 from PIL import Image
 
 from llava_kd.evaluation.answers import read_all
-from llava_kd.evaluation.generate import Generator, generate, render_prompt
+from llava_kd.evaluation.generate import Generator, generate
+from llava_kd.evaluation.prompt import render_prompt
 from llava_kd.evaluation.questions import Question, read_llava_json
 
 

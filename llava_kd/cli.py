@@ -36,6 +36,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except OSError as error:  # a file, a directory, a disk
         print(f"llava-kd {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"llava-kd {arguments.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 @contextmanager
@@ -286,8 +289,9 @@ def _chat(arguments: argparse.Namespace) -> int:
     from llava_kd.evaluation.chat import Chat
 
     chat = Chat.load(arguments.model, arguments.image, max_new_tokens=arguments.max_new_tokens)
-    questions = [arguments.question] if arguments.question else sys.stdin
-    for question in questions:
+    for question in sys.stdin if arguments.question is None else [arguments.question]:
+        if arguments.question is None and not question.strip():
+            continue
         for piece in chat.stream(question.strip()):
             print(piece, end="", flush=True)
         print()

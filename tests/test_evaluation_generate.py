@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 from llava_kd.data.conversation import Turn
 from llava_kd.data.template_table import TEMPLATES
 from llava_kd.evaluation.answers import answers_file, read_lines
-from llava_kd.evaluation.generate import Generator, evaluation_mode, generate, render_prompt
+from llava_kd.evaluation.generate import Generator, evaluation_mode, generate
+from llava_kd.evaluation.prompt import render_prompt
 from llava_kd.evaluation.questions import Question, read_llava_json
 from llava_kd.evaluation.runner import evaluate
 

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from llava_kd.data.conversation import IMAGE_PLACEHOLDER
+from llava_kd.data.images import decode
 from llava_kd.evaluation.generate import Generator
+from llava_kd.evaluation.prompt import model_inputs, render_talk
 
 
 @dataclass
@@ -30,17 +33,10 @@ class Chat:
     @torch.no_grad()
     def stream(self, question: str) -> Iterator[str]:
         """The greedy answer in pieces; the turn is then remembered."""
-        if not question:
-            raise ValueError("the question is empty")
-        placeholders = "<image>\n" * len(self.images) if not self.turns else ""
-        asked = [*self.turns, {"role": "user", "content": placeholders + question}]
+        asked = [*self.turns, {"role": "user", "content": self._with_places(question)}]
         processor, model = self.generator.processor, self.generator.model
-        text = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-        given = dict(
-            processor(text=text, images=self.images or None, text_kwargs={"return_tensors": "pt"}).to(
-                model.device, model.dtype
-            )
-        )
+        text = render_talk(processor, asked)
+        given = dict(model_inputs(processor, [text], self.images).to(model.device, model.dtype))
         ids, shown, cache = [], "", None
         ends = set(self.generator.end_ids)
         for _ in range(self.generator.max_new_tokens):
@@ -57,9 +53,22 @@ class Chat:
             given = {"input_ids": torch.tensor([[token]], device=model.device)}
         self.turns = [*asked, {"role": "assistant", "content": shown.strip()}]
 
+    def _with_places(self, question: str) -> str:
+        """The question with a place for each image, in the first turn before its words unless it has them."""
+        if not question:
+            raise ValueError("the question is empty")
+        places = question.count(IMAGE_PLACEHOLDER)
+        expected = 0 if self.turns else len(self.images)
+        if places not in (0, expected):
+            raise ValueError(
+                f"the question has {places} places {IMAGE_PLACEHOLDER}, but {expected} images come with it: "
+                "all come with the first question; leave the places out, or give one for each image"
+            )
+        return question if places else f"{IMAGE_PLACEHOLDER}\n" * expected + question
+
 
 def _open(path: str) -> Image.Image:
     try:
-        return Image.open(Path(path)).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+        return Image.fromarray(decode(Path(path).read_bytes()).numpy())
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 import llava_kd.models.adapted_tower  # noqa: F401  (registers towers that stock LLaVA has no class for)
-from llava_kd.data.conversation import IMAGE_PLACEHOLDER
 from llava_kd.evaluation.answers import AnswerWriter
+from llava_kd.evaluation.prompt import model_inputs, render_prompt
 from llava_kd.evaluation.questions import Question
 from llava_kd.evaluation.ranks import Ranks
 from llava_kd.models.checkpoint import load_config
@@ -94,19 +94,7 @@ class Generator:
         """Processor output for a batch: left-padded ids and pixel values, on the CPU."""
         texts = [render_prompt(self.processor, question.text) for question in questions]
         images = [_open_image(q, k) for q in questions for k in range(len(q.images))]
-        tokenizer = self.processor.tokenizer
-        bos = tokenizer.bos_token
-        return self.processor(
-            text=texts,
-            images=images or None,
-            text_kwargs={
-                "padding": True,
-                "return_tensors": "pt",
-                "padding_side": "left",
-                "add_special_tokens": not (bos and texts[0].startswith(bos)),
-            },
-            images_kwargs={"return_tensors": "pt"},
-        )
+        return model_inputs(self.processor, texts, images)
 
     @torch.no_grad()
     def greedy(self, inputs: BatchFeature) -> Tensor:
@@ -177,33 +165,11 @@ def load_processor(directory: Path) -> LlavaProcessor:
     return processor
 
 
-def render_prompt(processor: LlavaProcessor, text: str) -> str:
-    """The chat template around one user message, ready for the answer.
-
-    A template that prints string content gets the text as it is, placeholders in place; one that only
-    takes a list of parts gets the images first, as the LLaVA data have them.
-    """
-    prompt = _apply(processor, text)
-    if text in prompt:
-        return prompt
-    count = text.count(IMAGE_PLACEHOLDER)
-    words = text.replace(IMAGE_PLACEHOLDER, "").strip()
-    prompt = _apply(processor, [{"type": "image"}] * count + [{"type": "text", "text": words}])
-    if words not in prompt or prompt.count(IMAGE_PLACEHOLDER) != count:
-        raise ValueError(f"the chat template lost the question or its images: {text!r} became {prompt!r}")
-    return prompt
-
-
-def _apply(processor: LlavaProcessor, content: str | list[dict[str, str]]) -> str:
-    message = {"role": "user", "content": content}
-    return processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-
-
 def _open_image(question: Question, index: int) -> Image.Image:
     data = question.image_bytes(index)
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         where = question.image_name() or f"image {index}"
         raise ValueError(
             f"question {question.id!r}: cannot read {where}: {error}; mend or replace it"

@@ -1,0 +1,83 @@
+"""A conversation as the text, and the tensors, that a stock LLaVA reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from PIL import Image
+from transformers import BatchFeature, LlavaProcessor
+
+from llava_kd.data.conversation import IMAGE_PLACEHOLDER
+
+Content = str | list[dict[str, str]]
+
+
+def render_prompt(processor: LlavaProcessor, text: str) -> str:
+    """The chat template around one user message, ready for the answer."""
+    return render_talk(processor, [{"role": "user", "content": text}])
+
+
+def render_talk(processor: LlavaProcessor, messages: Sequence[Mapping[str, str]]) -> str:
+    """The chat template around messages of role and content, ready for the answer.
+
+    A template that prints string content gets the text as it is, placeholders in place; one that only
+    takes lists of parts gets the images of a message first, as the LLaVA data have them.
+    """
+    texts = [message["content"] for message in messages]
+    prompt = _apply(processor, messages, texts)
+    if _holds(prompt, texts):
+        return prompt
+    words = [text.replace(IMAGE_PLACEHOLDER, "").strip() for text in texts]
+    counts = [text.count(IMAGE_PLACEHOLDER) for text in texts]
+    parts = [
+        [{"type": "image"}] * count + [{"type": "text", "text": text}]
+        for count, text in zip(counts, words, strict=True)
+    ]
+    prompt = _apply(processor, messages, parts)
+    if not _holds(prompt, words) or prompt.count(IMAGE_PLACEHOLDER) != sum(counts):
+        raise ValueError(
+            f"the chat template lost a question, an answer or an image: {texts!r} became {prompt!r}"
+        )
+    return prompt
+
+
+def model_inputs(
+    processor: LlavaProcessor, texts: Sequence[str], images: Sequence[Image.Image]
+) -> BatchFeature:
+    """Left-padded ids and pixel values of rendered texts, on the CPU.
+
+    A text that a template began with the beginning-of-sequence token gets no second one.
+    """
+    bos = processor.tokenizer.bos_token
+    return processor(
+        text=list(texts),
+        images=list(images) or None,
+        text_kwargs={
+            "padding": True,
+            "return_tensors": "pt",
+            "padding_side": "left",
+            "add_special_tokens": not (bos and texts[0].startswith(bos)),
+        },
+        images_kwargs={"return_tensors": "pt"},
+    )
+
+
+def _apply(
+    processor: LlavaProcessor, messages: Sequence[Mapping[str, str]], contents: Sequence[Content]
+) -> str:
+    filled = [
+        {"role": message["role"], "content": content}
+        for message, content in zip(messages, contents, strict=True)
+    ]
+    return processor.apply_chat_template(filled, add_generation_prompt=True, tokenize=False)
+
+
+def _holds(prompt: str, texts: Sequence[str]) -> bool:
+    """Whether all texts stand in the prompt, one after the other."""
+    place = 0
+    for text in texts:
+        found = prompt.find(text, place)
+        if found < 0:
+            return False
+        place = found + len(text)
+    return True
