@@ -1,7 +1,8 @@
-"""The data loader: images per CPU-second, packing, the index, tokenisation, and a small job's step.
+"""The data loader: images per CPU-second, packing, and the index.
 
 Images: 640x480 JPEG to 384x384 pixels as SigLIP reads them, from the bytes of a file, against transformers'
 own processors in the same run. Rates are per CPU-second of one thread, so that a busy machine does not count.
+Worker: the same from files through a worker process, ours with the text of the records.
 Parts: where that time goes, and other ways to the same pixels that were tried and are not used.
 Packing: a LLaVA-like mixture (729 places an image, lognormal text, cut at 2,048), which is assumed: the
 distribution of the real 665k records was not at hand.
@@ -23,11 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from _common import Row, meta, parser, print_table, write_json
+from _loader_workers import worker_rows
 from PIL import Image
 from transformers import SiglipImageProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava_kd.data.collate import RawImages
+from llava_kd.data.device_decode import plain_jpeg_size
 from llava_kd.data.images import ImageTransform, decode
 from llava_kd.data.packing import Packing, Sizes, pack
 from llava_kd.data.plan import Plan, permutation
@@ -70,6 +73,7 @@ def image_rows(repeats: int) -> list[Row]:
         "ours, all on the CPU, equal to Pillow": lambda data: exact(decode(data)),
         "ours, all on the CPU, quick resize": lambda data: fast(decode(data)),
         "ours, the CPU's part with a GPU": lambda data: RawImages.of([decode(data)]),
+        "ours, the CPU's part with nvJPEG": lambda data: RawImages.of([undecoded(data)]),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(repeats + 1):
@@ -85,6 +89,19 @@ def image_rows(repeats: int) -> list[Row]:
         {"part": "images", "what": name, "value": rate, "unit": "images per CPU-second", "ratio": rate / base}
         for name, rate in rates.items()
     ]
+
+
+def through_worker() -> list[Row]:
+    stock_pil, stock = SiglipImageProcessorPil(size=SIZE), SiglipImageProcessor(size=SIZE)
+    stocks = {"transformers, Pillow": stock_pil, f"transformers, {type(stock).__name__}": stock}
+    return worker_rows([picture(seed) for seed in range(8)], stocks, ImageTransform.from_processor(stock_pil))
+
+
+def undecoded(data: bytes) -> torch.Tensor:
+    """What a worker hands to a device that decodes."""
+    if plain_jpeg_size(data) is None:
+        raise RuntimeError("nvJPEG does not get this picture")
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def part_rows(repeats: int) -> list[Row]:
@@ -270,7 +287,8 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=15)
     flags = arguments.parse_args()
     torch.set_num_threads(flags.threads or 1)
-    rows = [*image_rows(flags.repeats), *part_rows(flags.repeats), *packing_rows(), *index_rows()]
+    images = [*image_rows(flags.repeats), *through_worker(), *part_rows(flags.repeats)]
+    rows = [*images, *packing_rows(), *index_rows()]
     print_table(rows, ["part", "what", "value", "unit", "ratio"])
     if flags.json:
         write_json(flags.json, meta=meta(device="cpu"), rows=rows)
