@@ -1,7 +1,7 @@
 """Terms of other methods: oracles, where their gradient goes, and no dependence on how a step is cut.
 
 Shape legend: B rows, T tokens, I images, N tokens of an image, D student width, E teacher or tower width,
-V vocabulary rows.
+V vocabulary rows, X and Y words before and behind.
 """
 
 from __future__ import annotations
@@ -310,6 +310,86 @@ def test_visual_outputs_of_other_grids_are_carried_over(tmp_path: Path) -> None:
     assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
     with pytest.raises(ValueError, match="must agree in all but the layers"):
         run([batch], replace(objective, align=None), student, teacher, switch)
+
+
+def retold(item: TinyRecord, *, before: int = 0, behind: int = 0, end: int | None = None) -> TinyRecord:
+    """The same images and answer in another template: more words around the question, another end token."""
+    start = int((item.labels >= 0).nonzero()[0])
+
+    def told(values: Tensor, words_X: Tensor, words_Y: Tensor) -> Tensor:
+        return torch.cat([words_X.to(values), values[:start], words_Y.to(values), values[start:]])
+
+    ids = told(item.ids, torch.arange(before), torch.arange(behind))
+    labels = told(item.labels, torch.full((before,), -100), torch.full((behind,), -100))
+    visual = told(item.visual, torch.zeros(before), torch.zeros(behind))
+    if end is not None:
+        ids[-1] = labels[-1] = end
+    return replace(item, ids=ids, labels=labels, visual=visual)
+
+
+@torch.no_grad()
+def test_sides_of_other_templates_are_compared_answer_by_answer(pair, teacher: Teacher) -> None:
+    student, switch = pair
+    ours = [record(1), record(2, images=0, answer=9), record(3, images=2, answer=2), record(4, prompt=11)]
+    theirs = [retold(item, before=3 + n, behind=7, end=250) for n, item in enumerate(ours)]
+    batch = Batch(student=inputs(*ours), teacher=inputs(*theirs), record_ids=tuple("abcd"))
+    means, _ = run_without_gradient([batch], student, teacher, switch)
+    both = Batch(student=inputs(*theirs), record_ids=batch.record_ids)
+    # The switch reads the teacher's side alone.
+    alike, _ = run_without_gradient([both], student, teacher, switch)
+    assert float(means["visual_switch"]) == pytest.approx(float(alike["visual_switch"]), rel=1e-5)
+    # Differences of logits: every answer token but the end, which is another one on each side.
+    rows, count = [], 0
+    for mine, his in zip(ours, theirs, strict=True):
+        logits_s, logits_t = (
+            stock_logits_TV(side, item)[(item.labels >= 0).nonzero().squeeze(1) - 1][:-1, :COMMON]
+            for side, item in ((student, mine), (teacher.mllm, his))
+        )
+        rows.append(reference.dbild_rows(logits_s, logits_t, temperature=3.0, candidates=64))
+        count += int((mine.labels >= 0).sum())
+    assert float(means["response_dbild"]) == pytest.approx(float(torch.cat(rows).sum() / count), rel=1e-3)
+    # Attention between visual tokens sees no word behind them.
+    told = [retold(item, behind=5) for item in ours]
+    plain, _ = run_without_gradient([batch_of(*ours)], student, teacher, switch)
+    other = replace(batch, teacher=inputs(*told))
+    longer, _ = run_without_gradient([other], student, teacher, switch)
+    assert float(longer["attention"]) == pytest.approx(float(plain["attention"]), rel=1e-5)
+    assert float(means["attention"]) != pytest.approx(float(plain["attention"]), rel=1e-3)
+
+
+@pytest.mark.parametrize("is_resampled", [False, True], ids=["equal grids", "other grids"])
+def test_packing_sides_of_other_templates_changes_nothing(
+    pair, teacher: Teacher, tmp_path: Path, is_resampled: bool
+) -> None:
+    """Records of unequal lengths on the two sides, each packed by its own."""
+    student, switch = pair
+    objective, tokens, size = ALL, 16, 32
+    if is_resampled:
+        trainable = ("vision_tower", *PROJECTOR) if switch.source == "tower" else PROJECTOR
+        student = model(make_tiny_llava(tmp_path / "s", image_size=40, layers=3), trainable=trainable)
+        large, small = VisualGrid(rows=5, columns=5), VisualGrid(rows=4, columns=4)
+        tables = [side.language_model.embed_tokens.weight for side in (student, teacher.mllm)]
+        switch = replace(
+            switch,
+            align=partial(resample, source=large, target=small),
+            width_map_DE=width_map(tables[0][:COMMON], tables[1][:COMMON])
+            if switch.source == "projector"
+            else None,
+        )
+        objective, tokens, size = replace(ALL, align=partial(resample, source=small, target=large)), 25, 40
+    counts = ((1, 4, 5), (0, 4, 9), (2, 3, 2), (1, 11, 3), (3, 4, 1))
+    shapes = [{"images": i, "prompt": p, "answer": a} for i, p, a in counts]
+    ours = [record(n, tokens=tokens, **shape) for n, shape in enumerate(shapes)]
+    ours = [replace(r, pixels_ICHW=torch.randn(len(r.pixels_ICHW), 3, size, size)) for r in ours]
+    theirs = [retold(record(n, **shape), before=n, behind=6 - n, end=7) for n, shape in enumerate(shapes)]
+    names = tuple("abcde")
+    padded = Batch(student=inputs(*ours), teacher=inputs(*theirs), record_ids=names)
+    packed = Batch(
+        student=inputs(ours[:2], ours[2:]), teacher=inputs(theirs[:3], theirs[3:]), record_ids=names
+    )
+    whole = run([padded], objective, student, teacher, switch)
+    assert all(float(whole[0][name]) > 0 for name in ("response_dbild", "visual_switch", "attention"))
+    assert_same(run([packed], objective, student, teacher, switch), whole)
 
 
 def test_predictions_that_are_missing_are_named(pair, teacher: Teacher, directories) -> None:

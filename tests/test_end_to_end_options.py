@@ -13,6 +13,7 @@ from tiny_llava import make_tiny_llava
 from tiny_towers import make_language_model
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
+from llava_kd.build.train import train as run
 from llava_kd.cli import main
 from llava_kd.config import load
 from llava_kd.models.checkpoint import load_stock
@@ -52,20 +53,95 @@ def test_the_papers_switch_trains_the_tower(stage, student_dir: Path, tmp_path: 
     assert "vision_tower" in moved(student_dir, tmp_path / "switch" / "model")
 
 
-def test_attention_trains_on_packed_rows_of_another_grid_with_checkpointing(stage, tmp_path: Path) -> None:
+@pytest.mark.parametrize("template", ["vicuna", "chatml"])
+@pytest.mark.parametrize("source", ["tower", "projector"])
+def test_all_terms_train_on_packed_rows_of_another_grid_and_template(
+    stage, tmp_path: Path, source: str, template: str
+) -> None:
     other = make_tiny_llava(tmp_path / "other", image_size=40, layers=3)
-    config = stage("attention", engine="single")
+    trainable = ("vision_tower", "multi_modal_projector", "language_model")
+    config = stage("attention", trainable=trainable if source == "tower" else trainable[1:])
     lines = train(
         config,
         f"--teacher.checkpoint={other}",
+        f"--teacher.template={template}",
         "--data.visual_alignment=resample",
         "--data.packing.max_tokens=1024",
         "--data.packing.packs_per_step=2",
         "--engine.activation_checkpointing=true",
         "--objective.attention={}",
-        "--objective.visual_switch={source: projector}",
+        "--objective.response_dbild={}",
+        f"--objective.visual_switch={{source: {source}}}",
     )
-    assert all(line["attention"] > 0 and line["visual_switch"] > 0 for line in lines)
+    names = ("attention", "visual_switch", "response_dbild", "response_kl", "visual_kl", "relation")
+    assert all(line[name] > 0 for line in lines for name in names)
+    assert not any(line["bad_records"] for line in lines)
+
+
+TEACHERS: dict[str, dict] = {
+    "larger pictures": {"image_size": 40},
+    "a CLS token": {"tower": "clip"},
+    "a wider tower": {"tower_hidden": 64},
+    "another strategy": {"strategy": "default"},
+    "other weights": {"seed": 5},
+}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "overrides", "message"),
+    [
+        (
+            "larger pictures",
+            ["--objective.attention={}"],
+            r"student has 16 visual tokens an image \(4 x 4\), the teacher 25 .* set data.visual_alignment",
+        ),
+        (
+            "larger pictures",
+            ["--objective.visual_switch={source: projector}"],
+            r"student's 16 visual .* places of the teacher's 25 .* set data.visual_alignment to resample",
+        ),
+        (
+            "larger pictures",
+            ["--objective.visual_switch={}", "--trainable=[vision_tower]"],
+            r"student's 16 visual .* places of the teacher's 25 .* set data.visual_alignment to resample",
+        ),
+        (
+            "a CLS token",
+            ["--objective.attention={}"],
+            r"student has 16 .* the teacher 17 visual tokens an image \(1 prefix and 4 x 4\)",
+        ),
+        (
+            "a CLS token",
+            ["--objective.visual_switch={source: projector}", "--data.visual_alignment=resample"],
+            r"the teacher has 1 prefix tokens .* the student 0: .*drop visual_switch",
+        ),
+        (
+            "a wider tower",
+            ["--objective.visual_switch={}", "--trainable=[vision_tower]"],
+            r"student's tower is 32 wide and the teacher's projector reads 64: set .*source to projector",
+        ),
+        *((name, ["projector"], "set student.vision_tower, vision_feature_layer and") for name in TEACHERS),
+    ],
+)
+def test_sides_that_cannot_meet_are_refused_by_name(
+    stage, student_dir: Path, tmp_path: Path, teacher: str, overrides: list[str], message: str
+) -> None:
+    other = make_tiny_llava(tmp_path / "other", **TEACHERS[teacher])
+    config = stage("refused")
+    tree = yaml.safe_load(config.read_text())
+    tree["objective"] = {"cross_entropy": {}}
+    if overrides == ["projector"]:
+        student = load_stock(str(student_dir))
+        student.stock.model.vision_tower.save_pretrained(tmp_path / "tower")
+        student.processor.image_processor.save_pretrained(tmp_path / "tower")
+        language_model = make_language_model("qwen2", tmp_path / "llm")
+        tower = {"vision_tower": str(tmp_path / "tower"), "language_model": str(language_model)}
+        tree["student"], tree["objective"]["response_kl"] = {**tower, "projector": "teacher"}, {}
+        overrides = []
+    tree["teacher"]["checkpoint"] = str(other)
+    config.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match=message):
+        run(load(config, overrides))
 
 
 def test_a_student_starts_with_its_teachers_projector_and_goes_on_with_it(

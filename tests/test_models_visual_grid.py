@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
 from llava_kd.batch import Batch
 from llava_kd.distill.objective import KL, Objective, Relation
 from llava_kd.models.mllm import Prediction
-from llava_kd.models.visual_grid import VisualGrid, resample, visual_grid
+from llava_kd.models.visual_grid import VisualGrid, check_resample, resample, visual_grid
 
 
 def plane(grid: VisualGrid) -> Tensor:
@@ -78,6 +78,13 @@ def test_prefix_tokens_are_carried_left_out_or_refused() -> None:
     torch.testing.assert_close(without, features_IME[:, 1:])
     with pytest.raises(ValueError, match=r"student has 5 prefix tokens .* teacher 1"):
         resample(features_IME, source=source, target=VisualGrid(rows=2, columns=2, prefix=5))
+    bare = VisualGrid(rows=2, columns=2)
+    for onto, what in (
+        ("student", r"student has 1 .* the teacher 0: .*strategy to default"),
+        ("teacher", r"teacher has 1 .* the student 0: .*drop visual_switch"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            check_resample(bare, source, onto=onto)
 
 
 def test_no_image_gives_no_tokens() -> None:

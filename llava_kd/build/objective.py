@@ -73,10 +73,9 @@ def _alignment(
         return None
     if visual_alignment == "refuse":
         raise ValueError(
-            "visual_kl, relation and attention need equal grids: the student has "
-            f"{target.num_tokens} visual tokens an image ({target.rows} x {target.columns}), the teacher "
-            f"{source.num_tokens} ({source.rows} x {source.columns}); set data.visual_alignment to resample, "
-            "use the teacher's tower, layer and vision_feature_select_strategy, or drop these terms"
+            f"visual_kl, relation and attention need equal grids: the student has {target}, the teacher "
+            f"{source}; set data.visual_alignment to resample, use the teacher's tower, layer and "
+            "vision_feature_select_strategy, or drop these terms"
         )
     check_resample(source, target)
     return functools.partial(resample, source=source, target=target)

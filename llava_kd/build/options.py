@@ -102,9 +102,9 @@ def _to_the_teacher(
         return None
     if visual_alignment == "refuse":
         raise ValueError(
-            f"visual_switch puts the student's {source.num_tokens} visual tokens an image in the places of "
-            f"the teacher's {target.num_tokens}; set data.visual_alignment to resample, use the teacher's "
-            "tower, layer and vision_feature_select_strategy, or drop the term"
+            f"visual_switch puts the student's {source} in the places of the teacher's {target}; set "
+            "data.visual_alignment to resample, use the teacher's tower, layer and "
+            "vision_feature_select_strategy, or drop the term"
         )
-    check_resample(source, target)
+    check_resample(source, target, onto="teacher")
     return functools.partial(resample, source=source, target=target)

@@ -6,6 +6,7 @@ Shape legend: I images, M tokens of the source, N tokens of the target, E width,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ class VisualGrid:
     def num_tokens(self) -> int:
         return self.prefix + self.rows * self.columns - self.missing
 
+    def __str__(self) -> str:
+        before = f"{self.prefix} prefix and " if self.prefix else ""
+        less = " less the first" if self.missing else ""
+        return f"{self.num_tokens} visual tokens an image ({before}{self.rows} x {self.columns}{less})"
+
 
 def visual_grid(config: LlavaConfig, image_size: tuple[int, int] | None = None) -> VisualGrid:
     """Strategy `default` drops the first token: a prefix token, or the first patch of a tower without."""
@@ -37,14 +43,22 @@ def visual_grid(config: LlavaConfig, image_size: tuple[int, int] | None = None) 
     return VisualGrid(rows=rows, columns=columns, prefix=prefix - from_prefix, missing=dropped - from_prefix)
 
 
-def check_resample(source: VisualGrid, target: VisualGrid) -> None:
-    """ValueError where the target has prefix tokens that the source cannot stand for."""
-    if target.prefix not in (0, source.prefix):
-        raise ValueError(
-            f"the student has {target.prefix} prefix tokens (CLS, registers) before its patches and the "
-            f"teacher {source.prefix}: only as many, or none, can be resampled; set the student's "
-            "vision_feature_select_strategy to default, or drop visual_kl and relation"
-        )
+def check_resample(
+    source: VisualGrid, target: VisualGrid, *, onto: Literal["student", "teacher"] = "student"
+) -> None:
+    """ValueError where the target, the grid of the side `onto`, has prefix tokens that the source lacks."""
+    if target.prefix in (0, source.prefix):
+        return
+    other, remedy = "student", "take a tower with as many for the student, or drop visual_switch"
+    if onto == "student":
+        without = "set the student's vision_feature_select_strategy to default"
+        if target.prefix > 1:
+            without = "take a tower without registers for the student"
+        other, remedy = "teacher", f"{without}, or drop visual_kl, relation and attention"
+    raise ValueError(
+        f"the {onto} has {target.prefix} prefix tokens (CLS, registers) before its patches and the {other} "
+        f"{source.prefix}: only as many, or none, can be resampled; {remedy}"
+    )
 
 
 def resample(features_IME: Tensor, *, source: VisualGrid, target: VisualGrid) -> Tensor:
