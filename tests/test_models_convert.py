@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_towers import make_language_model, make_tower
+from transformers import AutoModel, LlavaForConditionalGeneration
 
 from llava_kd.models.checkpoint import Parts, compose, load_stock, save_stock
 from llava_kd.models.convert import convert
 from llava_kd.models.export import export, llama_cpp_notes, vllm_notes
+from llava_kd.models.portable import make_portable
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +125,16 @@ def test_parts_that_do_not_fit_name_the_tensor(original: tuple[Parts, Path], tmp
 
 
 @pytest.mark.parametrize("llm", ["qwen2", "llama"])
-def test_the_files_have_the_names_and_keys_that_vllm_reads(llm: str, tmp_path: Path) -> None:
-    """Its LLaVA knows these prefixes, of before and after transformers 4.52, and keys; it was not run."""
-    tower = make_tower("siglip", tmp_path / "tower")
+@pytest.mark.parametrize("family", ["siglip", "clip", "timm-siglip", "open-clip"])
+def test_an_export_has_the_names_and_keys_that_vllm_reads(family: str, llm: str, tmp_path: Path) -> None:
+    """Those of its LLaVA and of its towers, which keep the inner `vision_model`; it was not run."""
+    tower = make_tower(family, tmp_path / "tower")
     directory = make_language_model(llm, tmp_path / "llm")
-    save_stock(compose(vision_tower=tower, language_model=str(directory)), tmp_path / "out")
+    parts = compose(vision_tower=tower, language_model=str(directory))
+    parts.stock.config.text_config.architectures = None
+    save_stock(parts, tmp_path / "run" / "model")
+    notes = export(tmp_path / "run" / "model", tmp_path / "out")
+    assert not any("vLLM" in note for note in notes)
     before = ("language_model.model.", "language_model.lm_head.")
     after = ("model.language_model.", "lm_head.")
     names = load_file(tmp_path / "out" / "model.safetensors")
@@ -137,18 +144,53 @@ def test_the_files_have_the_names_and_keys_that_vllm_reads(llm: str, tmp_path: P
     )
     others = {n.removeprefix("model.").split(".")[0] for n in names} - {"language_model", "lm_head"}
     assert others == {"vision_tower", "multi_modal_projector"}
+    seen = [n.split("vision_tower.")[1] for n in names if "vision_tower." in n]
+    parts_of_tower = {".".join(n.split(".")[:2]) for n in seen}
+    known = {f"vision_model.{n}" for n in ("embeddings", "encoder", "post_layernorm", "pre_layrnorm")}
+    assert {"vision_model.embeddings", "vision_model.encoder"} <= parts_of_tower <= known
     projector = {n.split("multi_modal_projector.")[1] for n in names if "multi_modal_projector" in n}
     assert projector == {f"linear_{k}.{kind}" for k in (1, 2) for kind in ("weight", "bias")}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["LlavaForConditionalGeneration"]
     assert config["model_type"] == "llava"
     assert config["text_config"]["model_type"] == llm
-    assert config["vision_config"]["model_type"] == "siglip_vision_model"
+    causal = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+    assert config["text_config"]["architectures"] == [causal[llm]]
+    kind = "siglip_vision_model" if "siglip" in family else "clip_vision_model"
+    assert config["vision_config"]["model_type"] == kind
+    assert config["vision_config"].get("vision_use_head", False) is False
     assert config["tie_word_embeddings"] == config["text_config"]["tie_word_embeddings"] == (llm == "qwen2")
     wanted = {"image_token_index", "vision_feature_layer", "vision_feature_select_strategy"}
     assert wanted | {"projector_hidden_act"} <= set(config)
     processor = json.loads((tmp_path / "out" / "processor_config.json").read_text())
     assert {"patch_size", "num_additional_image_tokens", "vision_feature_select_strategy"} <= set(processor)
+
+
+def test_a_sharded_export_is_renamed_with_its_index(original: tuple[Parts, Path], tmp_path: Path) -> None:
+    original[0].stock.save_pretrained(tmp_path / "out", max_shard_size="60KB")
+    original[0].processor.save_pretrained(tmp_path / "out")
+    make_portable(tmp_path / "out", original[0].stock.config)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    shards = {path.name: load_file(path) for path in (tmp_path / "out").glob("*.safetensors")}
+    assert len(shards) > 1
+    assert index["weight_map"] == {name: file for file, state in shards.items() for name in state}
+    size = sum(t.nbytes for state in shards.values() for t in state.values())
+    assert index["metadata"]["total_size"] == size
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
+    before = original[0].stock.state_dict()
+    assert all(torch.equal(before[name], again[name]) for name in again)
+    assert {name.split(".")[2] for name in set(before) - set(again)} == {"head"}
+
+
+@pytest.mark.parametrize("family", ["siglip", "clip"])
+def test_no_layer_has_a_final_normalisation_that_vllm_would_leave_out(family: str, tmp_path: Path) -> None:
+    tower = AutoModel.from_pretrained(make_tower(family, tmp_path / "tower"))
+    pixels_ICHW = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        before = tower(pixels_ICHW, output_hidden_states=True).hidden_states[-1]
+        tower.get_submodule("post_layernorm").weight.fill_(3.0)
+        after = tower(pixels_ICHW, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])

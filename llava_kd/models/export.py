@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from llava_kd.models.checkpoint import Parts, load_stock, save_stock
+from llava_kd.models.portable import INNER_TOWERS, make_portable
 from llava_kd.models.teacher_projector import folded
 from llava_kd.models.vision_tower import family, vision_config
 
-_VLLM_TOWERS = ("siglip_vision_model", "clip_vision_model")
 _FOLDED = 1e-4  # two matrices in one round differently
 _TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -41,11 +41,13 @@ def export(
     check_stock(parts, str(source))
     written = folded(parts, str(source))
     save_stock(written, out, dtype=dtype)
+    make_portable(out, written.stock.config)
+    stock = LlavaForConditionalGeneration.from_pretrained(out, dtype=dtype or torch.float32)
     tolerance = max(_TOLERANCE[dtype or torch.float32], 0.0 if written is parts else _FOLDED)
-    difference = _check_logits(parts, out, dtype or torch.float32, tolerance)
-    parts = written
-    notes = [*vllm_notes(parts), *llama_cpp_notes(parts)]
-    (out / "README.md").write_text(model_card(source, parts, notes, scores, difference, dtype))
+    difference = _check_logits(parts, stock, out, tolerance)
+    notes = [*vllm_notes(written), *llama_cpp_notes(written)]
+    whole = Parts(stock=stock, processor=written.processor)
+    (out / "README.md").write_text(model_card(source, whole, notes, scores, difference))
     return notes
 
 
@@ -62,18 +64,17 @@ def check_stock(parts: Parts, name: str) -> None:
 
 
 @torch.no_grad()
-def _check_logits(parts: Parts, out: Path, dtype: torch.dtype, tolerance: float) -> float:
+def _check_logits(parts: Parts, written: LlavaForConditionalGeneration, out: Path, tolerance: float) -> float:
     """Largest difference, as a share of the largest logit, between the source and what stock reads back."""
-    written = LlavaForConditionalGeneration.from_pretrained(out, dtype=dtype)
     inputs = _probe(parts)
     before_BTV = parts.stock.eval()(**inputs).logits
-    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    inputs["pixel_values"] = inputs["pixel_values"].to(written.dtype)
     after_BTV = written.eval()(**inputs).logits.float()
     difference = float((before_BTV - after_BTV).abs().max() / before_BTV.abs().max().clamp_min(1e-6))
     if not difference <= tolerance:
         raise ValueError(
             f"the logits of {out} differ from those of its source by {difference:.3g} of the largest, more "
-            f"than {tolerance:g} for {dtype}; do not use it"
+            f"than {tolerance:g} for {written.dtype}; do not use it"
         )
     return difference
 
@@ -88,23 +89,29 @@ def _probe(parts: Parts) -> dict[str, Tensor]:
 
 
 def vllm_notes(parts: Parts) -> list[str]:
-    """What stands against serving with vLLM's LLaVA, by its published requirements; empty if nothing."""
-    config, notes = parts.stock.config, []
-    if (tower := vision_config(config).model_type) not in _VLLM_TOWERS:
-        notes.append(f"vLLM reads LLaVA with a SigLIP or CLIP tower; this one is {tower!r}")
-    if tower == "siglip_vision_model" and config.vision_feature_select_strategy == "default":
-        notes.append("vLLM: strategy 'default' drops a SigLIP patch; check its token count before serving")
-    if tower == "siglip_vision_model" and config.vision_feature_layer == -1:
-        notes.append("vLLM: leaves SigLIP's last normalisation out; check the answers of layer -1")
-    return notes
+    """What stands against serving with vLLM's LLaVA; empty if nothing.
+
+    Read in vllm/model_executor/models/llava.py: `init_vision_tower_for_llava` takes CLIP, SigLIP and Pixtral
+    towers, builds layers up to `vision_feature_layer` without the final normalisation, as the stock hidden
+    states have it, and drops the first token for strategy `default`, also of SigLIP, as stock does.
+    """
+    tower = vision_config(parts.stock.config).model_type
+    if tower in INNER_TOWERS:
+        return []
+    return [f"vLLM reads LLaVA with a SigLIP or CLIP tower; this one is {tower!r}"]
 
 
 def llama_cpp_notes(parts: Parts) -> list[str]:
-    """What stands against llama.cpp's converter: of stock LLaVA directories it takes Pixtral's tower only."""
+    """What stands against llama.cpp's converter: of stock LLaVA directories it takes Pixtral's tower only.
+
+    Read in conversion/llava.py and base.py of ggml-org/llama.cpp: `LlavaVisionModel` raises for every
+    `model_type` of a tower but pixtral's; the text converter goes by `text_config.architectures`.
+    """
     tower = vision_config(parts.stock.config).model_type
     return [
         f"llama.cpp: `convert_hf_to_gguf.py --mmproj` refuses a LLaVA with a {tower!r} tower (it takes "
-        "Pixtral's only); the language model converts alone, tower and projector by its older scripts"
+        "Pixtral's only); without --mmproj it converts the language model alone. Its legacy scripts for "
+        "tower and projector read the names of LLaVA-1.5, not of transformers"
     ]
 
 
@@ -114,7 +121,6 @@ def model_card(
     notes: Sequence[str],
     scores: Sequence[str | Path],
     difference: float,
-    dtype: torch.dtype | None,
 ) -> str:
     """README.md: parts, how it was trained (from the run beside the model), scores, and notes."""
     config = parts.stock.config
@@ -131,7 +137,7 @@ def model_card(
         f"layer {config.vision_feature_layer}, strategy {config.vision_feature_select_strategy}",
         f"- language model: {config.get_text_config().model_type}",
         f"- parameters: {sum(p.numel() for p in parts.stock.parameters()):,}",
-        f"- weights in {str(dtype or torch.float32).removeprefix('torch.')}; logits differ from the trained "
+        f"- weights in {str(parts.stock.dtype).removeprefix('torch.')}; logits differ from the trained "
         f"ones by at most {difference:.2g} of the largest",
     ]
     run = source.parent / "run.json"
