@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from llava_kd import __version__
 from llava_kd.config import load
+
+if TYPE_CHECKING:
+    from llava_kd.build.throughput import Network
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -68,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="YAML file; any setting may follow as --a.b=value")
     train.add_argument("--dry_run", action="store_true", help="say what it would do, and need, and stop")
     train.add_argument("--ranks", type=int, help="for --dry_run: how many (default: those of this launch)")
+    _add_rates(train, "for --dry_run: ")
 
     run = _command(
         commands, "run", _run, "run the stages of a pipeline file; skip finished ones, go on with others"
@@ -78,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("config", help="YAML file; any setting may follow as --a.b=value")
     check.add_argument("--ranks", type=int, default=1, help="how many the run will have")
     check.add_argument("--records", type=int, default=64, help="how many to read and encode")
+    _add_rates(check)
 
     evaluate = _command(commands, "eval", _eval, "answer and score a test file, or benchmarks")
     evaluate.add_argument("--model", required=True, help="stock LLaVA directory")
@@ -96,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     report = _command(commands, "report", _report, "write results.json and report.html of a comparison run")
     report.add_argument("--run", required=True, dest="directory")
 
+    _add_data_commands(commands)
+    return parser
+
+
+def _add_data_commands(commands: argparse._SubParsersAction) -> None:
+    """Make data, and look at them."""
     data = commands.add_parser("data", help="make and check data").add_subparsers(
         dest="command", required=True
     )
@@ -118,7 +130,21 @@ def _parser() -> argparse.ArgumentParser:
     shapes.add_argument("--num_validation", type=int, default=200)
     shapes.add_argument("--num_test", type=int, default=200)
     shapes.add_argument("--seed", type=int, default=0)
-    return parser
+
+
+def _add_rates(command: argparse.ArgumentParser, when: str = "") -> None:
+    """What samples per second on several machines are foretold from."""
+    command.add_argument("--measured", metavar="RUN", help=f"{when}output_dir of a run on one whole machine")
+    for name, ranks in (("inside", "of one machine"), ("between", "on several machines")):
+        what = f"{when}GB/s of busbw that all_reduce_perf of nccl-tests gives for ranks {ranks}"
+        command.add_argument(f"--{name}", type=float, help=what)
+
+
+def _network(arguments: argparse.Namespace) -> Network:
+    from llava_kd.build.throughput import Network
+
+    given = {name: getattr(arguments, name) for name in ("inside", "between")}
+    return Network(**{name: value for name, value in given.items() if value is not None})
 
 
 def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
@@ -171,7 +197,8 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from llava_kd.build.plan import plan, ranks_from_environment
 
-        print(plan(config, arguments.ranks or ranks_from_environment()))
+        ranks = arguments.ranks or ranks_from_environment()
+        print(plan(config, ranks, arguments.measured, _network(arguments)))
         return 0
     with _stoppable():
         from llava_kd.build.train import train
@@ -191,7 +218,15 @@ def _check(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.overrides)
     from llava_kd.build.check import check
 
-    print(check(config, ranks=arguments.ranks, num_records=arguments.records))
+    print(
+        check(
+            config,
+            ranks=arguments.ranks,
+            num_records=arguments.records,
+            measured=arguments.measured,
+            network=_network(arguments),
+        )
+    )
     return 0
 
 

@@ -100,6 +100,15 @@ def test_a_ring_sends_twice_the_gradients(stage, student_dir: Path) -> None:
     assert traffic(config, 4, sizes) == 2 * 0.75 * 4 * count
 
 
+def test_a_spread_teacher_is_gathered_for_every_micro_batch(
+    stage, student_dir: Path, teacher_dir: Path
+) -> None:
+    config = load(stage("run", engine="auto", global_batch_size=8), ["--teacher.placement=fsdp"])
+    student, teacher = Sizes.of_directory(str(student_dir), config), Sizes.of_directory(str(teacher_dir))
+    gathered = traffic(config, 2, student, teacher) - traffic(config, 2, student)
+    assert gathered == 2 * 0.5 * 4 * teacher.layers * teacher.largest_unit
+
+
 def test_a_teacher_larger_than_the_device_is_refused_with_the_difference() -> None:
     with pytest.raises(
         ValueError, match=r"needs 15.00 GB .* has 10.00 GB: 5.00 GB too much .*teacher 14.00 GB"

@@ -14,12 +14,20 @@ from llava_kd.build.plan import plan
 from llava_kd.build.slices import read_slices
 from llava_kd.build.teacher import teacher_parts
 from llava_kd.build.teacher_cache import open_cache
+from llava_kd.build.throughput import Network
 from llava_kd.config import TrainConfig
 from llava_kd.data.images import MAX_PIXELS, decode
 from llava_kd.models.checkpoint import Parts
 
 
-def check(config: TrainConfig, *, ranks: int, num_records: int) -> str:
+def check(
+    config: TrainConfig,
+    *,
+    ranks: int,
+    num_records: int,
+    measured: str | None = None,
+    network: Network | None = None,
+) -> str:
     """Lines about the models, a sample of the records and the plan.
 
     Raises ValueError for what `train` would refuse, and if more of the sample is bad than it would allow.
@@ -38,7 +46,7 @@ def check(config: TrainConfig, *, ranks: int, num_records: int) -> str:
         if terms.num_common is not None:
             lines.append(f"vocabulary       {terms.num_common} shared columns")
     lines += _sample(config, student, num_records)
-    return "\n".join([*lines, plan(config, ranks)])
+    return "\n".join([*lines, plan(config, ranks, measured, network)])
 
 
 def _towers(config: TrainConfig, student: Parts, teacher: Parts) -> str:

@@ -218,10 +218,23 @@ def _head(config: TrainConfig, student: Sizes, teacher: Sizes | None, tokens: in
     return rows * (logits + extra) + weight
 
 
-def traffic(config: TrainConfig, ranks: int, student: Sizes) -> float:
+def traffic(config: TrainConfig, ranks: int, student: Sizes, teacher: Sizes | None = None) -> float:
     """Bytes that one rank sends in an optimiser step, for gradients and gathered weights."""
     if ranks == 1:
         return 0.0
+    return _students_traffic(config, ranks, student) + _teachers_traffic(config, ranks, teacher)
+
+
+def _teachers_traffic(config: TrainConfig, ranks: int, teacher: Sizes | None) -> float:
+    """Layers that are spread over the ranks are gathered once for each micro-batch."""
+    settings = config.teacher
+    if teacher is None or settings is None or settings.placement != "fsdp" or settings.cache is not None:
+        return 0.0
+    spread = teacher.layers * teacher.largest_unit * WIDTHS[settings.dtype]
+    return accumulation(config, ranks) * (ranks - 1) / ranks * spread
+
+
+def _students_traffic(config: TrainConfig, ranks: int, student: Sizes) -> float:
     kind = engine_kind(config, ranks)
     width = 2 if config.engine.precision == "bf16" else 4
     trained = student.trained

@@ -12,17 +12,20 @@ from llava_kd.build.data import make_source
 from llava_kd.build.estimate import GB, Sizes, accumulation, engine_kind, memory, refuse_too_large, traffic
 from llava_kd.build.models import student_parts
 from llava_kd.build.run_dir import check_world
+from llava_kd.build.throughput import Network, Rate, throughput
 from llava_kd.build.train import num_steps
 from llava_kd.config import TrainConfig
 from llava_kd.parallel.world import World
 
 
-def plan(config: TrainConfig, ranks: int) -> str:
+def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: Network | None = None) -> str:
     """Lines that say what `train` would do on so many ranks.
 
+    `measured` is the directory of a run on one machine, to foretell samples per second from.
     Raises ValueError for what it would refuse: the ranks, the models, the data, or too small a device.
     """
     check_world(config, World(rank=0, size=ranks, device=torch.device("cpu")))
+    rate = None if measured is None else Rate.of(measured)
     student, teacher = sizes(config)
     records = len(make_source(config.data, seed=config.seed))
     per_epoch = -(-records // config.global_batch_size)
@@ -39,7 +42,7 @@ def plan(config: TrainConfig, ranks: int) -> str:
         f"teacher          {'none' if teacher is None else _parts(teacher)}",
         f"memory of a rank {sum(found.values()) / GB:.2f} GB estimated",
         *(f"  {what:<14} {size / GB:8.2f} GB" for what, size in found.items() if size),
-        f"sent by a rank   {traffic(config, ranks, student) / GB:.2f} GB a step",
+        f"sent by a rank   {traffic(config, ranks, student, teacher) / GB:.2f} GB a step",
         f"output           {output}: {_state(output)}",
         f"checkpoints      every {config.checkpoint.every} steps, {config.checkpoint.keep} kept, "
         f"{12 * trained / GB:.2f} GB each; {_free(output) / GB:.0f} GB free there",
@@ -48,6 +51,8 @@ def plan(config: TrainConfig, ranks: int) -> str:
         available = torch.cuda.get_device_properties(0).total_memory
         lines.append(f"device           {available / GB:.1f} GB")
         refuse_too_large(found, available)
+    if rate is not None:
+        lines += throughput(config, ranks, rate, network or Network(), student, teacher)
     return "\n".join(lines)
 
 

@@ -115,10 +115,12 @@ def _check_config(config: TrainConfig, output: Path) -> None:
         raise ValueError(f"{output} is not empty and holds no run; choose a new output_dir")
 
 
-def differences(before: TrainConfig, after: TrainConfig) -> list[str]:
+def differences(
+    before: TrainConfig, after: TrainConfig, *, may_change: tuple[str, ...] = MAY_CHANGE
+) -> list[str]:
     """Settings that decide the result and are not the same, as `key: before -> after`."""
     old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(after))
-    keys = [key for key in {**old, **new} if not key.startswith(MAY_CHANGE)]
+    keys = [key for key in {**old, **new} if not key.startswith(may_change)]
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 
 

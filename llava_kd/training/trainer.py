@@ -276,7 +276,11 @@ class Trainer:
             done,
             figures,
             amounts,
-            lambda: {"lr": self._base_lr * multiplier, **self._loader.telemetry()},
+            lambda: {
+                "lr": self._base_lr * multiplier,
+                "ranks": self._engine.world.size,
+                **self._loader.telemetry(),
+            },
             evaluated,
         )
 
