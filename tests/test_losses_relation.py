@@ -134,9 +134,10 @@ def test_products_on_cuda_agree_in_dtype(centre: bool):
         inputs = {k: torch.empty_like(v, device="cuda") for k, v in make_inputs(dtype=torch.bfloat16).items()}
         inputs["student_head_VD"].requires_grad_()
         rows_I = relation.relation_rows(**inputs, centre=centre)
-        gradient_VD = gemm.head_times(inputs["student_head_VD"].detach(), torch.empty(D, D, device="cuda"))
+        head_VD, matrix_DD = inputs["student_head_VD"].detach(), torch.empty(D, D, device="cuda")
+        gradients = [gemm.head_times(head_VD, matrix_DD, dtype) for dtype in (torch.bfloat16, torch.float32)]
     assert (rows_I.dtype, rows_I.shape) == (torch.float32, (IMAGES,))
-    assert gradient_VD.dtype == torch.bfloat16
+    assert [gradient_VD.dtype for gradient_VD in gradients] == [torch.bfloat16, torch.float32]
 
 
 @BOTH

@@ -73,6 +73,7 @@ class _Chunked(torch.autograd.Function):
         wants_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(student_ND)
+        is_16_bit = gemm.product_dtype(student_ND.device) is not None or gemm.is_half(head_VD.dtype)
         needs = [wants_gradient and need for need in ctx.needs_input_grad[:3]]
         sources = [student_ND, head_VD, bias_V]
         gradients = [
@@ -90,11 +91,11 @@ class _Chunked(torch.autograd.Function):
                 None if tensor is None else tensor.detach().requires_grad_(need)
                 for tensor, need in zip((wide_ND[part], *wide[1:]), needs, strict=True)
             ]
-            with torch.enable_grad():
-                result = _of_chunk(leaves, teacher, part, options)
-            rows.append(result.rows_N)
             wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-            found = iter(torch.autograd.grad(result.loss, wanted) if wanted else ())
+            with torch.enable_grad(), gemm.tf32_on_cuda(student_ND.device, is_16_bit):
+                result = _of_chunk(leaves, teacher, part, options)
+                found = iter(torch.autograd.grad(result.loss, wanted) if wanted else ())
+            rows.append(result.rows_N)
             for number, total in enumerate(gradients):
                 if total is not None:
                     (total[part] if number == 0 else total).add_(next(found))

@@ -9,6 +9,7 @@ Shape legend: C rows of a chunk, V vocabulary, D width, W rows of a block of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -28,6 +29,25 @@ def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
 def is_half(dtype: torch.dtype) -> bool:
     """Whether a dtype has 16 bits."""
     return dtype in (torch.bfloat16, torch.float16)
+
+
+def product_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast rounds the operands of products on a GPU to; None where it is off, and on a CPU."""
+    if device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return None
+
+
+@contextmanager
+def tf32_on_cuda(device: torch.device, is_allowed: bool) -> Iterator[None]:
+    """Let fp32 products of the block round their operands to 10 bits of fraction; bf16 ones lose nothing."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda" and is_allowed:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def write_logits(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor) -> None:
@@ -83,11 +103,13 @@ def gram(head_VD: Tensor) -> Tensor:
     return total_DD
 
 
-def head_times(head_VD: Tensor, matrix_DD: Tensor) -> Tensor:
-    """head @ matrix in the head's dtype: on CUDA the matrix is rounded to it, elsewhere the head widened."""
+def head_times(head_VD: Tensor, matrix_DD: Tensor, dtype: torch.dtype) -> Tensor:
+    """head @ matrix in `dtype`: on CUDA the matrix is rounded to the head's, elsewhere the head widened."""
+    if head_VD.is_cuda and head_VD.dtype != dtype:
+        return torch.mm(head_VD, matrix_DD.to(head_VD.dtype), out_dtype=dtype)
     if head_VD.dtype == matrix_DD.dtype or head_VD.is_cuda:
         return head_VD @ matrix_DD.to(head_VD.dtype)
-    result_VD = torch.empty_like(head_VD)
+    result_VD = torch.empty_like(head_VD, dtype=dtype)
     for block, head_WD in _wide_blocks(head_VD, matrix_DD.dtype):
         result_VD[block] = head_WD @ matrix_DD
     return result_VD

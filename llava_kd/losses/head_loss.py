@@ -106,9 +106,9 @@ class _Side:
         self.inputs = self.logit_operands = (hidden_ND, head_VD)
         if not hidden_ND.is_cuda:
             return  # a CPU widens the head block by block inside the product
-        dtype = torch.promote_types(hidden_ND.dtype, head_VD.dtype)
-        if torch.is_autocast_enabled("cuda"):
-            dtype = torch.get_autocast_dtype("cuda")
+        dtype = gemm.product_dtype(hidden_ND.device)
+        if dtype is None:
+            dtype = torch.promote_types(hidden_ND.dtype, head_VD.dtype)
         if gemm.is_half(dtype):
             self.gradient_dtype = torch.bfloat16
         logit_dtype = torch.float16 if logits_dtype == torch.float16 else dtype
@@ -119,6 +119,8 @@ class _Side:
         hidden_ND, head_VD = self.inputs
         if not hidden_ND.is_cuda:
             return hidden_ND, head_VD
+        if self.logit_operands[0].dtype == self.gradient_dtype:
+            return self.logit_operands
         return hidden_ND.to(self.gradient_dtype), head_VD.to(self.gradient_dtype)
 
     @property

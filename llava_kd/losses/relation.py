@@ -42,9 +42,10 @@ def relation_rows(
     student_tap = student_gram_DD if student_gram_DD is not None else student_head_VD
     teacher_tap = teacher_gram_EE if teacher_gram_EE is not None else teacher_head_UE
     check_relation_inputs(student_IND, teacher_IME, student_tap, teacher_tap)
+    read_as = gemm.product_dtype(student_IND.device)
     with torch.autocast(student_IND.device.type, enabled=False):
         if student_gram_DD is None and student_head_VD is not None:
-            student_gram_DD = head_gram(student_head_VD)
+            student_gram_DD = head_gram(student_head_VD, read_as=read_as)
         if teacher_gram_EE is None and teacher_head_UE is not None:
             teacher_gram_EE = head_gram(teacher_head_UE.detach())
         rows = [
@@ -60,9 +61,12 @@ def relation_rows(
     return empty_I if student_head_VD is None else empty_I + student_head_VD[:0].sum()
 
 
-def head_gram(head_VD: Tensor) -> Tensor:
-    """W^T W of a head, fp32 (fp64 for an fp64 head), with a gradient where the head wants one."""
-    return _Gram.apply(head_VD)
+def head_gram(head_VD: Tensor, *, read_as: torch.dtype | None = None) -> Tensor:
+    """W^T W of a head, fp32 (fp64 for an fp64 head), with a gradient where the head wants one.
+
+    `read_as`: a type that the products round the head to, as autocast does for logits; None for its own.
+    """
+    return _Gram.apply(head_VD, read_as or head_VD.dtype)
 
 
 def _relation(features_ND: Tensor, gram_DD: Tensor | None, *, centre: bool, normalise: bool) -> Tensor:
@@ -87,20 +91,29 @@ class _Context(FunctionCtx):
     needs_input_grad: tuple[bool, ...]
 
 
+class _GramContext(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]
+    read_as: torch.dtype
+
+
 class _Gram(torch.autograd.Function):
     """W^T W. Saves an alias of W: a sharding engine may put another tensor in the parameter's place."""
 
     @staticmethod
-    def forward(ctx: _Context, head_VD: Tensor) -> Tensor:
+    def forward(ctx: _GramContext, head_VD: Tensor, read_as: torch.dtype) -> Tensor:
         ctx.save_for_backward(head_VD.detach())
-        return gemm.gram(head_VD)
+        ctx.read_as = read_as
+        return gemm.gram(head_VD.to(read_as))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, grad_DD: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: _GramContext, grad_DD: Tensor
+    ) -> tuple[Tensor, None]:
         (head_VD,) = ctx.saved_tensors
         with torch.autocast(grad_DD.device.type, enabled=False):
-            return gemm.head_times(head_VD, grad_DD + grad_DD.T)
+            read_VD = head_VD.to(ctx.read_as)
+            return gemm.head_times(read_VD, grad_DD + grad_DD.T, head_VD.dtype), None
 
 
 class _Quadratic(torch.autograd.Function):
