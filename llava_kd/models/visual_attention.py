@@ -76,12 +76,15 @@ class VisualMaps:
     def __init__(self, layers: Sequence[int], inputs: Inputs) -> None:
         self._layers = layers
         self._maps: dict[int, Tensor] | None = {}
-        self._places: list[tuple[int, Tensor]] = []
+        self._places: list[tuple[Tensor, Tensor]] = []
         self._segments_BT = inputs.segment_ids_BT
         if inputs.num_images:
-            place_IN2 = inputs.visual_BT.nonzero().view(inputs.num_images, -1, 2)
-            rows = place_IN2[:, 0, 0].tolist()
-            self._places = list(zip(rows, place_IN2[:, :, 1].unbind(), strict=True))
+            flat_IN = inputs.places.visual_N.view(inputs.num_images, -1)
+            length = inputs.input_ids_BT.shape[1]
+            # Rows stay on the device: as numbers the host would wait for them.
+            self._places = list(
+                zip((flat_IN[:, :1] // length).unbind(), (flat_IN % length).unbind(), strict=True)
+            )
 
     def see(
         self, layer: int, query_BHTK: Tensor, key_BGTK: Tensor, scaling: float | None, window: int | None
@@ -91,9 +94,11 @@ class VisualMaps:
             return
         scaling = query_BHTK.shape[-1] ** -0.5 if scaling is None else scaling
         maps = []
-        for row, place_N in self._places:
-            seen_NT = _seen(self._segments_BT[row], place_N, window)
-            wanted = (query_BHTK[row][:, place_N], key_BGTK[row], seen_NT, place_N, scaling)
+        for row_1, place_N in self._places:
+            segments_T, query_HTK, key_GTK = (
+                tensor.index_select(0, row_1)[0] for tensor in (self._segments_BT, query_BHTK, key_BGTK)
+            )
+            wanted = (query_HTK[:, place_N], key_GTK, _seen(segments_T, place_N, window), place_N, scaling)
             maps.append(checkpoint(_map, *wanted, use_reentrant=False, preserve_rng_state=False))
         if self._maps is not None and layer not in self._maps:
             empty_INN = query_BHTK.new_zeros(0, 1, 1, dtype=torch.float32)

@@ -216,8 +216,9 @@ class Trainer:
         local = reduce(add, (batch.counts() for batch in batches)).stack()
         samples = sum(len(batch.record_ids) for batch in batches)
         wants_stop = self._stop.signal_name is not None
-        others = torch.tensor([samples, wants_stop], dtype=local.dtype, device=local.device)
-        summed = self._engine.world.sum(torch.cat([local, others]))
+        # Filled on the device: a tensor made of host values would wait for the step before.
+        others = [local.new_full((1,), float(value)) for value in (samples, wants_stop)]
+        summed = self._engine.world.sum(torch.cat([local, *others]))
         stop = wants_stop if self._engine.world.size == 1 else bool(summed[4] > 0)
         return Counts.unstack(summed[:3]), summed[3], stop
 
