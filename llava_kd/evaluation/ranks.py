@@ -31,10 +31,12 @@ class Ranks:
 
 def join_ranks() -> Ranks:
     """The ranks that torchrun started, joined by gloo for barriers only; one rank without torchrun."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     if world_size == 1:
         return Ranks()
+    if torch.cuda.is_available():  # else what asks for "the" GPU would take memory of the first on every rank
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     if not dist.is_initialized():
         # Ranks finish their parts at different times: the barrier waits for the slowest.
         dist.init_process_group("gloo", timeout=datetime.timedelta(hours=24))
-    return Ranks(dist.get_rank(), world_size, int(os.environ.get("LOCAL_RANK", "0")))
+    return Ranks(dist.get_rank(), world_size, local_rank)
