@@ -2,6 +2,7 @@
 # NPROC defaults to the number of GPUs (1 without one). LAUNCHER is torchrun (default) or deepspeed. On several
 # machines, run the same command on each, with its NODE_RANK and the first machine's MASTER_ADDR; see docs/clusters.md.
 launch() {
+  more_open_files
   local nproc="${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}" nnodes="${NNODES:-1}"
   if [ "$nproc" -eq 0 ]; then nproc=1; fi
   case " $* " in *" --dry_run "*) exec python -m llava_kd.cli train "$@" --ranks=$((nproc * nnodes)) ;; esac
@@ -28,6 +29,14 @@ launch() {
       ;;
     *) echo "LAUNCHER must be torchrun or deepspeed; got $LAUNCHER" >&2; return 2 ;;
   esac
+}
+
+# Data workers hand over every tensor as an open file; where many of them wait for a slow one, 1024 do not suffice.
+more_open_files() {
+  local most
+  most="$(ulimit -Hn)"
+  if [ "$most" = unlimited ] || [ "$most" -gt 65536 ]; then most=65536; fi
+  if [ "$(ulimit -Sn)" != unlimited ] && [ "$(ulimit -Sn)" -lt "$most" ]; then ulimit -Sn "$most"; fi
 }
 
 # supervise DEPTH COMMAND...: run it; SIGTERM and SIGUSR1 go to the ranks, DEPTH generations below it, and not to

@@ -19,8 +19,11 @@ export NPROC="${NPROC:-${SLURM_GPUS_ON_NODE:-1}}"
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 
-# Each machine's shell learns its number only there, so it is read inside.
-srun --kill-on-bad-exit=1 bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$@"' stage "$@" &
+# Each machine's shell learns its number only there, so it is read inside. Some versions of srun forget the job's
+# cpus-per-task, and would leave all ranks and their data workers one core.
+cores=()
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then cores=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi
+srun --kill-on-bad-exit=1 "${cores[@]}" bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$@"' stage "$@" &
 step=$!
 preempted=0
 trap 'preempted=1; kill -USR1 "$step"' USR1 TERM # srun hands the signal to every machine's script

@@ -112,7 +112,16 @@ def test_a_signal_goes_to_the_ranks_and_the_script_waits_for_them(
     assert "launcher was told" not in log.read_text()
 
 
+def test_the_limit_of_open_files_is_raised_to_the_hard_one(bin_dir: Path) -> None:
+    write(bin_dir / "python", "#!/bin/sh\nulimit -Sn; ulimit -Hn\n")
+    script = f'ulimit -Sn 300; ulimit -Hn 2000; exec bash "{SCRIPTS}/train.sh" x.yaml'
+    more = environment(bin_dir, NPROC="1")
+    done = subprocess.run(["bash", "-c", script], env=more, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2000", "2000"]
+
+
 SRUN = """#!/bin/bash
+echo "$*" >>"$SRUN_LOG"
 while [[ "$1" == --* ]]; do shift; done
 trap 'kill -USR1 $!' USR1
 SLURM_NODEID=1 "$@" &
@@ -129,6 +138,8 @@ def slurm(bin_dir: Path, tmp_path: Path, stage: str) -> tuple[subprocess.Popen[s
         "SLURM_GPUS_ON_NODE": "8",
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "n[0-1]",
+        "SLURM_CPUS_PER_TASK": "64",
+        "SRUN_LOG": str(tmp_path / "srun"),
     }
     log = tmp_path / "log"
     command = ["bash", str(SCRIPTS / "slurm.sh"), str(tmp_path / "stage.sh"), "--seed=1"]
@@ -141,6 +152,7 @@ def test_a_slurm_job_tells_each_machine_its_place(bin_dir: Path, tmp_path: Path)
     process, log = slurm(bin_dir, tmp_path, 'echo "$NODE_RANK $NNODES $NPROC $MASTER_ADDR $MASTER_PORT $*"\n')
     assert process.wait(60) == 0
     assert log.read_text().strip() == "1 2 8 n0 20007 --seed=1"
+    assert "--cpus-per-task=64 bash" in (tmp_path / "srun").read_text()
     assert "requeue" not in (tmp_path / "scontrol").read_text()
 
 
