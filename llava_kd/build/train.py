@@ -187,7 +187,7 @@ def placed_teacher(config: TrainConfig, world: World, teacher: Parts, *, shares_
     mllm = MLLM(teacher.stock)
     decoder, layers = mllm.language_model, mllm.language_model.layers
     if config.teacher.placement == "fsdp":
-        shard_layers(layers, world, dtype)
+        shard_layers(decoder, layers, world, dtype)
     if config.teacher.placement == "cpu_offload":
         decoder.layers = torch.nn.ModuleList()  # they stay behind while the others move
     place(mllm, world.device, dict.fromkeys(PARTS, dtype))

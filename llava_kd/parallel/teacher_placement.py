@@ -12,8 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from llava_kd.parallel.world import World
 
 
-def shard_layers(layers: Sequence[nn.Module], world: World, dtype: torch.dtype) -> None:
-    """Spread each layer over the ranks, one at a time onto the device; it is gathered while it runs.
+def shard_layers(decoder: nn.Module, layers: Sequence[nn.Module], world: World, dtype: torch.dtype) -> None:
+    """Spread each layer of a decoder over the ranks, one at a time onto the device; it is gathered to run.
 
     Every rank must call the model equally often. Embeddings, head and tower are left to the caller: losses
     read the head outside the model. On one rank nothing is done.
@@ -24,6 +24,9 @@ def shard_layers(layers: Sequence[nn.Module], world: World, dtype: torch.dtype) 
     for layer in layers:
         layer.to(world.device, dtype)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    # Under one root a layer is gathered while the one before it computes; with a root each they take turns.
+    sharded = {parameter for layer in layers for parameter in layer.parameters()}
+    fully_shard(decoder, mesh=mesh, ignored_params=set(decoder.parameters()) - sharded)
 
 
 def offload_layers(layers: Sequence[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
