@@ -143,10 +143,12 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_a_step_stays_on_the_device(stage: Callable[..., Path], case: Case) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
     batch = batch_of(is_packed=case.is_packed, has_two_sides=case.has_two_sides)
     result, watch, said = step_of(stage("run"), *case.overrides, batch=batch)
     assert said == "attention of the student: llava_kd_varlen"
     check(result, watch)
+    assert not torch.backends.cuda.cudnn_sdp_enabled(), "a plan is built for each new length of a row"
 
 
 def test_a_wait_a_slow_product_and_a_foreign_tensor_are_seen() -> None:

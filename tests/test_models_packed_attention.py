@@ -40,9 +40,12 @@ H200 = Circumstances(
 @pytest.mark.parametrize(
     ("changes", "kernel"),
     [
-        ({}, FLASH),
+        ({}, VARLEN),
         ({"has_flash": False}, VARLEN),
         ({"takes_flash": False}, VARLEN),
+        ({"has_varlen": False}, FLASH),
+        ({"attention_dropout": 0.1}, FLASH),
+        ({"takes_any_kernel": False}, FLASH),
         ({"has_flash": False, "attention_dropout": 0.1}, BY_RECORD),
         ({"has_flash": False, "has_varlen": False}, BY_RECORD),
         ({"dtype": torch.float32}, BY_RECORD),
@@ -62,6 +65,32 @@ def test_this_machine_is_described_as_it_is() -> None:
     found = packed_attention.circumstances(language_model(), device=torch.device("cpu"), dtype=torch.float32)
     assert (found.device_type, found.head_width, found.takes_any_kernel) == ("cpu", 8, True)
     assert choose(found) == BY_RECORD
+
+
+@pytest.mark.parametrize(
+    ("selects", "wants", "kernel"),
+    [(True, True, VARLEN), (False, True, BY_RECORD), (False, False, VARLEN), (False, None, VARLEN)],
+)
+def test_a_kernel_that_insists_on_cudnn_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, selects: bool, wants: bool | None, kernel: str
+) -> None:
+    """As of PyTorch versions that take cuDNN on a Hopper whatever is enabled."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(packed_attention, "_select_backend", print if selects else None)
+    monkeypatch.setattr(packed_attention, "_should_use_cudnn", None if wants is None else lambda _: wants)
+    device = torch.device("cuda", 0)
+    found = packed_attention.circumstances(language_model(), device=device, dtype=torch.bfloat16)
+    assert choose(replace(found, has_flash=False)) == kernel
+
+
+@pytest.mark.parametrize(("rows", "has_boundaries"), [([[6], [4]], False), ([[8]], True), ([[5, 2]], True)])
+def test_flash_attention_is_told_what_it_would_look_for(
+    monkeypatch: pytest.MonkeyPatch, rows: list[list[int]], has_boundaries: bool
+) -> None:
+    """transformers takes a single row for a packed one, and asks the device in every layer."""
+    model = language_model()
+    monkeypatch.setattr(model.config, "_attn_implementation", FLASH)
+    assert ("cu_seq_lens_q" in packed_attention.arguments(model, packed(rows))) == has_boundaries
 
 
 rows = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3)

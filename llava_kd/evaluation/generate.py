@@ -32,6 +32,7 @@ from llava_kd.evaluation.prompt import model_inputs, render_prompt
 from llava_kd.evaluation.questions import Question
 from llava_kd.evaluation.ranks import Ranks
 from llava_kd.models.checkpoint import load_config
+from llava_kd.models.packed_attention import leave_out_cudnn
 from llava_kd.models.reused_projector import ReusedProjectorConfig, llava_class
 
 
@@ -80,6 +81,8 @@ class Generator:
     ) -> Generator:
         """Load a stock LLaVA directory: bf16 on a GPU and fp32 on the CPU unless `dtype` says otherwise."""
         directory = check_llava_directory(directory)
+        if device.type == "cuda":
+            leave_out_cudnn()
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         processor = load_processor(directory)

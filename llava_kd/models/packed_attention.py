@@ -29,6 +29,14 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
     varlen_attn = None
+try:
+    from torch.nn.attention.varlen import _select_backend  # heeds leave_out_cudnn
+except ImportError:
+    _select_backend = None
+try:
+    from torch.nn.attention.varlen import _should_use_cudnn
+except ImportError:
+    _should_use_cudnn = None
 
 FLASH = "flash_attention_2"
 VARLEN = "llava_kd_varlen"
@@ -72,10 +80,11 @@ class _Options(TypedDict, total=False):
 _NOT_HERE = ("softcap", "s_aux", "position_bias")
 
 
-# The first whose condition holds is taken.
+# The first whose condition holds is taken. Around FLASH transformers reads the positions at each forward, for
+# which the host waits; VARLEN is the same kernel and waits for nothing.
 KERNELS: dict[str, Callable[[Circumstances], bool]] = {
-    FLASH: lambda c: c.has_flash and c.takes_flash and c.suits_flash,
     VARLEN: lambda c: c.has_varlen and c.takes_any_kernel and c.suits_flash and not c.attention_dropout,
+    FLASH: lambda c: c.has_flash and c.takes_flash and c.suits_flash,
     BY_RECORD: lambda c: c.takes_any_kernel,
     MASKED: lambda c: True,
 }
@@ -99,8 +108,26 @@ def circumstances(model: PreTrainedModel, *, device: torch.device, dtype: torch.
         takes_any_kernel=model._supports_attention_backend and model._supports_flash_attn and is_plain,
         takes_flash=model._supports_flash_attn and is_plain,
         has_flash=is_flash_attn_2_available(),
-        has_varlen=varlen_attn is not None and {"scale", "window_size"} <= _parameters(varlen_attn),
+        has_varlen=varlen_attn is not None
+        and {"scale", "window_size"} <= _parameters(varlen_attn)
+        and not _insists_on_cudnn(device),
     )
+
+
+def leave_out_cudnn() -> None:
+    """Keep PyTorch from cuDNN's attention, in the whole process.
+
+    Since torch 2.11 it is the first choice on a Hopper. It builds a plan for every new shape, which may take
+    a second, and keeps them all; rows are of other lengths in every batch, and in every token of an answer.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _insists_on_cudnn(device: torch.device) -> bool:
+    """Whether this PyTorch's kernel for records of varying lengths takes cuDNN though it was left out."""
+    if device.type != "cuda" or _select_backend is not None or _should_use_cudnn is None:
+        return False
+    return _should_use_cudnn(device.index or 0)
 
 
 def choose(found: Circumstances) -> str:
@@ -130,7 +157,8 @@ def arguments(model: PreTrainedModel, inputs: Inputs) -> dict[str, object]:
         # A mask of four dimensions is handed on as it is: none is made, and nothing is looked for.
         unread_1111 = torch.empty((1, 1, 1, 1), dtype=torch.bool, device=places.boundaries_N.device)
         return {"attention_mask": unread_1111, "records": places}
-    if kernel != FLASH or not inputs.is_packed:
+    # A single row without boundaries would be taken for a packed one, and looked at in every layer.
+    if kernel != FLASH or (not inputs.is_packed and inputs.input_ids_BT.shape[0] > 1):
         return {"attention_mask": None}
     longest = max(places.lengths)
     return {
