@@ -7,7 +7,7 @@ source scripts/setup_env.sh
 if [ "${1:-}" = "--floor" ]; then
   shift
   export VENV="$PWD/.venv-floor" CONSTRAINTS="$PWD/constraints-floor.txt"
-  setup_env dev
+  setup_env all,dev
 else
   setup_env all,dev
 fi

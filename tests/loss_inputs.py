@@ -9,12 +9,24 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llava_kd.losses.reference import HeadLoss
 
 D, E = 16, 24
 LEAVES = ("student_ND", "student_head_VD", "student_bias_V")
 Inputs = dict[str, Tensor]
+
+
+def traces_mixed_products() -> bool:
+    """Whether a product can be traced without a device that adds to another type; torch 2.11 cannot."""
+    with FakeTensorMode():
+        total, rows = (torch.empty(2, 2, dtype=d, device="cuda") for d in (torch.float32, torch.bfloat16))
+        try:
+            torch.addmm(total, rows, rows, out_dtype=total.dtype)
+        except TypeError:
+            return False
+    return True
 
 
 def make_inputs(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2ForCausalLM, SiglipVisionModel
+from transformers import AutoTokenizer, Qwen2ForCausalLM, SiglipVisionModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # see llava_kd.models.towers
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "quickstart"
 SHIPPED = SCRIPTS / "backbones"

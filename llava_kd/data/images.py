@@ -6,6 +6,7 @@ Shape legend: H height, W width, C channels, I images.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -74,7 +75,11 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 def check_size(width: int, height: int, max_pixels: int) -> None:
     """ValueError for more than `max_pixels` pixels."""
     if width * height > max_pixels:
-        raise ValueError(f"an image may have at most {max_pixels} pixels, got {width} x {height}")
+        raise ValueError(_too_large(max_pixels, f"{width} x {height}"))
+
+
+def _too_large(max_pixels: int, found: str) -> str:
+    return f"an image may have at most {max_pixels} pixels, got {found}; make it smaller"
 
 
 def _decode_simplejpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
@@ -110,6 +115,9 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     """Image with only its header read."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:  # Pillow's own bound comes first, and names no sides
+        pixels = re.search(r"\d+", str(error))
+        raise ValueError(_too_large(max_pixels, pixels[0] if pixels else "more")) from None
     except _PILLOW_ERRORS as error:
         # Pillow names the stream that it could not identify, not what is wrong with it.
         detail = "" if isinstance(error, UnidentifiedImageError) else f": {error}"

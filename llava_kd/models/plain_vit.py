@@ -52,6 +52,11 @@ _DINOV2_BLOCK: Mapping[str, str] = {
     **{"q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj", "o": "attention.o_proj"},
     **{"scale1": "layer_scale1.lambda1", "scale2": "layer_scale2.lambda1"},
 }
+# As transformers 5.17 still names it in DINOv2.
+_OLD_ATTENTION: Mapping[str, str] = {
+    **{"q": "attention.attention.query", "k": "attention.attention.key"},
+    **{"v": "attention.attention.value", "o": "attention.output.dense"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +294,9 @@ def _dinov2(vit: PlainViT) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         **{"cls": "embeddings.cls_token", "pos": "embeddings.position_embeddings"},
         "reg": "embeddings.register_tokens",
     }
-    names = _named(vit, top, _DINOV2_BLOCK, "encoder.layer")
+    is_old = any("attention.attention.query" in name for name in model.state_dict())
+    block = {**_DINOV2_BLOCK, **_OLD_ATTENTION} if is_old else _DINOV2_BLOCK
+    names = _named(vit, top, block, "encoder.layer")
     grid = vit.image_size // vit.patch_size
     pos_NE = names["embeddings.position_embeddings"].reshape(-1, vit.width)
     if len(pos_NE) == grid * grid:  # no position for the CLS token: a zero one

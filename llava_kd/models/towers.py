@@ -11,13 +11,15 @@ import torch
 from torch import nn
 from transformers import (
     MODEL_MAPPING,
-    AutoImageProcessor,
     AutoModel,
     PreTrainedConfig,
     PreTrainedModel,
     SiglipImageProcessor,
 )
 from transformers.image_processing_utils import BaseImageProcessor
+
+# transformers 5.17 hides it at its top level where torchvision is not installed, though it is not needed.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_kd.models.library_towers import Pixels, Trunk, adapted, library_tower
 from llava_kd.models.reading import existing, read_config, read_pretrained, readable

@@ -26,9 +26,17 @@ class WandbTracker:
     """Needs the `wandb` package; offline, and without an account, where WANDB_MODE says so."""
 
     def __init__(self, *, project: str, name: str, config: Mapping[str, object]) -> None:
-        import wandb
-
-        self._run = wandb.init(project=project, name=name, config=dict(config))
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError("`log.wandb_project` needs wandb: pip install 'llava_kd[wandb]'") from error
+        try:
+            self._run = wandb.init(project=project, name=name, config=dict(config))
+        except wandb.Error as error:
+            raise ValueError(
+                f"`log.wandb_project`: wandb does not start: {' '.join(str(error).split())} "
+                "WANDB_MODE=offline needs no account"
+            ) from error
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log(dict(figures), step=step)
@@ -41,8 +49,12 @@ class TensorBoardTracker:
     """Needs the `tensorboard` package."""
 
     def __init__(self, directory: str | Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "`log.tensorboard` needs tensorboard: pip install 'llava_kd[tensorboard]'"
+            ) from error
         self._writer = SummaryWriter(str(directory))
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:

@@ -1,0 +1,60 @@
+"""The core packages are enough for a stage: no package of an extra is needed, as in the quickstart."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# Packages of the extras, hidden from imports and from whoever asks whether they are installed.
+HIDDEN = """
+import importlib.abc, importlib.util, sys
+
+EXTRAS = {"torchvision", "timm", "open_clip", "deepspeed", "wandb", "tensorboard", "simplejpeg", "pyarrow"}
+find_spec = importlib.util.find_spec
+
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in EXTRAS:
+            raise ModuleNotFoundError(name)
+
+importlib.util.find_spec = lambda name, *a: None if name.partition(".")[0] in EXTRAS else find_spec(name, *a)
+sys.meta_path.insert(0, Hide())
+"""
+
+
+def run_without_extras(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", HIDDEN + code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_stage_runs_to_its_end(shapes_dir: Path, tmp_path: Path) -> None:
+    words = [
+        "train",
+        "scripts/quickstart/stage1_dpt.yaml",
+        f"--data.path={shapes_dir / 'captions.json'}",
+        f"--data.images={shapes_dir}",
+        f"--output_dir={tmp_path / 'run'}",
+        "--global_batch_size=2",
+        "--micro_batch_size=2",
+        "--max_steps=1",
+    ]
+    done = run_without_extras(f"from llava_kd.cli import main\nsys.exit(main({words!r}))")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def test_what_an_extra_adds_names_the_extra(tmp_path: Path) -> None:
+    towers = "from llava_kd.models.towers import load_tower\nimport torch\n"
+    name = "timm:vit_tiny_patch16_224?pretrained=false"
+    load = f"load_tower({name!r}, feature_layer=-2, dtype=torch.float32, seed=0)"
+    done = run_without_extras(towers + load)
+    assert "pip install 'llava_kd[towers]'" in done.stderr
+    trackers = "from llava_kd.training.metrics import TensorBoardTracker, WandbTracker\n"
+    done = run_without_extras(trackers + f"TensorBoardTracker({str(tmp_path)!r})")
+    assert "pip install 'llava_kd[tensorboard]'" in done.stderr
+    done = run_without_extras(trackers + "WandbTracker(project='p', name='n', config={})")
+    assert "pip install 'llava_kd[wandb]'" in done.stderr
