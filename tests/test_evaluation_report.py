@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_kd.evaluation.charts import Line, line_chart, nice_ticks, smooth, thin
+from llava_kd.evaluation.charts import Line, dot_rows, line_chart, nice_ticks, smooth, thin
 from llava_kd.evaluation.report import report
 from llava_kd.evaluation.results import (
     collect_results,
@@ -120,6 +120,51 @@ def test_the_page_has_a_row_for_each_type_and_a_chart_for_each_term(run_dir: Pat
     assert page.count('class="curve baseline"') == 2
     assert page.count('class="curve distilled"') == 4
     assert "visual_kl" not in page
+
+
+def test_the_page_says_what_may_be_concluded(run_dir: Path, tmp_path: Path) -> None:
+    """Two seeds of unlike gains leave zero in their interval; one seed that loses is not called a gain."""
+    low, high = t_interval([0.25, 0.5])
+    assert low < 0 < high
+    page = report(run_dir).read_text(encoding="utf-8")
+    assert "That closes 55 % of the distance" in page
+    assert "95 % t interval over 2 seeds. It holds zero: this run alone does not show" in page
+    for arm, answers in (("plain", "1" * 60 + "0" * 40), ("kd", "0" * 100)):
+        write_model(tmp_path / "loses" / "seed0" / arm / "eval", answers)
+    write_model(tmp_path / "loses" / "teacher" / "eval", "1" * 100)
+    page = report(tmp_path / "loses").read_text(encoding="utf-8")
+    assert "The teacher did not help here." in page
+    assert "That closes" not in page
+    assert "It holds zero" not in page
+
+
+def test_pictures_are_found_from_another_directory_and_after_a_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, name = tmp_path / "runs" / "quick", "runs/quick/data/a.png"
+    (run / "data").mkdir(parents=True)
+    Image.new("RGB", (48, 40), (200, 30, 30)).save(run / "data" / "a.png")
+    for arm in ("plain", "kd"):
+        write_model(run / "seed0" / arm / "eval", "1100", name)
+    for folder in (tmp_path, tmp_path / "runs", Path("/")):
+        monkeypatch.chdir(folder)
+        assert "<img" in report(run).read_text(encoding="utf-8")
+    moved = run.rename(tmp_path / "elsewhere")
+    assert "<img" in report(moved).read_text(encoding="utf-8")
+
+
+def test_a_dot_that_another_would_hide_is_a_ring_around_it() -> None:
+    def radii(**dots: float) -> list[str]:
+        return re.findall(r' r="(\d+)"', dot_rows({"colour": dots}, title="t"))
+
+    assert radii(teacher=0.9, baseline=0.3, distilled=0.3) == ["6", "9", "6"]
+    assert radii(teacher=0.5, baseline=0.5, distilled=0.5) == ["12", "9", "6"]
+    assert radii(teacher=0.9, baseline=0.3, distilled=0.5) == ["6", "6", "6"]
+
+
+def test_a_logarithmic_axis_says_so() -> None:
+    assert "log scale" in line_chart([Line("kd", (1, 2), (100.0, 1.0))], title="t")
+    assert "log scale" not in line_chart([Line("kd", (1, 2), (2.0, 1.0))], title="t")
 
 
 def test_a_page_is_made_without_teacher_pictures_or_logs(tmp_path: Path) -> None:

@@ -98,6 +98,10 @@ def line_chart(lines: Sequence[Line], *, title: str, width: int = 340, height: i
         parts.append(
             f'<text class="tick" x="{x(tick):.1f}" y="{height - 6}" text-anchor="middle">{label(tick)}</text>'
         )
+    if is_log:
+        parts.append(
+            f'<text class="tick" x="{width - right}" y="{top - 3}" text-anchor="end">log scale</text>'
+        )
     for line in lines:
         line = thin(line)
         points = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in zip(line.steps, line.values, strict=True))
@@ -128,10 +132,13 @@ def dot_rows(
         parts.append(
             f'<line class="span" x1="{min(ends):.1f}" x2="{max(ends):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
-        for style, value in dots.items():
+        for k, (style, value) in enumerate(dots.items()):
+            # A dot that later ones would hide is a ring around them.
+            hidden = sum(abs(value - other) < 0.012 for other in list(dots.values())[k + 1 :])
             hint = f"{name}, {style}: {value:.1%}"
             parts.append(
-                f'<circle class="dot {escape(style)}" cx="{left + inner * value:.1f}" cy="{y:.1f}" r="6">'
+                f'<circle class="dot {escape(style)}" cx="{left + inner * value:.1f}" cy="{y:.1f}" '
+                f'r="{6 + 3 * hidden}">'
                 f"<title>{escape(hint)}</title></circle>"
             )
     return _svg(parts, width=width, height=height, title=title)

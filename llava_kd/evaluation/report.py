@@ -16,6 +16,7 @@ from llava_kd.evaluation.answers import write_atomic
 from llava_kd.evaluation.charts import Line, dot_rows, line_chart, smooth
 from llava_kd.evaluation.report_style import CSS
 from llava_kd.evaluation.results import (
+    Difference,
     Evaluated,
     Run,
     collect_results,
@@ -26,10 +27,13 @@ from llava_kd.evaluation.results import (
 from llava_kd.evaluation.scorers.exact import is_correct
 
 TERMS = {
-    "cross_entropy": "next response token, against the data",
-    "response_kl": "response tokens, against the teacher",
-    "visual_kl": "visual tokens, against the teacher",
-    "relation": "similarities between visual tokens, against the teacher",
+    "cross_entropy": "next response token, against the data; nats a token",
+    "response_kl": "response tokens, against the teacher; nats a token",
+    "visual_kl": "visual tokens, against the teacher; nats a token",
+    "relation": "similarities between visual tokens, against the teacher; 1 - cosine, a mean over images",
+    "response_dbild": "differences of response logits, against the teacher; nats a token",
+    "visual_switch": "the teacher behind the student's visual tokens; nats a token",
+    "attention": "between visual tokens, against the teacher; sum of 1 - cosine over layers",
 }
 NAMES = {"teacher": "Teacher", "baseline": "Undistilled", "distilled": "Distilled"}
 
@@ -92,14 +96,10 @@ def _headline(run: Run, title: str) -> str:
                 f'<div class="tile {role}"><small>{name}</small>'
                 f"<strong>{100 * _accuracy(models[role]):.1f}&thinsp;%</strong><small>{who}</small></div>"
             )
-    reach = (
-        ""
-        if gap["low"] is None or gap["high"] is None
-        else f"{_points(gap['low'])} to {_points(gap['high'])}"
-    )
+    reach, note = _interval(gap)
     tiles.append(
         f'<div class="tile gain"><small>Gain from the teacher</small><strong>{_points(gap["mean"])}</strong>'
-        f"<small>points; {reach}</small></div>"
+        f"<small>points{reach}</small></div>"
     )
     lead = (
         f"The distilled student answers <b>{100 * _accuracy(models['distilled']):.1f} %</b> of {count:,} "
@@ -108,13 +108,26 @@ def _headline(run: Run, title: str) -> str:
     )
     if "teacher" in models:
         distance = _accuracy(models["teacher"]) - _accuracy(models["baseline"])
-        if distance > 0:
+        if gap["mean"] <= 0:
+            lead += " The teacher did not help here."
+        elif distance > 0:
             lead += f" That closes {100 * gap['mean'] / distance:.0f} % of the distance to the teacher."
-    note = f"Interval: {gap['interval']}. {escape(run.settings.get('note', ''))}"
+    note += escape(run.settings.get("note", ""))
     return (
         f'<h1>{escape(title)}</h1><p class="lead">{lead}</p><div class="tiles">{"".join(tiles)}</div>'
         f'<p class="note">{note}</p>'
     )
+
+
+def _interval(gap: Difference) -> tuple[str, str]:
+    """The interval beside the gain, and what a reader may conclude from it."""
+    low, high = gap["low"], gap["high"]
+    if low is None or high is None:
+        return "", ""
+    note = f"Interval: {gap['interval']}. "
+    if low <= 0 <= high:
+        note += "It holds zero: this run alone does not show that the teacher changes the score. "
+    return f"; 95 % {_points(low)} to {_points(high)}", note
 
 
 def _legend(roles: Sequence[str]) -> str:
@@ -166,18 +179,24 @@ def _curves(run: Run) -> str:
     stages = sorted({stage for arms in run.logs.values() for arm in arms.values() for stage in arm})
     if not stages:
         return ""
-    cells = [f'<div class="head"><b>{escape(stage)}</b>, by step</div>' for stage in stages]
+    cells = [f'<div class="head"><b>{escape(stage)}</b>, optimiser steps</div>' for stage in stages]
     for term, meaning in TERMS.items():
         charts = [line_chart(_lines(run, roles, stage, term), title=f"{term}, {stage}") for stage in stages]
         if not any(charts):
             continue
         cells.append(f'<div class="term">{term}<small>{meaning}</small></div>')
         cells += [
-            f"<div>{chart}</div>" if chart else '<div class="none">not a term here</div>' for chart in charts
+            f'<div class="chart" data-stage="{escape(stage)}">{chart}</div>'
+            if chart
+            else '<div class="none">not a term here</div>'
+            for stage, chart in zip(stages, charts, strict=True)
         ]
+    seeds = "One line a seed; r" if len(run.seeds) > 1 else "R"
+    note = f"{seeds}unning means over the training batches, before weighting; each axis has its own range."
     return (
-        f"<h2>Losses</h2>{_legend(['baseline', 'distilled'])}"
-        f'<div class="card"><div class="curves" style="grid-template-columns:repeat({len(stages)},1fr)">'
+        f'<h2>Losses</h2><p class="note">{note}</p>{_legend(["baseline", "distilled"])}'
+        '<div class="card"><div class="curves" '
+        f'style="grid-template-columns:repeat({len(stages)},minmax(0,1fr))">'
         f"{''.join(cells)}</div></div>"
     )
 
@@ -250,7 +269,7 @@ def _card(run: Run, name: str, distilled: Mapping[str, str], baseline: Mapping[s
 
 def _thumbnail(run_dir: Path, name: str, side: int = 224) -> str:
     """An <img> with the picture inside; nothing where the file is gone."""
-    path = next((p for p in (Path(name), run_dir / name) if name and p.is_file()), None)
+    path = _picture(run_dir, Path(name))
     if path is None:
         return ""
     try:
@@ -267,6 +286,14 @@ def _thumbnail(run_dir: Path, name: str, side: int = 224) -> str:
     data = base64.b64encode(buffer.getvalue()).decode()
     kind = "png" if style else "jpeg"
     return f'<img{style} alt="test image" src="data:image/{kind};base64,{data}">'
+
+
+def _picture(run_dir: Path, name: Path) -> Path | None:
+    """The file as named, or, from another directory or after a move, where the run still has it."""
+    parts = name.parts
+    inside = [run_dir / Path(*parts[k:]) for k in range(1, len(parts))]
+    beside = [parent / name for parent in run_dir.resolve().parents]
+    return next((path for path in (name, run_dir / name, *inside, *beside) if path.is_file()), None)
 
 
 def _facts(run: Run) -> str:

@@ -73,6 +73,10 @@ overflow-wrap:anywhere}
 .facts td{white-space:normal;text-align:left;vertical-align:top}.facts td:first-child{color:var(--soft);
 width:40%}
 @media(max-width:860px){.tiles{grid-template-columns:1fr 1fr}.pair,.examples{grid-template-columns:1fr}
-main{padding:28px 16px 48px}.curves{min-width:680px}}
+main{padding:28px 16px 48px}.card{padding:16px 14px}
+.curves{grid-template-columns:1fr!important}.curves .head,.curves .none{display:none}
+.curves .chart::before{content:attr(data-stage) ", optimiser steps";font-size:13.5px;color:var(--soft)}}
+@media(max-width:520px){table{font-size:13px}th{font-size:12px}th,td{padding:7px 4px}
+.pair th{white-space:normal}.tile{padding:14px 12px}.tile strong{font-size:31px}}
 @media print{body{background:#fff}.card,.tile,.example{break-inside:avoid}}
 """
