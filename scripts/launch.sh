@@ -2,6 +2,7 @@
 # NPROC defaults to the number of GPUs (1 without one). LAUNCHER is torchrun (default) or deepspeed. On several
 # machines, run the same command on each, with its NODE_RANK and the first machine's MASTER_ADDR; see docs/clusters.md.
 launch() {
+  use_environment || return
   more_open_files
   local nproc="${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}" nnodes="${NNODES:-1}"
   if [ "$nproc" -eq 0 ]; then nproc=1; fi
@@ -37,6 +38,21 @@ more_open_files() {
   most="$(ulimit -Hn)"
   if [ "$most" = unlimited ] || [ "$most" -gt 65536 ]; then most=65536; fi
   if [ "$(ulimit -Sn)" != unlimited ] && [ "$(ulimit -Sn)" -lt "$most" ]; then ulimit -Sn "$most"; fi
+}
+
+# Without an active environment that has llava_kd: the .venv that the quickstart and the tests set up (VENV names another).
+use_environment() {
+  if python -m llava_kd.cli --version >/dev/null 2>&1; then return; fi
+  local root venv
+  root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+  venv="${VENV:-$root/.venv}"
+  if [ -x "$venv/bin/llava-kd" ]; then
+    export PATH="$venv/bin:$PATH"
+  else
+    echo "llava_kd is not installed here: activate its environment, or make one in $root with" >&2
+    echo "  python3 -m venv .venv && .venv/bin/pip install -e '.[all]' -c constraints.txt" >&2
+    return 2
+  fi
 }
 
 # supervise DEPTH COMMAND...: run it; SIGTERM and SIGUSR1 go to the ranks, DEPTH generations below it, and not to

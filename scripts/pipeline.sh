@@ -3,4 +3,6 @@
 # overrides go to all of them. The environment is read as by the stage scripts.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+source "$here/launch.sh"
+use_environment
 exec python -m llava_kd.cli run "${PIPELINE:-$here/pipeline.yaml}" "$@"

@@ -13,7 +13,8 @@ started=$SECONDS
 
 source scripts/setup_env.sh
 setup_env ""
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 NPROC=1
+cores="$(nproc)" # before OMP_NUM_THREADS, which nproc would repeat
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 NPROC=1 DS_ACCELERATOR=cpu
 # Keep freed memory: fetching it from the system anew costs a tenth of a step of models this small.
 export MALLOC_MMAP_THRESHOLD_=2147483648 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864
 installed=$SECONDS
@@ -72,9 +73,9 @@ for ((seed = 0; seed < seeds; seed++)); do
 done
 
 if [ ! -f "$run/seconds.json" ]; then
-  printf '{"training scenes": %d, "test questions": %d, "commit": "%s", "processor": "%s, %d cores"}\n' "$scenes" "$questions" \
+  printf '{"training scenes": %d, "test questions": %d, "commit": "%s", "processor": "%s, cores: %d"}\n' "$scenes" "$questions" \
     "$(git describe --always --dirty 2>/dev/null || echo unknown)" \
-    "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)" "$(nproc)" >"$run/settings.json"
+    "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)" "$cores" >"$run/settings.json"
   printf '{"install": %d, "train": %d, "eval": %d}\n' \
     $((installed - started)) $((trained - installed)) $((SECONDS - trained)) >"$run/seconds.json"
 fi

@@ -83,6 +83,28 @@ def test_the_deepspeed_launcher_is_a_choice(bin_dir: Path, tmp_path: Path) -> No
     assert f"--hostfile {tmp_path / 'h'} --no_ssh --node_rank 1 --master_addr n0" in line
 
 
+def test_the_scripts_own_environment_is_used_where_none_is_active(tmp_path: Path) -> None:
+    """As after the quickstart: nothing on PATH knows llava_kd."""
+    plain = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "NPROC": "1"}
+
+    def run(script: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = ["/bin/bash", str(SCRIPTS / script), "x.yaml"]
+        return subprocess.run(
+            command, env={**plain, **more}, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+
+    made = tmp_path / "made" / "bin"
+    made.mkdir(parents=True)
+    for name in ("python", "llava-kd"):
+        write(made / name, '#!/bin/sh\necho "$0 $*"\n')
+    assert run("train.sh", VENV=str(made.parent)).stdout.startswith(f"{made}/python -m llava_kd.cli train")
+    assert run("pipeline.sh", VENV=str(made.parent)).stdout.startswith(f"{made}/python -m llava_kd.cli run")
+    for script in ("train.sh", "pipeline.sh"):
+        done = run(script, VENV=str(tmp_path / "none"))
+        assert done.returncode == 2
+        assert "llava_kd is not installed here: activate its environment" in done.stderr
+
+
 def test_another_launcher_is_refused(bin_dir: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as caught:
         said(bin_dir, "train.sh", "x.yaml", NPROC="2", LAUNCHER="mpirun")
