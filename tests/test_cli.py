@@ -11,6 +11,8 @@ import pytest
 from tiny_llava import make_tiny_llava
 from transformers import LlavaProcessor
 
+from llava_kd.build import check as build_check
+from llava_kd.build import train as build_train
 from llava_kd.cli import main
 
 Stage = Callable[..., Path]
@@ -65,7 +67,11 @@ def test_a_missing_recipe(complaint: Callable[..., str], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("--student.checkpoint=/no/such/model", "the LLaVA checkpoint /no/such/model does not exist; give a"),
+        ("--student.checkpoint=/no/such/one", "the LLaVA checkpoint /no/such/one does not exist; give a"),
+        (
+            "--student.checkpoint=runs/no/model",
+            "runs/no/model does not exist: a stage writes it at its end; run that stage first",
+        ),
         (
             "--teacher.checkpoint=./no/such/model",
             "the LLaVA checkpoint ./no/such/model does not exist; give a",
@@ -176,7 +182,9 @@ def test_a_bad_image(stage: Stage, complaint: Callable[..., str], data: Path, ki
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-def test_one_bad_image_does_not_stop_a_run_and_is_written_down(stage: Stage, data: Path, kind: str) -> None:
+def test_one_bad_image_does_not_stop_a_run_and_is_written_down(
+    stage: Stage, data: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     record_id, image = spoil_image(data, IMAGES[kind][0])
     config = stage("run")
     assert main(["train", str(config), *overrides(data, rate=0.001)]) == 0
@@ -185,6 +193,8 @@ def test_one_bad_image_does_not_stop_a_run_and_is_written_down(stage: Stage, dat
     ]
     assert record_id in {entry["id"] for entry in noted}
     assert any(image in entry["reason"] for entry in noted)
+    listing = config.with_suffix("") / "bad_records.jsonl"
+    assert f"1 records were bad and are not trained on: {listing} names them" in capsys.readouterr().err
 
 
 def test_an_image_that_leaves_the_root_through_a_link(
@@ -198,6 +208,43 @@ def test_an_image_that_leaves_the_root_through_a_link(
     said = complaint("train", stage("run"), *overrides(data))
     assert "through a symbolic link" in said
     assert record_id in said
+
+
+def test_wrong_paths_are_said_before_a_model_is_read(
+    stage: Stage, complaint: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(build_train, "student_parts", refuse)
+    monkeypatch.setattr(build_check, "student_parts", refuse)
+    assert "no data file" in complaint("train", stage("one"), "--data.path=/no/file.json")
+    assert "no data file" in complaint("check", stage("one"), "--data.path=/no/file.json")
+    assert "/no/teacher does not exist" in complaint(
+        "train", stage("two"), "--teacher.checkpoint=/no/teacher"
+    )
+
+
+def test_a_layer_that_the_tower_does_not_have(
+    stage: Stage, complaint: Callable[..., str], student_dir: Path, tmp_path: Path
+) -> None:
+    deep = shutil.copytree(student_dir, tmp_path / "deep")
+    settings = json.loads((deep / "config.json").read_text())
+    (deep / "config.json").write_text(json.dumps({**settings, "vision_feature_layer": -20}))
+    said = complaint("train", stage("run", distilled=False), f"--student.checkpoint={deep}")
+    assert "vision_feature_layer is -20, but the tower has" in said
+
+
+def test_a_tracker_that_does_not_start(
+    stage: Stage, complaint: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    said = complaint("train", stage("run", distilled=False), "--log.wandb_project=x")
+    assert "`log.wandb_project`: wandb does not start: No API key configured." in said
+    assert "WANDB_MODE=offline needs no account" in said
 
 
 def test_missing_data(stage: Stage, complaint: Callable[..., str], data: Path) -> None:

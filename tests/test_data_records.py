@@ -104,6 +104,9 @@ def test_unusable_record_is_named_with_its_file(
     ("name", "text", "reason"),
     [
         ("d.json", "[1", "is not JSON"),
+        ("d.json", b'["caf\xe9"]', "must be UTF-8 text, but byte 5 is not"),
+        ("d.json", b"\xef\xbb\xbf[]", "has no records"),
+        ("d.jsonl", b"[]\r\n\r\n\xff", "line 3 must be UTF-8 text"),
         ("d.json", "{}", "must hold a list"),
         ("d.json", "[]", "has no records"),
         ("d.json", "[3]", "position 0 must be an object"),
@@ -111,9 +114,9 @@ def test_unusable_record_is_named_with_its_file(
         ("d.jsonl", "", "has no records"),
     ],
 )
-def test_unreadable_file_is_an_error(tmp_path: Path, name: str, text: str, reason: str) -> None:
+def test_unreadable_file_is_an_error(tmp_path: Path, name: str, text: str | bytes, reason: str) -> None:
     path = tmp_path / name
-    path.write_text(text)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(ValueError, match=reason):
         LlavaJson(path, tmp_path)
 

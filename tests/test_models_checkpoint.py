@@ -228,6 +228,9 @@ def test_an_unknown_id_comes_with_the_nearest(tmp_path: Path, monkeypatch: pytes
     ):
         with pytest.raises(ValueError, match=near):
             compose(vision_tower=line, language_model=llm)
+    with pytest.raises(ValueError, match=r"Qwen/Qwen2.5-0.5B is no directory here, and as an id of") as known:
+        compose(vision_tower=tower, language_model="Qwen/Qwen2.5-0.5B")
+    assert "did you mean" not in str(known.value)
 
 
 # Composition ----

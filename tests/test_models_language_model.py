@@ -130,6 +130,15 @@ def test_a_bias_on_the_head_is_refused_unless_it_is_zero(tmp_path: Path) -> None
         load_language_model(str(directory), dtype=torch.float32)
 
 
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    """transformers would make one without words, and every text would be empty."""
+    directory = make_language_model("qwen2", tmp_path / "model")
+    for path in directory.glob("token*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"comes without a tokenizer; put tokenizer.json"):
+        load_language_model(str(directory), dtype=torch.float32)
+
+
 def test_a_missing_directory_comes_with_its_neighbours(tmp_path: Path) -> None:
     make_language_model("llama", tmp_path / "llama-tiny")
     with pytest.raises(ValueError, match=r"does not exist \(did you mean llama-tiny\?\)"):

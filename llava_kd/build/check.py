@@ -16,6 +16,7 @@ from llava_kd.build.teacher import teacher_parts
 from llava_kd.build.teacher_cache import open_cache
 from llava_kd.build.throughput import Network
 from llava_kd.config import TrainConfig
+from llava_kd.data.conversation import Source
 from llava_kd.data.images import MAX_PIXELS, decode
 from llava_kd.models.checkpoint import Parts
 
@@ -33,6 +34,7 @@ def check(
     Raises ValueError for what `train` would refuse, and if more of the sample is bad than it would allow.
     """
     read_slices(config.evaluate)
+    source = make_source(config.data, seed=config.seed)
     student = student_parts(config.student, template=config.data.template, seed=config.seed)
     teacher = teacher_parts(config)
     student = with_projector(config, student, teacher)
@@ -45,7 +47,7 @@ def check(
         )
         if terms.num_common is not None:
             lines.append(f"vocabulary       {terms.num_common} shared columns")
-    lines += _sample(config, student, num_records)
+    lines += _sample(config, student, source, num_records)
     return "\n".join([*lines, plan(config, ranks, measured, network)])
 
 
@@ -57,8 +59,7 @@ def _towers(config: TrainConfig, student: Parts, teacher: Parts) -> str:
     return "the same: it runs once" if same_tower(config, student, teacher) else "different: both run"
 
 
-def _sample(config: TrainConfig, student: Parts, num_records: int) -> list[str]:
-    source = make_source(config.data, seed=config.seed)
+def _sample(config: TrainConfig, student: Parts, source: Source, num_records: int) -> list[str]:
     reader = side(student, config.data, config.student.template)
     encode = reader.encoder()
     chosen = np.linspace(0, len(source) - 1, min(num_records, len(source))).astype(int).tolist()

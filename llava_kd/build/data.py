@@ -22,6 +22,7 @@ from llava_kd.models.checkpoint import Parts
 from llava_kd.models.vision_tower import input_size, text_config, tokens_per_image, tower_fingerprint
 from llava_kd.parallel.world import World
 
+BAD_RECORDS = "bad_records.jsonl"
 TABLES_AND_SHARDS = (".tar", ".parquet", ".arrow")
 
 
@@ -49,6 +50,14 @@ def side_of(
         ),
         max_length=config.max_length,
     )
+
+
+def bad_records(output: Path) -> int:
+    """How many records a run found bad, each counted once."""
+    path = output / BAD_RECORDS
+    if not path.is_file():
+        return 0
+    return len(set(path.read_text(encoding="utf-8").splitlines()))
 
 
 def make_source(config: DataConfig, *, seed: int = 0) -> Source:
@@ -95,16 +104,20 @@ def make_packing(config: PackingConfig | None) -> Packing | None:
 
 
 def make_loader(
-    config: TrainConfig, world: World, student: Parts, teacher: Parts | None
+    config: TrainConfig, world: World, student: Parts, teacher: Parts | None, source: Source | None = None
 ) -> tuple[Loader, bool]:
-    """The loader, and whether both models have the same tower, so that it runs once."""
+    """The loader, and whether both models have the same tower, so that it runs once.
+
+    `source` is the records, where they are read already.
+    """
     data = config.data
     if data.resize == "quick" and world.device.type != "cpu":
         raise ValueError(
             f"`data.resize` quick is a kernel of the CPU, but this run resizes on {world.device.type}, where "
             "the exact one costs the CPU nothing; set it to exact"
         )
-    source = make_source(data, seed=config.seed)
+    if source is None:
+        source = make_source(data, seed=config.seed)
     student_side = side(student, data, config.student.template)
     teacher_side, shares_tower, cache = None, False, None
     if teacher is not None:
@@ -147,7 +160,7 @@ def make_loader(
         teacher_cache=cache,
         progress=config.log.progress and world.is_main,
         max_bad_rate=data.max_bad_rate,
-        bad_records_path=Path(config.output_dir) / "bad_records.jsonl",
+        bad_records_path=Path(config.output_dir) / BAD_RECORDS,
     )
     return loader, shares_tower
 

@@ -50,7 +50,14 @@ def checked_parent(checkpoint: str | None) -> dict[str, object] | None:
 
     Raises ValueError if that run is not complete, or its model is no longer what it wrote.
     """
-    if checkpoint is None or not Path(checkpoint).is_dir():
+    if checkpoint is None:
+        return None
+    if not Path(checkpoint).is_dir():
+        if Path(checkpoint).name == "model" and checkpoint.count("/") != 1:
+            raise ValueError(
+                f"`student.checkpoint` {checkpoint} does not exist: a stage writes it at its end; run that "
+                "stage first, or to its end"
+            )
         return None
     model = Path(checkpoint).resolve()
     run = model.parent

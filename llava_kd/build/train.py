@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from llava_kd.build.adapters import adapt_student, check_bits, quantize_teacher
-from llava_kd.build.data import make_loader
+from llava_kd.build.data import BAD_RECORDS, bad_records, make_loader, make_source
 from llava_kd.build.engine import make_engine
 from llava_kd.build.estimate import Sizes, memory, refuse_too_large
 from llava_kd.build.models import (
@@ -30,6 +30,7 @@ from llava_kd.build.run_dir import check_world, claim
 from llava_kd.build.slices import read_slices, slice_scorer
 from llava_kd.build.teacher import cached_teacher, is_cached, teacher_fingerprints, teacher_parts
 from llava_kd.config import TrainConfig, dump
+from llava_kd.data.conversation import Source
 from llava_kd.distill.cached_teacher import CachedTeacher
 from llava_kd.distill.options import Switch
 from llava_kd.distill.student import Student
@@ -38,6 +39,7 @@ from llava_kd.models.checkpoint import Parts, save_stock
 from llava_kd.models.fingerprint import weights_fingerprint
 from llava_kd.models.lora import merge_adapters
 from llava_kd.models.mllm import MLLM, PARTS
+from llava_kd.models.reading import existing
 from llava_kd.parallel.engine import Engine
 from llava_kd.parallel.teacher_placement import offload_layers, shard_layers
 from llava_kd.parallel.world import World, join, peers
@@ -70,7 +72,11 @@ def _train(config: TrainConfig, world: World) -> str | None:
     with world.together():
         parent = checked_parent(config.student.checkpoint) if world.is_main else None
         check_bits(config, world.device)
-        read_slices(config.evaluate)  # what is wrong with them is said before a model is read
+        # What is wrong with these is said before a model is read.
+        read_slices(config.evaluate)
+        source = make_source(config.data, seed=config.seed)
+        if config.teacher is not None and config.teacher.checkpoint is not None:
+            existing(config.teacher.checkpoint, "the LLaVA checkpoint")
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
     student = student_parts(config.student, template=config.data.template, seed=config.seed)
@@ -81,7 +87,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
         sizes = Sizes.of(student.stock, config)
         needs = memory(config, world.size, sizes, teacher and Sizes.of(teacher.stock))
         refuse_too_large(needs, torch.cuda.get_device_properties(world.device).total_memory)
-    trainer, engine = assemble(config, world, student, teacher, say, identity=identity)
+    trainer, engine = assemble(config, world, student, teacher, say, identity=identity, source=source)
     if (stopped := trainer.fit()) is not None:
         return stopped
     weights = engine.parameters()
@@ -98,6 +104,8 @@ def _train(config: TrainConfig, world: World) -> str | None:
             finish(
                 config, num_steps=trainer.num_steps, identity=trainer.identity, parent=parent, exported=best
             )
+    if world.is_main and (bad := bad_records(output)):
+        say(f"{bad} records were bad and are not trained on: {output / BAD_RECORDS} names them")
     say(f"done: the student is {output / 'model'}")
     return None
 
@@ -110,10 +118,12 @@ def assemble(
     say: Callable[[str], None] = print,
     *,
     identity: Mapping[str, str] | None = None,
+    source: Source | None = None,
 ) -> tuple[Trainer, Engine]:
     """Trainer and engine of a stage from its loaded models.
 
-    `identity` is of what its checkpoints rely on (see `Checkpoints`), before the models are placed.
+    `identity` is of what its checkpoints rely on (see `Checkpoints`), before the models are placed. `source`
+    is the records, where they are read already.
     """
     adapt_student(student, config.student, compute_dtype=compute_dtype(config), seed=config.seed)
     mllm = MLLM(student.stock, trainable=config.trainable, tower_last_layers=config.vision_tower_last_layers)
@@ -121,7 +131,7 @@ def assemble(
     kernel = choose_attention(mllm, world.device, compute_dtype(config))
     if config.engine.activation_checkpointing:
         student.stock.gradient_checkpointing_enable({"use_reentrant": False})
-    loader, shares_tower = make_loader(config, world, student, teacher)
+    loader, shares_tower = make_loader(config, world, student, teacher, source)
     frozen_teacher, switched = _teaching(config, world, student, teacher, mllm, say, shares_tower)
     terms = objective(config.objective, student, teacher, config.data.visual_alignment)
     module = Student(mllm, terms, switched).train()

@@ -128,6 +128,12 @@ def _images(raw: dict) -> tuple[str, ...]:
     return tuple(images)
 
 
+def _not_json(where: str, error: json.JSONDecodeError | UnicodeDecodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"{where} must be UTF-8 text, but byte {error.start} is not: {error.reason}; save it as UTF-8"
+    return f"{where} is not JSON: {error}; write it again, or mend it there"
+
+
 def read_entries(path: Path) -> Iterator[object]:
     """Entries of a JSON list, or of JSON Lines where the name ends in .jsonl."""
     if not path.is_file():
@@ -136,7 +142,7 @@ def read_entries(path: Path) -> Iterator[object]:
         try:
             entries = json.loads(path.read_bytes())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
+            raise ValueError(_not_json(str(path), error)) from None
         if not isinstance(entries, list):
             raise ValueError(f"{path} must hold a list of records, got {type(entries).__name__}")
         yield from entries
@@ -148,7 +154,7 @@ def read_entries(path: Path) -> Iterator[object]:
             try:
                 yield json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+                raise ValueError(_not_json(f"{path} line {number}", error)) from None
 
 
 def entry_with_images(raw: object, key: str, images: list[str]) -> dict:

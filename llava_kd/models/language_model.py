@@ -36,6 +36,11 @@ def load_language_model(name: str, *, dtype: torch.dtype) -> tuple[PreTrainedMod
         )
     with readable("the tokenizer of", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
+    if len(tokenizer.get_vocab()) <= len(tokenizer.get_added_vocab()):  # transformers made an empty one
+        raise ValueError(
+            f"the language model {name} comes without a tokenizer; put tokenizer.json and "
+            "tokenizer_config.json beside its weights"
+        )
     causal = read_pretrained(AutoModelForCausalLM, name, dtype)
     prepare_language_model(causal, tokenizer, name)
     return causal, tokenizer

@@ -85,7 +85,9 @@ def read_config(name: str) -> PreTrainedConfig:
     except ValueError as error:
         if Path(name).is_dir():
             raise
-        raise ValueError(f"{error}{nearest(name, {*KNOWN_IDS, *_read_before()})}") from error
+        known = {*KNOWN_IDS, *_read_before()}
+        hint = "" if name in known else nearest(name, known)
+        raise ValueError(f"{name} is no directory here, and as an id of the hub {error}{hint}") from error
 
 
 def _read_before() -> list[str]:

@@ -139,7 +139,13 @@ def input_size(processor: BaseImageProcessor) -> tuple[int, int]:
 def image_features(tower: nn.Module, pixels_ICHW: Tensor, *, layer: int, strategy: str) -> Tensor:
     """Hidden states [I, N, E] of `layer`, as stock LLaVA selects them; `default` drops the first token."""
     dtype = next(tower.parameters()).dtype
-    hidden_INE = tower(pixels_ICHW.to(dtype), output_hidden_states=True).hidden_states[layer]
+    states = tower(pixels_ICHW.to(dtype), output_hidden_states=True).hidden_states
+    if not -len(states) <= layer < len(states):
+        raise ValueError(
+            f"vision_feature_layer is {layer}, but the tower has {len(states)} hidden states: choose from "
+            f"{-len(states)} (its input) to -1 (its last block)"
+        )
+    hidden_INE = states[layer]
     return hidden_INE[:, 1:] if strategy == "default" else hidden_INE
 
 
