@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import cast, get_args, get_type_hints
 
 import pytest
 import torch
@@ -16,11 +18,42 @@ from llava_kd.config import TrainConfig, load
 from llava_kd.models.mllm import Prediction
 
 ROOT = Path(__file__).parents[1]
+PAGES = [
+    *("README.md", "CHANGELOG.md", "data/README.md", "eval/README.md"),
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+]
 STAGES = ("stage1_dpt", "stage2_sft", "stage3_dft")
 
 
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
+
+
+def yaml_blocks() -> list[str]:
+    return [block for page in PAGES for block in blocks(page, "yaml")]
+
+
+def settings(section: type, prefix: str = "") -> set[str]:
+    """Dotted names of every setting."""
+    names, todo = set(), list(get_type_hints(section).items())
+    while todo:
+        name, kind = todo.pop()
+        names.add(prefix + name)
+        if dataclasses.is_dataclass(kind):
+            names |= settings(cast(type, kind), f"{prefix}{name}.")
+        todo += [(name, part) for part in get_args(kind)]
+    return names
+
+
+def test_the_settings_that_the_pages_name_exist() -> None:
+    known = settings(TrainConfig)
+    sections = "|".join(sorted({name.split(".")[0] for name in known if "." in name}))
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        named = set(re.findall(rf"(?<![\w./-])(?:--)?((?:{sections})(?:\.[a-z_]+)+)(?=[`:= ,;)])", text))
+        files = {name for name in named if name.rpartition(".")[2] in ("py", "json", "jsonl", "yaml")}
+        assert named - files <= known, page
+    assert {"objective.relation.tap", "data.packing.max_tokens", "checkpoint.best"} <= known
 
 
 @pytest.fixture
@@ -54,9 +87,13 @@ def test_a_worked_change_runs(code: str, example: dict[str, object], monkeypatch
     exec(compile(code, "docs/extending.md", "exec"), dict(example))
 
 
-@pytest.mark.parametrize("text", blocks("docs/extending.md", "yaml"), ids=lambda text: text.split(":")[0])
+@pytest.mark.parametrize("text", yaml_blocks(), ids=lambda text: text.split(":")[0])
 def test_a_worked_setting_fits_the_recipe(text: str, tmp_path: Path) -> None:
-    tree = yaml.safe_load((ROOT / "scripts/stage1_dpt.yaml").read_text()) | yaml.safe_load(text)
+    tree, shown = yaml.safe_load((ROOT / "scripts/stage1_dpt.yaml").read_text()), yaml.safe_load(text)
+    if "data" in shown:  # shown in part
+        kept = () if "sources" in shown["data"] else ("path", "images")
+        shown["data"] |= {key: tree["data"][key] for key in kept}
+    tree |= shown
     (tmp_path / "stage.yaml").write_text(yaml.safe_dump(tree))
     assert isinstance(load(tmp_path / "stage.yaml"), TrainConfig)
 
