@@ -58,6 +58,11 @@ def _where(mask: Tensor) -> Tensor:
     return mask.flatten().nonzero().squeeze(1)
 
 
+def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The host goes on while a copy to a GPU runs; one to the host it would read before it is there."""
+    return tensor.to(device, non_blocking=torch.device(device).type != "cpu")
+
+
 def _next(labels_BT: Tensor) -> Tensor:
     return torch.nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
 
@@ -122,7 +127,7 @@ class Inputs:
 
     def to(self, device: torch.device | str) -> Inputs:
         def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+            return _moved(tensor, device)
 
         others = ("is_packed", "known_places")
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
@@ -206,5 +211,5 @@ class Batch:
         teacher = None if self.teacher is None else self.teacher.to(device)
         rows = self.teacher_rows
         if rows is not None:
-            rows = rows.map(lambda tensor: tensor.to(device, non_blocking=True))
+            rows = rows.map(lambda tensor: _moved(tensor, device))
         return replace(self, student=self.student.to(device), teacher=teacher, teacher_rows=rows)

@@ -44,11 +44,15 @@ class Product:
 
 
 class Watch(TorchDispatchMode):
-    """What a block did: `waits` by line of ours, products, launches of Triton kernels."""
+    """What a block did: `waits` by line of ours, products, launches of Triton kernels.
+
+    `races`: copies to the host that it does not wait for, and so reads before they are there.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.races: Counter[str] = Counter()
         self.products: list[Product] = []
         self.launches: Counter[str] = Counter()
 
@@ -56,8 +60,12 @@ class Watch(TorchDispatchMode):
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         out = func(*args, **(kwargs or {}))
-        if func in COPIES and _waits(func, args, kwargs or {}, out):
-            self.waits[_line_of_ours()] += 1
+        if func in COPIES and (source_and_target := _crossing(func, args, out)) is not None:
+            is_free = _is_non_blocking(func, args, kwargs or {})
+            if not is_free:
+                self.waits[_line_of_ours()] += 1
+            elif not source_and_target[1].is_cuda:
+                self.races[_line_of_ours()] += 1
         if func in INDEXING and any(_is_awkward(index, args[0]) for index in args[1]):
             self.waits[_line_of_ours()] += 1
         if func.namespace == "aten" and func._opname in PRODUCTS:
@@ -68,15 +76,16 @@ class Watch(TorchDispatchMode):
         return out
 
 
-def _waits(func: Callable, args: tuple, kwargs: dict, out: Any) -> bool:
-    """Whether a copy crosses devices while the host looks on."""
-    if func is aten.copy_.default:
-        target, source = args[:2]
-        is_free = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-    else:
-        target, source, is_free = out, args[0], kwargs.get("non_blocking", False)
-    crosses = source.device.type != target.device.type
-    return crosses and not (is_free and target.is_cuda)
+def _crossing(func: Callable, args: tuple, out: Any) -> tuple[Tensor, Tensor] | None:
+    """Source and target of a copy from one kind of device to another."""
+    source, target = (args[1], args[0]) if func is aten.copy_.default else (args[0], out)
+    return None if source.device.type == target.device.type else (source, target)
+
+
+def _is_non_blocking(func: Callable, args: tuple, kwargs: dict) -> bool:
+    if func is aten.copy_.default and len(args) > 2:
+        return args[2]
+    return kwargs.get("non_blocking", False)
 
 
 def _is_awkward(index: Tensor | None, tensor: Tensor) -> bool:

@@ -22,6 +22,7 @@ pytest.importorskip("triton")
 from fake_cuda import CUDA, Watch, fake_cuda, on_fake_cuda, without_values
 
 from llava_kd.batch import Batch
+from llava_kd.build.cache_teacher import largest
 from llava_kd.build.models import student_parts
 from llava_kd.build.teacher import teacher_parts
 from llava_kd.build.train import assemble
@@ -105,6 +106,7 @@ def step_of(config: Path, *overrides: str, batch: Batch) -> tuple[StepResult, Wa
 def check(result: StepResult, watch: Watch) -> None:
     assert {value.device for value in (*result.means.values(), result.grad_norm)} == {CUDA}
     assert watch.waits == {}
+    assert watch.races == {}
     assert watch.launches["gradient"] >= 2  # the rows of each micro-batch went through Triton
     slow = {p.line for p in watch.products if p.precision == "float32" and VOCABULARIES & set(p.sizes)}
     assert slow == set(), "products over the vocabulary in full fp32 take ten times as long"
@@ -158,14 +160,14 @@ def test_a_wait_a_slow_product_and_a_foreign_tensor_are_seen() -> None:
         with watch:
             there[torch.zeros(1, dtype=torch.long)]
             here.to(CUDA)
-            there.to("cpu", non_blocking=True)
+            there.to("cpu", non_blocking=True)  # the host may read it before it is there
             here.to(CUDA, non_blocking=True)  # from pinned memory: nobody waits
             assert (there @ there).device == CUDA
         with pytest.raises(RuntimeError, match="same device"):
             there + here
         with pytest.raises(RuntimeError):
             bool(there.sum() > 0)
-    assert watch.waits == {"the test": 3}
+    assert (watch.waits, watch.races) == ({"the test": 2}, {"the test": 1})
     assert [(p.precision, p.sizes) for p in watch.products] == [("float32", (4, 4, 4))]
 
 
@@ -184,6 +186,28 @@ def test_gradients_are_those_of_the_autograd_engine() -> None:
     for leaf, gradient in zip(leaves, expected, strict=True):
         assert leaf.grad is not None
         torch.testing.assert_close(leaf.grad, gradient)
+
+
+def test_a_batch_that_comes_back_to_the_host_is_there() -> None:
+    """As the writer of a teacher's cache reads it."""
+    made = batch_of(has_two_sides=True)
+    with fake_cuda() as (mode, watch):
+        batch = on_device(made, lambda tensor: on_fake_cuda(mode, tensor))
+        with watch:
+            back = batch.to("cpu")
+            assert {tensor.device.type for tensor in tensors_of(back)} == {"cpu"}
+            assert watch.races == {}
+            watch.waits.clear()
+            back.to(CUDA)
+    assert watch.waits == {}
+
+
+def test_the_largest_logits_are_products_of_16_bits() -> None:
+    with fake_cuda() as (_, watch), watch:
+        hidden_ME, head_CE = (torch.ones(n, 16, device=CUDA, dtype=torch.bfloat16) for n in (8, 280))
+        logits_MK, columns_MK, rest_M = largest(hidden_ME, head_CE, None, k=4, temperature=2.0)
+    assert (logits_MK.dtype, columns_MK.dtype, rest_M.dtype) == (torch.float32, torch.int32, torch.float32)
+    assert [p.precision for p in watch.products] == ["bfloat16"]
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ from llava_kd.data.teacher_shards import (
     text_crc,
     write_shard,
 )
+from llava_kd.losses import gemm
 from llava_kd.models.checkpoint import Parts, load_stock
 from llava_kd.models.mllm import Prediction
 from llava_kd.parallel.world import World, join, peers
@@ -292,7 +293,8 @@ def largest(
     hidden_ME: Tensor, head_CE: Tensor, bias_C: Tensor | None, *, k: int, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest fp32 logits of each row, their columns, and log of sum(exp(z / T)) over the others."""
-    logits_MC = hidden_ME.float() @ head_CE.float().T
+    logits_MC = hidden_ME.new_empty((len(hidden_ME), len(head_CE)), dtype=torch.float32)
+    gemm.write_logits(hidden_ME, head_CE, logits_MC)
     if bias_C is not None:
         logits_MC = logits_MC + bias_C.float()
     top_MK, columns_MK = logits_MC.topk(k, dim=1)
