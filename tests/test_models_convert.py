@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,102 @@ def test_a_half_download_is_refused_by_name(original: tuple[Parts, Path], tmp_pa
         convert(source)
     with pytest.raises(ValueError, match=r"has no config.json"):
         convert(tmp_path / "nothing")
+
+
+def test_a_checkpoints_own_tower_is_the_one_that_is_kept(
+    original: tuple[Parts, Path], tmp_path: Path
+) -> None:
+    """LLaVA-1.5 may train its tower: the weights beside the language model count, not those of the name."""
+    source = llava_layout(original, tmp_path / "source")
+    path = source / "model.safetensors"
+    trained = {
+        name: tensor + 0.1 for name, tensor in load_file(original[1] / "tower/model.safetensors").items()
+    }
+    inner = {f"vision_model.{name.removeprefix('vision_model.')}": t for name, t in trained.items()}
+    state = load_file(path) | {f"model.vision_tower.vision_tower.{name}": t for name, t in inner.items()}
+    save_file(state, path)
+    tower = convert(source).stock.model.vision_tower.state_dict()
+    names = {name.removeprefix("vision_model."): name for name in trained}
+    assert all(torch.equal(tower[name], trained[names[name]]) for name in tower)
+    save_file(state | {"model.vision_tower.vision_tower.vision_model.x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"its own vision tower has 1 weights that its config does not know"):
+        convert(source)
+
+
+def _rewritten(**changes: object) -> Callable[[Path], None]:
+    """Set keys of config.json; None takes one out."""
+
+    def change(source: Path) -> None:
+        path = source / "config.json"
+        tree = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({k: v for k, v in tree.items() if v is not None}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("layout", "spoil", "message"),
+    [
+        (llava_layout, _rewritten(model_type=None), "has no model_type, such as llava_llama"),
+        (llava_layout, _rewritten(mm_vision_select_layer=-9), r"of 3 layers must be from -4 to -1; got -9"),
+        (llava_layout, _rewritten(mm_vision_select_feature="cls"), "select strategy must be one of"),
+        (tiny_llava_layout, _rewritten(vision_feature_layer=[-2, -3]), r"must be one layer; got \[-2, -3\]"),
+        (
+            llava_layout,
+            lambda source: (source / "config.json").write_text('{"model_type": "lla'),
+            r"the file .*config.json cannot be read: Unterminated",
+        ),
+        (
+            llava_layout,
+            lambda source: (source / "model.safetensors").write_text("version https://git-lfs"),
+            r"the weights .*model.safetensors cannot be read",
+        ),
+        (
+            llava_layout,
+            lambda source: [(source / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],
+            r"the tokenizer of .* cannot be read",
+        ),
+        (
+            tiny_llava_layout,
+            lambda source: [
+                (source / "connector/model.safetensors").unlink(),
+                torch.save({"weight": Path}, source / "connector/pytorch_model.bin"),
+            ],
+            "holds more than tensors, which is never loaded",
+        ),
+    ],
+    ids=["no type", "layer", "feature", "two layers", "config", "pointer", "tokenizer", "pickle"],
+)
+def test_a_spoilt_directory_says_what_is_wrong_with_which_file(
+    original: tuple[Parts, Path],
+    layout: Callable[..., Path],
+    spoil: Callable[[Path], object],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    source = layout(original, tmp_path / "source")
+    spoil(source)
+    with pytest.raises(ValueError, match=message):
+        convert(source)
+
+
+def test_another_layout_is_sent_to_convert(original: tuple[Parts, Path], tmp_path: Path) -> None:
+    for layout in (llava_layout, tiny_llava_layout):
+        source = layout(original, tmp_path / layout.__name__)
+        with pytest.raises(ValueError, match="run `llava-kd convert` on it first"):
+            load_stock(str(source))
+
+
+@pytest.mark.parametrize("text", [None, "nope", "{}"], ids=["missing", "no JSON", "other keys"])
+def test_scores_that_cannot_be_read_stop_an_export_before_it_writes(
+    original: tuple[Parts, Path], text: str | None, tmp_path: Path
+) -> None:
+    save_stock(original[0], tmp_path / "model")
+    if text is not None:
+        (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(ValueError, match=r"summary.json"):
+        export(tmp_path / "model", tmp_path / "out", scores=[tmp_path / "summary.json"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_parts_that_do_not_fit_name_the_tensor(original: tuple[Parts, Path], tmp_path: Path) -> None:

@@ -204,6 +204,12 @@ def test_unknown_names_come_with_the_nearest(tmp_path: Path) -> None:
         ("open_clip:ViT-B-16", r"add \?pretrained=TAG"),
         ("timm:resnet18?depth", r"options look like \?pretrained=false"),
         ("timm:", "no name"),
+        (
+            "open_clip:ViT-B-32?pretrained=laion2b",
+            r"no weights 'laion2b' \(did you mean .*its tags are openai",
+        ),
+        ("timm:resnet18?pretrained=fals", "pretrained must be true or false; got 'fals'"),
+        (f"{siglip}?depth=2", "takes the options pretrained and image_size; got depth"),
     ):
         with pytest.raises(ValueError, match=message):
             load_tower(line, feature_layer=-2, dtype=torch.float32)

@@ -16,13 +16,21 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
 from llava_kd.models.language_model import IMAGE_TOKEN, decoder_of, load_language_model
-from llava_kd.models.reading import existing, read_config, read_pretrained, readable
+from llava_kd.models.reading import (
+    check_vocabulary,
+    existing,
+    read_config,
+    read_json,
+    read_pretrained,
+    readable,
+)
 from llava_kd.models.reused_projector import llava_class
 from llava_kd.models.towers import LoadedTower, load_tower
 from llava_kd.models.vision_tower import (
@@ -63,6 +71,14 @@ def load_stock(name: str, *, dtype: torch.dtype = torch.float32) -> Parts:
 
 def load_config(name: str) -> LlavaConfig:
     name = existing(name, "the LLaVA checkpoint")
+    if Path(name).is_dir():
+        tree = read_json(Path(name) / "config.json")
+        kind = str(tree.get("model_type"))
+        if kind.startswith("tinyllava") or "mm_vision_tower" in tree:
+            raise ValueError(
+                f"{name} has the layout of TinyLLaVA or LLaVA-1.5 (model_type {kind!r}), not that of "
+                "transformers; run `llava-kd convert` on it first"
+            )
     config = read_config(name)
     if not isinstance(config, LlavaConfig):
         raise ValueError(f"{name} is a {config.model_type!r} model; a LLaVA checkpoint must be 'llava'")
@@ -74,6 +90,7 @@ def load_processor(name: str) -> LlavaProcessor:
         processor = LlavaProcessor.from_pretrained(name)
     if processor.patch_size is None:
         raise ValueError(f"the processor of {name} has no patch_size; add it to processor_config.json")
+    check_vocabulary(processor.tokenizer, name)
     return processor
 
 
@@ -119,7 +136,7 @@ def compose_loaded(
         vision_config=tower.config,
         text_config=causal.config,
         image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
-        vision_feature_layer=vision_feature_layer,
+        vision_feature_layer=_layer_within(tower.config, vision_feature_layer),
         vision_feature_select_strategy=vision_feature_select_strategy,
         projector_hidden_act="gelu",
         tie_word_embeddings=causal.config.tie_word_embeddings,
@@ -127,6 +144,17 @@ def compose_loaded(
     config.image_seq_length = tokens_per_image(config, input_size(loaded.image_processor))
     stock = _assemble(config, tower, causal, seed=seed, dtype=dtype)
     return Parts(stock=stock, processor=make_processor(config, tokenizer, loaded.image_processor))
+
+
+def _layer_within(tower: PreTrainedConfig, layer: int) -> int:
+    """The layer; ValueError for one that the tower has not. A tower without a count has checked its own."""
+    count = tower.to_dict().get("num_hidden_layers")
+    if isinstance(count, int) and not -count - 1 <= layer <= count:
+        raise ValueError(
+            f"vision_feature_layer of this {tower.model_type!r} tower of {count} layers must be from "
+            f"-{count + 1} to -1; got {layer}"
+        )
+    return layer
 
 
 def make_processor(

@@ -7,7 +7,6 @@ being `_connector.0` and `_connector.2` of a two-layer MLP. LLaVA-1.5 keeps one 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -15,11 +14,11 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llava_kd.models.checkpoint import Parts, compose_loaded
 from llava_kd.models.language_model import prepare_language_model
-from llava_kd.models.reading import readable
+from llava_kd.models.reading import read_json, read_tokenizer, readable
 from llava_kd.models.towers import load_tower
 
 PART_FOLDERS = ("language_model", "vision_tower", "connector")
@@ -36,7 +35,7 @@ def convert(source: str | Path, *, vision_tower: str | None = None) -> Parts:
     source = Path(source)
     if not (source / "config.json").is_file():
         raise ValueError(f"{source} has no config.json: give a TinyLLaVA, LLaVA-KD or LLaVA-1.5 directory")
-    tree = json.loads((source / "config.json").read_text())
+    tree = read_json(source / "config.json")
     folders = [name for name in PART_FOLDERS if (source / name).is_dir()]
     if folders:
         if missing := [name for name in PART_FOLDERS if name not in folders]:
@@ -51,7 +50,10 @@ def convert(source: str | Path, *, vision_tower: str | None = None) -> Parts:
     tower = vision_tower or tree.get("mm_vision_tower")
     if tower is None:
         raise ValueError(f"{source}/config.json names no mm_vision_tower; give one with --vision_tower")
+    if "model_type" not in tree:
+        raise ValueError(f"{source}/config.json has no model_type, such as llava_llama: a half download?")
     projector = {n: t for n, t in state.items() if n.startswith("model.mm_projector.")}
+    own = {n.rpartition("vision_tower.")[2]: t for n, t in state.items() if "vision_tower." in n}
     text = {n: t for n, t in state.items() if n not in projector and "vision_tower" not in n}
     config = {
         k: v
@@ -66,6 +68,7 @@ def convert(source: str | Path, *, vision_tower: str | None = None) -> Parts:
         tokenizer_folder=source,
         tower=tower,
         projector=projector,
+        own_tower=own,
         layer=tree.get("mm_vision_select_layer", -2),
         strategy=tree.get("mm_vision_select_feature", "patch"),
     )
@@ -73,7 +76,7 @@ def convert(source: str | Path, *, vision_tower: str | None = None) -> Parts:
 
 def _from_parts(source: Path, tree: Mapping[str, object]) -> Parts:
     folder = source / "language_model"
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else None
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     config = config or tree.get("text_config")
     if not isinstance(config, dict):
         raise ValueError(f"{source} has no text_config and {folder} no config.json")
@@ -81,7 +84,8 @@ def _from_parts(source: Path, tree: Mapping[str, object]) -> Parts:
         tree.get("vision_feature_layer", -2),
         tree.get("vision_feature_select_strategy", "patch"),
     )
-    assert isinstance(layer, int)
+    if not isinstance(layer, int):
+        raise ValueError(f"{source}: vision_feature_layer must be one layer; got {layer}")
     return _assembled(
         source,
         config=config,
@@ -104,7 +108,9 @@ def _assembled(
     projector: Mapping[str, Tensor],
     layer: int,
     strategy: str,
+    own_tower: Mapping[str, Tensor] | None = None,
 ) -> Parts:
+    """`own_tower`: weights of the tower that the checkpoint has itself, trained perhaps, by stock names."""
     if strategy not in _STRATEGIES:
         raise ValueError(
             f"{source}: the select strategy must be one of {list(_STRATEGIES)}; got {strategy!r}"
@@ -112,10 +118,11 @@ def _assembled(
     causal = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     _load(causal, text_state, f"{source}: the language model")
     causal.tie_weights()
-    with readable("the tokenizer of", str(tokenizer_folder)):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = read_tokenizer(str(tokenizer_folder))
     prepare_language_model(causal, tokenizer, str(source))
     loaded = load_tower(tower, feature_layer=layer, dtype=torch.float32)
+    if own_tower:
+        _load_own_tower(loaded.model, own_tower, f"{source}: its own vision tower")
     parts = compose_loaded(
         loaded,
         causal,
@@ -132,6 +139,15 @@ def _assembled(
         renamed[f"{number}.{kind}"] = tensor
     _load(parts.stock.model.multi_modal_projector, renamed, f"{source}: the connector")
     return parts
+
+
+def _load_own_tower(tower: torch.nn.Module, own: Mapping[str, Tensor], what: str) -> None:
+    """The checkpoint's weights into the tower that its config names; ValueError where they are another's."""
+    expected = tower.state_dict()
+    inner = "vision_model." if any(name.startswith("vision_model.") for name in expected) else ""
+    kept = {n: t for n, t in own.items() if "position_ids" not in n}
+    renamed = {f"{inner}{n.removeprefix('vision_model.')}": t for n, t in kept.items()}
+    _load(tower, {**{n: t for n, t in expected.items() if n not in renamed}, **renamed}, what)
 
 
 def _load(module: torch.nn.Module, state: Mapping[str, Tensor], what: str) -> None:
@@ -158,7 +174,7 @@ def read_state(folder: Path) -> dict[str, Tensor]:
     """
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
-            names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+            names = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
             break
     else:
         found = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]

@@ -15,6 +15,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_kd.models.checkpoint import Parts, load_stock, save_stock
 from llava_kd.models.portable import INNER_TOWERS, make_portable
+from llava_kd.models.reading import read_json
 from llava_kd.models.teacher_projector import folded
 from llava_kd.models.vision_tower import family, vision_config
 
@@ -37,6 +38,7 @@ def export(
     source, out = Path(source), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"the export directory {out} is not empty; give a new one")
+    summaries = [read_summary(Path(path)) for path in scores]
     parts = load_stock(str(source))
     check_stock(parts, str(source))
     written = folded(parts, str(source))
@@ -47,8 +49,21 @@ def export(
     difference = _check_logits(parts, stock, out, tolerance)
     notes = [*vllm_notes(written), *llama_cpp_notes(written)]
     whole = Parts(stock=stock, processor=written.processor)
-    (out / "README.md").write_text(model_card(source, whole, notes, scores, difference))
+    (out / "README.md").write_text(model_card(source, whole, notes, summaries, difference))
     return notes
+
+
+def read_summary(path: Path) -> tuple[str, float, int]:
+    """Name, accuracy and number of questions of a summary.json of `llava-kd eval`."""
+    if not path.is_file():
+        raise ValueError(f"there are no scores {path}; give the summary.json of `llava-kd eval`")
+    tree = read_json(path)
+    if not {"accuracy", "count"} <= set(tree):
+        raise ValueError(
+            f"{path} must hold accuracy and count, as the summary.json of `llava-kd eval` does; it has "
+            f"{sorted(tree)}"
+        )
+    return path.parent.name, float(tree["accuracy"]), int(tree["count"])
 
 
 def check_stock(parts: Parts, name: str) -> None:
@@ -119,7 +134,7 @@ def model_card(
     source: Path,
     parts: Parts,
     notes: Sequence[str],
-    scores: Sequence[str | Path],
+    scores: Sequence[tuple[str, float, int]],
     difference: float,
 ) -> str:
     """README.md: parts, how it was trained (from the run beside the model), scores, and notes."""
@@ -149,9 +164,7 @@ def model_card(
         lines += ["", "## Settings", "", "```yaml", settings.read_text().rstrip(), "```"]
     if scores:
         lines += ["", "## Scores", "", "| data | accuracy | questions |", "|---|---|---|"]
-    for path in scores:
-        summary = json.loads(Path(path).read_text())
-        lines.append(f"| {Path(path).parent.name} | {summary['accuracy']:.4f} | {summary['count']} |")
+    lines += [f"| {name} | {accuracy:.4f} | {count} |" for name, accuracy, count in scores]
     if notes:
         lines += ["", "## Other tools", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"

@@ -11,12 +11,11 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from llava_kd.models.reading import existing, read_config, read_pretrained, readable
+from llava_kd.models.reading import existing, read_config, read_pretrained, read_tokenizer
 
 IMAGE_TOKEN = "<image>"
 _PROBE_IDS = (1, 2, 3, 5, 8)
@@ -34,13 +33,7 @@ def load_language_model(name: str, *, dtype: torch.dtype) -> tuple[PreTrainedMod
         raise ValueError(
             f"the language model {name} is a {text.model_type!r} model, not a causal language model"
         )
-    with readable("the tokenizer of", name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    if len(tokenizer.get_vocab()) <= len(tokenizer.get_added_vocab()):  # transformers made an empty one
-        raise ValueError(
-            f"the language model {name} comes without a tokenizer; put tokenizer.json and "
-            "tokenizer_config.json beside its weights"
-        )
+    tokenizer = read_tokenizer(name)
     causal = read_pretrained(AutoModelForCausalLM, name, dtype)
     prepare_language_model(causal, tokenizer, name)
     return causal, tokenizer

@@ -204,6 +204,13 @@ def _open_clip_trunk(source: TowerSource) -> Trunk:
     path = Path(source.name)
     cfg = _open_clip_config(open_clip, source)
     pretrained = source.options.get("pretrained")
+    if isinstance(pretrained, str) and not path.is_dir() and not Path(pretrained).exists():
+        tags = open_clip.list_pretrained_tags_by_model(source.name)
+        if pretrained not in tags:
+            raise ValueError(
+                f"open_clip:{source.name} has no weights {pretrained!r}{nearest(pretrained, tags)}; its tags "
+                f"are {', '.join(tags) or 'none'}; a path of a file does too"
+            )
     model = open_clip.create_model(
         f"local-dir:{path}" if path.is_dir() else source.name,
         pretrained=pretrained if isinstance(pretrained, str) else None,

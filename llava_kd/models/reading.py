@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,13 @@ from pathlib import Path
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llava_kd.models.tower_source import nearest, nearest_neighbours
 
@@ -70,10 +77,14 @@ def existing(name: str, what: str) -> str:
 
 @contextmanager
 def readable(what: str, name: str) -> Iterator[None]:
-    """Files of `name` that are missing or broken become a ValueError of one line."""
+    """Files of `name` that are missing, broken or of another kind become a ValueError of one line."""
     try:
         yield
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{what} {name} cannot be read: it is broken, or holds more than tensors, which is never loaded"
+        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{what} {name} cannot be read: {' '.join(str(error).split())}") from error
 
 
@@ -117,3 +128,30 @@ def read_pretrained(kind: type, name: str, dtype: torch.dtype) -> PreTrainedMode
             f"{name} lacks {len(missing)} weights of a {type(model).__name__}: {missing[:3]} ..."
         )
     return model
+
+
+def read_json(path: Path) -> dict:
+    """Raises ValueError, naming the file, for one that holds no JSON mapping."""
+    with readable("the file", str(path)):
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict):
+            raise ValueError(f"it must hold a mapping; got {type(tree).__name__}")
+        return tree
+
+
+def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Raises ValueError for one that is missing or has no vocabulary."""
+    with readable("the tokenizer of", name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    check_vocabulary(tokenizer, name)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """ValueError for a tokenizer that knows no word, which transformers makes where files are missing."""
+    ids = tokenizer.encode("What is it?", add_special_tokens=False)
+    if all(token == tokenizer.unk_token_id for token in ids):
+        raise ValueError(
+            f"{name} comes without a tokenizer; put tokenizer.json and tokenizer_config.json beside it "
+            f"(transformers made one of {len(tokenizer)} tokens that reads no word)"
+        )

@@ -41,6 +41,10 @@ def load_tower(text: str, *, feature_layer: int, dtype: torch.dtype, seed: int =
     Raises ValueError for an unknown name, a tower without patch tokens, or an image size it cannot take.
     """
     source = tower_source(text)
+    if source.library != "open_clip" and not isinstance(source.options.get("pretrained", True), bool):
+        raise ValueError(
+            f"vision tower {text!r}: pretrained must be true or false; got {source.options['pretrained']!r}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # for `?pretrained=false`
         if source.library == "transformers":
@@ -64,6 +68,11 @@ def _square_processor(pixels: Pixels) -> BaseImageProcessor:
 
 
 def _transformers_tower(source: TowerSource, feature_layer: int) -> LoadedTower:
+    if unknown := sorted(source.constructor_options()):
+        raise ValueError(
+            f"vision tower {source.name} of transformers takes the options pretrained and image_size; got "
+            f"{', '.join(unknown)}"
+        )
     name = existing(source.name, "the vision tower")
     config = read_config(name)
     vision = config.vision_config if config.model_type in VISION_PARTS else config
