@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", _train, "run one stage from its YAML file")
     train.add_argument("config", help="YAML file; any setting may follow as --a.b=value")
     train.add_argument("--dry_run", action="store_true", help="say what it would do, and need, and stop")
-    train.add_argument("--ranks", type=int, help="for --dry_run: how many (default: those of this launch)")
+    train.add_argument("--ranks", type=_count, help="for --dry_run: how many (default: those of this launch)")
     _add_rates(train, "for --dry_run: ")
 
     run = _command(
@@ -81,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
 
     check = _command(commands, "check", _check, "look at a stage's models, data and needs before a long run")
     check.add_argument("config", help="YAML file; any setting may follow as --a.b=value")
-    check.add_argument("--ranks", type=int, default=1, help="how many the run will have")
-    check.add_argument("--records", type=int, default=64, help="how many to read and encode")
+    check.add_argument("--ranks", type=_count, default=1, help="how many the run will have")
+    check.add_argument("--records", type=_count, default=64, help="how many to read and encode")
     _add_rates(check)
 
     evaluate = _command(commands, "eval", _eval, "answer and score a test file, or benchmarks")
@@ -93,9 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", required=True, help="the LLaVA JSON file, or the root of the benchmarks")
     evaluate.add_argument("--out", required=True, help="directory for answers and scores")
     evaluate.add_argument("--images", help="image root of the file (default: its folder)")
-    evaluate.add_argument("--batch_size", type=int, default=32)
-    evaluate.add_argument("--max_new_tokens", type=int, help="default: 32, or each benchmark's own")
-    evaluate.add_argument("--limit", type=int, help="ask the first questions of each benchmark only")
+    evaluate.add_argument("--batch_size", type=_count, default=32)
+    evaluate.add_argument("--max_new_tokens", type=_count, help="default: 32, or each benchmark's own")
+    evaluate.add_argument("--limit", type=_count, help="ask the first questions of each benchmark only")
 
     _add_checkpoint_commands(commands)
 
@@ -117,11 +117,11 @@ def _add_data_commands(commands: argparse._SubParsersAction) -> None:
     verify.add_argument("--benchmark", help="names joined by commas, or `all`")
     verify.add_argument("--data", required=True, help="as data.path, or the root of the benchmarks")
     verify.add_argument("--images", help="image root of the file (default: its folder)")
-    verify.add_argument("--threads", type=int, default=4)
+    verify.add_argument("--threads", type=_count, default=4)
     verify.add_argument("--follow_symlinks", action="store_true", help="links may leave the image root")
     verify.add_argument("--model", help="stock LLaVA directory: check the lengths of its tokens too")
     verify.add_argument("--template", default="auto", help="of the lengths: data.template of the run")
-    verify.add_argument("--max_length", type=int, default=2048, help="of the lengths: data.max_length")
+    verify.add_argument("--max_length", type=_count, default=2048, help="of the lengths: data.max_length")
     verify.add_argument("--write_sound", metavar="FILE", help="copy the records without a fault to FILE")
     verify.add_argument("--report", metavar="FILE", help="write everything that was found, as JSON")
     shapes = _command(data, "shapes", _shapes, "generate pictures of shapes with captions and questions")
@@ -171,14 +171,20 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     cache.add_argument("config", help="YAML file of the stage; any setting may follow as --a.b=value")
     cache.add_argument("--out", required=True, help="directory; a cache that was broken off there goes on")
     cache.add_argument("--mode", choices=["hidden", "topk"], default="hidden", help="states, or logits")
-    cache.add_argument("--topk", type=int, help="how many logits, for --mode topk")
-    cache.add_argument("--shard_mb", type=int, default=512, help="size of a file; what a kill may cost")
+    cache.add_argument("--topk", type=_count, help="how many logits, for --mode topk")
+    cache.add_argument("--shard_mb", type=_count, default=512, help="size of a file; what a kill may cost")
 
     chat = _command(commands, "chat", _chat, "talk about images, answer by answer")
     chat.add_argument("--model", required=True, help="stock LLaVA directory")
     chat.add_argument("--image", action="append", default=[], help="may be given several times")
-    chat.add_argument("--max_new_tokens", type=int, default=256)
+    chat.add_argument("--max_new_tokens", type=_count, default=256)
     chat.add_argument("question", nargs="?", help="one question; without it, questions are read line by line")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1; got {text}")
+    return int(text)
 
 
 def _command(
@@ -256,6 +262,8 @@ def _eval(arguments: argparse.Namespace) -> int:
         if _is_first_rank():
             print((Path(arguments.out) / "table.md").read_text())
         return 0
+    if arguments.limit is not None:
+        raise ValueError("--limit goes with --benchmark; of a LLaVA JSON file every question is asked")
     from llava_kd.evaluation.runner import evaluate
 
     summary = evaluate(

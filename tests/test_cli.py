@@ -294,6 +294,27 @@ def test_evaluation_of_what_is_not_there(
     complaint("eval", "--model", tmp_path / "none", "--data", test, "--out", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "words", [("check", "x.yaml", "--ranks=0"), ("eval", "--batch_size=-1"), ("eval", "--limit=x")]
+)
+def test_a_number_that_must_be_positive(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert "must be a whole number, at least 1; got" in capsys.readouterr().err
+
+
+def test_a_limit_without_a_benchmark(complaint: Callable[..., str], tmp_path: Path) -> None:
+    words = ("eval", "--model", "M", "--data", "d.json", "--out", tmp_path, "--limit=3")
+    assert "--limit goes with --benchmark" in complaint(*words)
+
+
+def test_a_stock_directory_needs_no_conversion(
+    complaint: Callable[..., str], student_dir: Path, tmp_path: Path
+) -> None:
+    said = complaint("convert", student_dir, "--out", tmp_path / "out")
+    assert "is a stock LLaVA directory already" in said
+
+
 def test_words_that_a_command_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["report", "--run", "x", "--colour=red"])

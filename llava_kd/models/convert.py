@@ -41,6 +41,8 @@ def convert(source: str | Path, *, vision_tower: str | None = None) -> Parts:
         if missing := [name for name in PART_FOLDERS if name not in folders]:
             raise ValueError(f"{source} is half a download: it has {folders} but no {', '.join(missing)}")
         return _from_parts(source, tree)
+    if tree.get("model_type") == "llava" and "vision_config" in tree:
+        raise ValueError(f"{source} is a stock LLaVA directory already: there is nothing to convert")
     state = read_state(source)
     if not any(name.startswith("model.mm_projector.") for name in state):
         raise ValueError(
