@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -81,6 +82,27 @@ def test_the_deepspeed_launcher_is_a_choice(bin_dir: Path, tmp_path: Path) -> No
     }
     line = said(bin_dir, "train.sh", "x.yaml", LAUNCHER="deepspeed", **more)
     assert f"--hostfile {tmp_path / 'h'} --no_ssh --node_rank 1 --master_addr n0" in line
+
+
+def test_stopping_the_quickstart_stops_both_trainings_after_they_saved(tmp_path: Path) -> None:
+    text, log = (SCRIPTS / "quickstart.sh").read_text(), tmp_path / "log"
+    functions = [re.search(rf"^{name}\(\) {{\n.*?^}}\n", text, re.S | re.M) for name in ("stop_both", "both")]
+    assert all(functions)
+    training = "trap 'sleep 0.5; echo saved; exit 0' TERM; echo runs; while :; do sleep 0.05; done"
+    script = [
+        "set -euo pipefail",
+        *(found[0] for found in functions if found),
+        f'work() {{ bash -c "{training}" >>{log}; echo next >>{log}; }}',
+        "both work work",
+    ]
+    log.touch()
+    running = subprocess.Popen(["bash", "-c", "\n".join(script)], stderr=subprocess.PIPE, text=True)
+    until(lambda: log.read_text().count("runs") == 2)
+    running.terminate()
+    _, said_then = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert said_then == "stopping; the same command goes on from here\n"
+    assert sorted(log.read_text().split()) == ["runs", "runs", "saved", "saved"]
 
 
 def test_the_scripts_own_environment_is_used_where_none_is_active(tmp_path: Path) -> None:
