@@ -35,7 +35,7 @@ from llava_kd.data.images import ImageTransform, decode
 from llava_kd.data.packing import Packing, Sizes, pack
 from llava_kd.data.plan import Plan, permutation
 from llava_kd.data.records import LlavaJson
-from llava_kd.data.resize import fixed_point_weights, resize_by_products, resize_fast
+from llava_kd.data.resize import resize_by_products, resize_fast, taps
 
 try:
     import simplejpeg
@@ -179,7 +179,9 @@ def _banded(lines: torch.Tensor, size: int, resample: int) -> torch.Tensor:
 
 @lru_cache(maxsize=8)
 def _bands(size_in: int, size_out: int, resample: int, group: int = 16) -> tuple[torch.Tensor, list[int]]:
-    weights = fixed_point_weights(size_in, size_out, resample)
+    weights = np.zeros((size_out, size_in))
+    places, values = taps(size_in, size_out, resample)
+    np.add.at(weights, (np.arange(size_out)[:, None], places), values)
     groups = [weights[start : start + group] for start in range(0, size_out, group)]
     reached = [np.flatnonzero(np.abs(rows).sum(0)) for rows in groups]
     span = max(int(places[-1] - places[0]) + 1 for places in reached)

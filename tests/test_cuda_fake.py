@@ -214,7 +214,7 @@ def test_the_largest_logits_are_products_of_16_bits() -> None:
 def no_constants() -> Iterator[None]:
     """What is kept for a device is without values here: nobody else may see it."""
     yield
-    for kept in (images._constants, images._arithmetic_is_exact, resize._weights):
+    for kept in (images._constants, images._arithmetic_is_exact, resize._taps_on):
         kept.cache_clear()
 
 

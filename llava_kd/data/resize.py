@@ -5,7 +5,7 @@ it is exact in float64 matrix products, in whatever order a device adds. The hor
 first, as in every Pillow before 13.0 and so in the training of every published checkpoint; Pillow 13 swaps
 the axes for some tall images.
 
-Shape legend: H height, W width, C channels, S input size, T output size.
+Shape legend: H height, W width, C channels, S input size, T output size, K inputs of an output.
 """
 
 from __future__ import annotations
@@ -75,27 +75,37 @@ def _rounded(sums: Tensor) -> Tensor:
     return torch.floor(sums * 2.0**-_FRACTION_BITS + 0.5).clamp(0, 255).to(torch.uint8)
 
 
-@lru_cache(maxsize=256)
 def _weights(size_in: int, size_out: int, resample: int, device: torch.device) -> Tensor:
-    """[out, in] weights, whole numbers in units of 2^-22."""
-    weights_TS = fixed_point_weights(size_in, size_out, resample)
-    return torch.from_numpy(weights_TS).to(device)
+    """float64 [out, in] weights, whole numbers in units of 2^-22."""
+    place_TK, weight_TK = _taps_on(device, size_in, size_out, resample)
+    weights_TS = torch.zeros(size_out, size_in, dtype=torch.float64, device=device)
+    return weights_TS.scatter_add_(1, place_TK, weight_TK)
 
 
-def fixed_point_weights(size_in: int, size_out: int, resample: int) -> np.ndarray:
-    """Weights of each input pixel in each output pixel, as Pillow rounds them."""
+@lru_cache(maxsize=4096)
+def _taps_on(device: torch.device, size_in: int, size_out: int, resample: int) -> tuple[Tensor, Tensor]:
+    """`taps`, kept on the device: some kilobytes a size, where the whole matrix has megabytes."""
+    place_TK, weight_TK = taps(size_in, size_out, resample)
+    return torch.from_numpy(place_TK).to(device), torch.from_numpy(weight_TK).to(device)
+
+
+def taps(size_in: int, size_out: int, resample: int) -> tuple[np.ndarray, np.ndarray]:
+    """The inputs that each output reads, int64 [out, K], and their weights as Pillow rounds them, float64.
+
+    An output that reads fewer than K inputs has weights of zero at the end.
+    """
     scale = size_in / size_out
     filter_scale = max(scale, 1.0)
     support = _SUPPORT[resample] * filter_scale
     centres_T1 = (np.arange(size_out)[:, None] + 0.5) * scale
-    first_T1 = np.maximum(np.trunc(centres_T1 - support + 0.5), 0)
-    last_T1 = np.minimum(np.trunc(centres_T1 + support + 0.5), size_in)
-    places_S = np.arange(size_in)[None]
-    inside_TS = (places_S >= first_T1) & (places_S < last_T1)
-    distance_TS = (places_S - centres_T1 + 0.5) * (1.0 / filter_scale)
-    weights_TS = np.where(inside_TS, _filter(distance_TS, resample), 0.0)
-    weights_TS /= np.cumsum(weights_TS, axis=1)[:, -1:]  # one after the other, as Pillow adds them
-    return np.trunc(weights_TS * 2.0**_FRACTION_BITS + np.where(weights_TS < 0, -0.5, 0.5))
+    first_T1 = np.maximum(np.trunc(centres_T1 - support + 0.5), 0).astype(np.int64)
+    last_T1 = np.minimum(np.trunc(centres_T1 + support + 0.5), size_in).astype(np.int64)
+    place_TK = first_T1 + np.arange((last_T1 - first_T1).max())
+    distance_TK = (place_TK - centres_T1 + 0.5) * (1.0 / filter_scale)
+    weight_TK = np.where(place_TK < last_T1, _filter(distance_TK, resample), 0.0)
+    weight_TK /= np.cumsum(weight_TK, axis=1)[:, -1:]  # one after the other, as Pillow adds them
+    weight_TK = np.trunc(weight_TK * 2.0**_FRACTION_BITS + np.where(weight_TK < 0, -0.5, 0.5))
+    return np.minimum(place_TK, size_in - 1), weight_TK
 
 
 def _filter(x: np.ndarray, resample: int) -> np.ndarray:
