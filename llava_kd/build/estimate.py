@@ -20,6 +20,7 @@ from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.reading import existing, read_config
 from llava_kd.models.reused_projector import llava_class
 from llava_kd.models.vision_tower import text_config, tokens_per_image, vision_config
+from llava_kd.parallel.engine import REDUCE_BUCKET
 
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 BYTES = {"4bit": 0.516, "8bit": 1.0}  # of a quantized weight and its share of the scales
@@ -110,6 +111,8 @@ def memory(config: TrainConfig, ranks: int, student: Sizes, teacher: Sizes | Non
     tower = 0 if "vision_tower" in config.trainable else student.parameters["vision_tower"]
     kind = engine_kind(config, ranks)
     found = _states(kind, ranks, trained, frozen - tower, tower, width, student)
+    if kind in ("zero1", "zero2", "zero3"):
+        found["gradients on their way"] = float(width * min(REDUCE_BUCKET, trained))
     if kind == "fsdp2" and accumulation(config, ranks) > 1:
         found["gradients"] = 4.0 * trained  # summed whole, exchanged once
     if config.student.quantize is not None:

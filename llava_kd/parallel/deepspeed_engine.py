@@ -16,7 +16,14 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from llava_kd.parallel.engine import STATE_KINDS, AdamWSettings, ParameterGroup, check_parts, split_state
+from llava_kd.parallel.engine import (
+    REDUCE_BUCKET,
+    STATE_KINDS,
+    AdamWSettings,
+    ParameterGroup,
+    check_parts,
+    split_state,
+)
 from llava_kd.parallel.world import World
 
 
@@ -47,6 +54,7 @@ class DeepSpeedEngine:
             eps=adamw.eps,
             weight_decay=adamw.weight_decay,
         )
+        bucket = min(REDUCE_BUCKET, sum(p.numel() for p in self._trained.values()))
         self._engine: Any = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -56,7 +64,8 @@ class DeepSpeedEngine:
                 "gradient_accumulation_steps": accumulation,
                 "gradient_clipping": max_grad_norm,
                 "bf16": {"enabled": bf16},
-                "zero_optimization": {"stage": zero_stage},
+                # DeepSpeed fills the whole buffer's memory, however little is trained.
+                "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": bucket},
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**12,
             },

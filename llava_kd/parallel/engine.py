@@ -12,6 +12,7 @@ from torch import Tensor
 from llava_kd.parallel.world import World
 
 STATE_KINDS = ("parameter", "exp_avg", "exp_avg_sq")
+REDUCE_BUCKET = 500_000_000  # elements of ZeRO's buffer for gradients on their way, at most; DeepSpeed's own
 
 
 @dataclass(frozen=True, kw_only=True)
