@@ -209,11 +209,16 @@ class Checkpoints:
         before = meta.get("identity")
         assert isinstance(before, dict)  # read_meta has looked
         for what in sorted({*before, *self.identity}):
-            if before.get(what) != self.identity.get(what):
-                raise ValueError(
-                    f"{directory} was trained with another {what}: fingerprint {before.get(what)}, now "
-                    f"{self.identity.get(what)}. Give back what it was, or start in a new output_dir"
-                )
+            then, now = before.get(what), self.identity.get(what)
+            if then == now:
+                continue
+            changed = f"with another {what}: fingerprint {then}, now {now}"
+            if then is None or now is None:
+                one, other = ("without", "with") if then is None else ("with", "without")
+                changed = f"{one} a {what}, and this run is {other}"
+            raise ValueError(
+                f"{directory} was trained {changed}. Give back what it was, or start in a new output_dir"
+            )
 
     def _directory(self, step: int) -> Path:
         return self._root / f"step-{step:08d}"
