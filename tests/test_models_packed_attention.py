@@ -21,6 +21,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from llava_kd.batch import Inputs
 from llava_kd.models import packed_attention
 from llava_kd.models.checkpoint import load_stock
+from llava_kd.models.language_model import checkpoint_activations
 from llava_kd.models.mllm import MLLM
 from llava_kd.models.packed_attention import BY_RECORD, FLASH, MASKED, VARLEN, Circumstances, choose, use
 
@@ -179,7 +180,7 @@ def test_gradients_are_those_of_the_block_mask() -> None:
     gradients = []
     for kernel in (MASKED, BY_RECORD):
         model = language_model().train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
         use(model, kernel)
         (hidden_BTD(model, batch) * real_BT1 * weights_D).sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlavaForConditionalGe
 
 from llava_kd.batch import Inputs
 from llava_kd.models.checkpoint import load_stock
+from llava_kd.models.language_model import checkpoint_activations
 from llava_kd.models.mllm import MLLM
 from llava_kd.models.visual_attention import VisualMaps, middle_layers, watchable
 from llava_kd.models.width_map import width_map
@@ -96,7 +97,7 @@ def test_activation_checkpointing_leaves_the_gradient(directory: Path) -> None:
         stock = load_stock(str(directory)).stock
         mllm = MLLM(stock, trainable=("multi_modal_projector", "language_model")).train()
         if checkpointed:
-            stock.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(stock)
             stock.train()
         mllm.watch_attention(LAYERS)
         batch = inputs(*RECORDS)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedModel
 
 from llava_kd.build.adapters import adapt_student, check_bits, quantize_teacher
 from llava_kd.build.data import BAD_RECORDS, bad_records, make_loader, make_source
@@ -38,6 +37,7 @@ from llava_kd.distill.student import Student
 from llava_kd.distill.teacher import Teacher
 from llava_kd.models.checkpoint import Parts, save_stock
 from llava_kd.models.fingerprint import weights_fingerprint
+from llava_kd.models.language_model import checkpoint_activations
 from llava_kd.models.lora import merge_adapters
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.reading import existing
@@ -131,7 +131,7 @@ def assemble(
     place(mllm, world.device, student_dtypes(config))
     kernel = choose_attention(mllm, world.device, compute_dtype(config))
     if config.engine.activation_checkpointing:
-        _checkpoint_activations(student.stock)
+        checkpoint_activations(student.stock)
     loader, shares_tower = make_loader(config, world, student, teacher, source)
     frozen_teacher, switched = _teaching(config, world, student, teacher, mllm, say, shares_tower)
     terms = objective(config.objective, student, teacher, config.data.visual_alignment)
@@ -169,12 +169,6 @@ def assemble(
         say=say,
     )
     return trainer, engine
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    """Under the name that this version of transformers does not warn of."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def _teaching(

@@ -111,3 +111,9 @@ def _check_computation(causal: PreTrainedModel, name: str) -> None:
             f"the language model {name} ({causal.config.model_type!r}) does more than its decoder and head, "
             f"which is all that stock LLaVA keeps: logits differ by {difference:.3g}; look at {settings}"
         )
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Compute activations again in the backward, by the name that this transformers does not warn of."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
