@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -172,7 +173,8 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     cache.add_argument("--out", required=True, help="directory; a cache that was broken off there goes on")
     cache.add_argument("--mode", choices=["hidden", "topk"], default="hidden", help="states, or logits")
     cache.add_argument("--topk", type=_count, help="how many logits, for --mode topk")
-    cache.add_argument("--shard_mb", type=_count, default=512, help="size of a file; what a kill may cost")
+    size = "of a file, what a kill may cost; 0 gives every record its own"
+    cache.add_argument("--shard_mb", type=partial(_count, least=0), default=512, help=size)
 
     chat = _command(commands, "chat", _chat, "talk about images, answer by answer")
     chat.add_argument("--model", required=True, help="stock LLaVA directory")
@@ -181,9 +183,9 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     chat.add_argument("question", nargs="?", help="one question; without it, questions are read line by line")
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1; got {text}")
+def _count(text: str, *, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}; got {text}")
     return int(text)
 
 
