@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from data_samples import entry, side, write_dataset
+from loss_inputs import traces_mixed_products
 from tiny_batches import inputs, record
 from tiny_llava import make_tiny_llava
 from torch import Tensor
@@ -145,6 +146,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_a_step_stays_on_the_device(stage: Callable[..., Path], case: Case) -> None:
+    if not traces_mixed_products():
+        pytest.skip("this torch cannot trace addmm with an out_dtype")
     torch.backends.cuda.enable_cudnn_sdp(True)
     batch = batch_of(is_packed=case.is_packed, has_two_sides=case.has_two_sides)
     result, watch, said = step_of(stage("run"), *case.overrides, batch=batch)
@@ -163,7 +166,7 @@ def test_a_wait_a_slow_product_and_a_foreign_tensor_are_seen() -> None:
             there.to("cpu", non_blocking=True)  # the host may read it before it is there
             here.to(CUDA, non_blocking=True)  # from pinned memory: nobody waits
             assert (there @ there).device == CUDA
-        with pytest.raises(RuntimeError, match="same device"):
+        with pytest.raises(RuntimeError, match="same device|two different devices"):
             there + here
         with pytest.raises(RuntimeError):
             bool(there.sum() > 0)

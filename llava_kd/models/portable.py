@@ -29,7 +29,7 @@ def make_portable(directory: Path, config: LlavaConfig) -> None:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text_config(config).model_type]
         tree["text_config"]["architectures"] = [model_class]
     if vision_config(config).model_type in INNER_TOWERS:
-        if "vision_use_head" in tree["vision_config"]:
+        if vision_config(config).model_type == "siglip_vision_model":  # transformers 5.17 does not write it
             tree["vision_config"]["vision_use_head"] = False
         left_out = sum(_rename_weights(path) for path in sorted(directory.glob("*.safetensors")))
         index = directory / "model.safetensors.index.json"
