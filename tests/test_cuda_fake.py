@@ -166,7 +166,7 @@ def test_a_wait_a_slow_product_and_a_foreign_tensor_are_seen() -> None:
             there.to("cpu", non_blocking=True)  # the host may read it before it is there
             here.to(CUDA, non_blocking=True)  # from pinned memory: nobody waits
             assert (there @ there).device == CUDA
-        with pytest.raises(RuntimeError, match="same device|two different devices"):
+        with pytest.raises(RuntimeError, match=r"same device|two different devices"):
             there + here
         with pytest.raises(RuntimeError):
             bool(there.sum() > 0)
