@@ -29,6 +29,9 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(words)
     if rest and arguments.run not in (_train, _run, _check, _cache_teacher):
         parser.error(f"unknown words: {' '.join(rest)}")
+    engines = sorted({word for word in rest if word.startswith("--engine.kind=")})
+    if len(engines) > 1:
+        parser.error(f"two engines at once, {' and '.join(engines)}; name one")
     arguments.overrides = rest
     try:
         return arguments.run(arguments)

@@ -36,6 +36,15 @@ def test_a_dry_run_refuses_what_the_run_would(stage, capsys) -> None:
     assert "multiple of the number of ranks, got 3" in capsys.readouterr().err
 
 
+def test_a_dry_run_refuses_an_output_that_cannot_be_made(stage, monkeypatch, capsys) -> None:
+    config = stage("run", engine="auto")
+    assert main(["train", str(config), "--dry_run", f"--output_dir={config}/deep/run"]) == 2
+    assert f"run cannot be made: {config} is a file; name a directory" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda *_: False)  # the superuser may write anywhere
+    assert main(["train", str(config), "--dry_run"]) == 2
+    assert f"cannot be made: {config.parent} may not be written" in capsys.readouterr().err
+
+
 def test_sizes_from_the_configuration_alone_are_those_of_the_model(
     student_dir: Path, teacher_dir: Path
 ) -> None:

@@ -162,6 +162,28 @@ def test_a_second_process_in_the_same_output_dir_is_refused(stage, capsys, no_mo
         assert "another process is running" in error(capsys, str(config))
 
 
+def test_two_engines_on_one_command_line_are_refused(stage, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", str(stage("run")), "--engine.kind=ddp", "--engine.kind=fsdp2"])
+    assert "two engines at once, --engine.kind=ddp and --engine.kind=fsdp2; name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "2"}, "RANK must be below WORLD_SIZE; got 2 of 2"),
+        ({"RANK": "0"}, "WORLD_SIZE is 2 but MASTER_ADDR and MASTER_PORT is not set; start with torchrun"),
+    ],
+)
+def test_ranks_that_could_only_wait_are_refused(stage, monkeypatch, capsys, variables, said) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", str(stage("run", engine="auto"))]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_port_in_use_is_named(stage, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

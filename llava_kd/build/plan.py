@@ -25,6 +25,7 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     Raises ValueError for what it would refuse: the ranks, the models, the data, or too small a device.
     """
     check_world(config, World(rank=0, size=ranks, device=torch.device("cpu")))
+    _check_output(Path(config.output_dir))
     rate = None if measured is None else Rate.of(measured)
     student, teacher = sizes(config)
     records = len(make_source(config.data, seed=config.seed))
@@ -82,6 +83,19 @@ def _state(output: Path) -> str:
     return "goes on from what is there" if (output / "checkpoints").is_dir() else "new"
 
 
+def _check_output(output: Path) -> None:
+    there = _existing(output)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "may not be written" if there.is_dir() else "is a file"
+        raise ValueError(
+            f"output_dir {output} cannot be made: {there} {reason}; name a directory that this user may write"
+        )
+
+
+def _existing(output: Path) -> Path:
+    """The directory itself, or the nearest above it that is there."""
+    return next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+
+
 def _free(output: Path) -> int:
-    there = next(path for path in (output, *output.absolute().parents) if path.is_dir())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(_existing(output)).free

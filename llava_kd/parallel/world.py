@@ -91,7 +91,7 @@ def join(device: str = "auto", *, timeout_minutes: float = 60) -> World:
     """Join the process group that the launcher describes, or be alone.
 
     `device` is `auto`, `cpu` or `cuda`. A collective that waits longer than the timeout ends the run. Raises
-    ValueError for `cuda` on a machine without it, and for a port that is in use.
+    ValueError for `cuda` on a machine without it, for ranks that do not fit, and for a port that is in use.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"engine.device must be auto, cpu or cuda; got {device!r}")
@@ -99,6 +99,13 @@ def join(device: str = "auto", *, timeout_minutes: float = 60) -> World:
         raise ValueError("engine.device is cuda but no CUDA device is visible; use auto or cpu")
     use_cuda = device != "cpu" and torch.cuda.is_available()
     size, rank = _whole_number("WORLD_SIZE", 1), _whole_number("RANK", 0)
+    if rank >= size:
+        raise ValueError(f"RANK must be below WORLD_SIZE; got {rank} of {size}: every process has its own")
+    if size > 1 and (missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]):
+        raise ValueError(
+            f"WORLD_SIZE is {size} but {' and '.join(missing)} is not set; start with torchrun or deepspeed, "
+            "or unset WORLD_SIZE for one process"
+        )
     place = torch.device("cpu")
     if use_cuda:
         place = torch.device("cuda", _local_rank())
