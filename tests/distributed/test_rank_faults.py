@@ -100,4 +100,6 @@ def data_workers(pid: int | None) -> list[int]:
 
 
 def children(pid: int | None) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    """Of all its threads: batches are made on one of their own."""
+    listed = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [child for of_thread in listed for child in of_thread]
