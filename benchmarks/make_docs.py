@@ -60,7 +60,9 @@ Pillow's and all on the CPU it is not reached, and nothing that was tried would:
 and normalising take most of the time that such a rate leaves, so that even PyTorch's
 vectorised kernel for bytes, which is not exact, is too slow. Pillow's own loops beat the
 same sums as matrix products, banded or dense, and the JPEG decoder's own scaling is slower
-than decoding whole."""
+than decoding whole. `worker`: the same from files through one worker process, whose CPU counts,
+ours with the text of the records and with the hand-over through shared memory; `beside a GPU`
+without what the trainer's process then does."""
 SECTIONS = (
     Section(
         script="loss_head",
