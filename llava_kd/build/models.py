@@ -75,8 +75,7 @@ def place(mllm: MLLM, device: torch.device, dtypes: Mapping[str, torch.dtype]) -
 
 def choose_attention(mllm: MLLM, device: torch.device, dtype: torch.dtype) -> str:
     """Let the language model, which computes in `dtype`, take the best kernel for its rows; its name."""
-    if device.type == "cuda":
-        packed_attention.leave_out_cudnn()
+    packed_attention.leave_out_cudnn(device)
     model = mllm.language_model
     kernel = packed_attention.choose(packed_attention.circumstances(model, device=device, dtype=dtype))
     return packed_attention.use(model, kernel)

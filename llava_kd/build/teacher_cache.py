@@ -87,8 +87,6 @@ def _refuse_missing(contents: Contents, objective: ObjectiveConfig, directory: s
         lacking = "the projector's output, which relation.tap projector reads"
     if contents.mode == "topk" and (terms := beyond_top_k(objective)):
         lacking = f"what {terms} compares: it has the largest logits alone; set that to null"
-    if contents.mode == "topk" and objective.response_dbild is not None:
-        lacking = "whole logits, which response_dbild reads; set objective.response_dbild to null"
     if contents.mode == "topk" and temperatures(objective) != {contents.temperature}:
         found = ", ".join(f"{t:g}" for t in sorted(temperatures(objective)))
         lacking = f"the rest's mass at temperature {found}; it was written for {contents.temperature:g}"

@@ -81,8 +81,7 @@ class Generator:
     ) -> Generator:
         """Load a stock LLaVA directory: bf16 on a GPU and fp32 on the CPU unless `dtype` says otherwise."""
         directory = check_llava_directory(directory)
-        if device.type == "cuda":
-            leave_out_cudnn()
+        leave_out_cudnn(device)
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         processor = load_processor(directory)

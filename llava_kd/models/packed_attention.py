@@ -114,13 +114,14 @@ def circumstances(model: PreTrainedModel, *, device: torch.device, dtype: torch.
     )
 
 
-def leave_out_cudnn() -> None:
-    """Keep PyTorch from cuDNN's attention, in the whole process.
+def leave_out_cudnn(device: torch.device) -> None:
+    """Keep PyTorch from cuDNN's attention, in the whole process, where the device is a GPU.
 
     Since torch 2.11 it is the first choice on a Hopper. It builds a plan for every new shape, which may take
     a second, and keeps them all; rows are of other lengths in every batch, and in every token of an answer.
     """
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _insists_on_cudnn(device: torch.device) -> bool:
