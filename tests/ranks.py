@@ -16,6 +16,11 @@ from functools import partial
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+ENGINES = {
+    "ddp": ["--engine.kind=ddp"],
+    "fsdp2": ["--engine.kind=fsdp2"],
+    **{f"zero{n}": ["--engine.kind=deepspeed", f"--engine.zero_stage={n}"] for n in (1, 2, 3)},
+}
 _PRELOAD = ["llava_kd.build.train", "llava_kd.parallel.deepspeed_engine", "kill_points"]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when the forkserver starts, as is the path
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

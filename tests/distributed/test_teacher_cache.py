@@ -11,12 +11,7 @@ import ranks
 
 pytestmark = pytest.mark.distributed
 
-ENGINES = {
-    "ddp": ["--engine.kind=ddp"],
-    "fsdp2": ["--engine.kind=fsdp2"],
-    "zero2": ["--engine.kind=deepspeed", "--engine.zero_stage=2"],
-    "zero3": ["--engine.kind=deepspeed", "--engine.zero_stage=3"],
-}
+ENGINES = {name: ranks.ENGINES[name] for name in ("ddp", "fsdp2", "zero2", "zero3")}
 TERMS = ("loss", "cross_entropy", "response_kl", "visual_kl", "relation", "grad_norm")
 TERMS += ("teacher_cross_entropy",)
 

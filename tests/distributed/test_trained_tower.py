@@ -17,12 +17,7 @@ from tiny_runs import write_stage
 
 pytestmark = pytest.mark.distributed
 
-ENGINES = {
-    "ddp": ["--engine.kind=ddp"],
-    "fsdp2": ["--engine.kind=fsdp2"],
-    "zero2": ["--engine.kind=deepspeed", "--engine.zero_stage=2"],
-    "zero3": ["--engine.kind=deepspeed", "--engine.zero_stage=3"],
-}
+ENGINES = {name: ranks.ENGINES[name] for name in ("ddp", "fsdp2", "zero2", "zero3")}
 LAST = {"last layer": "--vision_tower_last_layers=1", "whole tower": "--vision_tower_last_layers=null"}
 
 

@@ -38,11 +38,7 @@ STAGES = {
 ONE_RANK = {"1x4x2": ["--micro_batch_size=4"], "1x1x8": ["--micro_batch_size=1"]}
 ENGINES = {
     "ddp, teacher spread": ["--engine.kind=ddp", "--teacher.placement=fsdp"],
-    "ddp": ["--engine.kind=ddp"],
-    "fsdp2": ["--engine.kind=fsdp2"],
-    "zero1": ["--engine.kind=deepspeed", "--engine.zero_stage=1"],
-    "zero2": ["--engine.kind=deepspeed", "--engine.zero_stage=2"],
-    "zero3": ["--engine.kind=deepspeed", "--engine.zero_stage=3"],
+    **ranks.ENGINES,
 }
 LAYOUTS = {
     "padded": [],
