@@ -1,0 +1,122 @@
+"""What goes into or comes out of any module of a model, by its path, without changing the model.
+
+Shape legend: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from llava_kd.models.mllm import MLLM
+
+_SIDES = ("input", "output")
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place in a model: a module's path below `vision_tower`, `multi_modal_projector`, `language_model` or
+    `lm_head`, and whether what it gets or what it gives is read.
+    """
+
+    path: str
+    side: Literal["input", "output"] = "output"
+
+    @classmethod
+    def parse(cls, text: str) -> Tap:
+        """`language_model.layers.12`, or with `:input` behind it. ValueError for another ending."""
+        path, _, side = text.partition(":")
+        if side not in ("", *_SIDES):
+            raise ValueError(f"a tap ends in :input or :output, or names a module alone; got {text!r}")
+        return cls(path, "input" if side == "input" else "output")
+
+    def __str__(self) -> str:
+        return self.path if self.side == "output" else f"{self.path}:{self.side}"
+
+
+def tapped_module(mllm: MLLM, tap: Tap) -> nn.Module:
+    """The module that a tap names. Raises ValueError with the nearest paths where there is none."""
+    model = mllm.stock.model
+    roots: dict[str, nn.Module] = {
+        "vision_tower": model.vision_tower,
+        "multi_modal_projector": model.multi_modal_projector,
+        "language_model": model.language_model,
+        "lm_head": mllm.lm_head,
+    }
+    part, _, rest = tap.path.partition(".")
+    if part not in roots:
+        raise ValueError(f"the tap {tap.path!r} must begin with one of {', '.join(roots)}")
+    modules = dict(roots[part].named_modules())
+    if rest not in modules:
+        paths = [f"{part}.{path}" for path in modules if path]
+        near = difflib.get_close_matches(tap.path, paths, n=3, cutoff=0.3)
+        raise ValueError(f"the tap {tap.path!r} names no module of the model; near it are {', '.join(near)}")
+    return modules[rest]
+
+
+class Taps:
+    """Reads chosen places of one model while `watch` is open.
+
+    What a module gives may be a tuple or an output object: its first tensor is read. The tensors are those of
+    the forward itself, with their graph, so a loss on them trains what they come from.
+    """
+
+    def __init__(self, mllm: MLLM, taps: Sequence[Tap]) -> None:
+        """Raises ValueError for a path that the model does not have."""
+        self._modules = {tap: tapped_module(mllm, tap) for tap in taps}
+
+    @contextmanager
+    def watch(self) -> Iterator[Mapping[Tap, Tensor]]:
+        """The tensors of the forwards run inside the block, by tap.
+
+        A block holds one forward of each tapped module. It must be left before the backward: activation
+        checkpointing runs modules again there. Raises ValueError on leaving if a tapped module did not run,
+        and where one runs twice.
+        """
+        seen: dict[Tap, Tensor] = {}
+
+        def keep(tap: Tap, value: Any) -> None:
+            if tap in seen:
+                raise ValueError(
+                    f"the module of the tap {str(tap)!r} ran twice in one forward, so it has no one value"
+                )
+            seen[tap] = _first_tensor(value, tap)
+
+        with ExitStack() as hooks:
+            for tap, module in self._modules.items():
+                hooks.callback(_hook(module, tap, keep).remove)
+            yield seen
+        if missing := [str(tap) for tap in self._modules if tap not in seen]:
+            raise ValueError(
+                f"the module of the tap {missing[0]!r} did not run: the model computes its features without "
+                "it; take a layer below vision_feature_layer, or another path"
+            )
+
+
+def _hook(module: nn.Module, tap: Tap, keep: Callable[[Tap, Any], None]) -> Any:
+    """Attach `keep` to the side of the module that the tap names; the handle takes it off again."""
+    if tap.side == "output":
+        return module.register_forward_hook(lambda _module, _inputs, output: keep(tap, output))
+
+    def before(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        keep(tap, (*positional, *named.values()))
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _first_tensor(value: Any, tap: Tap) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    items = list(value.values()) if isinstance(value, Mapping) else value
+    if isinstance(items, list | tuple):
+        for item in items:
+            if isinstance(item, Tensor):
+                return item
+    raise ValueError(
+        f"the tap {str(tap)!r} reads a {type(value).__name__} without a tensor; take another path"
+    )
