@@ -19,6 +19,7 @@ from llava_kd.config import TrainConfig
 from llava_kd.data.conversation import Source
 from llava_kd.data.images import MAX_PIXELS, decode
 from llava_kd.models.checkpoint import Parts
+from llava_kd.models.vocabulary import left_out
 
 
 def check(
@@ -46,7 +47,9 @@ def check(
             f"visual tokens    student {student.tokens_per_image}, teacher {teacher.tokens_per_image}"
         )
         if terms.num_common is not None:
-            lines.append(f"vocabulary       {terms.num_common} shared columns")
+            extra = left_out(student.processor.tokenizer, teacher.processor.tokenizer)
+            without = "" if extra is None else f"; left out are {extra}"
+            lines.append(f"vocabulary       {terms.num_common} shared columns{without}")
     lines += _sample(config, student, source, num_records)
     return "\n".join([*lines, plan(config, ranks, measured, network)])
 

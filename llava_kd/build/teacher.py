@@ -18,6 +18,7 @@ from llava_kd.distill.cached_teacher import CachedTeacher
 from llava_kd.models.checkpoint import Parts, load_stock
 from llava_kd.models.fingerprint import weights_fingerprint
 from llava_kd.models.head_only import load_head_only
+from llava_kd.models.vocabulary import left_out
 
 
 def teacher_parts(config: TrainConfig) -> Parts | None:
@@ -53,6 +54,24 @@ def cached_teacher(
     bias_U = None if head.bias is None else head.bias.to(device)
     keeps_head_gram = wants_head_gram(config.objective)
     return CachedTeacher(head.weight.to(device), bias_U, keeps_head_gram=keeps_head_gram)
+
+
+def say_left_out(
+    config: TrainConfig, student: Parts, teacher: Parts, num_common: int, say: Callable[[str], None]
+) -> None:
+    """Name the tokens that only one side has. ValueError for a cache of logits that counts them in."""
+    extra = left_out(student.processor.tokenizer, teacher.processor.tokenizer)
+    if extra is None:
+        return
+    say(f"logits are compared over the first {num_common} tokens; left out are {extra} (student, teacher)")
+    if config.teacher is None or config.teacher.cache is None:
+        return
+    contents = Manifest.read(Path(config.teacher.cache)).contents
+    if contents.mode == "topk" and contents.columns != num_common:
+        raise ValueError(
+            f"the teacher cache {config.teacher.cache} holds logits over {contents.columns} tokens and "
+            f"{num_common} are the same on both sides; write one with --mode hidden"
+        )
 
 
 def teacher_fingerprints(config: TrainConfig, teacher: Parts | None) -> dict[str, str]:

@@ -28,7 +28,13 @@ from llava_kd.build.options import lend, with_projector
 from llava_kd.build.provenance import checked_parent, finish
 from llava_kd.build.run_dir import check_world, claim
 from llava_kd.build.slices import read_slices, slice_scorer
-from llava_kd.build.teacher import cached_teacher, is_cached, teacher_fingerprints, teacher_parts
+from llava_kd.build.teacher import (
+    cached_teacher,
+    is_cached,
+    say_left_out,
+    teacher_fingerprints,
+    teacher_parts,
+)
 from llava_kd.config import TrainConfig, dump
 from llava_kd.data.conversation import Source
 from llava_kd.distill.cached_teacher import CachedTeacher
@@ -135,6 +141,8 @@ def assemble(
     loader, shares_tower = make_loader(config, world, student, teacher, source)
     frozen_teacher, switched = _teaching(config, world, student, teacher, mllm, say, shares_tower)
     terms = objective(config.objective, student, teacher, config.data.visual_alignment)
+    if teacher is not None and terms.num_common is not None:
+        say_left_out(config, student, teacher, terms.num_common, say)
     module = Student(mllm, terms, switched).train()
     total = num_steps(config, loader.steps_per_epoch)
     engine = make_engine(config, world, module)

@@ -9,20 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from llava_kd.batch import IGNORE_INDEX, Batch, Counts, Inputs
+from llava_kd.batch import Batch, Counts
 from llava_kd.distill.cached_teacher import TopKPrediction
 from llava_kd.distill.options import Attention, DBiLD, attention_term, dbild_term, touch
+from llava_kd.distill.rows import Rows, Tap, fill, response_rows, targets_of_rows, visual_features
 from llava_kd.losses.reference import Divergence, HeadLoss, RowsLoss, dbild_loss, head_loss, relation_rows
 from llava_kd.losses.reference_top_k import top_k_head_loss
 from llava_kd.models.mllm import Prediction
 
 AnyPrediction = Prediction | TopKPrediction
-Tap = Literal["logits", "hidden", "projector"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,20 +60,6 @@ class Losses:
 
     loss: Tensor
     means: dict[str, Tensor]
-
-
-def targets_of_rows(inputs: Inputs, rows_N: Tensor) -> Tensor:
-    return inputs.targets_BT.flatten()[rows_N]
-
-
-def response_rows(inputs: Inputs) -> Tensor:
-    """Flat positions whose next token is a target."""
-    return inputs.places.response_N
-
-
-def visual_rows(inputs: Inputs) -> Tensor:
-    """Flat positions of valid visual tokens: their own prediction is distilled, it is not shifted."""
-    return inputs.places.distilled_N
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +106,7 @@ class Objective:
             raise ValueError("the objective has distillation terms but got no teacher prediction")
         if isinstance(teacher, TopKPrediction) and any((self.relation, self.response_dbild, self.attention)):
             raise ValueError("the largest logits serve response_kl and visual_kl alone; drop the other terms")
-        loss = student.hidden_BTD.new_zeros((), dtype=torch.float32)
+        loss = touch(student)
         means: dict[str, Tensor] = {}
         states = None if isinstance(teacher, TopKPrediction) else teacher
         for partial in (
@@ -169,9 +154,8 @@ class Objective:
         """Terms of other methods: each one's share of the loss, and its mean."""
         if teacher is None or (self.response_dbild, self.visual_switch, self.attention) == (None,) * 3:
             return
-        yield touch(student), {}
         common = {"num_common": self.num_common, "dbild_loss": self.dbild_loss}
-        rows = _Rows.select("response", batch, with_teacher=True)
+        rows = Rows.select("response", batch, with_teacher=True)
         if (term := self.response_dbild) is not None:
             both = rows.student_N, rows.teacher_N
             if batch.teacher is not None:  # other tokens have no common place in the two vocabularies
@@ -203,7 +187,7 @@ class Objective:
         means: dict[str, Tensor] = {}
         for kind, names in groups.items():
             rows = [
-                _Rows.select(name, batch, with_teacher=kind is not None and not self._is_aligned(name))
+                Rows.select(name, batch, with_teacher=kind is not None and not self._is_aligned(name))
                 for name in names
             ]
             result = self._one_head_call(student, teacher, batch, rows, kind, share)
@@ -222,7 +206,7 @@ class Objective:
         student: Prediction,
         teacher: AnyPrediction | None,
         batch: Batch,
-        rows: list[_Rows],
+        rows: list[Rows],
         kind: tuple[float, Divergence] | None,
         share: tuple[Tensor, Tensor],
     ) -> HeadLoss:
@@ -230,7 +214,7 @@ class Objective:
         student_ND = flat_D[torch.cat([r.student_N for r in rows])]
         targets_N = torch.cat([r.targets_N for r in rows])
         ce = 0.0 if self.cross_entropy is None else self.cross_entropy.weight
-        ce_N = torch.cat([_fill(r, ce * share[0] if r.name == "response" else 0.0 * share[0]) for r in rows])
+        ce_N = torch.cat([fill(r, ce * share[0] if r.name == "response" else 0.0 * share[0]) for r in rows])
         common = {"student_bias_V": student.bias_V, "ce_weight_N": ce_N}
         if kind is None or teacher is None:
             active = (0, len(targets_N) if ce > 0 else 0)
@@ -246,7 +230,7 @@ class Objective:
                 targets_N,
                 **common,
                 top=teacher.top_k(torch.cat([r.teacher_N for r in rows])),
-                kl_weight_N=torch.cat([_fill(r, weights[r.name]) for r in rows]),
+                kl_weight_N=torch.cat([fill(r, weights[r.name]) for r in rows]),
                 temperature=kind[0],
                 divergence=kind[1],
                 num_common=self.num_common,
@@ -259,14 +243,14 @@ class Objective:
             teacher_NE=torch.cat([self._teacher_rows(r, teacher, batch) for r in rows]),
             teacher_head_UE=teacher.head_VD,
             teacher_bias_U=teacher.bias_V,
-            kl_weight_N=torch.cat([_fill(r, weights[r.name]) * r.is_shared_N for r in rows]),
+            kl_weight_N=torch.cat([fill(r, weights[r.name]) * r.is_shared_N for r in rows]),
             temperature=kind[0],
             divergence=kind[1],
             num_common=self.num_common,
             active_rows=self._active_rows(rows, batch),
         )
 
-    def _active_rows(self, rows: list[_Rows], batch: Batch) -> tuple[int, int] | None:
+    def _active_rows(self, rows: list[Rows], batch: Batch) -> tuple[int, int] | None:
         """Rows with a KL weight, and those with cross-entropy alone; None where they must be looked for."""
         num_kl = num_ce_alone = 0
         for row in rows:
@@ -285,7 +269,7 @@ class Objective:
     def _is_aligned(self, name: str) -> bool:
         return name == "visual" and self.align is not None
 
-    def _teacher_rows(self, rows: _Rows, teacher: Prediction, batch: Batch) -> Tensor:
+    def _teacher_rows(self, rows: Rows, teacher: Prediction, batch: Batch) -> Tensor:
         """[N, E] that the student's rows are compared with."""
         if not self._is_aligned(rows.name):
             return teacher.hidden_BTD.flatten(0, 1)[rows.teacher_N]
@@ -301,6 +285,9 @@ class Objective:
     ) -> Losses | None:
         if self.relation is None or teacher is None:
             return None
+        if batch.student.num_images == 0:  # the two sides' sizes of nothing need not agree
+            zero = torch.zeros_like(counts.images, dtype=torch.float32)
+            return Losses(loss=zero, means={"relation": zero})
         valid_I = batch.student.image_is_valid_I
         heads = {}
         if self.relation.tap == "logits":
@@ -318,62 +305,5 @@ class Objective:
         return Losses(loss=self.relation.weight * mean, means={"relation": mean.detach()})
 
 
-def visual_features(prediction: Prediction, inputs: Inputs, tap: Tap) -> Tensor:
-    """[I, M, D] of the tap; the logits tap reads hidden states, its head is applied by the loss."""
-    if tap == "projector":
-        return prediction.projected_IND
-    hidden_D = prediction.hidden_BTD.flatten(0, 1)[inputs.places.visual_N]
-    if inputs.num_images == 0:
-        return hidden_D.view(0, 1, prediction.hidden_BTD.shape[2])
-    return hidden_D.view(inputs.num_images, -1, hidden_D.shape[1])
-
-
 def _kind(term: KL) -> tuple[float, Divergence]:
     return term.temperature, term.divergence
-
-
-def _fill(rows: _Rows, value: Tensor | float) -> Tensor:
-    """One fp32 weight a row, without waiting for the device."""
-    ones_N = torch.ones(len(rows.student_N), device=rows.student_N.device)
-    return ones_N * (value.float() if isinstance(value, Tensor) else value)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """Flat positions of one kind of row on both sides; the same count, in the same order.
-
-    `is_shared_N` is 0 where the two sides answer with other tokens, as at the edges of two templates.
-    """
-
-    name: str
-    student_N: Tensor
-    teacher_N: Tensor
-    targets_N: Tensor
-    is_shared_N: Tensor
-
-    @staticmethod
-    def select(name: str, batch: Batch, *, with_teacher: bool) -> _Rows:
-        choose = response_rows if name == "response" else visual_rows
-        student_N = choose(batch.student)
-        teacher_N = student_N
-        if with_teacher and batch.teacher is not None:
-            teacher_N = choose(batch.teacher)
-            if len(teacher_N) != len(student_N):
-                raise ValueError(
-                    f"{name} rows must line up: the student has {len(student_N)}, the teacher "
-                    f"{len(teacher_N)}, in the records {', '.join(batch.record_ids)}"
-                )
-        if name == "response":
-            targets_N = targets_of_rows(batch.student, student_N)
-        else:
-            targets_N = torch.full_like(student_N, IGNORE_INDEX)
-        is_shared_N = torch.ones(len(student_N), device=student_N.device)
-        if name == "response" and with_teacher and batch.teacher is not None:
-            is_shared_N = (targets_of_rows(batch.teacher, teacher_N) == targets_N).float()
-        return _Rows(
-            name=name,
-            student_N=student_N,
-            teacher_N=teacher_N,
-            targets_N=targets_N,
-            is_shared_N=is_shared_N,
-        )

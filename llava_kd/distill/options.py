@@ -107,6 +107,9 @@ def attention_term(
     """Raises ValueError if a side does not show its attention."""
     if student.attention_LINN is None or teacher.attention_LINN is None:
         raise ValueError("the attention term needs predictions of models whose attention is watched")
+    if batch.student.num_images == 0:  # the two sides' sizes of nothing need not agree
+        zero = torch.zeros_like(counts.images, dtype=torch.float32)
+        return zero, {"attention": zero}
     teacher_LINN = teacher.attention_LINN
     if align is not None:
         teacher_LINN = _aligned(teacher_LINN, align)
@@ -125,6 +128,9 @@ def _aligned(maps_LIMM: Tensor, align: Align) -> Tensor:
 
 
 def touch(student: Prediction) -> Tensor:
-    """Zero, with a zero gradient for every weight that the prediction comes from: engines wait for each."""
-    weights = [student.head_VD] if student.bias_V is None else [student.head_VD, student.bias_V]
-    return 0.0 * student.hidden_BTD.float().sum() + torch.stack([w[:0].sum() for w in weights]).sum()
+    """Zero, with a zero gradient for every weight that the prediction comes from: engines wait for each.
+
+    Sums of nothing: what a prediction holds where no term reads it cannot matter.
+    """
+    read = [student.hidden_BTD, student.head_VD, student.bias_V]
+    return torch.stack([tensor[:0].float().sum() for tensor in read if tensor is not None]).sum()

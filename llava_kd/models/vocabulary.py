@@ -1,8 +1,12 @@
-"""Whether two tokenizers mean the same by every id, compared by content."""
+"""Which token ids mean the same to two tokenizers, compared by content."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from transformers import PreTrainedTokenizerBase
+
+_SHOWN = 3
 
 
 def num_common_columns(
@@ -12,24 +16,72 @@ def num_common_columns(
     student_rows: int,
     teacher_rows: int,
 ) -> int:
-    """Columns of both heads that stand for the same token; rows beyond them are padding.
+    """Leading columns of both heads that stand for the same token; rows beyond them are left out.
 
-    Raises ValueError naming the first differing tokens, or a head narrower than its tokenizer.
+    Tokens that were added behind a family's own, such as <pad>, may differ: they are left out as well, and
+    `left_out` names them. Raises ValueError naming the first tokens of other differences, or a head narrower
+    than its tokenizer.
     """
-    names_s = {index: token for token, index in student.get_vocab().items()}
-    names_t = {index: token for token, index in teacher.get_vocab().items()}
-    differing = sorted(i for i in names_s.keys() | names_t.keys() if names_s.get(i) != names_t.get(i))
+    ours, theirs = _names(student), _names(teacher)
+    differing = _differing(ours, theirs)
+    columns = max(ours.keys() | theirs.keys()) + 1
     if differing:
-        shown = ", ".join(f"id {i}: {names_s.get(i)!r} against {names_t.get(i)!r}" for i in differing[:3])
-        raise ValueError(
-            "student and teacher tokenizers must have the same content for a KL between their logits; "
-            f"{len(differing)} ids differ (student against teacher): {shown}. "
-            "Use a teacher of the student's family, or drop response_kl and visual_kl"
-        )
-    columns = max(names_s) + 1
-    for side, rows in (("student", student_rows), ("teacher", teacher_rows)):
-        if rows < columns:
+        shared = [i for i in ours.keys() & theirs.keys() if ours[i] == theirs[i]]
+        before = [i for i in shared if i < differing[0]]
+        if not before or _families_differ(student, teacher, differing):
             raise ValueError(
-                f"the {side}'s head has {rows} rows but its tokenizer needs {columns}; resize its embeddings"
+                f"{_refusal(ours, theirs, differing)}. Use a teacher of the student's family, or drop "
+                "response_kl and visual_kl"
+            )
+        if len(before) < len(shared):
+            raise ValueError(
+                f"{_refusal(ours, theirs, differing)}. They are added tokens, which are left out where they "
+                f"are the last, but both have {ours[max(shared)]!r} behind them (id {max(shared)}): add what "
+                "one side lacks to its tokenizer at the same id, or give both sides one tokenizer"
+            )
+        columns = max(before) + 1
+    for side, names, rows in (("student", ours, student_rows), ("teacher", theirs, teacher_rows)):
+        if rows < (needed := max(names) + 1):
+            raise ValueError(
+                f"the {side}'s head has {rows} rows but its tokenizer needs {needed}; resize its embeddings"
             )
     return columns
+
+
+def left_out(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
+    """The added tokens that are not compared, None where there are none."""
+    ours, theirs = _names(student), _names(teacher)
+    differing = _differing(ours, theirs)
+    return f"{len(differing)} added: {_shown(ours, theirs, differing)}" if differing else None
+
+
+def _names(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {index: token for token, index in tokenizer.get_vocab().items()}
+
+
+def _differing(ours: Mapping[int, str], theirs: Mapping[int, str]) -> list[int]:
+    return sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+
+
+def _families_differ(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, differing: Sequence[int]
+) -> bool:
+    """Whether more differs than added tokens without a role: a word of the vocabulary, or how a text ends."""
+    for tokenizer in (student, teacher):
+        words = set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys()
+        roles = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+        if not (words | roles).isdisjoint(differing):
+            return True
+    return False
+
+
+def _refusal(ours: Mapping[int, str], theirs: Mapping[int, str], differing: Sequence[int]) -> str:
+    return (
+        "student and teacher tokenizers must have the same content for a KL between their logits; "
+        f"{len(differing)} ids differ (student against teacher): {_shown(ours, theirs, differing)}"
+    )
+
+
+def _shown(ours: Mapping[int, str], theirs: Mapping[int, str], differing: Sequence[int]) -> str:
+    more = ", ..." if len(differing) > _SHOWN else ""
+    return ", ".join(f"id {i}: {ours.get(i)!r} against {theirs.get(i)!r}" for i in differing[:_SHOWN]) + more

@@ -1,0 +1,88 @@
+"""Which places of a batch a term reads: rows of responses, rows of visual tokens, features of images.
+
+Shape legend: B rows, T tokens, N selected rows, M visual tokens of an image, I images, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
+from llava_kd.models.mllm import Prediction
+
+Tap = Literal["logits", "hidden", "projector"]
+
+
+def targets_of_rows(inputs: Inputs, rows_N: Tensor) -> Tensor:
+    return inputs.targets_BT.flatten()[rows_N]
+
+
+def response_rows(inputs: Inputs) -> Tensor:
+    """Flat positions whose next token is a target."""
+    return inputs.places.response_N
+
+
+def visual_rows(inputs: Inputs) -> Tensor:
+    """Flat positions of valid visual tokens: their own prediction is distilled, it is not shifted."""
+    return inputs.places.distilled_N
+
+
+def visual_features(prediction: Prediction, inputs: Inputs, tap: Tap) -> Tensor:
+    """[I, M, D] of the tap; the logits tap reads hidden states, its head is applied by the loss."""
+    if tap == "projector":
+        return prediction.projected_IND
+    hidden_D = prediction.hidden_BTD.flatten(0, 1)[inputs.places.visual_N]
+    if inputs.num_images == 0:
+        return hidden_D.view(0, 1, prediction.hidden_BTD.shape[2])
+    return hidden_D.view(inputs.num_images, -1, hidden_D.shape[1])
+
+
+def fill(rows: Rows, value: Tensor | float) -> Tensor:
+    """One fp32 weight a row, without waiting for the device."""
+    ones_N = torch.ones(len(rows.student_N), device=rows.student_N.device)
+    return ones_N * (value.float() if isinstance(value, Tensor) else value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Flat positions of one kind of row on both sides; the same count, in the same order.
+
+    `is_shared_N` is 0 where the two sides answer with other tokens, as at the edges of two templates.
+    """
+
+    name: str
+    student_N: Tensor
+    teacher_N: Tensor
+    targets_N: Tensor
+    is_shared_N: Tensor
+
+    @staticmethod
+    def select(name: str, batch: Batch, *, with_teacher: bool) -> Rows:
+        choose = response_rows if name == "response" else visual_rows
+        student_N = choose(batch.student)
+        teacher_N = student_N
+        if with_teacher and batch.teacher is not None:
+            teacher_N = choose(batch.teacher)
+            if len(teacher_N) != len(student_N):
+                raise ValueError(
+                    f"{name} rows must line up: the student has {len(student_N)}, the teacher "
+                    f"{len(teacher_N)}, in the records {', '.join(batch.record_ids)}"
+                )
+        if name == "response":
+            targets_N = targets_of_rows(batch.student, student_N)
+        else:
+            targets_N = torch.full_like(student_N, IGNORE_INDEX)
+        is_shared_N = torch.ones(len(student_N), device=student_N.device)
+        if name == "response" and with_teacher and batch.teacher is not None:
+            is_shared_N = (targets_of_rows(batch.teacher, teacher_N) == targets_N).float()
+        return Rows(
+            name=name,
+            student_N=student_N,
+            teacher_N=teacher_N,
+            targets_N=targets_N,
+            is_shared_N=is_shared_N,
+        )
