@@ -348,8 +348,11 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from llava_kd.evaluation.report import report
+    from llava_kd.evaluation.results import read_run, table
 
-    print(report(arguments.directory))
+    written = report(arguments.directory)
+    print(table(read_run(arguments.directory)))
+    print(f"open {written}")
     return 0
 
 

@@ -8,17 +8,25 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run="${RUN:-runs/quickstart}"
 seeds="${QUICKSTART_SEEDS:-1}"
 backbones=scripts/quickstart/backbones
+python="${PYTHON:-python3}"
 no_teacher=(--teacher=null --objective.response_kl=null --objective.visual_kl=null --objective.relation=null)
-started=$SECONDS
+# What is done again once all is there takes no time that the report should count.
+is_counted=yes
+if [ -f "$run/report.html" ] && [ -f "$run/seed$((seeds - 1))/kd/eval/summary.json" ]; then is_counted=no; fi
+clock() { if [ "$is_counted" = yes ]; then "$python" scripts/quickstart/times.py "$run" "$@"; fi; }
 
 source scripts/setup_env.sh
+doing="installing into .venv"
+trap 'status=$?; clock stop || true; ended_at "$status" "$doing"' EXIT
+clock first install
 setup_env ""
 cores="$(nproc)" # before OMP_NUM_THREADS, which nproc would repeat
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 NPROC=1 DS_ACCELERATOR=cpu
 # Keep freed memory: fetching it from the system anew costs a tenth of a step of models this small.
 export MALLOC_MMAP_THRESHOLD_=2147483648 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864
-installed=$SECONDS
+clock next train
 
+doing="drawing the shapes data"
 scenes="${QUICKSTART_SCENES:-4000}"
 questions="${QUICKSTART_QUESTIONS:-1200}" # as many as make_teacher.sh holds out, so that the teacher has seen none of them
 mkdir -p "$run"
@@ -73,25 +81,27 @@ score() {
 }
 
 for ((seed = 0; seed < seeds; seed++)); do
+  doing="training both students of seed $seed"
   undistilled() { arm "$seed" sft 0 "${no_teacher[@]}"; }
   distilled() { arm "$seed" kd 1; }
   both undistilled distilled
 done
-trained=$SECONDS
+clock next eval
 
+doing="scoring the teacher"
 score "$backbones/teacher" "$run/teacher/eval"
 for ((seed = 0; seed < seeds; seed++)); do
+  doing="scoring both students of seed $seed"
   score_undistilled() { score "$run/seed$seed/sft/stage3/model" "$run/seed$seed/sft/eval"; }
   score_distilled() { score "$run/seed$seed/kd/stage3/model" "$run/seed$seed/kd/eval"; }
   both score_undistilled score_distilled
 done
 
-if [ ! -f "$run/seconds.json" ]; then
+doing="writing the report"
+clock stop
+if [ "$is_counted" = yes ]; then
   printf '{"training scenes": %d, "test questions": %d, "commit": "%s", "processor": "%s, cores: %d"}\n' "$scenes" "$questions" \
     "$(git describe --always --dirty 2>/dev/null || echo unknown)" \
-    "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)" "$cores" >"$run/settings.json"
-  printf '{"install": %d, "train": %d, "eval": %d}\n' \
-    $((installed - started)) $((trained - installed)) $((SECONDS - trained)) >"$run/seconds.json"
+    "$(sed -n '/^model name/{s/^[^:]*: //p;q}' /proc/cpuinfo)" "$cores" >"$run/settings.json"
 fi
 llava-kd report --run "$run"
-echo "open $run/report.html"

@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
+trap 'ended_at $? "setting up the environment"' EXIT
 if [ "${1:-}" = "--floor" ]; then
   shift
   export VENV="$PWD/.venv-floor" CONSTRAINTS="$PWD/constraints-floor.txt"

@@ -14,29 +14,37 @@ from transformers import LlavaForConditionalGeneration
 ROOT = Path(__file__).parents[1]
 ARMS = ("sft", "kd")
 STAGES = ("stage1", "stage2", "stage3")
+SHORTER = {"QUICKSTART_STEPS": "2", "QUICKSTART_SCENES": "40", "QUICKSTART_QUESTIONS": "12"}
 HERE_INSTALLED = {
     "SETUP": "no",
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
 }
 
 
-def run_script(name: str, **settings: str) -> None:
-    done = subprocess.run(
+def run_unchecked(name: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         ["bash", str(ROOT / "scripts" / name)],
         env=os.environ | HERE_INSTALLED | settings,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def run_script(name: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    done = run_unchecked(name, **settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
 
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "quickstart"
-    shorter = {"QUICKSTART_STEPS": "2", "QUICKSTART_SCENES": "40", "QUICKSTART_QUESTIONS": "12"}
-    run_script("quickstart.sh", RUN=str(run), **shorter)
-    return run
+    return tmp_path_factory.mktemp("runs") / "quickstart"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ended(quickstart: Path) -> subprocess.CompletedProcess[str]:
+    return run_script("quickstart.sh", RUN=str(quickstart), **SHORTER)
 
 
 def test_results_hold_every_model_and_seed(quickstart: Path) -> None:
@@ -84,3 +92,49 @@ def test_the_teacher_is_made_by_its_script(tmp_path: Path) -> None:
     run_script("quickstart/make_teacher.sh", RUN=str(tmp_path / "run"), OUT=str(tmp_path / "out"), **shorter)
     LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert json.loads((tmp_path / "run" / "validation" / "summary.json").read_text())["count"] == 12
+
+
+def run_times(run: Path, *words: str) -> None:
+    script = ROOT / "scripts" / "quickstart" / "times.py"
+    subprocess.run([sys.executable, str(script), str(run), *words], check=True)
+
+
+def test_seconds_add_up_over_calls_also_over_one_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "seconds.json").write_text('{"install": 100.0, "train": 50.0, "eval": 0.0}')
+    run_times(tmp_path, "first", "install")
+    run_times(tmp_path, "next", "train")
+    # Killed: it trained from 1000 to 1030 by the clock, when it last wrote a file; nobody stopped it.
+    (tmp_path / ".phase.json").write_text('["train", 1000.0]')
+    written = tmp_path / "metrics.jsonl"
+    written.touch()
+    for path in tmp_path.iterdir():
+        os.utime(path, (1000.0, 1000.0))
+    os.utime(written, (1030.0, 1030.0))
+    run_times(tmp_path, "first", "install")
+    run_times(tmp_path, "stop")
+    seconds = json.loads((tmp_path / "seconds.json").read_text())
+    assert seconds["train"] == pytest.approx(80, abs=2)
+    assert 100 <= seconds["install"] < 103
+    assert not (tmp_path / ".phase.json").exists()
+
+
+def test_the_last_lines_are_the_table(quickstart: Path, ended: subprocess.CompletedProcess[str]) -> None:
+    results = json.loads((quickstart / "results.json").read_text())
+    *_, row, interval, seconds, last = ended.stdout.splitlines()
+    assert last == f"open {quickstart / 'report.html'}"
+    assert row.split()[:2] == ["seed", "0"]
+    shown = [f"{100 * results[name]['accuracy']:.1f}" for name in ("teacher", "sft", "kd")]
+    assert [word for word in row.split() if word != "%"][2:5] == shown
+    assert interval.startswith("gain:")
+    assert seconds.startswith("seconds: install")
+
+
+def test_what_failed_and_what_to_run_next_is_the_last_line(tmp_path: Path) -> None:
+    blocked = tmp_path / "run"
+    blocked.mkdir()
+    (blocked / "data").write_text("a file where the data should be")
+    done = run_unchecked("quickstart.sh", RUN=str(blocked), **SHORTER)
+    assert done.returncode != 0
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"quickstart.sh ended with status {done.returncode} while drawing the shapes data")
+    assert "the same command goes on" in last

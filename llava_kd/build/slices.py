@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -30,13 +31,15 @@ def slice_scorer(
     config: EvaluateConfig, slices: Sequence[Slice], student: Parts, engine: Engine
 ) -> Callable[[], Mapping[str, float]]:
     """A call scores the student as it is now; every rank must make it."""
+    # Its own: the loader's thread reads ahead with the student's tokenizer, whose padding is a state of it.
+    processor = copy.deepcopy(student.processor)
 
     def score() -> Mapping[str, float]:
         try:
             with engine.inference():
                 return score_slices(
                     student.stock,
-                    student.processor,
+                    processor,
                     slices,
                     rank=engine.world.rank,
                     world_size=engine.world.size,

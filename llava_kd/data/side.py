@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass
 
@@ -49,9 +50,15 @@ class Side:
 
     @property
     def text_fingerprint(self) -> str:
-        """Hash of everything that decides the tokens."""
+        """Hash of everything that decides the tokens.
+
+        Padding and truncation do not: they are what the last call of the tokenizer asked for.
+        """
+        backend = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
         parts = (
-            self.tokenizer.backend_tokenizer.to_str(),
+            backend.to_str(),
             repr(self.template),
             repr((self.image_token_id, self.tokens_per_image, self.max_length)),
         )

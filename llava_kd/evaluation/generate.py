@@ -5,6 +5,7 @@ Shape legend: B questions of a batch, T prompt tokens (left-padded), N new token
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -93,10 +95,7 @@ class Generator:
         return self.decode(self.greedy(self.prepare(questions)))
 
     def prepare(self, questions: Sequence[Question]) -> BatchFeature:
-        """Processor output for a batch: left-padded ids and pixel values, on the CPU."""
-        texts = [render_prompt(self.processor, question.text) for question in questions]
-        images = [_open_image(q, k) for q in questions for k in range(len(q.images))]
-        return model_inputs(self.processor, texts, images)
+        return prepare(self.processor, questions)
 
     @torch.no_grad()
     def greedy(self, inputs: BatchFeature) -> Tensor:
@@ -152,6 +151,13 @@ class Generator:
             stop = next((k for k, token in enumerate(row) if token in ends), len(row))
             rows.append(self.processor.tokenizer.decode(row[:stop], skip_special_tokens=True).strip())
         return rows
+
+
+def prepare(processor: LlavaProcessor, questions: Sequence[Question]) -> BatchFeature:
+    """Processor output for a batch: left-padded ids and pixel values, on the CPU."""
+    texts = [render_prompt(processor, question.text) for question in questions]
+    images = [_open_image(q, k) for q in questions for k in range(len(q.images))]
+    return model_inputs(processor, texts, images)
 
 
 def load_processor(directory: Path) -> LlavaProcessor:
@@ -227,11 +233,26 @@ def generate(
 def _prefetched(
     generator: Generator, batches: list[list[Question]], pool: ThreadPoolExecutor, ahead: int
 ) -> Iterator[tuple[list[Question], BatchFeature]]:
-    """Each batch with its inputs; the next ones are read while this one is answered."""
+    """Each batch with its inputs; the next ones are read while this one is answered.
+
+    How a fast tokenizer pads is a state that its last caller has set, so no two threads may share one: every
+    batch borrows a copy of the processor, and the generator's own stays with the thread that answers.
+    """
+    free: SimpleQueue[LlavaProcessor] = SimpleQueue()
+    for _ in range(ahead):
+        free.put(copy.deepcopy(generator.processor))
+
+    def prepared(batch: list[Question]) -> BatchFeature:
+        processor = free.get()
+        try:
+            return prepare(processor, batch)
+        finally:
+            free.put(processor)
+
     waiting: list[Future[BatchFeature]] = []
     for index, batch in enumerate(batches):
         while len(waiting) <= ahead and index + len(waiting) < len(batches):
-            waiting.append(pool.submit(generator.prepare, batches[index + len(waiting)]))
+            waiting.append(pool.submit(prepared, batches[index + len(waiting)]))
         yield batch, waiting.pop(0).result()
 
 

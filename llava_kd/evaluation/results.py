@@ -196,6 +196,33 @@ def collect_results(run: Run) -> dict[str, object]:
     return results
 
 
+def table(run: Run) -> str:
+    """The accuracies as lines for a terminal: a seed a line, their mean, the gain and its interval."""
+    head = [f"{next(iter(run.seeds.values()))[run.distilled].count:,} questions", "teacher"]
+    rows = [[*head, "undistilled", "distilled", "gain, points"]]
+    teacher = "-" if run.teacher is None else f"{100 * run.teacher.accuracy:.1f} %"
+    scores = {
+        f"seed {seed}": (models[run.baseline].accuracy, models[run.distilled].accuracy)
+        for seed, models in run.seeds.items()
+    }
+    if len(scores) > 1:
+        scores["mean"] = (_mean([b for b, _ in scores.values()]), _mean([d for _, d in scores.values()]))
+    for name, (baseline, distilled) in scores.items():
+        gain = f"{100 * (distilled - baseline):+.1f}"
+        rows.append([name, teacher, f"{100 * baseline:.1f} %", f"{100 * distilled:.1f} %", gain])
+    widths = [max(len(row[k]) for row in rows) for k in range(5)]
+    lines = [
+        f"{row[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+    gap = difference(run)
+    if gap["low"] is not None and gap["high"] is not None:
+        lines.append(f"gain: {100 * gap['low']:+.1f} to {100 * gap['high']:+.1f} points, {gap['interval']}")
+    if run.seconds:
+        lines.append("seconds: " + ", ".join(f"{name} {value:,.0f}" for name, value in run.seconds.items()))
+    return "\n".join(lines)
+
+
 def mean_by_type(models: Sequence[Evaluated]) -> dict[str, float]:
     return {kind: _mean([m.by_type[kind] for m in models]) for kind in models[0].by_type}
 

@@ -5,6 +5,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/setup_env.sh
+doing="installing into .venv"
+trap 'ended_at $? "$doing"' EXIT
 setup_env ""
 run="${RUN:-runs/teacher}"
 out="${OUT:-scripts/quickstart/backbones/teacher}"
@@ -13,15 +15,18 @@ export MALLOC_MMAP_THRESHOLD_=2147483648 MALLOC_TRIM_THRESHOLD_=4294967296 MALLO
 steps=(${TEACHER_STEPS:+--max_steps="$TEACHER_STEPS"})
 questions="${TEACHER_QUESTIONS:-1200}"
 
+doing="drawing the shapes data"
 llava-kd data shapes --out "$run/data" --num_train "${TEACHER_SCENES:-24000}" \
   --num_validation "$questions" --num_test "$questions" --seed 0
 python scripts/quickstart/lookups_by_shape.py "$run/data/instructions.json" "$run/data/lookups_by_shape.json"
 
+doing="training in $run/stage1"
 llava-kd train scripts/quickstart/teacher_stage1.yaml --output_dir="$run/stage1" --data.images="$run/data" \
   --data.path="$run/data/captions.json" "${steps[@]}"
 
 # answer NAME FROM RECORDS STEPS LR PRECISION: question answering, from the end of another run.
 answer() {
+  doing="training in $run/$1"
   llava-kd train scripts/quickstart/teacher_stage2.yaml --output_dir="$run/$1" --student.checkpoint="$run/$2/model" \
     --data.images="$run/data" --data.path="$run/data/$3.json" --max_steps="$4" --optim.lr="$5" \
     --engine.precision="$6" "${steps[@]}"
@@ -31,6 +36,7 @@ answer longer stage2 instructions 2600 3e-3 fp32              # 81.5 %; shapes a
 answer lookups longer lookups_by_shape 700 2e-3 fp32          # so that is asked alone,
 answer last lookups instructions 1000 2e-3 fp32               # and then all together: 93.3 %
 
+doing="scoring $run/last/model"
 llava-kd eval --model "$run/last/model" --data "$run/data/validation.json" --out "$run/validation"
 rm -rf "$out"
 cp -r "$run/last/model" "$out"
@@ -41,3 +47,4 @@ import torch
 from transformers import LlavaForConditionalGeneration
 LlavaForConditionalGeneration.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[1])
 PY
+echo "the teacher is $out"
