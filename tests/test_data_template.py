@@ -132,6 +132,29 @@ def test_chat_template_gives_the_tokens_of_training(
 
 @every_template
 @every_tokenizer
+@pytest.mark.parametrize("kind", ["image", "image_url"])
+@pytest.mark.parametrize(
+    "raw", ["<image>\nWhat is it?", "What is it?\n<image>", "What <image>is it?", "<image>"]
+)
+def test_one_image_is_rendered_where_training_has_it_wherever_a_client_puts_it(
+    template: Template, tokenizer: PreTrainedTokenizerFast, kind: str, raw: str
+) -> None:
+    talk = [{"from": "human", "value": raw}, {"from": "gpt", "value": "A cat."}]
+    turns = parse_record({"image": "a.png", "conversations": talk}, 0).turns[:1]
+    trained = "".join(s.text for s in template.render(turns, eos_token=tokenizer.eos_token))
+    before, after = raw.split(IMAGE_TOKEN)
+    parts = [{"type": "text", "text": before}, {"type": kind}, {"type": "text", "text": after}]
+    for content in (raw, [part for part in parts if part.get("text") != ""]):
+        assert trained == tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=template.chat_template,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+
+
+@every_template
+@every_tokenizer
 @every_record
 def test_generation_prompt_is_the_training_text_before_the_last_answer(
     template: Template, tokenizer: PreTrainedTokenizerFast, name: str

@@ -61,23 +61,25 @@ class Template:
     def chat_template(self) -> str:
         """Jinja text that renders the same as `render`, for a tokenizer that adds no token of its own."""
         end = "eos_token" if self.end_token is None else _literal(self.end_token)
+        image = _literal(IMAGE_PLACEHOLDER)
         if self.images_only:
-            part = f"{{% if part['type'] == 'image' %}}{IMAGE_PLACEHOLDER}{{% endif %}}"
-            user_text = (
-                f"{{{{ {_literal(IMAGE_PLACEHOLDER)} * content.count({_literal(IMAGE_PLACEHOLDER)}) }}}}"
+            asked = f"{{{{ {image} * (text.split({image})|length - 1) }}}}"
+        else:  # a single image first, on a line of its own, as `canonical` has it in training
+            asked = (
+                f"{{% set pieces = text.split({image}) %}}{{% if pieces|length == 2 %}}{IMAGE_PLACEHOLDER}"
+                "{% set words = (pieces[0] + pieces[1])|trim %}{% if words %}{{ '\\n' + words }}{% endif %}"
+                "{% else %}{{ text }}{% endif %}"
             )
-        else:
-            part = (
-                f"{{% if part['type'] == 'image' %}}{IMAGE_PLACEHOLDER}"
-                "{% if not loop.last %}{{ '\\n' }}{% endif %}{% else %}{{ part['text'] }}{% endif %}"
-            )
-            user_text = "{{ content }}"
         return "".join(
             (
                 "{% macro plain(content) %}{% if content is string %}{{ content }}{% else %}"
                 "{% for part in content %}{{ part['text'] }}{% endfor %}{% endif %}{% endmacro %}",
-                f"{{% macro asked(content) %}}{{% if content is string %}}{user_text}{{% else %}}",
-                f"{{% for part in content %}}{part}{{% endfor %}}{{% endif %}}{{% endmacro %}}",
+                "{% macro asked(content) %}{% set text %}{% if content is string %}{{ content }}{% else %}",
+                "{% set count = content|selectattr('type', 'in', ['image', 'image_url'])|list|length %}",
+                "{% for part in content %}{% if part['type'] in ['image', 'image_url'] %}",
+                f"{IMAGE_PLACEHOLDER}{{% if count > 1 and not loop.last %}}{{{{ '\\n' }}}}{{% endif %}}",
+                "{% else %}{{ part['text'] }}{% endif %}{% endfor %}",
+                f"{{% endif %}}{{% endset %}}{asked}{{% endmacro %}}",
                 "{% if messages[0]['role'] == 'system' %}",
                 f"{{{{ {_literal(self.before_system)} }}}}{{{{ plain(messages[0]['content']) }}}}",
                 f"{{{{ {_literal(self.after_system)} }}}}",
