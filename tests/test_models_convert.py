@@ -296,18 +296,27 @@ def test_an_export_is_checked_and_has_a_card(
 ) -> None:
     run = tmp_path / "my-run"
     save_stock(original[0], run / "model")
-    (run / "config.yaml").write_text("seed: 5\n")
-    (run / "run.json").write_text(json.dumps({"versions": {"torch": "9.9"}}))
+    (run / "run.json").write_text(json.dumps({"versions": {"torch": "9.9"}, "config": "seed: 5\n"}))
     (tmp_path / "vqa").mkdir()
     (tmp_path / "vqa" / "summary.json").write_text(json.dumps({"accuracy": 0.5, "count": 8}))
     export(run / "model", tmp_path / "out", dtype=dtype, scores=[tmp_path / "vqa" / "summary.json"])
     again = load_stock(str(tmp_path / "out"), dtype=dtype or torch.float32)
     assert again.stock.dtype == (dtype or torch.float32)
     card = (tmp_path / "out" / "README.md").read_text()
-    for words in ("# my-run", "torch 9.9", "seed: 5", "| vqa | 0.5000 | 8 |", "15 tokens an image"):
+    for words in (
+        "# my-run",
+        "| version: torch | 9.9 |",
+        "seed: 5",
+        "| vqa | 0.5000 | 8 |",
+        "15 tokens an image",
+    ):
         assert words in card
+    before = (tmp_path / "out" / "model.safetensors").stat()
+    notes = export(run / "model", tmp_path / "out", dtype=dtype, scores=[tmp_path / "vqa" / "summary.json"])
+    assert "already: nothing to do" in notes[0]  # what a kill at its very end leaves
+    assert (tmp_path / "out" / "model.safetensors").stat() == before
     with pytest.raises(ValueError, match="is not empty"):
-        export(run / "model", tmp_path / "out")
+        export(run / "model", tmp_path / "out", dtype=torch.float16)
 
 
 def test_what_stock_llava_cannot_express_is_not_exported(

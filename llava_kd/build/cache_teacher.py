@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llava_kd.batch import Batch
@@ -48,6 +47,7 @@ from llava_kd.losses import gemm
 from llava_kd.models.checkpoint import Parts, load_stock
 from llava_kd.models.mllm import Prediction
 from llava_kd.parallel.world import World, join, peers
+from llava_kd.tensor_files import write_tensors
 from llava_kd.training.checkpoint import sweep
 
 _LOGIT_ROWS = 1024
@@ -143,7 +143,7 @@ def _begin(directory: Path, manifest: Manifest, teacher: Parts, say: Callable[[s
     head = teacher.stock.lm_head
     tensors = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
     scratch = directory / f".{HEAD}.partial"
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, scratch)
+    write_tensors(tensors, scratch)
     sync(scratch)
     scratch.replace(directory / HEAD)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 from pathlib import Path
 
 import torch
-from transformers import LlavaConfig, LlavaProcessor
+from transformers import LlavaConfig, LlavaImageProcessor, LlavaImageProcessorPil, LlavaProcessor
+from transformers.utils.import_utils import is_torchvision_available
 
 from llava_kd.build.teacher_cache import open_cache
 from llava_kd.config import DataConfig, PackingConfig, TrainConfig
@@ -50,6 +52,29 @@ def side_of(
         ),
         max_length=config.max_length,
     )
+
+
+def served(parts: Parts, config: DataConfig) -> Parts:
+    """The model with a processor of its own that makes the pixels of `config`, for whoever loads it later.
+
+    Stock LLaVA's image processor is the one that pads to a square, as `image_aspect: pad` does.
+    """
+    processor = copy.copy(parts.processor)
+    if config.image_aspect == "pad":
+        transform = ImageTransform.from_processor(processor.image_processor, config.image_aspect)
+        size = {"height": transform.size[0], "width": transform.size[1]}
+        kind = LlavaImageProcessor if is_torchvision_available() else LlavaImageProcessorPil
+        processor.image_processor = kind(
+            do_pad=True,
+            size=size,
+            do_center_crop=False,
+            crop_size=size,
+            resample=transform.resample,
+            rescale_factor=transform.rescale,
+            image_mean=list(transform.mean),
+            image_std=list(transform.std),
+        )
+    return Parts(stock=parts.stock, processor=processor)
 
 
 def bad_records(output: Path) -> int:
@@ -170,11 +195,12 @@ def same_tower(config: TrainConfig, student: Parts, teacher: Parts) -> bool:
     if "vision_tower" in config.trainable:
         return False
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    aspect = config.data.image_aspect
     prints = [
         tower_fingerprint(
             parts.stock.model.vision_tower,
             parts.stock.config,
-            parts.processor.image_processor.to_dict(),
+            {"pixels": repr(ImageTransform.from_processor(parts.processor.image_processor, aspect))},
             dtype=dtype,
         )
         for parts in (student, teacher)

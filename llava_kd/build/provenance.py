@@ -7,11 +7,12 @@ import hashlib
 import importlib.metadata
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llava_kd import __version__
 from llava_kd.config import TrainConfig, dump
+from llava_kd.models.card import provenance
 from llava_kd.training.checkpoint import Best, write_text
 
 VERSIONED = ("torch", "transformers", "numpy", "pillow")
@@ -85,10 +86,12 @@ def finish(
     identity: Mapping[str, str],
     parent: Mapping[str, object] | None,
     exported: Best | None = None,
+    reading: Sequence[str] = (),
 ) -> None:
     """Write the model card, then `run.json`, which makes the run complete.
 
-    `exported` is the checkpoint that the model was taken from, None for the last weights.
+    `exported` is the checkpoint that the model was taken from, None for the last weights. `reading` is what
+    the card says of the processor.
     """
     output = Path(config.output_dir)
     record = {
@@ -101,37 +104,22 @@ def finish(
         "parent": parent,
         "config": dump(config),
     }
-    write_text(output / "model" / CARD, card(config, record))
+    write_text(output / "model" / CARD, card(output.name, record, reading))
     model = file_hashes(output / "model")
     write_text(output / "run.json", json.dumps({**record, "model": model}, indent=2))
 
 
-def card(config: TrainConfig, record: Mapping[str, object]) -> str:
+def card(name: str, record: Mapping[str, object], reading: Sequence[str]) -> str:
     """Model card: how to load the student, and where it comes from."""
-    student, teacher = config.student, config.teacher
-    parts = f"{student.vision_tower} and {student.language_model}"
-    rows = {
-        "started from": student.checkpoint or parts,
-        "teacher": "none" if teacher is None else teacher.checkpoint,
-        "trained parts": ", ".join(config.trainable),
-        "data": config.data.path or ", ".join(f"{s.path} x {s.weight:g}" for s in config.data.sources),
-        "optimiser steps": record["steps"],
-        "exported": _exported(record.get("exported")),
-        "commit": record["commit"] or "not in a repository",
-    }
-    prints, used = record["fingerprints"], record["versions"]
-    assert isinstance(prints, dict)
-    assert isinstance(used, dict)
-    rows |= {f"fingerprint: {what}": value for what, value in prints.items()}
-    rows |= {f"version: {name}": value for name, value in used.items()}
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    notes = "".join(f"\n{note}\n" for note in reading)
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
 ---
-# {Path(config.output_dir).name}
+# {name}
 
-A stock LLaVA student, trained by llava_kd.
+A stock LLaVA student, trained by llava_kd. transformers 5 reads it; `llava-kd export` writes it for others
+too.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -139,27 +127,5 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained("PATH")
 processor = AutoProcessor.from_pretrained("PATH")
 ```
-
-| provenance | |
-|---|---|
-{table}
-
-{_lineage(record.get("parent"))}The settings of its last stage:
-
-```yaml
-{record["config"]}```
-"""
-
-
-def _exported(best: object) -> str:
-    if not isinstance(best, dict):
-        return "the last step"
-    return f"step {best['step']}, the best by {best['figure']}: {best['value']:.4f}"
-
-
-def _lineage(parent: object) -> str:
-    runs = []
-    while isinstance(parent, dict):
-        runs.append(str(parent["run"]))
-        parent = parent["parent"]
-    return f"Stages before it: {' -> '.join(reversed(runs))}.\n\n" if runs else ""
+{notes}
+{provenance(record)}"""

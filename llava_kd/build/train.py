@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from llava_kd.build.adapters import adapt_student, check_bits, quantize_teacher
-from llava_kd.build.data import BAD_RECORDS, bad_records, make_loader, make_source
+from llava_kd.build.data import BAD_RECORDS, bad_records, make_loader, make_source, served
 from llava_kd.build.engine import make_engine
 from llava_kd.build.estimate import Sizes, memory, refuse_too_large
 from llava_kd.build.models import (
@@ -41,6 +41,7 @@ from llava_kd.distill.cached_teacher import CachedTeacher
 from llava_kd.distill.options import Switch
 from llava_kd.distill.student import Student
 from llava_kd.distill.teacher import Teacher
+from llava_kd.models.card import reading_notes
 from llava_kd.models.checkpoint import Parts, save_stock
 from llava_kd.models.fingerprint import weights_fingerprint
 from llava_kd.models.language_model import checkpoint_activations
@@ -107,9 +108,15 @@ def _train(config: TrainConfig, world: World) -> str | None:
             trained = {name.removeprefix("mllm."): tensor for name, tensor in weights.items()}
             if config.student.lora is not None:
                 trained = merge_adapters(student.stock, trained)
-            save_stock(student, output / "model", trained=trained, dtype=compute_dtype(config))
+            finished = served(student, config.data)
+            save_stock(finished, output / "model", trained=trained, dtype=compute_dtype(config))
             finish(
-                config, num_steps=trainer.num_steps, identity=trainer.identity, parent=parent, exported=best
+                config,
+                num_steps=trainer.num_steps,
+                identity=trainer.identity,
+                parent=parent,
+                exported=best,
+                reading=reading_notes(student.processor),
             )
     if world.is_main and (bad := bad_records(output)):
         say(f"{bad} records were bad and are not trained on: {output / BAD_RECORDS} names them")
@@ -149,7 +156,9 @@ def assemble(
     say(f"attention of the student: {kernel}")
     evaluate = None
     if config.evaluate is not None:
-        evaluate = slice_scorer(config.evaluate, read_slices(config.evaluate), student, engine)
+        evaluate = slice_scorer(
+            config.evaluate, read_slices(config.evaluate), served(student, config.data), engine
+        )
     trainer = Trainer(
         engine=engine,
         student=module,

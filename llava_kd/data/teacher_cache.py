@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llava_kd.batch import TeacherRows
@@ -30,6 +30,7 @@ from llava_kd.data.teacher_shards import (
     sync,
     text_crc,
 )
+from llava_kd.tensor_files import write_tensors
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -247,7 +248,7 @@ def write_index(directory: Path, shards: Iterable[Shard], num_records: int) -> i
             column = index.setdefault(name, torch.full((num_records,), -1))
             column[number_R] = values_R
     scratch = directory / f".{INDEX}.partial"
-    save_file(index, scratch)
+    write_tensors(index, scratch)
     sync(scratch)
     scratch.replace(directory / INDEX)
     return int((index["shard_R"] < 0).sum())

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llava_kd.batch import IGNORE_INDEX
 from llava_kd.data.encoder import Encoded
+from llava_kd.tensor_files import write_tensors
 
 SUFFIX = ".safetensors"
 ROW_TENSORS = ("hidden_ME", "top_logits_MK", "top_columns_MK", "rest_M")
@@ -91,11 +91,11 @@ def write_shard(directory: Path, records: Sequence[StoredRecord]) -> Path:
     for name in records[0].tensors:
         tensors[name] = torch.cat([record.tensors[name] for record in records])
     try:
-        save_file(tensors, scratch)
+        write_tensors(tensors, scratch)
         sync(scratch)
         scratch.replace(path)
         sync(directory)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         scratch.unlink(missing_ok=True)
         raise ValueError(
             f"{path} cannot be written: {error}; the shards before it are whole. Free some space; the same "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,6 +32,7 @@ from llava_kd.models.reading import (
     readable,
 )
 from llava_kd.models.reused_projector import llava_class
+from llava_kd.models.served import served_generation, served_processor
 from llava_kd.models.towers import LoadedTower, load_tower
 from llava_kd.models.vision_tower import (
     input_size,
@@ -41,6 +42,7 @@ from llava_kd.models.vision_tower import (
     vision_config,
 )
 from llava_kd.models.visual_grid import VisualGrid, visual_grid
+from llava_kd.tensor_files import share, writing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +88,39 @@ def load_config(name: str) -> LlavaConfig:
 
 
 def load_processor(name: str) -> LlavaProcessor:
+    """Raises ValueError for one that is missing, reads no word, or does not fit the model beside it."""
     with readable("the processor of", name):
         processor = LlavaProcessor.from_pretrained(name)
     if processor.patch_size is None:
         raise ValueError(f"the processor of {name} has no patch_size; add it to processor_config.json")
     check_vocabulary(processor.tokenizer, name)
+    check_placeholders(processor, load_config(name), name)
     return processor
+
+
+def check_placeholders(processor: LlavaProcessor, config: LlavaConfig, name: str) -> None:
+    """ValueError where the processor does not write the image token as often as an image has features."""
+    height, width = input_size(processor.image_processor)
+    features = tokens_per_image(config, (height, width))
+    patch, strategy = processor.patch_size, processor.vision_feature_select_strategy
+    written = (height // patch) * (width // patch) + processor.num_additional_image_tokens
+    written -= strategy == "default"
+    if written != features:
+        wanted = {
+            "patch_size": vision_config(config).patch_size,
+            "num_additional_image_tokens": num_prefix_tokens(config),
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        }
+        raise ValueError(
+            f"the processor of {name} writes {written} image tokens for an image that has {features} "
+            f"features; set in processor_config.json {wanted}"
+        )
+    if processor.image_token_id != config.image_token_id:
+        raise ValueError(
+            f"the processor of {name} writes the image token {processor.image_token!r} of id "
+            f"{processor.image_token_id}, but its model reads images at id {config.image_token_id}; set "
+            "image_token_index in config.json, or the tokenizer's image token"
+        )
 
 
 def compose(
@@ -197,30 +226,29 @@ def save_stock(
     *,
     trained: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    complete: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a stock LLaVA directory, complete or not at all; an existing one is replaced at the end.
 
     `trained` holds weights by their name in an `MLLM`, such as a sharded engine gathers; they replace those
-    of `parts`. `dtype` casts what is written; None keeps it.
+    of `parts`. `dtype` casts what is written; None keeps it. `complete` adds to the directory while it still
+    has another name. Raises OSError where it cannot be written.
     """
     directory = Path(directory)
     scratch = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    state = _stock_state(parts.stock, trained or {})
-    if dtype is not None:
-        state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
-    parts.stock.save_pretrained(scratch, state_dict=state)
-    parts.processor.save_pretrained(scratch)
-    for path in scratch.glob("*config.json"):
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        _forget_origin(tree)
-        if dtype is not None and path.name == "config.json":
-            _record_dtype(tree, dtype)
-        path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for path in scratch.iterdir():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+    try:
+        with writing(directory):
+            _write(parts, scratch, trained or {}, dtype)
+            if complete is not None:
+                complete(scratch)
+        for path in scratch.iterdir():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
     if directory.exists():
         retired = directory.with_name(f".{directory.name}.retired")
         shutil.rmtree(retired, ignore_errors=True)
@@ -231,8 +259,25 @@ def save_stock(
         scratch.rename(directory)
 
 
+def _write(parts: Parts, scratch: Path, trained: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    state = _stock_state(parts.stock, trained)
+    if dtype is not None:
+        state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    processor = served_processor(parts.processor)
+    parts.stock.save_pretrained(scratch, state_dict=state)
+    processor.save_pretrained(scratch)
+    served_generation(parts.stock.generation_config, processor).save_pretrained(scratch)
+    for path in scratch.glob("*config.json"):
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        _forget_origin(tree)
+        if dtype is not None and path.name == "config.json":
+            _record_dtype(tree, dtype)
+        path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    share(*scratch.glob("*.safetensors"))
+
+
 def _stock_state(stock: LlavaForConditionalGeneration, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Stock state dictionary with `trained` put in; tied heads follow their embeddings."""
+    """Stock state dictionary with `trained` put in; a tied head is its embedding, which is written once."""
     state = stock.state_dict()
     for name, tensor in trained.items():
         stock_name = name if name.startswith("lm_head.") else f"model.{name}"
@@ -240,7 +285,7 @@ def _stock_state(stock: LlavaForConditionalGeneration, trained: Mapping[str, Ten
             raise ValueError(f"the model has no weight {stock_name!r}; it has {sorted(state)[:5]} ...")
         state[stock_name] = tensor
     if stock.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
+        del state["lm_head.weight"]
     return state
 
 

@@ -5,6 +5,7 @@ Shape legend: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +14,19 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from llava_kd.models.card import HEADING, provenance, public, reading_notes
 from llava_kd.models.checkpoint import Parts, load_stock, save_stock
 from llava_kd.models.portable import INNER_TOWERS, make_portable
 from llava_kd.models.reading import read_json
+from llava_kd.models.served import served_processor
 from llava_kd.models.teacher_projector import folded
-from llava_kd.models.vision_tower import family, vision_config
+from llava_kd.models.vision_tower import family, text_config, vision_config
 
 _FOLDED = 1e-4  # two matrices in one round differently
+REQUEST = "export.json"
+# What transformers 4.57 was asked about, with towers and language models of these kinds, and answered alike.
+TOWERS_OF_4 = ("siglip_vision_model", "clip_vision_model")
+LANGUAGES_OF_4 = ("qwen2", "llama")
 _TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
@@ -32,25 +39,53 @@ def export(
 ) -> list[str]:
     """Write `out`, check that stock transformers gives equal logits from it, and return notes on other tools.
 
-    `scores` are summaries of `llava-kd eval`. Raises ValueError for a student that stock LLaVA cannot
-    express, for an `out` that is not empty, and where the written logits differ.
+    `out` is there whole or not at all; where it is this export already, nothing is done. `scores` are
+    summaries of `llava-kd eval`. Raises ValueError for a student that stock LLaVA cannot express, for an
+    `out` that holds anything else, and where the written logits differ.
     """
-    source, out = Path(source), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"the export directory {out} is not empty; give a new one")
+    source, out = Path(source).resolve(), Path(out)
     summaries = [read_summary(Path(path)) for path in scores]
     parts = load_stock(str(source))
     check_stock(parts, str(source))
     written = folded(parts, str(source))
-    save_stock(written, out, dtype=dtype)
-    make_portable(out, written.stock.config)
-    stock = LlavaForConditionalGeneration.from_pretrained(out, dtype=dtype or torch.float32)
-    tolerance = max(_TOLERANCE[dtype or torch.float32], 0.0 if written is parts else _FOLDED)
-    difference = _check_logits(parts, stock, out, tolerance)
-    notes = [*vllm_notes(written), *llama_cpp_notes(written)]
-    whole = Parts(stock=stock, processor=written.processor)
-    (out / "README.md").write_text(model_card(source, whole, notes, summaries, difference))
+    notes = [*vllm_notes(written), *llama_cpp_notes(written), transformers_note(written)]
+    request = _request(source, dtype, summaries)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if _request_of(out) != request:
+            raise ValueError(f"the export directory {out} is not empty; give a new one")
+        return [f"{out} is this very export already: nothing to do", *notes]
+
+    def complete(scratch: Path) -> None:
+        make_portable(scratch, written.stock.config)
+        stock = LlavaForConditionalGeneration.from_pretrained(scratch, dtype=dtype or torch.float32)
+        tolerance = max(_TOLERANCE[dtype or torch.float32], 0.0 if written is parts else _FOLDED)
+        difference = _check_logits(parts, stock, out, tolerance)
+        whole = Parts(stock=stock, processor=served_processor(written.processor))
+        card = model_card(source, whole, notes, summaries, difference)
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+        (scratch / REQUEST).write_text(json.dumps(request, indent=2) + "\n", encoding="utf-8")
+
+    save_stock(written, out, dtype=dtype, complete=complete)
     return notes
+
+
+def _request(source: Path, dtype: torch.dtype | None, scores: Sequence[tuple[str, float, int]]) -> dict:
+    """What an export is made of, so that the same command finds its work done after a kill at its end."""
+    digest = hashlib.sha256()
+    for path in sorted(source.glob("*")):
+        if path.is_file():
+            with path.open("rb") as stream:
+                digest.update(path.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    return {
+        "source": digest.hexdigest(),
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "scores": [list(score) for score in scores],
+    }
+
+
+def _request_of(out: Path) -> dict | None:
+    path = out / REQUEST
+    return read_json(path) if path.is_file() else None
 
 
 def read_summary(path: Path) -> tuple[str, float, int]:
@@ -120,14 +155,25 @@ def llama_cpp_notes(parts: Parts) -> list[str]:
     """What stands against llama.cpp's converter: of stock LLaVA directories it takes Pixtral's tower only.
 
     Read in conversion/llava.py and base.py of ggml-org/llama.cpp: `LlavaVisionModel` raises for every
-    `model_type` of a tower but pixtral's; the text converter goes by `text_config.architectures`.
+    `model_type` of a tower but pixtral's; the text converter goes by `text_config.architectures`. The older
+    scripts for tower and projector were run on a student once its weights had LLaVA-1.5's names, and gave
+    the answers of transformers.
     """
     tower = vision_config(parts.stock.config).model_type
     return [
         f"llama.cpp: `convert_hf_to_gguf.py --mmproj` refuses a LLaVA with a {tower!r} tower (it takes "
-        "Pixtral's only); without --mmproj it converts the language model alone. Its legacy scripts for "
-        "tower and projector read the names of LLaVA-1.5, not of transformers"
+        "Pixtral's only); without --mmproj it converts the language model alone. Its older scripts for tower "
+        "and projector (`llava_surgery_v2.py`, `convert_image_encoder_to_gguf.py`) convert CLIP and SigLIP"
     ]
+
+
+def transformers_note(parts: Parts) -> str:
+    """Which versions of transformers read the export alike; the slow tests ask 4.57 itself."""
+    config = parts.stock.config
+    tower, text = vision_config(config).model_type, text_config(config).model_type
+    if tower in TOWERS_OF_4 and text in LANGUAGES_OF_4:
+        return "transformers: version 5 reads it, and 4.57 gives the same answers"
+    return f"transformers: needs version 5; nobody has tried {tower!r} with {text!r} under transformers 4"
 
 
 def model_card(
@@ -155,16 +201,23 @@ def model_card(
         f"- weights in {str(parts.stock.dtype).removeprefix('torch.')}; logits differ from the trained "
         f"ones by at most {difference:.2g} of the largest",
     ]
-    run = source.parent / "run.json"
-    if run.is_file():
-        versions = json.loads(run.read_text()).get("versions", {})
-        lines += ["", "## Trained with", "", *(f"- {name} {version}" for name, version in versions.items())]
-    settings = source.parent / "config.yaml"
-    if settings.is_file():
-        lines += ["", "## Settings", "", "```yaml", settings.read_text().rstrip(), "```"]
+    if reading := reading_notes(parts.processor):
+        lines += ["", "## Reading it", "", *reading]
+    if section := _provenance(source):
+        lines += ["", section.rstrip()]
     if scores:
         lines += ["", "## Scores", "", "| data | accuracy | questions |", "|---|---|---|"]
     lines += [f"| {name} | {accuracy:.4f} | {count} |" for name, accuracy, count in scores]
     if notes:
         lines += ["", "## Other tools", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"
+
+
+def _provenance(source: Path) -> str:
+    """From the run that the model is of, or else from the card that the model came with."""
+    run, card = source.parent / "run.json", source / "README.md"
+    if source.name == "model" and run.is_file():
+        return provenance(read_json(run))
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    _, heading, section = text.partition(f"{HEADING}\n")
+    return public(heading + section.partition("\n## ")[0])

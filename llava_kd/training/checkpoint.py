@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from llava_kd.tensor_files import write_tensors
 
 FORMAT_VERSION = 1
 _CHUNK_BYTES = 1 << 24
@@ -145,7 +147,7 @@ class Checkpoints:
             sweep(self._root)
             scratch.mkdir()
             self._write(scratch, saved)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             shutil.rmtree(scratch, ignore_errors=True)
             raise ValueError(
                 f"the checkpoint of step {saved.step} cannot be written into {self._root}: {error}; those "
@@ -185,7 +187,7 @@ class Checkpoints:
 
     def _write(self, scratch: Path, saved: Saved) -> None:
         path = scratch / "state.safetensors"
-        save_file({name: t.contiguous() for name, t in saved.state.items()}, path)
+        write_tensors(saved.state, path)
         for name, text in self._extra_files.items():
             (scratch / name).write_text(text)
         meta = {

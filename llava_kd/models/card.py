@@ -1,0 +1,94 @@
+"""What model cards say: where a model comes from, with names in place of paths, and how it is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import yaml
+from transformers import LlavaProcessor
+
+HEADING = "## Provenance"
+# An absolute path, or one from the home or a parent folder, inside a longer text; not the slashes of an URL.
+_INSIDE = re.compile(r"(?<![\w/.~])(?:~[\w.-]*|\.{1,2})?/(?!/)(?:[^\s?&,;:'\"|]*/)?([^\s?&,;:'\"|/]*)")
+_WHOLE = re.compile(r"(?:/(?!/)|~[\w.-]*/|\.{1,2}/|[A-Za-z]:[\\/]|\\\\)")
+
+
+def public(text: str) -> str:
+    """A setting with the names of its files and folders in place of their paths; hub ids stay."""
+    if "\n" in text:
+        return "\n".join(public(line) for line in text.split("\n"))
+    if not _WHOLE.match(text):
+        is_relative_path = text.count("/") > 1 and ":" not in text and " " not in text
+        return PurePosixPath(text).name if is_relative_path else _INSIDE.sub(r"\1", text)
+    is_windows = "\\" in text
+    path = (PureWindowsPath if is_windows else PurePosixPath)(text)
+    of_a_run = path.name == "model" and Path(text).with_name("config.yaml").is_file()
+    return path.parent.name if of_a_run else path.name
+
+
+def public_tree(tree: object) -> object:
+    """`public` for every text of a tree of settings."""
+    if isinstance(tree, str):
+        return public(tree)
+    if isinstance(tree, Mapping):
+        return {public_tree(key): public_tree(value) for key, value in tree.items()}
+    if isinstance(tree, Sequence):
+        return [public_tree(value) for value in tree]
+    return tree
+
+
+def provenance(record: Mapping) -> str:
+    """The section of a card about a finished run, from its `run.json`, whose settings are YAML text."""
+    config = public_tree(yaml.safe_load(str(record.get("config", "{}"))))
+    assert isinstance(config, dict)
+    student, teacher, data = (config.get(part) or {} for part in ("student", "teacher", "data"))
+    mixture = ", ".join(f"{part['path']} x {part.get('weight', 1):g}" for part in data.get("sources") or ())
+    rows = {
+        "started from": student.get("checkpoint")
+        or f"{student.get('vision_tower')} and {student.get('language_model')}",
+        "teacher": teacher.get("checkpoint", "none"),
+        "trained parts": ", ".join(config.get("trainable") or ()),
+        "data": data.get("path") or mixture,
+        "optimiser steps": record.get("steps"),
+        "exported": _exported(record.get("exported")),
+        "commit": record.get("commit") or "not in a repository",
+    }
+    rows |= {f"fingerprint: {what}": value for what, value in record.get("fingerprints", {}).items()}
+    rows |= {f"version: {name}": value for name, value in record.get("versions", {}).items()}
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    settings = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    return (
+        f"{HEADING}\n\n| | |\n|---|---|\n{table}\n\n{_lineage(record.get('parent'))}"
+        f"The settings of its last stage:\n\n```yaml\n{settings}```\n"
+    )
+
+
+def _exported(best: object) -> str:
+    if not isinstance(best, Mapping):
+        return "the last step"
+    return f"step {best['step']}, the best by {best['figure']}: {best['value']:.4f}"
+
+
+def _lineage(parent: object) -> str:
+    runs = []
+    while isinstance(parent, Mapping):
+        runs.append(PurePosixPath(str(parent["run"])).name)
+        parent = parent["parent"]
+    return f"Stages before it: {' -> '.join(reversed(runs))}.\n\n" if runs else ""
+
+
+def reading_notes(processor: LlavaProcessor) -> list[str]:
+    """What somebody must know who renders text first and makes tokens of it later."""
+    tokenizer = processor.tokenizer
+    bos, template = tokenizer.bos_token, processor.chat_template
+    if bos is None or not isinstance(template, str) or not ("bos_token" in template or bos in template):
+        return []
+    if tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
+        return []
+    return [
+        f"Both the chat template and the tokenizer begin a text with `{bos}`, and training has seen one. "
+        "`processor.apply_chat_template(..., tokenize=True)` writes one; text that is rendered first "
+        "(`tokenize=False`) must be read with `add_special_tokens=False`, or it begins with two."
+    ]
