@@ -28,7 +28,13 @@ from llava_kd.build.options import lend, with_projector
 from llava_kd.build.provenance import checked_parent, finish
 from llava_kd.build.run_dir import check_world, claim
 from llava_kd.build.slices import read_slices, slice_scorer
-from llava_kd.build.teacher import cached_teacher, is_cached, teacher_fingerprints, teacher_parts
+from llava_kd.build.teacher import (
+    cached_teacher,
+    is_cached,
+    teacher_fingerprints,
+    teacher_parts,
+    teacher_template,
+)
 from llava_kd.config import TrainConfig, dump
 from llava_kd.data.conversation import Source
 from llava_kd.distill.cached_teacher import CachedTeacher
@@ -80,8 +86,15 @@ def _train(config: TrainConfig, world: World) -> str | None:
             existing(config.teacher.checkpoint, "the LLaVA checkpoint")
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
-    student = student_parts(config.student, template=config.data.template, seed=config.seed)
+    student = student_parts(
+        config.student,
+        template=config.data.template,
+        seed=config.seed,
+        say=lambda line: say(f"template of the student: {line}"),
+    )
     teacher = teacher_parts(config)
+    if teacher is not None:
+        say(f"template of the teacher: {teacher_template(config, teacher)}")
     student = with_projector(config, student, teacher)
     identity = frozen_fingerprints(config, student, teacher)
     if world.device.type == "cuda":

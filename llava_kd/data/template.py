@@ -27,7 +27,8 @@ class Template:
     space before a word, which is part of the word's token in most tokenizers, never straddles the boundary.
     `end_token` closes an answer and is a target; None is the tokenizer's own end-of-sequence token.
     With `images_only`, a user turn keeps its images and loses its words. `starts_with_bos` puts the
-    beginning-of-sequence token first also where the tokenizer does not.
+    beginning-of-sequence token first also where the tokenizer does not. `before_image` and `after_image`
+    stand around each image.
     """
 
     name: str
@@ -41,6 +42,13 @@ class Template:
     after_answer: str = ""
     images_only: bool = False
     starts_with_bos: bool = False
+    before_image: str = ""
+    after_image: str = ""
+
+    @property
+    def image_text(self) -> str:
+        """What a placeholder becomes."""
+        return f"{self.before_image}{IMAGE_PLACEHOLDER}{self.after_image}"
 
     def render(self, turns: Sequence[Turn], *, eos_token: str) -> list[Segment]:
         """Segments of the turns. Turns that end with the user's end with the generation prompt."""
@@ -50,6 +58,7 @@ class Template:
                 text = turn.text
                 if self.images_only:
                     text = IMAGE_PLACEHOLDER * text.count(IMAGE_PLACEHOLDER)
+                text = text.replace(IMAGE_PLACEHOLDER, self.image_text)
                 segments.append(Segment(f"{self.before_user}{text}{self.before_answer}", False))
             else:
                 end = eos_token if self.end_token is None else self.end_token
@@ -62,16 +71,19 @@ class Template:
         """Jinja text that renders the same as `render`, for a tokenizer that adds no token of its own."""
         end = "eos_token" if self.end_token is None else _literal(self.end_token)
         if self.images_only:
-            part = f"{{% if part['type'] == 'image' %}}{IMAGE_PLACEHOLDER}{{% endif %}}"
+            part = f"{{% if part['type'] == 'image' %}}{self.image_text}{{% endif %}}"
             user_text = (
-                f"{{{{ {_literal(IMAGE_PLACEHOLDER)} * content.count({_literal(IMAGE_PLACEHOLDER)}) }}}}"
+                f"{{{{ {_literal(self.image_text)} * content.count({_literal(IMAGE_PLACEHOLDER)}) }}}}"
             )
         else:
             part = (
-                f"{{% if part['type'] == 'image' %}}{IMAGE_PLACEHOLDER}"
+                f"{{% if part['type'] == 'image' %}}{self.image_text}"
                 "{% if not loop.last %}{{ '\\n' }}{% endif %}{% else %}{{ part['text'] }}{% endif %}"
             )
             user_text = "{{ content }}"
+            if self.image_text != IMAGE_PLACEHOLDER:
+                pair = f"{_literal(IMAGE_PLACEHOLDER)}, {_literal(self.image_text)}"
+                user_text = f"{{{{ content | replace({pair}) }}}}"
         return "".join(
             (
                 "{% macro plain(content) %}{% if content is string %}{{ content }}{% else %}"
