@@ -132,10 +132,13 @@ def derived(reading: Reading) -> Template | None:
     if not before_user or not before.startswith(start) or IMAGE_PLACEHOLDER not in before[len(start) :]:
         return None
     before_image, _, after_image = before[len(start) :].partition(IMAGE_PLACEHOLDER)
+    before_system, system, after_system = _system(reading, start.removesuffix(before_user), before_user)
     is_eos = end == special_token(reading.tokenizer, "eos_token")
     template = Template(
         name=OWN,
-        **_system(reading, start.removesuffix(before_user), before_user),
+        system=system,
+        before_system=before_system,
+        after_system=after_system,
         before_user=before_user,
         before_answer=before_answer,
         answer_lead=between.removeprefix(before_answer),
@@ -148,19 +151,18 @@ def derived(reading: Reading) -> Template | None:
     return template if gives(template, reading) else None
 
 
-def _system(reading: Reading, block: str, before_user: str) -> dict[str, str]:
-    """The pieces of the system turn; a text that no message replaces is all of it."""
+def _system(reading: Reading, block: str, before_user: str) -> tuple[str, str, str]:
+    """What is before, in and after the default system turn, `block`, which no message replaces in some."""
     given = reading.text((_SECOND,), system=_SYSTEM)
     opening = given.partition(f"{before_user}{_SECOND.text}")[0] if given is not None else ""
     lead, found, close = opening.partition(_SYSTEM)
     if not found:
-        return {"system": block}
-    pieces = {"before_system": lead, "after_system": close}
+        return "", block, ""
     if not block:
-        return pieces
+        return lead, "", close
     if block.startswith(lead) and block.endswith(close) and len(block) > len(lead) + len(close):
-        return {**pieces, "system": block[len(lead) : len(block) - len(close)]}
-    return {"system": block}
+        return lead, block[len(lead) : len(block) - len(close)], close
+    return "", block, ""
 
 
 def _end_token(closing: str, tokenizer: PreTrainedTokenizerFast) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -24,7 +24,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from llava_kd.models.checkpoint import Parts, compose_loaded
 from llava_kd.models.convert.pixels import padding
 from llava_kd.models.convert.projector import put_projector, scale_as_before
-from llava_kd.models.convert.weights import filled
+from llava_kd.models.convert.weights import filled, quiet
 from llava_kd.models.language_model import prepare_language_model
 from llava_kd.models.reading import read_config, read_tokenizer, readable
 from llava_kd.models.tower_source import tower_source
@@ -98,6 +98,7 @@ def _language_model(pieces: Pieces) -> PreTrainedModel:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{pieces.source}: {config.model_type!r} is no causal language model")
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    assert isinstance(kind, type)
     return filled(kind, config, pieces.text_state, f"{pieces.source}: the language model")
 
 
@@ -121,14 +122,17 @@ def _tokenizer(pieces: Pieces, causal: PreTrainedModel) -> PreTrainedTokenizerBa
     *others, last = pieces.tokenizers
     name = next((one for one in others if (Path(one) / "tokenizer_config.json").is_file()), last)
     try:
-        tokenizer = read_tokenizer(name)
+        with quiet():
+            tokenizer = read_tokenizer(name)
     except ImportError as error:  # a SentencePiece file alone, and no package that reads it
         raise ValueError(
             f"the tokenizer of {name} cannot be read: {' '.join(str(error).split())[:200]}; "
             "pip install sentencepiece protobuf"
         ) from None
     if missing := [token for token in pieces.added_tokens if token not in tokenizer.get_vocab()]:
-        rows = causal.get_input_embeddings().weight.shape[0]
+        embeddings = causal.get_input_embeddings()
+        assert isinstance(embeddings, nn.Embedding)
+        rows = embeddings.num_embeddings
         if len(tokenizer) + len(missing) > rows:
             raise ValueError(
                 f"{pieces.source} was trained with {', '.join(missing)} around a picture, but its tokenizer "
@@ -162,7 +166,7 @@ def _tower(pieces: Pieces, layer: int) -> LoadedTower:
 
 def _image_processor(name: str, pieces: Pieces) -> BaseImageProcessor:
     try:
-        with readable("the image processor of", name):
+        with quiet(), readable("the image processor of", name):
             return AutoImageProcessor.from_pretrained(name)
     except ValueError as error:
         raise ValueError(

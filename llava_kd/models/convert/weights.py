@@ -106,7 +106,7 @@ def filled(kind: type, config: PreTrainedConfig, state: Mapping[str, Tensor], wh
         raise ValueError(
             f"{what} is quantised ({whole[0]} is {kept[whole[0]].dtype}); convert what it was made from"
         )
-    with _quiet(), readable("the weights of", what):
+    with quiet(), readable("the weights of", what):
         model, info = kind.from_pretrained(
             None,
             config=config,
@@ -150,8 +150,8 @@ def _complain(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's own report of what did not fit: ours is one line."""
+def quiet() -> Iterator[None]:
+    """Without the library's own report of what does not fit: ours is one line."""
     logging = transformers.logging
     before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
