@@ -121,14 +121,8 @@ def _tokenizer(pieces: Pieces, causal: PreTrainedModel) -> PreTrainedTokenizerBa
     """The checkpoint's own, with the tokens that its code adds while loading; they must have rows."""
     *others, last = pieces.tokenizers
     name = next((one for one in others if (Path(one) / "tokenizer_config.json").is_file()), last)
-    try:
-        with quiet():
-            tokenizer = read_tokenizer(name)
-    except ImportError as error:  # a SentencePiece file alone, and no package that reads it
-        raise ValueError(
-            f"the tokenizer of {name} cannot be read: {' '.join(str(error).split())[:200]}; "
-            "pip install sentencepiece protobuf"
-        ) from None
+    with quiet():
+        tokenizer = read_tokenizer(name)
     if missing := [token for token in pieces.added_tokens if token not in tokenizer.get_vocab()]:
         embeddings = causal.get_input_embeddings()
         assert isinstance(embeddings, nn.Embedding)
