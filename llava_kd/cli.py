@@ -158,9 +158,12 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     )
     convert.add_argument("source")
     convert.add_argument("--out", required=True)
-    convert.add_argument(
-        "--vision_tower", help="the tower of a LLaVA-1.5 checkpoint, if not the one it names"
+    tower = (
+        "the tower, if not the one that it names; its image processor alone where it has weights of its own"
     )
+    convert.add_argument("--vision_tower", help=tower)
+    prompt = "the conversation it was trained on, if not the one that its files point to"
+    convert.add_argument("--template", default="auto", help=prompt)
 
     export = _command(commands, "export", _export, "write a checked stock directory with a model card")
     export.add_argument("source", help="stock LLaVA directory, such as a run's model/")
@@ -321,7 +324,10 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     from llava_kd.build.checkpoints import convert_to
 
-    convert_to(arguments.source, arguments.out, vision_tower=arguments.vision_tower)
+    for line in convert_to(
+        arguments.source, arguments.out, vision_tower=arguments.vision_tower, template=arguments.template
+    ):
+        print(f"note: {line}")
     return 0
 
 

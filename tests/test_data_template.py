@@ -66,6 +66,8 @@ def messages_of(record: Record, *, as_parts: bool) -> list[dict]:
 
 # Those that both tokenizers can close an answer of; test_data_template_choice.py has the others.
 CLOSED = [t for t in TEMPLATES.values() if t.end_token in (None, "<|im_end|>")]
+MARKED = {"before_image": "<im_start>", "after_image": "<im_end>"}  # as LLaVA's mm_use_im_start_end has it
+CLOSED.append(replace(TEMPLATES["llava_v1"], name="marked", **MARKED))
 every_template = pytest.mark.parametrize("template", CLOSED, ids=lambda template: template.name)
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())
 every_record = pytest.mark.parametrize("name", TURNS)

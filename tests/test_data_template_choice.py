@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from data_samples import CORPUS, IMAGE_TOKEN, llama_like, qwen_like
@@ -11,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from llava_kd.batch import IGNORE_INDEX
 from llava_kd.data.encoder import Encoder
 from llava_kd.data.records import Record, Turn
-from llava_kd.data.template_choice import choose, family_template, recognised
+from llava_kd.data.template_choice import Choice, choose, family_template, recognised
 from llava_kd.data.template_table import TEMPLATES
 
 # What the families' own tokenizers carry, put down in the shortest form that gives their text.
@@ -74,6 +76,7 @@ def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
     )
 
 
+QWEN = qwen_like()
 TOKENIZERS = {family: tokenizer_of(family) for family in PUBLISHED}
 every_family = pytest.mark.parametrize("family", PUBLISHED)
 
@@ -146,26 +149,147 @@ def test_what_we_write_is_recognised(name: str, tokenizer: PreTrainedTokenizerFa
     assert found == (None if template.images_only else template)
 
 
+def chosen(
+    chat_template: str | dict[str, str] | None,
+    name: str = "auto",
+    *,
+    tokenizer: PreTrainedTokenizerFast = QWEN,
+    is_trained: bool = True,
+) -> Choice:
+    return choose(
+        name, tokenizer=tokenizer, model_type="qwen2", chat_template=chat_template, is_trained=is_trained
+    )
+
+
 def test_auto_takes_the_directorys_own_then_the_family() -> None:
-    tokenizer = qwen_like()
-
-    def chosen(
-        chat_template: str | dict[str, str] | None, name: str = "auto", model_type: str = "qwen2"
-    ) -> str:
-        return choose(name, tokenizer=tokenizer, model_type=model_type, chat_template=chat_template).name
-
-    assert chosen(None) == "chatml"
-    assert chosen(TEMPLATES["vicuna"].chat_template) == "vicuna"
-    assert chosen({"default": TEMPLATES["llava_v1"].chat_template, "tool_use": "x"}) == "llava_v1"
-    assert chosen({"tool_use": TEMPLATES["vicuna"].chat_template}) == "chatml"
-    assert chosen(TEMPLATES["plain"].chat_template) == "chatml"  # a first stage's is not gone on with
-    assert chosen("{{ messages[0]['content'][0]['text'] }}") == "chatml"
-    assert chosen("{{ raise_exception('no') }}") == "chatml"
-    assert chosen(TEMPLATES["vicuna"].chat_template, "plain") == "plain"
+    assert chosen(None).template.name == "chatml"
+    assert chosen(TEMPLATES["vicuna"].chat_template).template.name == "vicuna"
+    several = {"default": TEMPLATES["llava_v1"].chat_template, "tool_use": "x"}
+    assert chosen(several).template.name == "llava_v1"
+    assert chosen({"tool_use": TEMPLATES["vicuna"].chat_template}).template.name == "chatml"
+    first_stage = chosen(TEMPLATES["plain"].chat_template)  # is not gone on with
+    assert first_stage.template.name == "chatml"
+    assert "loses the question" in first_stage.reason
+    assert chosen("{{ messages[0]['content'][0]['text'] }}").template.name == "chatml"
+    assert chosen(TEMPLATES["vicuna"].chat_template, "plain").template.name == "plain"
     with pytest.raises(
         ValueError, match=r"`data.template` must be auto or one of plain, vicuna.*got 'vicuna2'"
     ):
         chosen(None, "vicuna2")
+
+
+# Templates that are none of the table, as published ones are made: what they render, not what they say.
+TURNS_OF = "{% for m in messages %}{% if m['role'] != 'system' %}"
+ENDED = "{% endif %}{% endfor %}"
+OTHERS = {
+    "default system": (
+        "{% if messages[0]['role'] == 'system' %}<|im_start|>system\n{{ messages[0]['content'] }}<|im_end|>\n"
+        "{% else %}<|im_start|>system\nYou are of help to all.<|im_end|>\n{% endif %}"
+        + TURNS_OF
+        + "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        + ENDED
+        + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "a preamble that no message replaces": (
+        "Look well.\n\n"
+        + TURNS_OF
+        + "{% if m['role'] == 'user' %}Q: {{ m['content'] }}\nA:{% else %} {{ m['content'] }}"
+        "{{ eos_token }}\n{% endif %}" + ENDED
+    ),
+    "brackets": (
+        "{{ bos_token }}"
+        + TURNS_OF
+        + "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %}{{ m['content'] }}"
+        "{{ eos_token }}{% endif %}" + ENDED
+    ),
+    "parts alone": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for p in m['content'] if p is mapping %}"
+        "{% if p['type'] == 'image' %}<image>\n{% else %}{{ p['text'] }}{% endif %}{% endfor %}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "marked": replace(
+        TEMPLATES["llava_v1"], before_image="<im_start>", after_image="<im_end>", end_token="<|im_end|>"
+    ).chat_template,
+}
+LONGER = (
+    Turn("user", "Hello there."),
+    Turn("assistant", "Hi."),
+    Turn("user", f"{IMAGE_TOKEN}\nHow many?"),
+    Turn("assistant", "12 of them"),
+    Turn("user", "Sure?"),
+)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("tokenizer", [QWEN, llama_like()], ids=["qwen", "llama"])
+def test_a_template_that_is_none_of_ours_is_kept(kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Against what the template itself renders of a talk that no probe has."""
+    choice = chosen(OTHERS[kind], tokenizer=tokenizer)
+    assert (choice.template.name, choice.reason) == ("own", "its directory's own")
+    messages: list[dict] = [{"role": turn.role, "content": turn.text} for turn in LONGER]
+    if kind == "parts alone":
+        for message in messages:
+            words = message["content"].rpartition("\n")[2]
+            images = [{"type": "image"}] * message["content"].count(IMAGE_TOKEN)
+            message["content"] = [*images, {"type": "text", "text": words}]
+    theirs = tokenizer.apply_chat_template(
+        messages, chat_template=OTHERS[kind], tokenize=False, add_generation_prompt=True
+    )
+    segments = choice.template.render(LONGER, eos_token=str(tokenizer.eos_token))
+    assert "".join(s.text for s in segments) == str(theirs).removeprefix(tokenizer.bos_token or "")
+    assert [s.text[-len(tokenizer.eos_token) :] for s in segments if s.is_target] != []
+    again = chosen(choice.template.chat_template_for(tokenizer), tokenizer=tokenizer)
+    assert again.template == choice.template  # what is written is read as itself
+
+
+def test_an_own_system_turn_gives_way_to_a_message() -> None:
+    template = chosen(OTHERS["default system"]).template
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    ours, theirs = (
+        QWEN.apply_chat_template(messages, chat_template=text, tokenize=False, add_generation_prompt=True)
+        for text in (template.chat_template_for(QWEN), OTHERS["default system"])
+    )
+    assert ours == theirs
+
+
+def test_a_guess_that_loses_a_system_sentence_is_refused() -> None:
+    """Answers without an end, and today's date, are what our templates cannot say."""
+    endless = OTHERS["default system"].replace("<|im_end|>\n" + ENDED, "\n" + ENDED)
+    dated = "{{ strftime_now('%d %b %Y') }}" + OTHERS["default system"]
+    for text in (endless, dated):
+        with pytest.raises(
+            ValueError, match=r"You are of help to all\..* and that of its family, chatml, has"
+        ):
+            chosen(text)
+        assert "You are of help to all." in chosen(text, is_trained=False).reason
+        assert chosen(text, "chatml").template.name == "chatml"
+    with pytest.raises(ValueError, match="chat template fails on a plain question"):
+        chosen("{{ raise_exception('no') }}")
+
+
+def test_a_new_students_family_template_names_what_it_leaves_out() -> None:
+    choice = chosen(OTHERS["default system"], is_trained=False)
+    assert choice.template.name == "chatml"
+    assert "without its directory's '<|im_start|>system\\nYou are of help to all." in str(choice)
+
+
+def test_a_named_template_says_so_where_the_model_learned_another() -> None:
+    assert chosen(OTHERS["default system"], "chatml").reason.startswith("as set, not its directory's own")
+    assert "You are of help to all." in chosen(OTHERS["default system"], "chatml").reason
+    assert chosen(TEMPLATES["chatml"].chat_template, "chatml").reason == "as set"
+    assert chosen(None, "chatml").reason == "as set"
+
+
+def test_stock_llavas_template_asks_as_vicuna_does() -> None:
+    """Its answers end with a space and no token; LLaVA's training ended them with one."""
+    own = (
+        "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for p in m['content'] if p is mapping %}"
+        "{% if p['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ p['text'] + ' ' }}{% endif %}{% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    )
+    choice = chosen(own, tokenizer=llama_like())
+    assert choice.template.name == "vicuna"
+    assert "asks as its directory's own does" in choice.reason
 
 
 def test_a_llama_without_turn_tokens_gets_vicuna() -> None:

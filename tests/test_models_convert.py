@@ -13,7 +13,7 @@ from tiny_towers import make_language_model, make_tower
 from transformers import AutoModel, LlavaForConditionalGeneration
 
 from llava_kd.models.checkpoint import Parts, compose, load_stock, save_stock
-from llava_kd.models.convert import convert
+from llava_kd.models.convert.converting import convert
 from llava_kd.models.export import export, llama_cpp_notes, vllm_notes
 from llava_kd.models.portable import make_portable
 
@@ -91,7 +91,7 @@ def test_a_layout_comes_back_with_the_logits_of_its_parts(
         source = llava_layout(original, tmp_path / "source")
     else:
         source = tiny_llava_layout(original, tmp_path / "source", pickled="pickled" in layout)
-    parts = convert(source)
+    parts, _ = convert(source)
     assert parts.tokens_per_image == 15  # strategy `patch` drops the first of SigLIP's tokens
     save_stock(parts, tmp_path / "stock")
     ours, expected = logits(load_stock(str(tmp_path / "stock"))), logits(original[0])
@@ -125,7 +125,7 @@ def test_a_checkpoints_own_tower_is_the_one_that_is_kept(
     inner = {f"vision_model.{name.removeprefix('vision_model.')}": t for name, t in trained.items()}
     state = load_file(path) | {f"model.vision_tower.vision_tower.{name}": t for name, t in inner.items()}
     save_file(state, path)
-    tower = convert(source).stock.model.vision_tower.state_dict()
+    tower = convert(source)[0].stock.model.vision_tower.state_dict()
     names = {name.removeprefix("vision_model."): name for name in trained}
     assert all(torch.equal(tower[name], trained[names[name]]) for name in tower)
     save_file(state | {"model.vision_tower.vision_tower.vision_model.x": torch.zeros(1)}, path)

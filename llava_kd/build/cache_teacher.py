@@ -18,6 +18,7 @@ from llava_kd.batch import Batch
 from llava_kd.build.data import make_source, side
 from llava_kd.build.models import DTYPES
 from llava_kd.build.run_dir import locked
+from llava_kd.build.teacher import teacher_template
 from llava_kd.build.teacher_cache import (
     HEAD,
     beyond_top_k,
@@ -75,6 +76,7 @@ def cache_teacher(
             if world.is_main:
                 held.enter_context(locked(directory, "--out"))
         teacher = load_stock(config.teacher.checkpoint, dtype=DTYPES[config.teacher.dtype])
+        say(f"template of the teacher: {teacher_template(config, teacher)}")
         source = make_source(config.data, seed=config.seed)
         reader = side(teacher, config.data, config.teacher.template)
         manifest = Manifest(

@@ -12,7 +12,7 @@ from llava_kd.build.objective import objective
 from llava_kd.build.options import with_projector
 from llava_kd.build.plan import plan
 from llava_kd.build.slices import read_slices
-from llava_kd.build.teacher import teacher_parts
+from llava_kd.build.teacher import teacher_parts, teacher_template
 from llava_kd.build.teacher_cache import open_cache
 from llava_kd.build.throughput import Network
 from llava_kd.config import TrainConfig
@@ -36,12 +36,18 @@ def check(
     """
     read_slices(config.evaluate)
     source = make_source(config.data, seed=config.seed)
-    student = student_parts(config.student, template=config.data.template, seed=config.seed)
+    lines = []
+    student = student_parts(
+        config.student,
+        template=config.data.template,
+        seed=config.seed,
+        say=lambda line: lines.append(f"template         of the student: {line}"),
+    )
     teacher = teacher_parts(config)
     student = with_projector(config, student, teacher)
     terms = objective(config.objective, student, teacher, config.data.visual_alignment)
-    lines = []
     if teacher is not None:
+        lines.append(f"template         of the teacher: {teacher_template(config, teacher)}")
         lines.append(f"towers           {_towers(config, student, teacher)}")
         lines.append(
             f"visual tokens    student {student.tokens_per_image}, teacher {teacher.tokens_per_image}"

@@ -44,7 +44,7 @@ def side_of(
             tokenizer=processor.tokenizer,
             model_type=text_config(model).model_type,
             chat_template=processor.chat_template,
-        ),
+        ).template,
         image_token_id=model.image_token_id,
         tokens_per_image=tokens_per_image(model, input_size(processor.image_processor)),
         transform=ImageTransform.from_processor(

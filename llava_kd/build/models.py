@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from llava_kd.models.vision_tower import text_config
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def student_parts(config: StudentConfig, *, template: str, seed: int) -> Parts:
-    """The student to train, in fp32, with the chat template that its data use."""
+def student_parts(
+    config: StudentConfig, *, template: str, seed: int, say: Callable[[str], None] = lambda line: None
+) -> Parts:
+    """The student to train, in fp32, with the chat template that its data use; `say` hears which and why."""
     if config.checkpoint is not None:
         parts = load_stock(config.checkpoint)
     else:
@@ -38,12 +40,15 @@ def student_parts(config: StudentConfig, *, template: str, seed: int) -> Parts:
         tokenizer=parts.processor.tokenizer,
         model_type=text_config(parts.stock.config).model_type,
         chat_template=parts.processor.chat_template,
+        where="data.template" if config.template is None else "student.template",
+        is_trained=config.checkpoint is not None,
     )
-    _speak(parts, chosen)
+    say(str(chosen))
+    speak(parts, chosen.template)
     return parts
 
 
-def _speak(parts: Parts, template: Template) -> None:
+def speak(parts: Parts, template: Template) -> None:
     """Make the student's own directory render and end answers as its training data do."""
     tokenizer = parts.processor.tokenizer
     if tokenizer.pad_token_id is None:

@@ -14,10 +14,12 @@ from llava_kd.build.objective import wants_head_gram
 from llava_kd.build.teacher_cache import HEAD
 from llava_kd.config import TrainConfig
 from llava_kd.data.teacher_cache import Manifest
+from llava_kd.data.template_choice import Choice, choose
 from llava_kd.distill.cached_teacher import CachedTeacher
 from llava_kd.models.checkpoint import Parts, load_stock
 from llava_kd.models.fingerprint import weights_fingerprint
 from llava_kd.models.head_only import load_head_only
+from llava_kd.models.vision_tower import text_config
 from llava_kd.models.vocabulary import left_out
 
 
@@ -37,6 +39,18 @@ def teacher_parts(config: TrainConfig) -> Parts | None:
             "it anew"
         ) from error
     return load_head_only(config.teacher.checkpoint, head["weight"], head.get("bias"))
+
+
+def teacher_template(config: TrainConfig, teacher: Parts) -> Choice:
+    """The template that the teacher is asked by, and why. ValueError where none can be guessed."""
+    assert config.teacher is not None
+    return choose(
+        config.teacher.template or config.data.template,
+        tokenizer=teacher.processor.tokenizer,
+        model_type=text_config(teacher.stock.config).model_type,
+        chat_template=teacher.processor.chat_template,
+        where="data.template" if config.teacher.template is None else "teacher.template",
+    )
 
 
 def is_cached(config: TrainConfig) -> bool:

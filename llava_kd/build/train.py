@@ -34,6 +34,7 @@ from llava_kd.build.teacher import (
     say_left_out,
     teacher_fingerprints,
     teacher_parts,
+    teacher_template,
 )
 from llava_kd.config import TrainConfig, dump
 from llava_kd.data.conversation import Source
@@ -87,8 +88,15 @@ def _train(config: TrainConfig, world: World) -> str | None:
             existing(config.teacher.checkpoint, "the LLaVA checkpoint")
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
-    student = student_parts(config.student, template=config.data.template, seed=config.seed)
+    student = student_parts(
+        config.student,
+        template=config.data.template,
+        seed=config.seed,
+        say=lambda line: say(f"template of the student: {line}"),
+    )
     teacher = teacher_parts(config)
+    if teacher is not None:
+        say(f"template of the teacher: {teacher_template(config, teacher)}")
     student = with_projector(config, student, teacher)
     identity = frozen_fingerprints(config, student, teacher)
     if world.device.type == "cuda":

@@ -27,7 +27,8 @@ class Template:
     space before a word, which is part of the word's token in most tokenizers, never straddles the boundary.
     `end_token` closes an answer and is a target; None is the tokenizer's own end-of-sequence token.
     With `images_only`, a user turn keeps its images and loses its words. `starts_with_bos` puts the
-    beginning-of-sequence token first also where the tokenizer does not.
+    beginning-of-sequence token first also where the tokenizer does not. `before_image` and `after_image`
+    stand around each image.
     """
 
     name: str
@@ -41,6 +42,13 @@ class Template:
     after_answer: str = ""
     images_only: bool = False
     starts_with_bos: bool = False
+    before_image: str = ""
+    after_image: str = ""
+
+    @property
+    def image_text(self) -> str:
+        """What a placeholder becomes."""
+        return f"{self.before_image}{IMAGE_PLACEHOLDER}{self.after_image}"
 
     def render(self, turns: Sequence[Turn], *, eos_token: str) -> list[Segment]:
         """Segments of the turns. Turns that end with the user's end with the generation prompt."""
@@ -50,6 +58,7 @@ class Template:
                 text = turn.text
                 if self.images_only:
                     text = IMAGE_PLACEHOLDER * text.count(IMAGE_PLACEHOLDER)
+                text = text.replace(IMAGE_PLACEHOLDER, self.image_text)
                 segments.append(Segment(f"{self.before_user}{text}{self.before_answer}", False))
             else:
                 end = eos_token if self.end_token is None else self.end_token
@@ -61,14 +70,14 @@ class Template:
     def chat_template(self) -> str:
         """Jinja text that renders the same as `render`, for a tokenizer that adds no token of its own."""
         end = "eos_token" if self.end_token is None else _literal(self.end_token)
-        image = _literal(IMAGE_PLACEHOLDER)
+        image, shown = _literal(IMAGE_PLACEHOLDER), _literal(self.image_text)
         if self.images_only:
-            asked = f"{{{{ {image} * (text.split({image})|length - 1) }}}}"
+            asked = f"{{{{ {shown} * (text.split({image})|length - 1) }}}}"
         else:  # a single image first, on a line of its own, as `canonical` has it in training
             asked = (
-                f"{{% set pieces = text.split({image}) %}}{{% if pieces|length == 2 %}}{IMAGE_PLACEHOLDER}"
+                f"{{% set pieces = text.split({image}) %}}{{% if pieces|length == 2 %}}{{{{ {shown} }}}}"
                 "{% set words = (pieces[0] + pieces[1])|trim %}{% if words %}{{ '\\n' + words }}{% endif %}"
-                "{% else %}{{ text }}{% endif %}"
+                f"{{% else %}}{{{{ pieces|join({shown}) }}}}{{% endif %}}"
             )
         return "".join(
             (

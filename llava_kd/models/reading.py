@@ -141,8 +141,16 @@ def read_json(path: Path) -> dict:
 
 def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Raises ValueError for one that is missing or has no vocabulary."""
-    with readable("the tokenizer of", name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+    try:
+        with readable("the tokenizer of", name):
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except (ImportError, ValueError) as error:
+        if (Path(name) / "tokenizer.model").is_file() and not (Path(name) / "tokenizer.json").is_file():
+            raise ValueError(
+                f"the tokenizer of {name} is a SentencePiece file alone (tokenizer.model), which needs other "
+                f"packages: pip install sentencepiece protobuf ({' '.join(str(error).split())[:200]})"
+            ) from error
+        raise
     check_vocabulary(tokenizer, name)
     return tokenizer
 
