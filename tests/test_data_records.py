@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,36 +69,177 @@ def _turn(number: int, **changes: object) -> Callable[[dict], None]:
 BAD = {
     "no conversations": (_without("conversations"), "no conversations"),
     "empty conversations": (lambda raw: raw.update(conversations=[]), "no conversations"),
-    "too few placeholders": (_turn(0, value="What?"), "got 0 for 1 images"),
+    "conversations as text": (lambda raw: raw.update(conversations="[]"), "no conversations, got str"),
+    "turn that is no object": (lambda raw: raw["conversations"].append("?"), "turn 2 must be an object"),
     "too many placeholders": (_turn(0, value="<image><image>\nWhat?"), "got 2 for 1 images"),
-    "text-only with placeholder": (_without("image"), "got 1 for 0 images"),
-    "placeholder in answer": (_turn(1, value="<image>"), "turn 1 is an answer with <image>"),
+    "placeholder in answer": (_turn(1, value="<image>"), "an answer holds <image> in a record with images"),
     "empty answer": (_turn(1, value=" \n"), "turn 1 is an empty answer"),
     "unknown role": (_turn(1, **{"from": "robot"}), "unknown role 'robot'"),
     "roles not alternating": (_turn(1, **{"from": "human"}), "turn 1 must be from the assistant"),
-    "answer first": (_turn(0, **{"from": "gpt"}), "turn 0 must be from the user"),
+    "only an answer": (lambda raw: raw["conversations"].pop(0), "the last turn must be an answer"),
+    "late system turn": (_turn(1, **{"from": "system"}), "turn 1 must be from the assistant, got system"),
     "no answer": (lambda raw: raw["conversations"].pop(), "the last turn must be an answer"),
     "turn without text": (_turn(0, value=None), "turn 0 must have"),
-    "absolute path": (lambda raw: raw.update(image="/etc/passwd"), "must stay below the image root"),
+    "unknown part": (
+        _turn(0, value=[{"type": "video"}]),
+        "part 0 must be of type text or image, got 'video'",
+    ),
+    "text part without text": (_turn(0, value=[{"type": "text"}]), "part 0 is of type text and holds none"),
+    "half an emoji": (_turn(1, value="good \ud83d"), "turn 1 holds half of a surrogate pair, '\\ud83d'"),
     "path upwards": (lambda raw: raw.update(image="a/../../b.jpg"), "must stay below the image root"),
-    "windows path": (lambda raw: raw.update(image="..\\b.jpg"), "must stay below the image root"),
+    "windows path upwards": (lambda raw: raw.update(image="..\\b.jpg"), "must stay below the image root"),
+    "drive": (lambda raw: raw.update(image="C:\\img\\b.jpg"), "has a drive; give it from the image root on"),
+    "address": (lambda raw: raw.update(image="https://a.b/c.jpg"), "is an address and no file; download it"),
+    "data in the text": (
+        lambda raw: raw.update(image="data:image/png;base64,AA"),
+        "is written into the text",
+    ),
     "image of wrong type": (lambda raw: raw.update(image=[3]), "`image` must be a path"),
     "image and images": (lambda raw: raw.update(images=["b.jpg"]), "not both"),
 }
 
 
 @pytest.mark.parametrize(("spoil", "reason"), BAD.values(), ids=BAD.keys())
-def test_unusable_record_is_named_with_its_file(
+def test_unusable_record_keeps_its_place_and_is_named(
     tmp_path: Path, spoil: Callable[[dict], None], reason: str
 ) -> None:
-    entries = [entry(0), entry(1)]
+    entries = [entry(0), entry(1), entry(2)]
     path = write_dataset(tmp_path, entries)
     spoil(entries[1])
     path.write_text(json.dumps(entries))
-    with pytest.raises(ValueError, match=r"data.json has 1 unusable records") as error:
+    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+        source = LlavaJson(path, tmp_path, cache=cache)
+        assert source.faults == (1,)
+        bad = source.record(1)
+        assert (bad.id, bad.turns, bad.images) == ("r1", (), ())
+        assert bad.fault.startswith("record 'r1': ")
+        assert reason in bad.fault
+        assert source.record(2) == parse_record(entry(2), 2)
+    path.write_text(json.dumps(entries[1:2]))
+    with pytest.raises(ValueError, match=r"data.json has 1 unusable records and no other") as error:
         LlavaJson(path, tmp_path)
-    assert "record 'r1': " in str(error.value)
     assert reason in str(error.value)
+
+
+def test_images_without_a_place_come_before_the_first_question() -> None:
+    raw = entry(0, images=2, rounds=2)
+    raw["conversations"][0]["value"] = "Which?"
+    mended = parse_record(raw, 0)
+    raw["conversations"][0]["value"] = "<image>\n<image>\nWhich?"
+    assert mended.turns == parse_record(raw, 0).turns
+    assert "its images are put before the first question" in mended.note
+    assert not parse_record(raw, 0).note
+
+
+def test_image_is_a_word_in_a_record_without_images() -> None:
+    raw = entry(0, images=0)
+    raw["conversations"][0]["value"] = "What is in <image> of RSS?"
+    raw["conversations"][1]["value"] = "<image> holds a logo."
+    record = parse_record(raw, 0)
+    assert [turn.text for turn in record.turns] == ["What is in <image> of RSS?", "<image> holds a logo."]
+    assert not any(record.has_places(turn) for turn in record.turns)
+
+
+def test_an_answer_before_any_question_is_left_out_as_llava_does() -> None:
+    raw = entry(0)
+    expected = parse_record(raw, 0).turns
+    greeting = {"from": "gpt", "value": "Hello, how can I help?"}
+    record = parse_record(raw | {"conversations": [greeting, *raw["conversations"]]}, 0)
+    assert record.turns == expected
+    assert "its first turn, an answer to nothing, is left out" in record.note
+
+
+def test_system_turn_comes_first() -> None:
+    raw = entry(0)
+    for system in ({"from": "system", "value": " Be brief. "}, {"role": "system", "content": "Be brief."}):
+        record = parse_record(raw | {"conversations": [system, *raw["conversations"]]}, 0)
+        assert record.turns == (Turn("system", "Be brief."), *parse_record(raw, 0).turns)
+
+
+def test_messages_are_read_like_conversations() -> None:
+    raw = entry(3, images=2, rounds=2)
+    plain = parse_record(raw, 0)
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [{"role": roles[t["from"]], "content": t["value"]} for t in raw["conversations"]]
+    kept = {"id": raw["id"], "images": raw["image"]}
+    assert parse_record(kept | {"messages": messages}, 0) == plain
+    words = raw["conversations"][0]["value"].replace("<image>\n", "")
+    for one, other in (
+        ({"type": "image"}, {"type": "image", "text": None}),
+        ({"type": "image", "image": raw["image"][0]}, {"type": "image", "path": raw["image"][1]}),
+        tuple({"type": "image_url", "image_url": url} for url in ({"url": raw["image"][0]}, raw["image"][1])),
+    ):
+        messages[0]["content"] = [one, other, {"type": "text", "text": words}]
+        messages[1]["content"] = [{"type": "text", "text": plain.turns[1].text}]
+        named = {"id": raw["id"], "messages": messages}
+        assert parse_record(named if "image" in one or "image_url" in one else named | kept, 0) == plain
+
+
+@pytest.mark.parametrize("name", ["images\\0_0.png", "./images/0_0.png", "absolute"])
+def test_image_paths_as_other_tools_write_them(tmp_path: Path, name: str) -> None:
+    path = write_dataset(tmp_path, [entry(0)])
+    raw = entry(0) | {"image": str(tmp_path / "images/0_0.png") if name == "absolute" else name}
+    path.write_text(json.dumps([raw]))
+    source = LlavaJson(path, tmp_path)
+    assert source.image_bytes(0, 0) == (tmp_path / "images/0_0.png").read_bytes()
+
+
+def test_an_absolute_path_outside_of_the_root_is_refused(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "root", [entry(0)])
+    (tmp_path / "secret.jpg").write_bytes(encoded_image())
+    path.write_text(json.dumps([entry(0) | {"image": str(tmp_path / "secret.jpg")}]))
+    for follow in (False, True):
+        source = LlavaJson(path, tmp_path / "root", follow_symlinks=follow)
+        with pytest.raises(ValueError, match=r"set data.images to a folder above it"):
+            source.image_bytes(0, 0)
+
+
+def test_a_pipe_in_the_place_of_an_image_is_not_waited_for(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path, [entry(0)])
+    (tmp_path / "images/0_0.png").unlink()
+    os.mkfifo(tmp_path / "images/0_0.png")
+    with pytest.raises(ValueError, match="must be a regular file"):
+        LlavaJson(path, tmp_path).image_bytes(0, 0)
+
+
+ENTRIES = [entry(i, images=i % 3) for i in range(4)]
+LINES = "".join(json.dumps(raw) + "\n" for raw in ENTRIES)
+FILES = {
+    "lines named .json": ("a.json", LINES.encode()),
+    "a list named .jsonl": ("a.jsonl", json.dumps(ENTRIES, indent=1).encode()),
+    "BOM": ("b.json", b"\xef\xbb\xbf" + json.dumps(ENTRIES).encode()),
+    "BOM and lines": ("b.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
+    "CRLF": ("c.jsonl", LINES.replace("\n", "\r\n").encode()),
+    "UTF-16": ("d.json", json.dumps(ENTRIES).encode("utf-16")),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), FILES.values(), ids=FILES.keys())
+def test_files_as_they_come(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    source = LlavaJson(tmp_path / name, tmp_path)
+    assert [source.record(i) for i in range(len(source))] == [parse_record(raw, 0) for raw in ENTRIES]
+
+
+BROKEN_LINES = {
+    "cut": (b'{"id": "r", "conv', "is not JSON"),
+    "not UTF-8": (b'{"id": "caf\xe9"}', "must be UTF-8 text, but byte 11 is not"),
+    "deep": (b"[" * 100_000, "is nested too deeply"),
+    "huge number": (b'{"id": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), BROKEN_LINES.values(), ids=BROKEN_LINES.keys())
+def test_a_broken_line_is_one_bad_record(tmp_path: Path, line: bytes, reason: str) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(LINES.encode() + line + b"\n" + LINES.encode())
+    source = LlavaJson(path, tmp_path)
+    assert (len(source), source.faults) == (9, (4,))
+    assert f"record '4': line 5 {reason}" in source.record(4).fault or reason in source.record(4).fault
+    path = tmp_path / "d.json"
+    path.write_bytes(b"[" + line)
+    with pytest.raises(ValueError, match=r"d.json (is|must)"):
+        LlavaJson(path, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +250,12 @@ def test_unusable_record_is_named_with_its_file(
         ("d.json", b"\xef\xbb\xbf[]", "has no records"),
         ("d.jsonl", b"[]\r\n\r\n\xff", "line 3 must be UTF-8 text"),
         ("d.json", "{}", "must hold a list"),
+        ("d.json", '{"data": [1]}', "write the list of 'data' alone"),
+        ("d.json", "3", "must hold a list of records, got int"),
         ("d.json", "[]", "has no records"),
         ("d.json", "[3]", "position 0 must be an object"),
         ("d.jsonl", '{"id": 1}\n{', "line 2 is not JSON"),
+        ("d.jsonl", '{"id": 1}', "no conversations"),
         ("d.jsonl", "", "has no records"),
     ],
 )

@@ -13,11 +13,14 @@ import pytest
 import torch
 from data_samples import encoded_image, entry, side, write_dataset
 
+from llava_kd.build.data import make_source
+from llava_kd.config import DataConfig
 from llava_kd.data.conversation import Source
 from llava_kd.data.device_stage import tensors_of
 from llava_kd.data.loader import Loader
 from llava_kd.data.mixture import Mixture
 from llava_kd.data.packed import PackedRecords
+from llava_kd.data.packing import Packing
 from llava_kd.data.records import LlavaJson
 from llava_kd.data.tables import Tables
 from llava_kd.data.tar_shards import TarShards
@@ -146,7 +149,7 @@ def test_cached_records_are_mapped_and_not_copied(tmp_path: Path) -> None:
 def test_failed_build_leaves_no_cache(tmp_path: Path) -> None:
     path = write_dataset(tmp_path, [entry(0) | {"conversations": []}])
     for _ in range(2):
-        with pytest.raises(ValueError, match="1 unusable records"):
+        with pytest.raises(ValueError, match="1 unusable records and no other"):
             LlavaJson(path, tmp_path, cache=tmp_path / "cache")
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
 
@@ -169,20 +172,102 @@ def test_more_than_nine_images_come_in_order(tmp_path: Path) -> None:
     assert source.record(0).id == "r"
 
 
-def test_bad_tar_is_named(tmp_path: Path) -> None:
+def test_bad_records_of_a_shard_keep_their_places(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         add(archive, "r.jpg", encoded_image())
         add(archive, "s.json", b"{")
-        add(archive, "t.json", json.dumps(entry(0)).encode())
-    with pytest.raises(ValueError, match=r"a.tar has 3 unusable records") as error:
-        TarShards([tmp_path / "a.tar"])
-    for reason in ("record 'r': has no .json", "record 's': its .json is not JSON", "got 1 for 0 images"):
-        assert reason in str(error.value)
+        add(archive, "t.json", json.dumps(entry(0, images=0)).encode())
+        add(archive, "u.json", b"{}")
+        add(archive, "u.png", encoded_image(kind="PNG"))
+        add(archive, "v.txt", b"a caption of nothing")
+    source = TarShards([tmp_path / "a.tar"])
+    assert (len(source), source.faults) == (5, (0, 1, 3, 4))
+    for i, reason in (
+        (0, "record 'r': of a.tar has no .json and no .txt"),
+        (1, "record 's': of a.tar has a .json that is not JSON"),
+        (3, "record 'u': of a.tar has no conversations and no caption"),
+        (4, "record 'v': of a.tar has a caption and no image"),
+    ):
+        assert reason in source.record(i).fault
+    assert source.record(2) == LlavaJson(write_dataset(tmp_path, [entry(0, images=0)]), tmp_path).record(0)
     (tmp_path / "b.tar").write_bytes(b"no tar file at all")
     with pytest.raises(ValueError, match=r"b.tar is not a whole, uncompressed tar file"):
         TarShards([tmp_path / "b.tar"])
     with pytest.raises(ValueError, match="no tar shard"):
         TarShards([tmp_path / "c.tar"])
+
+
+def test_captions_beside_pictures_are_records(tmp_path: Path) -> None:
+    """As img2dataset writes shards; a .txt goes before the caption of the .json, which may be cut."""
+    images = [encoded_image(seed=k) for k in range(3)]
+    with tarfile.open(tmp_path / "00000.tar", "w") as archive:
+        for k, image in enumerate(images):
+            add(archive, f"{k:09}.jpg", image)
+            if k != 1:
+                add(archive, f"{k:09}.txt", f"picture {k}\n".encode())
+            if k != 2:
+                add(archive, f"{k:09}.json", json.dumps({"caption": f"picture {k}", "url": "u"}).encode())
+    source = TarShards([tmp_path / "00000.tar"])
+    assert not source.faults
+    for k, image in enumerate(images):
+        turns = [(turn.role, turn.text) for turn in source.record(k).turns]
+        assert turns == [("user", "<image>"), ("assistant", f"picture {k}")]
+        assert source.record(k).id == f"{k:09}"
+        assert source.image_bytes(k, 0) == image
+
+
+def test_bad_rows_of_a_table_keep_their_places(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="tables need the optional package pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    table = table_of(write_dataset(tmp_path, ENTRIES).parent)
+    talks = table.column("conversations").to_pylist()
+    talks[2], talks[5] = None, [{"from": "human", "value": "?"}, {"from": "gpt", "value": ""}]
+    table = table.set_column(2, "conversations", pa.array(talks))
+    ids = table.column("id").to_pylist()
+    broken = pa.array([name.encode() if k != 7 else b"\xff" for k, name in enumerate(ids)]).view(pa.string())
+    table = table.set_column(0, "id", broken)
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    source = Tables([tmp_path / "a.parquet"])
+    assert source.faults == (2, 5, 7)
+    for i, reason in ((2, "no conversations"), (5, "empty answer"), (7, "row 3 of its group cannot be read")):
+        assert reason in source.record(i).fault
+    folder = LlavaJson(tmp_path / "data.json", tmp_path)
+    for i in {*range(12)} - {2, 5, 7}:
+        assert source.record(i).turns == folder.record(i).turns
+
+
+def test_bad_records_are_left_out_of_the_loss_and_named(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path, ENTRIES)
+    spoilt = json.loads(path.read_text())
+    spoilt[4]["conversations"][1]["value"] = ""
+    path.write_text(json.dumps(spoilt))
+    for packing in (None, Packing(max_tokens=300, max_images=8)):
+        source = LlavaJson(path, tmp_path)
+        loader = Loader(
+            source=source, student=SIDE, teacher=None, seed=0, global_batch_size=4, micro_batch_size=2,
+            rank=0, world_size=1, device="cpu", max_bad_rate=0.1, bad_records_path=tmp_path / "bad.jsonl",
+            packing=packing,
+        )  # fmt: skip
+        for _ in loader.batches(0, loader.steps_per_epoch):
+            pass
+        named = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+        assert {line["id"] for line in named} == {"r4"}
+        assert named[0]["reason"] == "record 'r4': turn 1 is an empty answer"
+
+
+def test_more_bad_records_than_allowed_stop_a_run_before_it_reads(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path, ENTRIES)
+    spoilt = json.loads(path.read_text())
+    for k in range(4):
+        spoilt[k]["conversations"][1]["value"] = ""
+    path.write_text(json.dumps(spoilt))
+    with pytest.raises(
+        ValueError, match=r"4 of the 12 records are bad, more than max_bad_rate 0\.1"
+    ) as error:
+        make_source(DataConfig(path=str(path), max_bad_rate=0.1))
+    assert "data.json: r3: record 'r3': turn 1 is an empty answer" in str(error.value)
+    assert "--write_sound" in str(error.value)
+    assert len(make_source(DataConfig(path=str(path), max_bad_rate=0.4))) == 12
 
 
 def test_mixture_reads_each_source_by_its_weight(tmp_path: Path) -> None:

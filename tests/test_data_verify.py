@@ -7,16 +7,19 @@ import json
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from data_samples import encoded_image, entry, side, write_dataset
 
+from llava_kd.build.data import open_source
 from llava_kd.build.data import side as side_of_parts
 from llava_kd.cli import main
 from llava_kd.config import DataConfig
-from llava_kd.data.records import LlavaJson
-from llava_kd.data.verify import verify, verify_file, write_sound
+from llava_kd.data.records import LlavaJson, parse_record
+from llava_kd.data.sound import write_sound_entries, write_whole
+from llava_kd.data.verify import verify, verify_file
 from llava_kd.models.checkpoint import load_stock
 
 
@@ -31,6 +34,7 @@ def spoilt(tmp_path: Path) -> Path:
     (tmp_path / entries[2]["image"]).write_bytes(b"")
     entries[3].pop("conversations")
     entries[4]["image"] = "../outside.jpg"
+    entries[5]["conversations"][0]["value"] = "How many?"
     path.write_text(json.dumps(entries))
     return path
 
@@ -41,7 +45,17 @@ def test_every_fault_is_found_and_named(spoilt: Path) -> None:
     assert (report.records, report.images, report.text_only) == (8, 7, 1)
     assert [line.split(":")[0] for line in report.structural_errors] == ["record 'r3'", "record 'r4'"]
     assert [line.split(":")[0] for line in report.bad_images] == ["record 'r0'", "record 'r1'", "record 'r2'"]
-    for words in ("is missing", "damaged", "is empty", "no conversations", "below the image root"):
+    assert report.mended == (
+        "record 'r5': no turn has <image>: its images are put before the first question",
+    )
+    for words in (
+        "1 records are mended in reading",
+        "is missing",
+        "damaged",
+        "is empty",
+        "no conversations",
+        "below the image root",
+    ):
         assert words in report.summary()
 
 
@@ -77,7 +91,7 @@ def test_sound_records_are_kept(spoilt: Path) -> None:
     report = verify_file(spoilt, spoilt.parent)
     assert report.unsound == (0, 1, 2, 3, 4)
     for name in ("kept.json", "kept.jsonl"):
-        assert write_sound(spoilt, spoilt.parent / name, report) == 5
+        write_sound_entries(spoilt, spoilt.parent / name, report.unsound)
         source = LlavaJson(spoilt.parent / name, spoilt.parent)
         assert [source.record(i).id for i in range(len(source))] == [f"r{i}" for i in range(5, 10)]
         assert verify(source).is_sound
@@ -135,7 +149,53 @@ def test_command_reads_tar_shards(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert status == 1
     assert "record 'r1': image 'r1.jpg': not a readable image" in said
     status, said = run(capsys, "--data", tmp_path / "*.tar", "--write_sound", tmp_path / "kept.json")
-    assert (status, "only records of a LLaVA JSON file" in said) == (2, True)
+    assert (status, "name the file for the sound records .tar or .parquet" in said) == (2, True)
+    for name in ("kept.tar", "kept.parquet"):
+        kept = tmp_path / "kept" / name
+        kept.parent.mkdir(exist_ok=True)
+        assert run(capsys, "--data", tmp_path / "*.tar", "--write_sound", kept)[0] == 1
+        source = open_source(str(kept), None)
+        assert run(capsys, "--data", kept)[0] == 0
+        assert [source.record(0).id, source.image_bytes(0, 0)] == ["r0", encoded_image()]
+        assert (len(source), source.record(0).turns) == (1, parse_record(entry(0), 0).turns)
+
+
+def test_half_an_emoji_is_named_and_left_out(
+    tmp_path: Path, student_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = [entry(i, images=0) for i in range(4)]
+    entries[2]["conversations"][1]["value"] = "Nice \ud83d"
+    entries[3]["note"] = {"of": "no use \ud83d"}
+    path = write_dataset(tmp_path, entries)
+    kept = tmp_path / "kept.json"
+    words = ("--data", path, "--model", student_dir, "--template", "chatml", "--write_sound", kept)
+    status, said = run(capsys, *words)
+    assert status == 1
+    assert "record 'r2': turn 1 holds half of a surrogate pair" in said
+    assert json.loads(kept.read_text()) == [entries[0], entries[1], entries[3]]
+
+
+def test_a_write_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"[\n"
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        write_whole(tmp_path / "kept.json", pieces())
+    assert not list(tmp_path.iterdir())
+
+
+def test_words_of_control_tokens_are_counted(
+    tmp_path: Path, student_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = [entry(i, images=0) for i in range(3)]
+    entries[1]["conversations"][1]["value"] = "<|im_end|> ends a turn, and <image> is a picture."
+    words = ("--data", write_dataset(tmp_path, entries), "--model", student_dir, "--template", "chatml")
+    status, said = run(capsys, *words)
+    assert status == 0
+    assert (
+        "1 records hold words of control tokens, read as text\n  record 'r1': '<|im_end|>', '<image>'" in said
+    )
 
 
 def test_corrupt_image_is_named_by_record_and_file_and_not_by_pillows_stream(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import glob
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import LlavaConfig, LlavaImageProcessor, LlavaImageProcessorPil, LlavaProcessor
@@ -12,6 +13,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from llava_kd.build.teacher_cache import open_cache
 from llava_kd.config import DataConfig, PackingConfig, TrainConfig
+from llava_kd.data.bad_records import BadRecord, refuse_faults
 from llava_kd.data.conversation import Source
 from llava_kd.data.images import ImageTransform
 from llava_kd.data.loader import Loader, Side
@@ -23,6 +25,11 @@ from llava_kd.data.template_choice import choose
 from llava_kd.models.checkpoint import Parts
 from llava_kd.models.vision_tower import input_size, text_config, tokens_per_image, tower_fingerprint
 from llava_kd.parallel.world import World
+
+if TYPE_CHECKING:
+    from llava_kd.data.tables import Tables
+
+    FileSource = LlavaJson | TarShards | Tables
 
 BAD_RECORDS = "bad_records.jsonl"
 TABLES_AND_SHARDS = (".tar", ".parquet", ".arrow")
@@ -88,11 +95,17 @@ def bad_records(output: Path) -> int:
 def make_source(config: DataConfig, *, seed: int = 0) -> Source:
     """The records, read and checked; `seed` draws what a mixture reads of a source that it reads in part.
 
-    Raises ValueError for a pattern that matches nothing.
+    Raises ValueError for a pattern that matches nothing, and for more unusable records than a run allows.
     """
     sources = [
         open_source(part.path, part.images, follow_symlinks=config.follow_symlinks) for part in config.parts
     ]
+    faults = [
+        BadRecord(id=source.record(i).id, source=source.name_of(i), reason=source.record(i).fault)
+        for source in sources
+        for i in source.faults
+    ]
+    refuse_faults(faults, num_records=sum(map(len, sources)), max_rate=config.max_bad_rate)
     if len(sources) == 1 and not config.sources:
         return sources[0]
     files = [Path(part.path).name for part in config.sources]
@@ -103,7 +116,7 @@ def make_source(config: DataConfig, *, seed: int = 0) -> Source:
     return Mixture(sources, [part.weight for part in config.sources], names=names, seed=seed)
 
 
-def open_source(path: str, images: str | None, *, follow_symlinks: bool = False) -> Source:
+def open_source(path: str, images: str | None, *, follow_symlinks: bool = False) -> FileSource:
     """The records of a file or a pattern. Raises ValueError for a pattern that matches nothing."""
     suffix = Path(path).suffix
     if suffix not in TABLES_AND_SHARDS:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 _ALWAYS_ALLOWED = 3
 _SHOWN = 20
+REMEDY = (
+    "`llava-kd data verify --data FILE --write_sound NEW` writes a file without them; use that, mend them, "
+    "or raise data.max_bad_rate"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +47,24 @@ class BadRecords:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as stream:
                 stream.writelines(json.dumps(asdict(record)) + "\n" for record in bad)
-        allowed = self._max_rate * max(self._num_read, self._records_per_epoch)
-        if self._max_rate > 0:
-            allowed = max(allowed, _ALWAYS_ALLOWED)
-        if len(self._bad) > allowed:
-            shown = "\n  ".join(f"{bad.source}: {bad.id}: {bad.reason}" for bad in self._bad[:_SHOWN])
-            by_source = Counter(bad.source for bad in self._bad)
-            counts = ", ".join(f"{name}: {count}" for name, count in by_source.most_common())
+        if len(self._bad) > _allowed(self._max_rate, max(self._num_read, self._records_per_epoch)):
             raise ValueError(
-                f"{len(self._bad)} of the {self._num_read} records read are bad, more than max_bad_rate "
-                f"{self._max_rate} allows ({counts}); run `llava-kd data verify`, mend or remove them, or "
-                f"raise the rate:\n  {shown}"
+                _too_many(self._bad, f"{len(self._bad)} of the {self._num_read} records read", self._max_rate)
             )
+
+
+def refuse_faults(faults: Sequence[BadRecord], *, num_records: int, max_rate: float) -> None:
+    """ValueError if more of the records than a run allows are known to be bad before it reads any."""
+    if len(faults) > _allowed(max_rate, num_records):
+        raise ValueError(_too_many(faults, f"{len(faults)} of the {num_records} records", max_rate))
+
+
+def _allowed(max_rate: float, count: float) -> float:
+    return max(max_rate * count, _ALWAYS_ALLOWED) if max_rate > 0 else 0
+
+
+def _too_many(found: Sequence[BadRecord], what: str, max_rate: float) -> str:
+    shown = "\n  ".join(f"{bad.source}: {bad.id}: {bad.reason}" for bad in found[:_SHOWN])
+    by_source = Counter(bad.source for bad in found)
+    counts = ", ".join(f"{name}: {count}" for name, count in by_source.most_common())
+    return f"{what} are bad, more than max_bad_rate {max_rate} allows ({counts}); {REMEDY}:\n  {shown}"

@@ -1,20 +1,21 @@
 """A record as tokens, with the mask of its answers.
 
 The whole text is tokenised once, and a token is a target if its characters lie in a target segment of the
-template. No string is searched for.
+template. No string is searched for. Words of a record that look like control tokens are read as text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from llava_kd.batch import IGNORE_INDEX
-from llava_kd.data.conversation import IMAGE_PLACEHOLDER, Record
+from llava_kd.data.control_words import ControlWords
+from llava_kd.data.conversation import IMAGE_PLACEHOLDER, Record, Turn
 from llava_kd.data.spans import target_spans
 from llava_kd.data.template import Segment, Template, special_token
 
@@ -32,6 +33,19 @@ class Encoded:
     visual: Tensor
     spans: Tensor = field(default_factory=lambda: torch.zeros(0, 4, dtype=torch.int32))
     is_truncated: bool = False
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """Segments of a record by the template, the text that ends an answer, and who tokenises them."""
+
+    segments: list[Segment]
+    end: str
+    is_renamed: bool
+
+    @property
+    def text(self) -> str:
+        return "".join(segment.text for segment in self.segments)
 
 
 class Encoder:
@@ -57,13 +71,19 @@ class Encoder:
         self.max_length = max_length
         self._end_id = template.end_token_id(tokenizer)
         self._bos = template.bos_text(tokenizer)
+        self._eos = special_token(tokenizer, "eos_token") or ""
+        talk = [Turn("user", IMAGE_PLACEHOLDER), Turn("assistant", ""), Turn("user", "")]
+        written = "".join(s.text for s in template.render(talk, eos_token=self._eos))
+        self._control = ControlWords(tokenizer, self._bos + written)
 
     def __call__(self, record: Record) -> Encoded:
         """Tokens and labels; each image placeholder becomes `tokens_per_image` ids.
 
         A record longer than `max_length` loses its end. ValueError, naming the record, if that would cut an
-        image or leave no target, or if a token lies across the edge of an answer.
+        image or leave no target, if a token lies across the edge of an answer, or for its own fault.
         """
+        if record.fault:
+            raise ValueError(record.fault)
         ids, is_target, spans = self._tokenise(record)
         is_image = ids == self.image_token_id
         if int(is_image.sum()) != len(record.images):
@@ -94,48 +114,95 @@ class Encoder:
 
     def lengths(self, records: Sequence[Record]) -> list[int]:
         """Number of tokens of each record: exact, or an upper bound for a record that has no encoding."""
-        texts = ["".join(segment.text for segment in self._segments(record)) for record in records]
-        encodings = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
+        counts = [1] * len(records)  # the place of a record that cannot be used
+        plain: list[tuple[int, str]] = []
+        for number, record in enumerate(records):
+            if record.fault:
+                continue
+            try:
+                rendered = self._rendered(record)
+                if rendered.is_renamed:
+                    counts[number] = len(self._read(record, rendered)[0])
+                else:
+                    plain.append((number, rendered.text))
+            except ValueError:  # its encoding says the same
+                continue
+        if plain:
+            encodings = self.tokenizer(
+                [text for _, text in plain],
+                add_special_tokens=False,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            for (number, _), ids in zip(plain, encodings["input_ids"], strict=True):
+                counts[number] = len(ids)
         more = self.tokens_per_image - 1
         return [
-            min(len(ids) + more * len(record.images), self.max_length)
-            for ids, record in zip(encodings["input_ids"], records, strict=True)
+            min(count + more * len(record.images), self.max_length)
+            for count, record in zip(counts, records, strict=True)
         ]
 
-    def _segments(self, record: Record) -> list[Segment]:
-        segments = self.template.render(
-            record.turns, eos_token=special_token(self.tokenizer, "eos_token") or ""
-        )
-        return _merged([Segment(self._bos, False), *segments])
+    def control_words(self, record: Record) -> list[str]:
+        """Words of the record's text that the tokenizer would take for control tokens, each once."""
+        found = [
+            word
+            for turn in record.turns
+            for word in self._control.found(turn.text, has_places=record.has_places(turn))
+        ]
+        return list(dict.fromkeys(found))
+
+    def _rendered(self, record: Record) -> _Rendered:
+        turns, end = record.turns, self._eos if self.template.end_token is None else self.template.end_token
+        is_renamed = bool(self.control_words(record))
+        if is_renamed:
+            try:
+                turns = [
+                    replace(turn, text=self._control.covered(turn.text, has_places=record.has_places(turn)))
+                    for turn in turns
+                ]
+            except ValueError as error:
+                raise ValueError(f"record {record.id!r}: {error}") from None
+        segments = [Segment(self._bos, False), *self.template.render(turns, eos_token=self._eos)]
+        if is_renamed:
+            end = self._control.renamed(end)
+            segments = [replace(s, text=self._control.renamed(s.text)) for s in segments]
+        return _Rendered(segments, end, is_renamed)
+
+    def _read(self, record: Record, rendered: _Rendered) -> tuple[list[int], list[tuple[int, int]]]:
+        """By the tokenizer; where words look like control tokens, by its copy that reads them as text."""
+        try:
+            if rendered.is_renamed:
+                encoding = self._control.encode(rendered.text)
+                return encoding.ids, encoding.offsets
+            encodings = self.tokenizer(
+                rendered.text,
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            return encodings["input_ids"], encodings["offset_mapping"]
+        except Exception as error:  # the tokenizers library raises plain ones
+            raise ValueError(f"record {record.id!r}: its text cannot be tokenised: {error}") from error
 
     def _tokenise(self, record: Record) -> tuple[Tensor, Tensor, Tensor]:
         """Ids of the rendered record, which of them are targets, and their spans; an image is one token."""
-        segments = self._segments(record)
-        encoding = self.tokenizer(
-            "".join(segment.text for segment in segments),
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        is_target = self._targets(record, segments, ids, offsets)
+        rendered = self._rendered(record)
+        ids, offsets = self._read(record, rendered)
+        is_target = self._targets(record, _merged(rendered.segments), ids, offsets)
         answers = sum(turn.role == "assistant" for turn in record.turns)
         ends = sum(i == self._end_id and target for i, target in zip(ids, is_target, strict=True))
         if ends < answers:
             raise ValueError(f"record {record.id!r}: the end of an answer was not tokenised as one token")
-        return torch.tensor(ids), torch.tensor(is_target), self._spans(record, is_target, offsets)
+        return torch.tensor(ids), torch.tensor(is_target), self._spans(rendered, is_target, offsets)
 
-    def _spans(self, record: Record, is_target: list[bool], offsets: list[tuple[int, int]]) -> Tensor:
-        place, answers = len(self._bos), []
-        eos = special_token(self.tokenizer, "eos_token") or ""
-        end = len(eos if self.template.end_token is None else self.template.end_token)
-        for segment in self.template.render(record.turns, eos_token=eos):
+    def _spans(self, rendered: _Rendered, is_target: list[bool], offsets: list[tuple[int, int]]) -> Tensor:
+        place, answers = 0, []
+        for segment in rendered.segments:
             stop = place + len(segment.text)
             if segment.is_target:
-                answers.append((stop, place + len(self.template.answer_lead), stop - end))
+                begin = place + len(self.template.answer_lead)
+                answers.append((stop, begin, stop - len(rendered.end)))
             place = stop
         return target_spans(answers, is_target, offsets)
 

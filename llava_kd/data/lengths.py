@@ -15,7 +15,7 @@ from llava_kd.data.side import Side
 
 _CACHED_FROM_RECORDS = 20_000
 _BATCH = 1000
-_LAYOUT = 1
+_LAYOUT = 2
 _FILE = "lengths.npy"
 
 

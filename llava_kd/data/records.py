@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from llava_kd.data.cache import build_once, default_cache
-from llava_kd.data.conversation import (
-    Record,
-    Source,
-    Turn,
-    canonical,
-    checked,
-    parse_record,
-    read_entries,
-    unique_ids,
-)
+from llava_kd.data.conversation import Record, Source, Turn, canonical, parse_record, read_records
+from llava_kd.data.entries import read_entries
 from llava_kd.data.packed import PackedRecords
 
 __all__ = ["LlavaJson", "Record", "Source", "Turn", "canonical", "parse_record"]
@@ -26,32 +21,55 @@ _LAYOUT = 1
 
 
 def read_confined(root: Path, image: str, *, follow_symlinks: bool) -> bytes:
-    """Bytes of `root/image`. ValueError if it is missing, or leaves `root` through a symbolic link."""
+    """Bytes of `root/image`. ValueError if it is missing, or lies outside of `root`, also through a link.
+
+    An absolute path is as good as another where it lies below `root`.
+    """
     path = os.path.join(root, image)
-    if not follow_symlinks and not _is_below(os.path.realpath(path), root):
+    if os.path.isabs(image) or not follow_symlinks:
+        _confine(root, image, path, follow_symlinks)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+    except FileNotFoundError:
+        raise ValueError(f"image {image!r} is missing below {root}") from None
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"image {image!r} below {root} must be a regular file")
+        return stream.read()
+
+
+def _confine(root: Path, image: str, path: str, follow_symlinks: bool) -> None:
+    if _is_below(os.path.realpath(path), _real(str(root))):
+        return
+    if not _is_below(os.path.normpath(path), os.path.abspath(root)):
+        raise ValueError(
+            f"image {image!r} is not below the image root {root}; set data.images to a folder above it"
+        )
+    if not follow_symlinks:
         raise ValueError(
             f"image {image!r} leaves the image root {root} through a symbolic link; point the image root at "
             "the real folder, or set data.follow_symlinks to true"
         )
-    try:
-        with open(path, "rb") as stream:
-            return stream.read()
-    except FileNotFoundError:
-        raise ValueError(f"image {image!r} is missing below {root}") from None
 
 
-def _is_below(path: str, root: Path) -> bool:
+@functools.lru_cache(maxsize=64)
+def _real(root: str) -> str:
+    return os.path.realpath(root)
+
+
+def _is_below(path: str, root: str) -> bool:
     return path.startswith(os.path.join(root, ""))
 
 
 def _all_records(path: Path) -> list[Record]:
-    return unique_ids(checked(read_entries(path), str(path)))
+    return read_records(read_entries(path), str(path))
 
 
 class LlavaJson:
     """LLaVA JSON or JSON Lines and a folder of images.
 
-    The whole file is read and checked once, and a large one is kept packed in the cache under its hash.
+    The whole file is read once, and a large one is kept packed in the cache under its hash. A record that
+    cannot be used keeps its place.
     Images are opened only when asked for, and never outside `image_root`.
     """
 
@@ -69,7 +87,7 @@ class LlavaJson:
         if not path.is_file():
             raise ValueError(f"no data file {path}; give a LLaVA .json or .jsonl file")
         self._name = path.name
-        self._root = root.resolve()
+        self._root = root.absolute()
         self._follow_symlinks = follow_symlinks
         with path.open("rb") as stream:
             self._fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -92,6 +110,11 @@ class LlavaJson:
 
     def name_of(self, i: int) -> str:
         return self._name
+
+    @property
+    def faults(self) -> Sequence[int]:
+        """Numbers of the records that cannot be used."""
+        return self._records.faults
 
     @property
     def fingerprint(self) -> str:

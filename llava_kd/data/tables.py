@@ -1,8 +1,9 @@
 """Parquet and Arrow files with embedded images: the layouts that Hugging Face `datasets` writes.
 
-Columns: `conversations`, a list of {from, value}; `image` or `images`, bytes or {bytes, path} or a list of
-them; `id` if there is one. Arrow files (`save_to_disk`) are mapped and read at random at no cost. A Parquet
-file is read by row groups, the last few of which are kept: write it with small ones (a hundred records).
+Columns: `conversations`, a list of {from, value}, or `messages`, of {role, content}; `image` or `images`,
+bytes or {bytes, path} or a list of them; `id` if there is one. Arrow files (`save_to_disk`) are mapped and
+read at random at no cost. A Parquet file is read by row groups, the last few of which are kept: write it with
+small ones (a hundred records).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llava_kd.data.conversation import Record, checked, entry_with_images, unique_ids
+from llava_kd.data.conversation import Broken, Record, entry_with_images, read_records
 from llava_kd.data.packed import PackedRecords
 
 if TYPE_CHECKING:
@@ -43,17 +44,17 @@ class Tables:
             raise ValueError("no tables were given")
         if missing := [str(path) for path in self._paths if not path.is_file()]:
             raise ValueError(f"no table {', '.join(missing)}")
-        entries: list[dict] = []
-        errors: list[str] = []
+        entries: list[dict | Broken] = []
         places = []
         for number, path in enumerate(self._paths):
             table = _opened(path)
             for group in range(table.num_groups):
                 for row, (raw, num_images) in enumerate(table.text_rows(group)):
                     names = [f"{path.name}#{len(entries)}:{k}" for k in range(num_images)]
-                    entries.append(entry_with_images(raw, str(len(entries)), names))
+                    is_broken = isinstance(raw, Broken)
+                    entries.append(raw if is_broken else entry_with_images(raw, str(len(entries)), names))
                     places.append((number, group, row))
-        records = unique_ids(checked(entries, ", ".join(path.name for path in self._paths), errors))
+        records = read_records(entries, ", ".join(path.name for path in self._paths))
         self._records = PackedRecords.pack(records)
         self._places = np.array(places, dtype=np.int64).reshape(-1, 3)
 
@@ -67,13 +68,20 @@ class Tables:
         number, group, row = self._places[i].tolist()
         value = _images(self._paths[number], group)[row].as_py()
         value = value[k] if isinstance(value, list) else value
-        data = value["bytes"] if isinstance(value, dict) else value
+        data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
-            raise ValueError(f"the table holds no bytes of image {k}, only {value!r}")
+            raise ValueError(
+                f"the table holds no bytes of image {k}, only {str(value)[:80]!r}; write the images into it"
+            )
         return data
 
     def name_of(self, i: int) -> str:
         return self._paths[int(self._places[i, 0])].name
+
+    @property
+    def faults(self) -> Sequence[int]:
+        """Numbers of the records that cannot be used."""
+        return self._records.faults
 
     @property
     def fingerprint(self) -> str:
@@ -94,7 +102,7 @@ class _ArrowFile:
         self._image = _image_name(path, table.schema.names)
         self.num_groups = len(self._batches)
 
-    def text_rows(self, group: int) -> list[tuple[dict, int]]:
+    def text_rows(self, group: int) -> list[tuple[dict | Broken, int]]:
         """Each row without its images, and how many it has."""
         return _split(self._batches[group], self._image)
 
@@ -116,7 +124,7 @@ class _ParquetFile:
         self._light = [name for name in names if name != self._image] + light
         self.num_groups = self._file.num_row_groups
 
-    def text_rows(self, group: int) -> list[tuple[dict, int]]:
+    def text_rows(self, group: int) -> list[tuple[dict | Broken, int]]:
         """Each row without its images, and how many it has."""
         return _split(self._file.read_row_group(group, columns=self._light), self._image)
 
@@ -146,12 +154,22 @@ def _image_name(path: Path, names: list[str]) -> str:
     return found[0]
 
 
-def _split(rows: pa.Table | pa.RecordBatch, image: str) -> list[tuple[dict, int]]:
+def _split(rows: pa.Table | pa.RecordBatch, image: str) -> list[tuple[dict | Broken, int]]:
     column = rows.column(image)
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         lengths = pc.call_function("list_value_length", [column])
         counts = [length or 0 for length in lengths.to_pylist()]
     else:
         counts = [int(valid) for valid in column.is_valid().to_pylist()]
-    texts = rows.select([name for name in rows.schema.names if name != image]).to_pylist()
-    return list(zip(texts, counts, strict=True))
+    texts = rows.select([name for name in rows.schema.names if name != image])
+    try:
+        return list(zip(texts.to_pylist(), counts, strict=True))
+    except ValueError:  # text of one of them that is no UTF-8, for one
+        return [(_row(texts, number), count) for number, count in enumerate(counts)]
+
+
+def _row(texts: pa.Table | pa.RecordBatch, number: int) -> dict | Broken:
+    try:
+        return texts.slice(number, 1).to_pylist()[0]
+    except ValueError as error:
+        return Broken(f"row {number} of its group cannot be read: {error}")

@@ -1,13 +1,13 @@
 """Tar shards in the WebDataset layout, read at random by offset.
 
 A record is the members that share a key, the name up to the first dot of its last part: `KEY.json` holds the
-LLaVA entry, and `KEY.jpg`, or `KEY.0.jpg`, `KEY.1.png`, ... its images in the order of the placeholders.
+LLaVA entry, and `KEY.jpg`, or `KEY.0.jpg`, `KEY.1.png`, ... its images in the order of the placeholders. As
+in img2dataset's shards, `KEY.txt`, or `caption` in the .json, may stand in the place of a talk.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from llava_kd.data.cache import build_once, default_cache
-from llava_kd.data.conversation import Record, checked, entry_with_images, unique_ids
+from llava_kd.data.conversation import (
+    IMAGE_PLACEHOLDER,
+    TALKS,
+    Broken,
+    Record,
+    entry_with_images,
+    read_records,
+)
+from llava_kd.data.entries import loads
 from llava_kd.data.packed import PackedRecords
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
@@ -75,6 +83,11 @@ class TarShards:
         return self._paths[int(self._places[first, 0])].name if first < self._first[i + 1] else "tar"
 
     @property
+    def faults(self) -> Sequence[int]:
+        """Numbers of the records that cannot be used."""
+        return self._records.faults
+
+    @property
     def fingerprint(self) -> str:
         """Hash of the records and of the places of their images."""
         return hashlib.sha256(self._records.digest() + np.asarray(self._places).tobytes()).hexdigest()
@@ -85,19 +98,17 @@ class TarShards:
 
 def _scan(paths: Sequence[Path]) -> tuple[list[Record], np.ndarray, np.ndarray]:
     """Records, the place of each image, and the number of images before each record."""
-    entries: list[dict] = []
+    entries: list[dict | Broken] = []
     places: list[list[_Place]] = []
-    errors: list[str] = []
     for shard, path in enumerate(paths):
         for key, members in _samples(path):
             try:
                 entry, images = _entry(path, key, members)
             except ValueError as error:
-                errors.append(f"{path.name}: record {key!r}: {error}")
-                continue
+                entry, images = Broken(f"of {path.name} {error}", key), []
             entries.append(entry)
             places.append([(shard, member.offset_data, member.size) for member in images])
-    records = unique_ids(checked(entries, ", ".join(path.name for path in paths), errors))
+    records = read_records(entries, ", ".join(path.name for path in paths))
     first = np.cumsum([0, *(len(of_record) for of_record in places)], dtype=np.int64)
     flat = [place for of_record in places for place in of_record]
     return records, np.array(flat, dtype=np.int64).reshape(-1, 3), first
@@ -125,16 +136,41 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
 
 
 def _entry(path: Path, key: str, members: dict[str, tarfile.TarInfo]) -> tuple[dict, list[tarfile.TarInfo]]:
-    if "json" not in members:
-        raise ValueError(f"has no .json among {sorted(members)}")
-    text = members["json"]
-    with path.open("rb") as stream:
-        stream.seek(text.offset_data)
-        try:
-            raw = json.loads(stream.read(text.size))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"its .json is not JSON: {error}") from None
+    """The entry of a record, and its images; as img2dataset writes shards, a caption stands for the talk."""
     extensions = [e for e in members if e.rpartition(".")[2] in IMAGE_SUFFIXES]
     extensions.sort(key=lambda e: (len(e.split(".")[0]) if e[0].isdigit() else 0, e))
     images = [members[extension] for extension in extensions]
+    if "json" not in members and "txt" not in members:
+        raise ValueError(f"has no .json and no .txt among {sorted(members)}")
+    raw: object = {}
+    if "json" in members:
+        try:
+            raw = loads(_bytes(path, members["json"]))
+        except ValueError as error:
+            raise ValueError(f"has a .json that {error}") from None
+    if isinstance(raw, dict) and not any(talk in raw for talk in TALKS):
+        raw = {"id": key, "conversations": _captioned(path, raw, members.get("txt"), len(images))}
     return entry_with_images(raw, key, [member.name.lstrip("/") for member in images]), images
+
+
+def _captioned(path: Path, raw: dict, text: tarfile.TarInfo | None, images: int) -> list[dict]:
+    caption = raw.get("caption")
+    if text is not None:
+        try:
+            caption = _bytes(path, text).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"has a .txt that must be UTF-8, but byte {error.start} is not") from None
+    if not isinstance(caption, str):
+        raise ValueError(
+            "has no conversations and no caption; its .json must hold `conversations`, or a .txt the caption"
+        )
+    if not images:
+        raise ValueError("has a caption and no image beside it")
+    asked = {"from": "human", "value": "\n".join([IMAGE_PLACEHOLDER] * images)}
+    return [asked, {"from": "gpt", "value": caption}]
+
+
+def _bytes(path: Path, member: tarfile.TarInfo) -> bytes:
+    with path.open("rb") as stream:
+        stream.seek(member.offset_data)
+        return stream.read(member.size)

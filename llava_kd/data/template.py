@@ -51,10 +51,15 @@ class Template:
         return f"{self.before_image}{IMAGE_PLACEHOLDER}{self.after_image}"
 
     def render(self, turns: Sequence[Turn], *, eos_token: str) -> list[Segment]:
-        """Segments of the turns. Turns that end with the user's end with the generation prompt."""
-        segments = [Segment(self._default_system(), False)]
+        """Segments of the turns. Turns that end with the user's end with the generation prompt.
+
+        A system turn, which can only be the first, stands in the place of the template's own words.
+        """
+        segments = [] if turns and turns[0].role == "system" else [Segment(self._default_system(), False)]
         for turn in turns:
-            if turn.role == "user":
+            if turn.role == "system":
+                segments.append(Segment(f"{self.before_system}{turn.text}{self.after_system}", False))
+            elif turn.role == "user":
                 text = turn.text
                 if self.images_only:
                     text = IMAGE_PLACEHOLDER * text.count(IMAGE_PLACEHOLDER)

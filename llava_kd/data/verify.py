@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from llava_kd.data.conversation import Record, Source, parse_record, read_entries, unique_ids
+from llava_kd.data.conversation import Record, Source, read_record, unique_ids
+from llava_kd.data.entries import read_entries
 from llava_kd.data.images import decode
 from llava_kd.data.records import read_confined
 from llava_kd.data.side import Side
+from llava_kd.data.sound import write_whole
 
 _CHUNK = 1024
 _SHOWN = 20
@@ -25,7 +27,8 @@ _ReadImage = Callable[[int, int], bytes]
 class Report:
     """What was found. The token figures are None where no model was given to measure with.
 
-    `unsound` holds the positions in the file of the records with any fault.
+    `unsound` holds the positions in the file of the records with any fault. The `mended` are sound, and so
+    are those with `control_words`, which are read as text.
     """
 
     records: int
@@ -35,6 +38,8 @@ class Report:
     bad_images: tuple[str, ...]
     unencodable: tuple[str, ...] | None
     unsound: tuple[int, ...]
+    mended: tuple[str, ...]
+    control_words: tuple[str, ...] | None
     truncated: int | None
     tokens_mean: float | None
     tokens_p95: float | None
@@ -45,7 +50,7 @@ class Report:
         return not (self.structural_errors or self.bad_images or self.unencodable)
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        write_whole(Path(path), [(json.dumps(asdict(self), indent=1) + "\n").encode()])
 
     def summary(self) -> str:
         """A few lines for a person, with the first of each kind of fault."""
@@ -54,6 +59,8 @@ class Report:
             ("records with structural errors", self.structural_errors),
             ("records with missing or unreadable images", self.bad_images),
             ("records that cannot be encoded", self.unencodable or ()),
+            ("records are mended in reading", self.mended),
+            ("records hold words of control tokens, read as text", self.control_words or ()),
         ):
             lines.append(f"{len(found)} {what}")
             lines += [f"  {line}" for line in found[:_SHOWN]]
@@ -79,96 +86,79 @@ def verify_file(
     progress: bool = False,
 ) -> Report:
     """Check a LLaVA JSON or JSON Lines file, sound or not. ValueError only if it cannot be read at all."""
-    records, positions, errors = _parsed(path)
-    root = Path(image_root).resolve()
+    records = unique_ids(read_record(raw, i) for i, raw in enumerate(read_entries(Path(path))))
+    root = Path(image_root).absolute()
     if not root.is_dir():
         raise ValueError(f"no image folder {image_root}")
 
     def read(i: int, k: int) -> bytes:
         return read_confined(root, records[i].images[k], follow_symlinks=follow_symlinks)
 
-    checked = _check(records, read, errors, side=side, num_threads=num_threads, progress=progress)
-    unsound = set(checked.unsound)
-    sound = {position for i, position in enumerate(positions) if i not in unsound}
-    total = len(records) + len(errors)
-    return replace(checked, unsound=tuple(position for position in range(total) if position not in sound))
-
-
-def _parsed(path: str | Path) -> tuple[list[Record], list[int], list[str]]:
-    """Records of sound structure, their positions in the file, and what is wrong with the others."""
-    records, positions, errors = [], [], []
-    for position, raw in enumerate(read_entries(Path(path))):
-        try:
-            records.append(parse_record(raw, position))
-            positions.append(position)
-        except ValueError as error:
-            errors.append(str(error))
-    return unique_ids(records), positions, errors
-
-
-def write_sound(path: str | Path, out: str | Path, report: Report) -> int:
-    """Copy the entries without a fault from the LLaVA file of `report` to `out`; the number left behind.
-
-    `out` is JSON Lines where its name ends in .jsonl, and a JSON list otherwise.
-    """
-    unsound = set(report.unsound)
-    sound = [raw for position, raw in enumerate(read_entries(Path(path))) if position not in unsound]
-    lines = [json.dumps(raw, ensure_ascii=False) for raw in sound]
-    is_lines = Path(out).suffix == ".jsonl"
-    text = "".join(f"{line}\n" for line in lines) if is_lines else "[\n" + ",\n".join(lines) + "\n]\n"
-    Path(out).write_text(text, encoding="utf-8")
-    return len(unsound)
+    return _check(records, read, side=side, num_threads=num_threads, progress=progress)
 
 
 def verify(
     source: Source, *, side: Side | None = None, num_threads: int = 1, progress: bool = False
 ) -> Report:
-    """Check the images of a source that opened, and its tokens if `side` is given."""
+    """Check the records and images of a source that opened, and its tokens if `side` is given."""
     records = [source.record(i) for i in range(len(source))]
-    return _check(records, source.image_bytes, (), side=side, num_threads=num_threads, progress=progress)
+    return _check(records, source.image_bytes, side=side, num_threads=num_threads, progress=progress)
 
 
 def _check(
-    records: Sequence[Record],
-    read: _ReadImage,
-    structural: Sequence[str],
-    *,
-    side: Side | None,
-    num_threads: int,
-    progress: bool,
+    records: Sequence[Record], read: _ReadImage, *, side: Side | None, num_threads: int, progress: bool
 ) -> Report:
+    structural = {i: record.fault for i, record in enumerate(records) if record.fault}
     bad_images: dict[int, str] = {}
     with ThreadPoolExecutor(num_threads) as threads:
         for chunk in _chunks(len(records), "images", progress):
             faults = threads.map(lambda i: _image_fault(records[i], i, read), chunk)
             bad_images |= {i: fault for i, fault in zip(chunk, faults, strict=True) if fault}
-    unencodable: dict[int, str] = {}
-    lengths: list[int] = []
-    truncated = 0
-    if side is not None:
-        encoder = side.encoder()
-        for chunk in _chunks(len(records), "tokens", progress):
-            for i in chunk:
-                try:
-                    encoded = encoder(records[i])
-                except ValueError as error:
-                    unencodable[i] = str(error)
-                    continue
-                lengths.append(len(encoded.ids))
-                truncated += encoded.is_truncated
+    sound = [record for record in records if not record.fault]
+    tokens = None if side is None else _tokens(records, side, progress)
+    lengths = tokens.lengths if tokens else []
     return Report(
-        records=len(records),
-        text_only=sum(not record.images for record in records),
-        images=sum(len(record.images) for record in records),
-        structural_errors=tuple(structural),
+        records=len(sound),
+        text_only=sum(not record.images for record in sound),
+        images=sum(len(record.images) for record in sound),
+        structural_errors=tuple(structural.values()),
         bad_images=tuple(bad_images.values()),
-        unencodable=None if side is None else tuple(unencodable.values()),
-        unsound=tuple(sorted({*bad_images, *unencodable})),
-        truncated=None if side is None else truncated,
+        unencodable=None if tokens is None else tuple(tokens.faults.values()),
+        unsound=tuple(sorted({*structural, *bad_images, *(tokens.faults if tokens else ())})),
+        mended=tuple(f"record {record.id!r}: {record.note}" for record in sound if record.note),
+        control_words=None if tokens is None else tuple(tokens.control_words),
+        truncated=None if tokens is None else tokens.truncated,
         tokens_mean=float(np.mean(lengths)) if lengths else None,
         tokens_p95=float(np.quantile(lengths, 0.95)) if lengths else None,
         tokens_max=max(lengths) if lengths else None,
     )
+
+
+@dataclass
+class _Tokens:
+    faults: dict[int, str] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    control_words: list[str] = field(default_factory=list)
+    truncated: int = 0
+
+
+def _tokens(records: Sequence[Record], side: Side, progress: bool) -> _Tokens:
+    """What a model reads of the records that can be used."""
+    found, encoder = _Tokens(), side.encoder()
+    for chunk in _chunks(len(records), "tokens", progress):
+        for i in chunk:
+            if records[i].fault:
+                continue
+            try:
+                encoded = encoder(records[i])
+            except ValueError as error:
+                found.faults[i] = str(error)
+                continue
+            found.lengths.append(len(encoded.ids))
+            found.truncated += encoded.is_truncated
+            if words := encoder.control_words(records[i]):
+                found.control_words.append(f"record {records[i].id!r}: {', '.join(map(repr, words))}")
+    return found
 
 
 def _image_fault(record: Record, i: int, read: _ReadImage) -> str | None:

@@ -92,6 +92,8 @@ def read_llava_json(path: str | Path, *, image_root: str | Path | None = None) -
     questions = []
     for k in range(len(source)):
         record = source.record(k)
+        if record.fault:
+            raise ValueError(f"{path}: {record.fault}")
         if len(record.turns) != 2:
             raise ValueError(
                 f"{path}: record {record.id!r} must hold one question and one answer to be scored, "

@@ -1,0 +1,33 @@
+"""Paths of images, as files of other tools and systems write them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+
+_SHOWN = 80
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+
+
+def image_path(given: object) -> str:
+    """The path with forward slashes. ValueError for what names no file of the image root."""
+    if not isinstance(given, str) or not given:
+        raise ValueError(f"`image` must be a path or a list of paths, got {str(given)[:_SHOWN]!r}")
+    shown = repr(given[:_SHOWN])
+    if given.startswith("data:"):
+        raise ValueError(
+            f"the image {shown} is written into the text; save it as a file below the image root, or use "
+            "Parquet or tar shards"
+        )
+    if _ADDRESS.match(given):
+        raise ValueError(
+            f"the image {shown} is an address and no file; download it below the image root, and give its "
+            "path from there"
+        )
+    if _DRIVE.match(given):
+        raise ValueError(f"the image path {shown} has a drive; give it from the image root on")
+    path = given.replace("\\", "/")
+    if ".." in PurePosixPath(path).parts or "\0" in path:
+        raise ValueError(f"the image path {shown} must stay below the image root; write it without ..")
+    return path
