@@ -172,13 +172,7 @@ def assemble(
         student=module,
         teacher=frozen_teacher,
         loader=loader,
-        checkpoints=Checkpoints(
-            Path(config.output_dir) / "checkpoints",
-            keep=config.checkpoint.keep,
-            best=config.checkpoint.best,
-            extra_files={"config.yaml": dump(config)},
-            identity={**(identity or {}), "data or tokenizer": loader.fingerprint},
-        ),
+        checkpoints=_checkpoints(config, {**(identity or {}), "data or tokenizer": loader.fingerprint}),
         metrics=_metrics(config, world, total),
         lr_multiplier=lambda step: cosine_with_warmup(
             step, num_steps=total, warmup_ratio=config.optim.warmup_ratio
@@ -194,6 +188,16 @@ def assemble(
         say=say,
     )
     return trainer, engine
+
+
+def _checkpoints(config: TrainConfig, identity: Mapping[str, str]) -> Checkpoints:
+    return Checkpoints(
+        Path(config.output_dir) / "checkpoints",
+        keep=config.checkpoint.keep,
+        best=config.checkpoint.best,
+        extra_files={"config.yaml": dump(config)},
+        identity=identity,
+    )
 
 
 def _teaching(
