@@ -7,20 +7,16 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from llava_kd import __version__
-from llava_kd.config import load
+from llava_kd.build.stopping import INTERRUPTED, end_with_torchrun, status_after, stoppable, was_told
 
 if TYPE_CHECKING:
     from llava_kd.build.throughput import Network
-
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -33,12 +29,15 @@ def main(words: Sequence[str] | None = None) -> int:
     if len(engines) > 1:
         parser.error(f"two engines at once, {' and '.join(engines)}; name one")
     arguments.overrides = rest
+    end_with_torchrun()
     try:
         return arguments.run(arguments)
     except ValueError as error:
         print(f"llava-kd {arguments.command}: {error}", file=sys.stderr)
         return 2
     except ConnectionError as error:  # another rank is gone: its own message says more than a traceback here
+        if was_told():
+            return 0  # it had nothing to save, and left before this one
         print(f"llava-kd {arguments.command}: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a file, a directory, a disk
@@ -47,24 +46,6 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"llava-kd {arguments.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Outside the loop, which saves first, a signal that asks for a stop ends the process with one line."""
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        print(f"stopped by {name} outside of any step; the same command goes on", file=sys.stderr, flush=True)
-        raise SystemExit(INTERRUPTED if number == signal.SIGINT else 0)
-
-    asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    previous = {number: signal.signal(number, stop) for number in asked}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -203,34 +184,38 @@ def _command(
     return parser
 
 
-# Commands import what they need: `llava-kd --help` should not wait for PyTorch.
+# Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    config = load(arguments.config, arguments.overrides)
+    from llava_kd.config import load
+
     if arguments.dry_run:
+        config = load(arguments.config, arguments.overrides)
         from llava_kd.build.plan import plan, ranks_from_environment
 
         ranks = arguments.ranks or ranks_from_environment()
         print(plan(config, ranks, arguments.measured, _network(arguments)))
         return 0
-    with _stoppable():
+    with stoppable():
+        config = load(arguments.config, arguments.overrides)
         from llava_kd.build.train import train
 
-        # A preempted run is not a failure: its checkpoint is written and the same command goes on from it.
-        return INTERRUPTED if train(config) == "SIGINT" else 0
+        stopped = train(config)
+        return 0 if stopped is None else status_after(signal.Signals[stopped])
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from llava_kd.build.pipeline import read_pipeline, run_pipeline
 
-    run_pipeline(read_pipeline(arguments.pipeline, arguments.overrides))
-    return 0
+    return run_pipeline(read_pipeline(arguments.pipeline, arguments.overrides))
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    config = load(arguments.config, arguments.overrides)
     from llava_kd.build.check import check
+    from llava_kd.config import load
+
+    config = load(arguments.config, arguments.overrides)
 
     print(
         check(
@@ -245,8 +230,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _cache_teacher(arguments: argparse.Namespace) -> int:
-    config = load(arguments.config, arguments.overrides)
     from llava_kd.build.cache_teacher import cache_teacher
+    from llava_kd.config import load
+
+    config = load(arguments.config, arguments.overrides)
 
     cache_teacher(
         config, arguments.out, mode=arguments.mode, top_k=arguments.topk, shard_mb=arguments.shard_mb

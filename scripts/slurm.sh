@@ -14,24 +14,33 @@
 # and the job goes back into the queue; it goes on from there under the same job id.
 set -euo pipefail
 if [ $# -eq 0 ]; then echo "usage: sbatch scripts/slurm.sh scripts/stage1_dpt.sh [--a.b=value ...]" >&2; exit 2; fi
+preempted=0 interrupted=0 step=""
+tell() { if [ -n "$step" ]; then kill -USR1 "$step" 2>/dev/null || true; fi; } # srun hands it to every machine's script
+trap 'preempted=1; tell' USR1 TERM
+trap 'interrupted=1; tell' INT
+
 export NNODES="$SLURM_NNODES"
 export NPROC="${NPROC:-${SLURM_GPUS_ON_NODE:-1}}"
-MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")" # whole: a pipe into head ends some of these jobs at their start
+MASTER_ADDR="${hosts%%$'\n'*}"
 export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 
 # Each machine's shell learns its number only there, so it is read inside. Some versions of srun forget the job's
 # cpus-per-task, and would leave all ranks and their data workers one core.
 cores=()
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then cores=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi
-srun --kill-on-bad-exit=1 "${cores[@]}" bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$@"' stage "$@" &
-step=$!
-preempted=0
-trap 'preempted=1; kill -USR1 "$step"' USR1 TERM # srun hands the signal to every machine's script
-while :; do
-  wait "$step" && status=0 || status=$?
-  kill -0 "$step" 2>/dev/null || break
-done
-if [ "$preempted" -eq 1 ] && [ "$status" -eq 0 ]; then
+status=0
+if [ "$preempted$interrupted" = 00 ]; then
+  srun --kill-on-bad-exit=1 "${cores[@]}" bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$@"' stage "$@" &
+  step=$!
+  if [ "$preempted$interrupted" != 00 ]; then tell; fi # it came while srun started
+  while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done # a signal cuts a wait short
+  wait "$step" || status=$?
+fi
+# Above 128: the signal came before the script that was told could hear it.
+if [ "$interrupted" -eq 1 ] && { [ "$status" -eq 0 ] || [ "$status" -gt 128 ]; }; then exit 130; fi
+if [ "$preempted" -eq 1 ] && { [ "$status" -eq 0 ] || [ "$status" -gt 128 ]; }; then
   scontrol requeue "$SLURM_JOB_ID"
+  exit 0
 fi
 exit "$status"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +29,7 @@ def chain(stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ]
     path = tmp_path / "pipeline.yaml"
     path.write_text(yaml.safe_dump({"stages": stages}))
-    monkeypatch.setattr(pipeline, "_run", lambda command: main(list(command[command.index("train") :])))
+    monkeypatch.setattr(pipeline, "_run", lambda command, _: main(list(command[command.index("train") :])))
     return path
 
 
@@ -69,7 +73,7 @@ def test_a_finished_stage_with_other_settings_is_not_skipped_in_silence(chain: P
 def test_a_stage_that_was_stopped_stops_the_pipeline_without_failure(
     chain: Path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(pipeline, "_run", lambda _: 0)
+    monkeypatch.setattr(pipeline, "_run", lambda *_: 0)
     assert main(["run", str(chain)]) == 0
     said = capsys.readouterr().out
     assert "stopped after a checkpoint" in said
@@ -127,3 +131,69 @@ def test_the_model_card_says_where_the_student_comes_from(stage, teacher_dir: Pa
     assert "AutoModelForImageTextToText" in card
     assert written["model"].keys() >= {"model.safetensors", "config.json", "tokenizer.json"}
     assert "README.md" not in written["model"]
+
+
+# Real processes ----
+
+STAGE = """#!/bin/bash
+trap 'sleep 0.3; echo saved; exit 0' TERM USR1
+trap 'sleep 0.3; echo saved; exit 130' INT
+echo "stage $$ $1"
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def started(stage, tmp_path: Path):
+    """`llava-kd run` of two stages that wait to be stopped, from another directory than its file's."""
+    first, second = stage("first", distilled=False), stage("second", distilled=False)
+    (tmp_path / "wait.sh").write_text(STAGE)
+    tree = {"command": "bash wait.sh", "stages": [{"config": first.name}, {"config": second.name}]}
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(tree))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = [sys.executable, "-m", "llava_kd.cli", "run", "../pipeline.yaml"]
+    with subprocess.Popen(
+        command, cwd=elsewhere, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        yield process
+        process.kill()
+
+
+def stage_of(process: subprocess.Popen[str]) -> int:
+    """Process of the stage, once it runs."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("stage ") and "first.yaml" in line and "starts" not in line:
+            return int(line.split()[1])
+    raise AssertionError("the first stage never ran")
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)]
+)
+def test_a_signal_stops_the_stage_that_runs_and_no_other_starts(
+    started, number: signal.Signals, status: int
+) -> None:
+    stage_of(started)
+    started.send_signal(number)
+    said, _ = started.communicate(timeout=30)
+    assert started.returncode == status
+    assert "saved" in said
+    assert f"stopped by {number.name}; the same command goes on" in said
+    assert "second.yaml" not in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_a_killed_pipeline_takes_its_stage_along(started) -> None:
+    running = stage_of(started)
+    started.kill()
+    started.stdout.read()  # until nobody holds the pipe
+    with pytest.raises(ProcessLookupError):
+        os.kill(running, 0)
+
+
+def test_a_script_that_is_not_there_is_said_before_anything_runs(chain: Path, capsys) -> None:
+    chain.write_text("command: bash none.sh\nstages: [{config: first.yaml}]")
+    assert main(["run", str(chain)]) == 2
+    assert "`command` names the script none.sh" in capsys.readouterr().err

@@ -47,7 +47,7 @@ def test_a_stage_script_hands_its_own_recipe_and_the_overrides_on(
     command = ["bash", str(script), "--optim.lr=1", "--output_dir=a b"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
     called = done.stdout.strip()
-    assert called.startswith("torchrun" if processes > 1 else "python")
+    assert called.startswith("python -m llava_kd." + ("build.supervise torchrun" if processes > 1 else "cli"))
     assert called.endswith(f"llava_kd.cli train {script.with_suffix('.yaml')} --optim.lr=1 --output_dir=a b")
     assert (f"--nproc-per-node {processes}" in called) == (processes > 1)
 
@@ -55,7 +55,7 @@ def test_a_stage_script_hands_its_own_recipe_and_the_overrides_on(
 def test_the_shipped_pipeline_is_the_three_stages() -> None:
     pipeline = read_pipeline(SCRIPTS / "pipeline.yaml")
     assert [stage.path for stage in pipeline.stages] == [path.with_suffix(".yaml") for path in STAGES]
-    assert pipeline.command == ("bash", "scripts/train.sh")
+    assert pipeline.command == ("bash", str(SCRIPTS / "train.sh"))
 
 
 def test_each_stage_goes_on_from_the_one_before() -> None:

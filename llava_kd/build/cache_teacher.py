@@ -190,18 +190,22 @@ class _Run:
     _pending_bytes: int = 0
 
     def write(self, todo: Sequence[int], source: Source, reader: Side) -> None:
-        """Predict and store every world-size-th record of `todo`.
+        """Predict and store the records of `todo` in every world-size-th batch.
 
-        Each rank makes as many calls as the others, which a teacher that is spread over them needs: one that
-        has fewer records repeats some, and does not store those again.
+        A batch is `micro_batch_size` records that follow each other in the data, also where some of them are
+        stored already: what is cached rounds with the company that it is in, and so does not depend on kills
+        or on the number of ranks. Each rank makes as many calls as the others, which a teacher that is spread
+        over them needs: one that has a batch less repeats the first, and does not store it again.
         """
         predict = placed_teacher(self.config, self.world, self.teacher, shares_tower=False)
-        own = list(todo[self.world.rank :: self.world.size])
-        calls = -(-len(todo) // self.world.size)
-        order = own + [todo[0]] * (calls - len(own))
         rows = self.config.micro_batch_size
+        batches = sorted({number // rows for number in todo})
+        own = batches[self.world.rank :: self.world.size]
+        repeated = batches[:1] * (-(-len(batches) // self.world.size) - len(own))
+        # The last batch of the data may be short, so it stays last.
+        order = [n for b in (*repeated, *own) for n in range(b * rows, min((b + 1) * rows, len(source)))]
         loader = self._loader(order, source, reader)
-        left = set(own)
+        left = set(todo) & {number for number in order if number // rows in own}
         for step, batches in enumerate(loader.batches(0, loader.steps_per_epoch)):
             batch = batches[0]
             numbers = order[step * rows : (step + 1) * rows]

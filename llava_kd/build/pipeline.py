@@ -10,14 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import yaml
 
 from llava_kd.build.run_dir import differences
+from llava_kd.build.stopping import INTERRUPTED, STOPS
+from llava_kd.build.supervise import end_with_parent
 from llava_kd.config import TrainConfig, load
 
 _COMMAND = f"{shlex.quote(sys.executable)} -m llava_kd.cli train"
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,19 @@ def read_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     outputs = [stage.output.absolute() for stage in stages]
     if doubled := {str(output) for output in outputs if outputs.count(output) > 1}:
         raise ValueError(f"{path}: every stage needs its own output_dir; {sorted(doubled)} comes twice")
-    return Pipeline(command=tuple(shlex.split(tree.get("command") or _COMMAND)), stages=stages)
+    return Pipeline(command=_command(tree.get("command") or _COMMAND, path), stages=stages)
+
+
+def _command(text: object, path: Path) -> tuple[str, ...]:
+    """Its words; scripts among them are found beside the pipeline file, like stage files."""
+    words = shlex.split(str(text))
+    for i, word in enumerate(words):
+        beside = path.parent / word
+        if word.endswith(".sh") and beside.is_file():
+            words[i] = str(beside)
+        elif word.endswith(".sh") and not Path(word).is_file():
+            raise ValueError(f"{path}: `command` names the script {word}, which {path.parent} does not hold")
+    return tuple(words)
 
 
 def _stage(entry: object, path: Path, overrides: Sequence[str]) -> Stage:
@@ -86,11 +100,16 @@ def _text(value: object) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).replace("\n...\n", "").strip()
 
 
-def run_pipeline(pipeline: Pipeline, say: Callable[[str], None] = print) -> bool:
-    """Run what is not complete, in order. False if a signal stopped a stage, which the same call continues.
+def run_pipeline(pipeline: Pipeline, say: Callable[[str], None] = print) -> int:
+    """Run what is not complete, in order. 0, or 130 where Ctrl-C stopped it; the same call then goes on.
 
     Raises ValueError if a stage fails, or a complete one was run with other settings.
     """
+    with Forwarding() as stops:
+        return _run_stages(pipeline, say, stops)
+
+
+def _run_stages(pipeline: Pipeline, say: Callable[[str], None], stops: Forwarding) -> int:
     for number, stage in enumerate(pipeline.stages, start=1):
         name = f"stage {number} of {len(pipeline.stages)}, {stage.path.name} into {stage.output}"
         if stage.is_complete:
@@ -99,25 +118,55 @@ def run_pipeline(pipeline: Pipeline, say: Callable[[str], None] = print) -> bool
             say(f"{name}: complete, skipped")
             continue
         say(f"{name}: starts")
-        status = _run([*pipeline.command, str(stage.path), *stage.overrides])
+        status = _run([*pipeline.command, str(stage.path), *stage.overrides], stops)
+        if stop := stops.explained(status):
+            say(f"{name}: stopped by {stop.name}; the same command goes on")
+            return INTERRUPTED if stop == signal.SIGINT else 0
         if status != 0:
             raise ValueError(f"{name} failed with status {status}; mend it, and the same command goes on")
         if not stage.is_complete:
             say(f"{name}: stopped after a checkpoint; the same command goes on")
-            return False
-    return True
+            return 0
+    return 0
 
 
-def _run(command: Sequence[str]) -> int:
-    """Exit status; signals that ask for a stop go to the stage, which writes a checkpoint."""
-    with subprocess.Popen(command) as process:
+class Forwarding:
+    """Signals that ask for a stop go to the stage that runs, which saves first, and no other one starts."""
 
-        def forward(number: int, _frame: FrameType | None) -> None:
-            process.send_signal(number)
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self._process: subprocess.Popen | None = None
+        self._previous: dict[int, Any] = {}
 
-        previous = {number: signal.signal(number, forward) for number in _FORWARDED}
-        try:
-            return process.wait()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def __enter__(self) -> Forwarding:
+        self._previous = {number: signal.signal(number, self._receive) for number in STOPS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self.asked.append(number)
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def run(self, command: Sequence[str]) -> int:
+        """Exit status; 0 without a start where a stop has been asked for."""
+        if self.asked:
+            return 0
+        with subprocess.Popen(command, preexec_fn=end_with_parent()) as self._process:
+            if self.asked:  # while it started
+                self._process.send_signal(self.asked[0])
+            return self._process.wait()
+
+    def explained(self, status: int) -> signal.Signals | None:
+        """The signal that ended a stage, which may have been too young to answer it; None if none did."""
+        if status == INTERRUPTED and not self.asked:
+            return signal.SIGINT  # it was sent to the stage alone
+        ends = {0, INTERRUPTED, *(-number for number in STOPS), *(128 + number for number in STOPS)}
+        return signal.Signals(self.asked[0]) if self.asked and status in ends else None
+
+
+def _run(command: Sequence[str], stops: Forwarding) -> int:
+    return stops.run(command)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
-from collections.abc import Iterator
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import yaml
+
 from llava_kd.config import TrainConfig, dump, load
 from llava_kd.parallel.world import World
-from llava_kd.training.checkpoint import refuse_newer_format, sweep, write_text
+from llava_kd.training.checkpoint import checkpoint_steps, refuse_newer_format, sweep, write_text
 
 # What may change when a run goes on: where and how it is computed, not what.
 MAY_CHANGE = (
@@ -62,6 +67,10 @@ def claim(config: TrainConfig, world: World) -> Iterator[bool]:
     """
     output = Path(config.output_dir)
     with ExitStack() as held:
+        if _is_read_only(output) and _is_complete(output, config):
+            _check_config(config, output)
+            yield True
+            return
         with world.together():
             if world.is_main:
                 held.enter_context(locked(output))
@@ -73,7 +82,54 @@ def claim(config: TrainConfig, world: World) -> Iterator[bool]:
                 sweep(output)
                 sweep(output / "checkpoints")
                 write_text(output / "config.yaml", dump(config))
-        yield (output / "run.json").is_file()
+                if not _is_complete(output, config):
+                    _reopen(output)
+        yield _is_complete(output, config)
+
+
+def _is_complete(output: Path, config: TrainConfig) -> bool:
+    """Whether the run has been finished, and was to be no longer than it is."""
+    path = output / "run.json"
+    return path.is_file() and not _longer(_finished(path), config)
+
+
+def _finished(path: Path) -> dict[str, object]:
+    """The settings that a run was finished with."""
+    return yaml.safe_load(json.loads(path.read_text())["config"])
+
+
+def _longer(before: Mapping[str, object], config: TrainConfig) -> bool:
+    """Whether `config` has more steps, or more epochs, than the same run had before."""
+    old, new = ((t.get("max_steps"), t.get("epochs")) for t in (before, dataclasses.asdict(config)))
+    if old[0] is None and new[0] is None:
+        old, new = old[1:], new[1:]
+    numbers = old[0], new[0]
+    return all(isinstance(n, int | float) for n in numbers) and numbers[0] < numbers[1]  # type: ignore[operator]
+
+
+def _reopen(output: Path) -> None:
+    """Let a finished run that is to be longer go on from its last checkpoint; keep what it said of itself."""
+    path = output / "run.json"
+    if not path.is_file():
+        return
+    steps = json.loads(path.read_text())["steps"]
+    if steps not in checkpoint_steps(output / "checkpoints"):
+        raise ValueError(
+            f"{output} was finished at step {steps} and its checkpoint of that step is gone, so it cannot be "
+            f"made longer; start a new stage in another output_dir with student.checkpoint={output / 'model'}"
+        )
+    path.rename(output / f"run-step-{steps:08d}.json")
+    print(
+        f"{output} was finished at step {steps} and is made longer: from there on it follows the schedule of "
+        "the longer run",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _is_read_only(output: Path) -> bool:
+    """Whether nothing can be written there: a finished run may have been put away so."""
+    return output.is_dir() and not os.access(output, os.W_OK)
 
 
 @contextmanager
@@ -106,7 +162,10 @@ def _check_config(config: TrainConfig, output: Path) -> None:
     if written.is_file() and not has_begun:
         return
     if written.is_file():
-        if changes := differences(load(written), config):
+        before = load(written)
+        is_longer = (output / "run.json").is_file() and _longer(dataclasses.asdict(before), config)
+        may_change = (*MAY_CHANGE, "max_steps", "epochs") if is_longer else MAY_CHANGE
+        if changes := differences(before, config, may_change=may_change):
             raise ValueError(
                 f"{output} already holds another run: {'; '.join(changes)}; restore those settings, "
                 "choose a new output_dir or remove it"

@@ -7,7 +7,6 @@ are grey and not valid, it is counted, and it is named in a file. `BadRecords` s
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from llava_kd.data.packing import Packing, Sizes
 from llava_kd.data.plan import Plan
 from llava_kd.data.side import Side
 from llava_kd.data.teacher_cache import TeacherCache
+from llava_kd.data.worker_processes import Guarded, Refusal, end_with_parent, worker_context
 
 
 class Loader:
@@ -119,24 +119,30 @@ class Loader:
             for key in keys:
                 yield self._dataset[key]
             return
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["llava_kd.data.micro_batches"])  # imported once for all workers
         workers = DataLoader(
-            self._dataset,
+            Guarded(self._dataset),
             batch_size=None,
             sampler=keys,
             num_workers=self._num_workers,
-            multiprocessing_context=context,
+            multiprocessing_context=worker_context("llava_kd.data.micro_batches"),
+            worker_init_fn=end_with_parent,
             prefetch_factor=4,
         )
+        refusal = None
         try:
-            yield from workers
+            for micro in workers:
+                if isinstance(micro, Refusal):
+                    refusal = micro
+                    break
+                yield micro
         except (RuntimeError, EOFError, OSError) as error:  # a batch on its way may break off in several ways
             if "Caught" in str(error):  # raised by the worker, which lives
                 raise
             raise RuntimeError(
                 f"a data worker died ({error}); the machine may be out of memory: use fewer data.num_workers"
             ) from error
+        if refusal is not None:
+            raise refusal.error()
 
     def _batches(self, micros: Generator[Micro, None, None]) -> Iterator[Batch]:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
@@ -41,10 +42,15 @@ def sweep(directory: Path) -> None:
     """Remove what a killed process left half-written, or half-removed, in `directory`."""
     for pattern in (".*.partial", ".*.retired"):
         for leftover in directory.glob(pattern):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+            _delete(leftover)
+
+
+def _delete(path: Path) -> None:
+    """A directory with all in it, a file, or a link, not what that leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def checksum(path: Path) -> int:
@@ -154,7 +160,7 @@ class Checkpoints:
                 f"before it are whole ({self.steps()}). Free some space; the same command then goes on"
             ) from error
         final = self._directory(saved.step)
-        if final.exists():
+        if final.exists() or final.is_symlink():
             self._remove(final)
         scratch.rename(final)
         sync_file(self._root)
@@ -205,7 +211,7 @@ class Checkpoints:
         """Rename first, so that a directory of that name is always whole."""
         retired = directory.with_name(f".{directory.name}.retired")
         directory.rename(retired)
-        shutil.rmtree(retired)
+        _delete(retired)
 
     def _check_identity(self, directory: Path, meta: Mapping[str, object]) -> None:
         before = meta.get("identity")
@@ -232,8 +238,9 @@ class _UnreadableError(Exception):
 
 def checkpoint_steps(root: Path) -> list[int]:
     """Steps of the complete checkpoints under `root`, oldest first."""
-    names = (path.name for path in root.glob("step-*") if (path / "trainer.json").is_file())
-    return sorted(int(name.removeprefix("step-")) for name in names)
+    found = (path for path in root.glob("step-*") if (path / "trainer.json").is_file())
+    matches = (re.fullmatch(r"step-(\d{8,})", path.name) for path in found)  # no step-00000004.bak
+    return sorted(int(match.group(1)) for match in matches if match)
 
 
 def refuse_newer_format(root: Path) -> None:
@@ -268,6 +275,8 @@ def _read(directory: Path) -> Saved:
     meta = read_meta(directory)
     step, figures = meta["step"], meta.get("figures", {})
     assert isinstance(step, int)  # read_meta has looked
+    if directory.name != f"step-{step:08d}":
+        raise _UnreadableError(f"it holds the checkpoint of step {step}: a copy of that one, or a link to it")
     if not isinstance(figures, dict):
         raise _UnreadableError("trainer.json has figures that are no table")
     return Saved(step=step, state=_read_state(directory, meta), figures=figures)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llava_kd.training.checkpoint import write_text
+
 
 class Tracker(Protocol):
     """Where figures go besides `metrics.jsonl`."""
@@ -96,7 +98,7 @@ class Metrics:
         """Drop lines of steps that are about to be done again, and put the bar at `step`."""
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
-            self._path.write_text("".join(f"{line}\n" for line in kept))
+            write_text(self._path, "".join(f"{line}\n" for line in kept))  # a kill leaves all or these
         self._bar.n = step
         self._bar.refresh()
         self._since = time.monotonic()
