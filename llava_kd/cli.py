@@ -270,7 +270,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens or 32,
     )
     if _is_first_rank():
-        shown = {name: summary[name] for name in ("accuracy", "count", "by_type")}
+        shown = {name: summary[name] for name in ("accuracy", "count", "unreadable", "by_type")}
         print(json.dumps(shown, indent=2))
     return 0
 
@@ -284,7 +284,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.benchmark:
         from llava_kd.evaluation.benchmarks.run import describe, verify
 
-        found = verify(arguments.benchmark, arguments.data)
+        found = verify(arguments.benchmark, arguments.data, num_threads=arguments.threads)
         print(describe(found))
         return int(any(verification.problems for verification in found.values()))
     from llava_kd.build.verify import verify_data

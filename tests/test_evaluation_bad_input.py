@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import tiny_benchmarks as tiny
+from safetensors.torch import load_file, save_file
 from tiny_llava import make_tiny_llava
 from tiny_towers import make_language_model, make_tower
+from transformers import LlavaProcessor
 
 from llava_kd.cli import main
+from llava_kd.data.template_table import TEMPLATES
 from llava_kd.evaluation.answers import read_lines
 from llava_kd.evaluation.benchmarks.base import Quirks
 from llava_kd.evaluation.benchmarks.catalogue import BENCHMARKS
+from llava_kd.evaluation.benchmarks.run import describe, verify
 from llava_kd.models.checkpoint import compose, save_stock
 
 TEN = "vqav2, gqa, vizwiz, scienceqa, textvqa, mme, mmbench, mmbench_cn, pope, mmmu"
@@ -91,35 +95,120 @@ def test_annotations_without_answer_id(tmp_path: Path) -> None:
     assert note.startswith("3 annotations lack answer_id")
 
 
-def test_an_unreadable_image_and_nothing_lost(
-    model: Path, root: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("is_there", [True, False], ids=["cut", "missing"])
+def test_a_picture_that_cannot_be_read_counts_as_wrong_and_is_asked_again_once_mended(
+    model: Path,
+    root: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    is_there: bool,
 ) -> None:
-    path = root / "gqa/images/n2.jpg"
+    path, out = root / "gqa/images/n2.jpg", root.parent / "out"
     whole = path.read_bytes()
-    path.write_bytes(whole[:40])
-    said = refused(model, root, "gqa", capsys, "--batch_size=1")
-    assert said.startswith(f"question '202': cannot read {path}: ")
-    assert said.endswith("; mend or replace it")
-    answers = root.parent / "out/gqa/answers.jsonl"
-    before = answers.read_text()
-    assert [answer["id"] for answer in read_lines(answers)] == ["200", "201"]
+    path.write_bytes(whole[:40]) if is_there else path.unlink()
+    assert run(model, root, out, "gqa") == 0
+    told = "1 of 3 questions have no readable picture and count as wrong"
+    assert told in caplog.text
+    assert f"question '202': cannot read {path}: " in caplog.text
+    assert f"- gqa: {told}" in capsys.readouterr().out
+    before = {answer["id"]: answer for answer in read_lines(out / "gqa/answers.jsonl")}
+    assert [name for name, answer in before.items() if "error" in answer] == ["202"]
+    assert before["202"]["answer"] == ""
     path.write_bytes(whole)
-    assert run(model, root, root.parent / "out", "gqa", "--batch_size=1") == 0
-    assert answers.read_text().startswith(before)
-    assert len(read_lines(answers)) == 3
+    assert run(model, root, out, "gqa") == 0
+    after = {answer["id"]: answer for answer in read_lines(out / "gqa/answers.jsonl")}
+    assert "error" not in after["202"]
+    assert {**before, "202": after["202"]} == after
+    assert told not in capsys.readouterr().out
 
 
-def test_a_missing_image_stops_before_the_model_is_loaded(
+def test_an_image_root_without_any_image_stops_before_the_model_is_loaded(
     model: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = root / "gqa/images/n1.jpg"
-    path.unlink()
+    for path in (root / "gqa/images").iterdir():
+        path.unlink()
     (model / "model.safetensors").rename(model / "aside.safetensors")
     try:
         said = refused(model, root, "gqa", capsys)
     finally:
         (model / "aside.safetensors").rename(model / "model.safetensors")
-    assert "1 images are missing; check the image root:" in said
+    assert "all 3 images are missing; check the image root:" in said
+
+
+def test_one_row_of_mmbench_without_a_picture(model: Path, tmp_path: Path) -> None:
+    tiny.write_mmbench(tmp_path)
+    table = next((tmp_path / "mmbench").glob("*.tsv"))
+    text = table.read_text(encoding="utf-8")
+    picture = next(word for word in text.split("\t") if len(word) > 64 and " " not in word)
+    assert "mmbench: ready" in describe(verify("mmbench", tmp_path))
+    table.write_text(text.replace(picture, picture[:-9], 1), encoding="utf-8")
+    assert "1 images cannot be read: question" in describe(verify("mmbench", tmp_path))
+    assert run(model, tmp_path, tmp_path / "out", "mmbench") == 0
+    assert sum("error" in answer for answer in read_lines(tmp_path / "out/mmbench/answers.jsonl")) >= 1
+
+
+def test_a_second_benchmark_joins_the_table_of_the_first(
+    model: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = root.parent / "out"
+    assert run(model, root, out, "gqa") == run(model, root, out, "pope") == 0
+    head, _, own, *_ = (out / "table.md").read_text().splitlines()
+    cells = dict(zip(head.split(" | "), own.split(" | "), strict=True))
+    assert "-" not in (cells["GQA"].strip("*"), cells["POPE"].strip("*"))
+    assert set(json.loads((out / "summary.json").read_text())["values"]) == {"gqa", "pope"}
+    other = make_tiny_llava(root.parent / "runs/first/model", layers=1, seed=9)
+    assert run(other, root, out, "gqa") == 2  # answers of another model are not mixed in
+    assert run(other, root, root.parent / "other", "pope", "--limit=2") == 0
+    head, _, own, *_ = (root.parent / "other/table.md").read_text().splitlines()
+    cells = dict(zip(head.split(" | "), own.split(" | "), strict=True))
+    assert "(first 2 only)" in cells["POPE"]
+    assert "runs/first" in own
+    assert json.loads((root.parent / "other/summary.json").read_text())["values"] == {}
+
+
+@pytest.mark.parametrize("kind", ["llava_next", "qwen2_5_vl", "paligemma", "llava_onevision"])
+def test_another_family_is_not_sent_to_convert(
+    kind: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps({"model_type": kind}))
+    said = refused(tmp_path / "model", root, "pope", capsys)
+    assert said.endswith(f"got '{kind}', a family that is not supported")
+
+
+def test_what_a_hub_id_or_a_gguf_folder_needs(root: Path, tmp_path: Path, capsys) -> None:
+    said = refused(Path("some-org/some-model"), root, "pope", capsys)
+    assert "as an id of the hub it cannot be read" in said
+    assert "hf download some-org/some-model --local-dir DIR" in said
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model-q4.gguf").write_bytes(b"GGUF")
+    assert "GGUF model, which llama.cpp reads" in refused(tmp_path / "model", root, "pope", capsys)
+
+
+def test_a_model_that_lacks_weights_answers_nothing(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers would draw them at random."""
+    directory = make_tiny_llava(tmp_path / "half", layers=1)
+    state = load_file(directory / "model.safetensors")
+    kept = {name: tensor for name, tensor in state.items() if "multi_modal_projector" not in name}
+    save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks 4 weights" in refused(directory, root, "pope", capsys)
+    assert main(["chat", f"--model={directory}", "What?"]) == 2
+    assert "lacks 4 weights" in capsys.readouterr().err
+
+
+def test_a_model_of_captions_alone_says_so(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = make_tiny_llava(tmp_path / "first", layers=1)
+    processor = LlavaProcessor.from_pretrained(directory)
+    processor.chat_template = TEMPLATES["plain"].chat_template_for(processor.tokenizer)
+    processor.save_pretrained(directory)
+    assert "trained on captions alone" in refused(directory, root, "pope", capsys)
+    assert not list((root.parent / "out").rglob("answers.jsonl"))
+    assert main(["chat", f"--model={directory}", "What?"]) == 2
+    assert "trained on captions alone" in capsys.readouterr().err
 
 
 def test_answers_cut_in_the_middle_of_a_line(

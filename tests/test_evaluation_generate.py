@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -260,11 +261,63 @@ def test_an_image_link_that_leaves_the_root_is_refused(tmp_path: Path) -> None:
         read_llava_json(one_record(root))
 
 
-@pytest.mark.parametrize("content", [None, b"not an image", b"\x89PNG\r\n\x1a\n\0\0"])
-def test_an_unreadable_image_names_the_question(
-    model_dir: Path, tmp_path: Path, content: bytes | None
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n\0\0"])
+def test_an_unreadable_image_names_the_question_and_counts_as_wrong(
+    model_dir: Path, tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if content is not None:
-        (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(ValueError, match=r"question 'r7'.*a\.png"):
-        evaluate(model_dir, one_record(tmp_path), tmp_path / "out", progress=False)
+    (tmp_path / "a.png").write_bytes(content)
+    summary = evaluate(model_dir, one_record(tmp_path), tmp_path / "out", max_new_tokens=2, progress=False)
+    assert (summary["accuracy"], summary["count"], summary["unreadable"]) == (0, 1, 1)
+    assert f"question 'r7': cannot read {tmp_path / 'a.png'}" in caplog.text
+
+
+def talk(*texts: str, **more: object) -> dict[str, object]:
+    turns = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(texts)]
+    return {"conversations": turns, **more}
+
+
+def test_every_answer_of_a_talk_is_asked_for_behind_the_true_ones(
+    model_dir: Path, tmp_path: Path, generator: Generator
+) -> None:
+    for name in "ab":
+        Image.new("RGB", (9, 9), (name == "a" and "red") or "blue").save(tmp_path / f"{name}.png")
+    records = [
+        talk(
+            "<image>\nWhat is it?", "A thing.", "<image>\nAnd that?", "Two.", image=["a.png", "b.png"], id="r"
+        ),
+        talk("Hm?", "Yes.", id="s"),
+    ]
+    (tmp_path / "test.json").write_text(json.dumps(records))
+    first, second, alone = read_llava_json(tmp_path / "test.json")
+    assert (first.id, second.id, alone.id) == ("r#1", "r#2", "s")
+    assert [len(question.images) for question in (first, second, alone)] == [1, 2, 0]
+    assert (first.truth, second.truth) == ("A thing.", "Two.")
+    processor = generator.processor
+    said = [
+        {"role": "user", "content": "<image>\nWhat is it?"},
+        {"role": "assistant", "content": "A thing."},
+        {"role": "user", "content": "<image>\nAnd that?"},
+    ]
+    text = processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+    images = [Image.open(tmp_path / f"{name}.png") for name in "ab"]
+    inputs = processor(text=[text], images=images, return_tensors="pt")
+    expected = generator.model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    new = processor.decode(expected[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert generator.answer([second]) == [new]
+    summary = evaluate(model_dir, tmp_path / "test.json", tmp_path / "out", max_new_tokens=2, progress=False)
+    assert summary["count"] == 3
+
+
+def test_the_seconds_of_all_calls_add_up(model_dir: Path, data_json: Path, tmp_path: Path) -> None:
+    summary = evaluate(model_dir, data_json, tmp_path, max_new_tokens=4, progress=False)
+    assert 0 < summary["seconds"] < 500
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:5]))
+    # As a call leaves them that was killed 30 s after it began, with 1,000 s spent before.
+    (tmp_path / "time.json").write_text(json.dumps({"seconds": 1000.0, "since": 2000.0}))
+    for path in tmp_path.iterdir():
+        os.utime(path, (2000.0, 2000.0))
+    os.utime(answers, (2030.0, 2030.0))
+    resumed = evaluate(model_dir, data_json, tmp_path, max_new_tokens=4, progress=False)
+    assert 1030 < resumed["seconds"] < 1500
+    assert evaluate(model_dir, data_json, tmp_path, max_new_tokens=4)["seconds"] == resumed["seconds"]

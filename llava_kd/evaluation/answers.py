@@ -16,6 +16,7 @@ from types import TracebackType
 logger = logging.getLogger(__name__)
 
 MAIN = "answers.jsonl"
+ERROR = "error"  # key of an answer that could not be given: why
 RUN = "run.json"
 
 
@@ -63,11 +64,13 @@ def read_lines(path: Path) -> list[dict[str, str]]:
 
 
 def read_all(directory: Path) -> dict[str, dict[str, str]]:
-    """Answers by id over the files of every rank; the first one counts."""
+    """Answers by id over the files of every rank; the first one counts that had its pictures."""
     answers: dict[str, dict[str, str]] = {}
     for path in _all_files(directory):
         for answer in read_lines(path):
-            answers.setdefault(str(answer["id"]), answer)
+            name = str(answer["id"])
+            if name not in answers or ERROR in answers[name]:
+                answers[name] = answer
     return answers
 
 

@@ -46,8 +46,11 @@ class Chat:
             if token in ends:
                 break
             ids.append(token)
-            text = processor.tokenizer.decode(ids, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
+            # Most templates leave the space before an answer to its first token.
+            text = processor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+            if text != shown and not text.endswith(
+                "\ufffd"
+            ):  # else bytes of a character are not all there yet
                 yield text[len(shown) :]
                 shown = text
             given = {"input_ids": torch.tensor([[token]], device=model.device)}

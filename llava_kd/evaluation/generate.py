@@ -6,8 +6,6 @@ Shape legend: B questions of a batch, T prompt tokens (left-padded), N new token
 from __future__ import annotations
 
 import copy
-import io
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,49 +15,18 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import (
-    AutoProcessor,
-    BatchFeature,
-    DynamicCache,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers import BatchFeature, DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
 
 import llava_kd.models.adapted_tower  # noqa: F401  (registers towers that stock LLaVA has no class for)
-from llava_kd.evaluation.answers import AnswerWriter
-from llava_kd.evaluation.prompt import model_inputs, render_prompt
+from llava_kd.evaluation.answers import ERROR, AnswerWriter
+from llava_kd.evaluation.model_directory import model_directory
+from llava_kd.evaluation.prompt import model_inputs, render_talk
 from llava_kd.evaluation.questions import Question
 from llava_kd.evaluation.ranks import Ranks
-from llava_kd.models.checkpoint import load_config
+from llava_kd.models.checkpoint import load_processor, load_stock
 from llava_kd.models.packed_attention import leave_out_cudnn
-from llava_kd.models.reused_projector import ReusedProjectorConfig, llava_class
-
-
-def check_llava_directory(directory: str | Path) -> Path:
-    """The directory, when it is a stock LLaVA one; a ValueError that says what is wrong otherwise."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"no model directory {directory}")
-    config = directory / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{directory} has no config.json; give a directory that save_pretrained wrote")
-    try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(
-            f"{config} is not a model's configuration ({error}); copy the model again"
-        ) from error
-    if model_type not in ("llava", ReusedProjectorConfig.model_type):
-        raise ValueError(
-            f"{directory} must hold a stock LLaVA model (model_type 'llava' in config.json), "
-            f"got {model_type!r}; run `llava-kd convert` on a TinyLLaVA or LLaVA-1.5 directory first"
-        )
-    if not list(directory.glob("*.safetensors")):
-        raise ValueError(f"{directory} has no .safetensors weights")
-    return directory
 
 
 @dataclass(frozen=True)
@@ -82,20 +49,21 @@ class Generator:
         max_new_tokens: int = 32,
     ) -> Generator:
         """Load a stock LLaVA directory: bf16 on a GPU and fp32 on the CPU unless `dtype` says otherwise."""
-        directory = check_llava_directory(directory)
+        directory = model_directory(directory)
         leave_out_cudnn(device)
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        processor = load_processor(directory)
-        kind = llava_class(load_config(str(directory)))
-        model = kind.from_pretrained(directory, dtype=dtype, local_files_only=True)
-        return Generator(model.to(device).eval(), processor, max_new_tokens)  # pyright: ignore[reportArgumentType]
+        check_processor(load_processor(str(directory)), directory)  # before the weights are read
+        parts = load_stock(str(directory), dtype=dtype)
+        processor = check_processor(parts.processor, directory)
+        nn.Module.to(parts.stock, device)
+        return Generator(parts.stock.eval(), processor, max_new_tokens)
 
     def answer(self, questions: Sequence[Question]) -> list[str]:
-        return self.decode(self.greedy(self.prepare(questions)))
-
-    def prepare(self, questions: Sequence[Question]) -> BatchFeature:
-        return prepare(self.processor, questions)
+        """An answer each; nothing for a question whose pictures cannot be read."""
+        ready = prepare(self.processor, questions)
+        texts = self.decode(self.greedy(ready.inputs))
+        return ["" if fault else text for text, fault in zip(texts, ready.faults, strict=True)]
 
     @torch.no_grad()
     def greedy(self, inputs: BatchFeature) -> Tensor:
@@ -153,17 +121,26 @@ class Generator:
         return rows
 
 
-def prepare(processor: LlavaProcessor, questions: Sequence[Question]) -> BatchFeature:
-    """Processor output for a batch: left-padded ids and pixel values, on the CPU."""
-    texts = [render_prompt(processor, question.text) for question in questions]
-    images = [_open_image(q, k) for q in questions for k in range(len(q.images))]
-    return model_inputs(processor, texts, images)
+@dataclass(frozen=True)
+class Prepared:
+    """Processor output for a batch, left-padded ids and pixel values, on the CPU.
+
+    A fault is what is wrong with a question's pictures, which grey ones stand in for, or nothing.
+    """
+
+    inputs: BatchFeature
+    faults: list[str]
 
 
-def load_processor(directory: Path) -> LlavaProcessor:
-    processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
-    if not isinstance(processor, LlavaProcessor):
-        raise ValueError(f"{directory} must hold a LlavaProcessor, got {type(processor).__name__}")
+def prepare(processor: LlavaProcessor, questions: Sequence[Question]) -> Prepared:
+    texts = [render_talk(processor, question.messages) for question in questions]
+    pictures = [question.pictures() for question in questions]
+    images = [image for found, _ in pictures for image in found]
+    return Prepared(model_inputs(processor, texts, images), [fault for _, fault in pictures])
+
+
+def check_processor(processor: LlavaProcessor, directory: Path) -> LlavaProcessor:
+    """The processor, when answers can be asked for and end."""
     if processor.chat_template is None:
         raise ValueError(f"{directory} has no chat template; save the training template with the processor")
     if processor.tokenizer.eos_token_id is None:
@@ -171,17 +148,6 @@ def load_processor(directory: Path) -> LlavaProcessor:
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor
-
-
-def _open_image(question: Question, index: int) -> Image.Image:
-    data = question.image_bytes(index)
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        where = question.image_name() or f"image {index}"
-        raise ValueError(
-            f"question {question.id!r}: cannot read {where}: {error}; mend or replace it"
-        ) from error
 
 
 @contextmanager
@@ -218,21 +184,22 @@ def generate(
     batches = batches_by_length(ordered[ranks.rank :: ranks.world_size], batch_size)
     bar = tqdm(total=sum(map(len, batches)), desc="answers", unit="q", disable=not progress or ranks.rank > 0)
     with AnswerWriter(out_dir, ranks.rank) as writer, bar, ThreadPoolExecutor(prefetch) as pool:
-        for batch, inputs in _prefetched(generator, batches, pool, prefetch):
+        for batch, ready in _prefetched(generator, batches, pool, prefetch):
             try:
-                texts = generator.decode(generator.greedy(inputs))
+                texts = generator.decode(generator.greedy(ready.inputs))
             except torch.OutOfMemoryError as error:
                 raise ValueError(
                     f"a batch of {len(batch)} questions needs more memory than {generator.model.device} has; "
                     "run again with a smaller batch size, the answers so far are kept"
                 ) from error
-            writer.write(_answer(question, text) for question, text in zip(batch, texts, strict=True))
+            rows = zip(batch, texts, ready.faults, strict=True)
+            writer.write(_answer(question, text, fault) for question, text, fault in rows)
             bar.update(len(batch))
 
 
 def _prefetched(
     generator: Generator, batches: list[list[Question]], pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[tuple[list[Question], BatchFeature]]:
+) -> Iterator[tuple[list[Question], Prepared]]:
     """Each batch with its inputs; the next ones are read while this one is answered.
 
     How a fast tokenizer pads is a state that its last caller has set, so no two threads may share one: every
@@ -242,26 +209,27 @@ def _prefetched(
     for _ in range(ahead):
         free.put(copy.deepcopy(generator.processor))
 
-    def prepared(batch: list[Question]) -> BatchFeature:
+    def prepared(batch: list[Question]) -> Prepared:
         processor = free.get()
         try:
             return prepare(processor, batch)
         finally:
             free.put(processor)
 
-    waiting: list[Future[BatchFeature]] = []
+    waiting: list[Future[Prepared]] = []
     for index, batch in enumerate(batches):
         while len(waiting) <= ahead and index + len(waiting) < len(batches):
             waiting.append(pool.submit(prepared, batches[index + len(waiting)]))
         yield batch, waiting.pop(0).result()
 
 
-def _answer(question: Question, text: str) -> dict[str, str]:
-    return {
+def _answer(question: Question, text: str, fault: str) -> dict[str, str]:
+    told = {
         "id": question.id,
         "type": question.kind,
         "question": question.text,
         "image": question.image_name(),
         "truth": question.truth,
-        "answer": text,
+        "answer": "" if fault else text,
     }
+    return {**told, ERROR: fault} if fault else told

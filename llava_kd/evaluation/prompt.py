@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from PIL import Image
 from transformers import BatchFeature, LlavaProcessor
@@ -15,6 +15,14 @@ Content = str | list[dict[str, str]]
 def render_prompt(processor: LlavaProcessor, text: str) -> str:
     """The chat template around one user message, ready for the answer."""
     return render_talk(processor, [{"role": "user", "content": text}])
+
+
+def check_template(processor: LlavaProcessor, talks: Iterable[Sequence[Mapping[str, str]]]) -> None:
+    """ValueError if the template drops the words of the first talk that has any."""
+    for messages in talks:
+        if any(message["content"].replace(IMAGE_PLACEHOLDER, "").strip() for message in messages):
+            render_talk(processor, messages)
+            return
 
 
 def render_talk(processor: LlavaProcessor, messages: Sequence[Mapping[str, str]]) -> str:
@@ -34,7 +42,13 @@ def render_talk(processor: LlavaProcessor, messages: Sequence[Mapping[str, str]]
         for count, text in zip(counts, words, strict=True)
     ]
     prompt = _apply(processor, messages, parts)
-    if not _holds(prompt, words) or prompt.count(IMAGE_PLACEHOLDER) != sum(counts):
+    is_complete = prompt.count(IMAGE_PLACEHOLDER) == sum(counts)
+    if is_complete and any(words) and not any(text in prompt for text in words if text):
+        raise ValueError(
+            "the chat template of this model keeps the pictures and drops the words: it was trained on "
+            "captions alone, as in a first stage, and answers no question; take a model of a later stage"
+        )
+    if not _holds(prompt, words) or not is_complete:
         raise ValueError(
             f"the chat template lost a question, an answer or an image: {texts!r} became {prompt!r}"
         )

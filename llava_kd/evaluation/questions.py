@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from llava_kd.data.conversation import IMAGE_PLACEHOLDER
+from PIL import Image
+
+from llava_kd.data.conversation import IMAGE_PLACEHOLDER, Record
+from llava_kd.data.images import GREY, decode
 from llava_kd.data.records import LlavaJson
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question. `text` holds one "<image>" for each of `images` (a file, or the bytes of one)."""
+    """One question, behind what was said before it: roles and texts.
+
+    The texts hold one "<image>" for each of `images` (a file, or the bytes of one).
+    """
 
     id: str
     text: str
@@ -22,14 +31,37 @@ class Question:
     truth: str = ""
     kind: str = "all"
     extra: dict[str, str] = field(default_factory=dict)
+    history: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        said = [*self.history, ("user", self.text)]
+        return [{"role": role, "content": text} for role, text in said]
+
+    @property
+    def num_places(self) -> int:
+        return sum(message["content"].count(IMAGE_PLACEHOLDER) for message in self.messages)
 
     def image_bytes(self, index: int) -> bytes:
         source = self.images[index]
         if isinstance(source, bytes):
             return source
         if not source.is_file():
-            raise ValueError(f"question {self.id!r}: no image file {source}; check the image root")
+            raise ValueError(f"no image file {source}; check the image root")
         return source.read_bytes()
+
+    def pictures(self) -> tuple[list[Image.Image], str]:
+        """The images, a grey one in the place of one that cannot be read, and what is wrong with that."""
+        found, fault = [], ""
+        for index in range(len(self.images)):
+            try:
+                found.append(Image.fromarray(decode(self.image_bytes(index)).numpy()))
+            except (OSError, ValueError) as error:
+                found.append(Image.new("RGB", (32, 32), (GREY, GREY, GREY)))
+                source = self.images[index]
+                name = source if isinstance(source, Path) else f"image {index}"
+                fault = fault or f"question {self.id!r}: cannot read {name}: {error}; mend or replace it"
+        return found, fault
 
     def image_name(self) -> str:
         return " ".join(str(image) for image in self.images if isinstance(image, Path))
@@ -39,7 +71,7 @@ def fingerprint(questions: Iterable[Question]) -> str:
     """Hash of the ids, texts and truths: the same questions have the same fingerprint wherever they lie."""
     digest = hashlib.sha256()
     for question in questions:
-        row = [question.id, question.text, question.truth, question.kind]
+        row = [question.id, question.text, question.truth, question.kind, *question.history]
         digest.update(json.dumps(row).encode())
     return digest.hexdigest()[:16]
 
@@ -53,7 +85,7 @@ def check_questions(questions: list[Question], source: str | Path) -> None:
         if question.id in seen:
             raise ValueError(f"{source}: id {question.id!r} occurs twice; every question needs its own id")
         seen.add(question.id)
-        placeholders = question.text.count(IMAGE_PLACEHOLDER)
+        placeholders = question.num_places
         if placeholders != len(question.images):
             raise ValueError(
                 f"{source}: question {question.id!r} has {placeholders} {IMAGE_PLACEHOLDER} "
@@ -62,12 +94,17 @@ def check_questions(questions: list[Question], source: str | Path) -> None:
 
 
 def check_images(questions: Iterable[Question]) -> None:
-    """Refuse, before any model is loaded, questions whose image files are not there."""
-    paths = ((q.id, image) for q in questions for image in q.images if isinstance(image, Path))
+    """Refuse, before any model is loaded, questions of which no image is there; name some of the missing."""
+    paths = [(q.id, image) for q in questions for image in q.images if isinstance(image, Path)]
     missing = [(name, path) for name, path in paths if not path.is_file()]
-    if missing:
-        shown = "\n  ".join(f"question {name!r}: no image file {path}" for name, path in missing[:5])
-        raise ValueError(f"{len(missing)} images are missing; check the image root:\n  {shown}")
+    if not missing:
+        return
+    shown = "\n  ".join(f"question {name!r}: no image file {path}" for name, path in missing[:5])
+    if len(missing) == len(paths):
+        raise ValueError(f"all {len(paths)} images are missing; check the image root:\n  {shown}")
+    logger.warning(
+        "%d of %d images are missing; their questions count as wrong:\n  %s", len(missing), len(paths), shown
+    )
 
 
 def image_path(root: Path, name: str, *, owner: str, follow_symlinks: bool = True) -> Path:
@@ -80,35 +117,57 @@ def image_path(root: Path, name: str, *, owner: str, follow_symlinks: bool = Tru
 
 
 def read_llava_json(path: str | Path, *, image_root: str | Path | None = None) -> list[Question]:
-    """Questions of a LLaVA file whose records hold one human and one gpt turn; "type" is the kind.
+    """Questions of a LLaVA file; "type" is their kind.
 
-    Image paths start at `image_root`, which is the directory of the file when it is not given.
+    Of a talk every answer is asked for in turn, behind the true ones before it: as ID#1, ID#2, ... A record
+    that cannot be asked is named and left out. Image paths start at `image_root`, by default the directory
+    of the file.
     """
     path = Path(path)
     root = Path(image_root) if image_root is not None else path.parent
     if not path.is_file():
         raise ValueError(f"no test file {path}; give a LLaVA .json or .jsonl file")
     source = LlavaJson(path, root)
-    questions = []
+    questions: list[Question] = []
+    faults: list[str] = []
     for k in range(len(source)):
         record = source.record(k)
-        if record.fault:
-            raise ValueError(f"{path}: {record.fault}")
-        if len(record.turns) != 2:
-            raise ValueError(
-                f"{path}: record {record.id!r} must hold one question and one answer to be scored, "
-                f"got {len(record.turns)} turns"
-            )
-        owner = f"{path}: record {record.id!r}"
-        images = (image_path(root, name, owner=owner, follow_symlinks=False) for name in record.images)
-        questions.append(
-            Question(
-                id=record.id,
-                text=record.turns[0].text,
-                images=tuple(images),
-                truth=record.turns[1].text,
-                kind=record.extra.get("type", "all"),
-            )
+        try:
+            questions += _questions_of(record, root, f"{path}: record {record.id!r}")
+        except ValueError as error:
+            faults.append(str(error))
+    if faults and not questions:
+        raise ValueError(f"{path} holds no question that can be asked: {faults[0]}")
+    if faults:
+        shown = "\n  ".join(faults[:5])
+        logger.warning(
+            "%d of %d records cannot be asked and are left out:\n  %s", len(faults), len(source), shown
         )
     check_questions(questions, path)
+    return questions
+
+
+def _questions_of(record: Record, root: Path, owner: str) -> list[Question]:
+    if fault := getattr(record, "fault", ""):
+        raise ValueError(fault)
+    images = [image_path(root, name, owner=owner, follow_symlinks=False) for name in record.images]
+    answers = sum(turn.role == "assistant" for turn in record.turns)
+    questions: list[Question] = []
+    said: list[tuple[str, str]] = []
+    for turn in record.turns:
+        if turn.role == "assistant":
+            places = sum(text.count(IMAGE_PLACEHOLDER) for role, text in said)
+            if places > len(images):
+                raise ValueError(f"{owner} has {places} {IMAGE_PLACEHOLDER} and {len(images)} images")
+            questions.append(
+                Question(
+                    id=record.id if answers == 1 else f"{record.id}#{len(questions) + 1}",
+                    text=said[-1][1],
+                    images=tuple(images[:places]),
+                    truth=turn.text,
+                    kind=record.extra.get("type", "all"),
+                    history=tuple(said[:-1]),
+                )
+            )
+        said.append((turn.role, turn.text))
     return questions

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
@@ -15,11 +15,14 @@ from typing import TypedDict
 
 import torch
 
-from llava_kd.evaluation.answers import answers_file, claim, mend, merge, read_all, write_atomic
-from llava_kd.evaluation.generate import Generator, check_llava_directory, generate
+from llava_kd.evaluation.answers import ERROR, answers_file, claim, mend, merge, read_all, write_atomic
+from llava_kd.evaluation.generate import Generator, generate
+from llava_kd.evaluation.model_directory import model_directory
+from llava_kd.evaluation.prompt import check_template
 from llava_kd.evaluation.questions import Question, check_images, fingerprint, read_llava_json
 from llava_kd.evaluation.ranks import Ranks, join_ranks
 from llava_kd.evaluation.scorers.exact import score_exact
+from llava_kd.evaluation.stopwatch import counted, seconds_spent
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ class Summary(TypedDict):
     by_type: dict[str, float]
     count: int
     count_by_type: dict[str, int]
+    unreadable: int
     seconds: float
     model: str
     data: str
@@ -58,7 +62,7 @@ def evaluate(
     Under torchrun each rank answers its part. A killed run continues from the answers on disk; a directory
     that holds the answers of another model, file or setting is refused.
     """
-    model_dir, out_dir = check_llava_directory(model_dir), Path(out_dir)
+    model_dir, out_dir = model_directory(model_dir), Path(out_dir)
     questions = read_llava_json(data_json, image_root=image_root)
     ranks = join_ranks()
     answers, seconds = answer_questions(
@@ -75,6 +79,7 @@ def evaluate(
         "by_type": score.by_type,
         "count": score.count,
         "count_by_type": score.count_by_type,
+        "unreadable": sum(ERROR in answer for answer in answers),
         "seconds": round(seconds, 3),
         "model": str(model_dir),
         "data": str(data_json),
@@ -82,10 +87,7 @@ def evaluate(
         "versions": versions(),
     }
     if ranks.rank == 0:
-        previous = out_dir / SUMMARY
-        if seconds == 0.0 and previous.exists():  # nothing was asked now: keep the time it took
-            summary["seconds"] = json.loads(previous.read_text(encoding="utf-8"))["seconds"]
-        write_atomic(previous, json.dumps(summary, indent=2) + "\n")
+        write_atomic(out_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -122,7 +124,10 @@ def answer_questions(
     max_new_tokens: int,
     progress: bool,
 ) -> tuple[list[dict[str, str]], float]:
-    """Every question answered, on disk, in the order of the questions; and the seconds spent now."""
+    """Every question answered, on disk, in the order of the questions; and the seconds of all calls.
+
+    One whose pictures cannot be read has the empty answer, and is asked again once they can.
+    """
     ranks = model.ranks
     identity: dict[str, str | int] = {
         "model": model.fingerprint,
@@ -136,16 +141,22 @@ def answer_questions(
             mend(path)
     ranks.barrier()
     done = read_all(out_dir)
-    todo = [question for question in questions if question.id not in done]
+    todo = [q for q in questions if q.id not in done or (ERROR in done[q.id] and not q.pictures()[1])]
     if done and todo and ranks.rank == 0:
-        logger.warning("%s: %d of %d questions are answered; continuing", out_dir, len(done), len(questions))
+        logger.warning(
+            "%s: %d of %d questions are answered; continuing",
+            out_dir,
+            len(questions) - len(todo),
+            len(questions),
+        )
     check_images(todo)
-    start = time.perf_counter()
     if todo:
-        generator = model.generator(max_new_tokens)
-        ranks.barrier()  # every rank has read what was there before any adds to it
-        generate(generator, todo, out_dir=out_dir, ranks=ranks, batch_size=batch_size, progress=progress)
-    seconds = time.perf_counter() - start if todo else 0.0
+        with counted(out_dir) if ranks.rank == 0 else nullcontext():
+            generator = model.generator(max_new_tokens)
+            check_template(generator.processor, (question.messages for question in todo))
+            ranks.barrier()  # every rank has read what was there before any adds to it
+            generate(generator, todo, out_dir=out_dir, ranks=ranks, batch_size=batch_size, progress=progress)
+            ranks.barrier()
     ranks.barrier()
     if ranks.rank == 0:
         merge(out_dir, [question.id for question in questions])
@@ -156,7 +167,21 @@ def answer_questions(
         raise ValueError(
             f"{out_dir}: {len(missing)} questions have no answer, the first is {missing[0]!r}; run again"
         )
-    return [answers[question.id] for question in questions], seconds
+    given = [answers[question.id] for question in questions]
+    if ranks.rank == 0 and (fault := unreadable(given)):
+        logger.warning("%s", fault)
+    return given, seconds_spent(out_dir)
+
+
+def unreadable(answers: Sequence[Mapping[str, str]]) -> str:
+    """What to say of the questions whose pictures could not be read; nothing where there is none."""
+    faults = [answer[ERROR] for answer in answers if ERROR in answer]
+    if not faults:
+        return ""
+    return (
+        f"{len(faults)} of {len(answers)} questions have no readable picture and count as wrong; once they "
+        f"are mended, the same command asks these again. The first: {faults[0]}"
+    )
 
 
 def model_fingerprint(directory: Path) -> str:

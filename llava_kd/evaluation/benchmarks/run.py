@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict
 
 from llava_kd.evaluation.answers import write_atomic
 from llava_kd.evaluation.benchmarks.base import Benchmark, Quirks, Score, read_jsonl
-from llava_kd.evaluation.benchmarks.catalogue import find
+from llava_kd.evaluation.benchmarks.catalogue import BENCHMARKS, find
 from llava_kd.evaluation.benchmarks.table import html_table, markdown_table
-from llava_kd.evaluation.generate import check_llava_directory
+from llava_kd.evaluation.model_directory import model_directory, run_name
 from llava_kd.evaluation.published import AVG7, AVG10, average
 from llava_kd.evaluation.questions import Question, check_questions
 from llava_kd.evaluation.ranks import join_ranks
-from llava_kd.evaluation.runner import Model, answer_questions, versions
+from llava_kd.evaluation.runner import Model, answer_questions, unreadable, versions
 
 
 class BenchmarkSummary(TypedDict):
-    """OUT/NAME/summary.json; `value` is None where a server scores."""
+    """OUT/NAME/summary.json; `value` is None where a server scores. Not whole: the first questions alone."""
 
     benchmark: str
     value: float | None
     parts: dict[str, float]
     count: int
+    is_whole: bool
     seconds: float
     upload: str | None
     notes: list[str]
@@ -52,9 +54,9 @@ def evaluate_benchmarks(
 
     Every file is checked before the model is loaded. `server_figures` puts the figures of VQAv2 and VizWiz,
     once their servers have answered, into the table. `limit` asks the first questions only, for a trial;
-    `max_new_tokens` replaces each benchmark's own.
+    `max_new_tokens` replaces each benchmark's own. What OUT holds of this model stays in the table.
     """
-    model_dir, root, out_dir = check_llava_directory(model_dir), Path(data_root), Path(out_dir)
+    model_dir, root, out_dir = model_directory(model_dir), Path(data_root), Path(out_dir)
     quirks = quirks or Quirks()
     chosen = find(names)
     questions = {b.name: _questions(b, root, quirks, limit) for b in chosen}
@@ -76,13 +78,26 @@ def evaluate_benchmarks(
         )
         given = {answer["id"]: answer["answer"] for answer in answers}
         if ranks.rank == 0:
+            fault = unreadable(answers)
             summaries[benchmark.name] = _finish(
-                benchmark, root, folder, asked, given, quirks, seconds, is_whole=limit is None
+                benchmark, root, folder, asked, given, quirks, seconds, fault, is_whole=limit is None
             )
     if ranks.rank == 0:
-        write_tables(out_dir, model_dir.resolve().name, summaries, server_figures or {})
+        write_tables(out_dir, run_name(model_dir), _all_of(model, out_dir) | summaries, server_figures or {})
     ranks.barrier()
     return summaries
+
+
+def _all_of(model: Model, out_dir: Path) -> dict[str, BenchmarkSummary]:
+    """What the directory holds of this model, of earlier calls too."""
+    found = {}
+    for name in BENCHMARKS:
+        summary, run = (out_dir / name / file for file in ("summary.json", "run.json"))
+        if not (summary.is_file() and run.is_file()):
+            continue
+        if json.loads(run.read_text(encoding="utf-8")).get("model") == model.fingerprint:
+            found[name] = {"is_whole": True} | json.loads(summary.read_text(encoding="utf-8"))
+    return found
 
 
 def _questions(benchmark: Benchmark, root: Path, quirks: Quirks, limit: int | None) -> list[Question]:
@@ -99,6 +114,7 @@ def _finish(
     answers: Mapping[str, str],
     quirks: Quirks,
     seconds: float,
+    fault: str,
     *,
     is_whole: bool,
 ) -> BenchmarkSummary:
@@ -110,6 +126,8 @@ def _finish(
         score_answers(benchmark, root, questions, answers, quirks) if benchmark.score is not None else None
     )
     notes = [] if benchmark.notes == "" else [benchmark.notes]
+    if fault:
+        notes.insert(0, fault)
     if not is_whole:
         notes.insert(0, f"only the first {len(questions)} questions were asked: not a result")
     summary: BenchmarkSummary = {
@@ -117,6 +135,7 @@ def _finish(
         "value": score.value if score else None,
         "parts": score.parts if score else {},
         "count": len(questions),
+        "is_whole": is_whole,
         "seconds": round(seconds, 3),
         "upload": upload,
         "notes": [*notes, *(score.notes if score else ())],
@@ -200,10 +219,12 @@ class Verification:
     remarks: tuple[str, ...]
 
 
-def verify(names: str | Sequence[str], data_root: str | Path) -> dict[str, Verification]:
-    """Check the files of benchmarks under a data root: presence, form, joins, images, releases."""
+def verify(
+    names: str | Sequence[str], data_root: str | Path, *, num_threads: int = 4
+) -> dict[str, Verification]:
+    """Check the files of benchmarks under a data root: presence, form, joins, releases, every picture."""
     root = Path(data_root)
-    return {benchmark.name: _verify(benchmark, root) for benchmark in find(names)}
+    return {benchmark.name: _verify(benchmark, root, num_threads) for benchmark in find(names)}
 
 
 def describe(found: Mapping[str, Verification]) -> str:
@@ -217,7 +238,7 @@ def describe(found: Mapping[str, Verification]) -> str:
     return "\n".join(lines)
 
 
-def _verify(benchmark: Benchmark, root: Path) -> Verification:
+def _verify(benchmark: Benchmark, root: Path, num_threads: int) -> Verification:
     problems = [f"{root / name} is not there" for name in benchmark.files if not (root / name).exists()]
     if problems:
         return Verification(0, tuple(problems), ())
@@ -231,6 +252,14 @@ def _verify(benchmark: Benchmark, root: Path) -> Verification:
     images = {image for question in questions for image in question.images if isinstance(image, Path)}
     if missing := sorted(image for image in images if not image.is_file()):
         problems.append(f"{len(missing)} of {len(images)} images are not there, the first is {missing[0]}")
+    there = images.difference(missing)
+    asked = {q.id: q for q in questions if not any(isinstance(i, Path) and i not in there for i in q.images)}
+    shown = {image: question for question in asked.values() for image in question.images}
+    readers = {question.id: question for question in shown.values()}  # of every picture, one
+    with ThreadPoolExecutor(num_threads) as threads:
+        faults = [fault for _, fault in threads.map(Question.pictures, readers.values()) if fault]
+    if faults:
+        problems.append(f"{len(faults)} images cannot be read: {'; '.join(faults[:5])}")
     known = (benchmark.num_questions, *benchmark.other_counts)
     if benchmark.num_questions is not None and len(questions) not in known:
         remarks.append(f"{len(questions):,} questions; the published release has {benchmark.num_questions:,}")
@@ -244,16 +273,22 @@ def write_tables(
     server_figures: Mapping[str, float],
 ) -> None:
     """OUT/summary.json, table.md and table.html from the summaries of one model."""
-    values = {name: s["value"] for name, s in summaries.items() if s["value"] is not None}
+    values = {name: s["value"] for name, s in summaries.items() if s["value"] is not None and s["is_whole"]}
     values |= server_figures
+    trials = {
+        n: (s["value"], s["count"])
+        for n, s in summaries.items()
+        if s["value"] is not None and not s["is_whole"]
+    }
     notes = {name: summary["notes"] for name, summary in summaries.items() if summary["notes"]}
     total = {
         "model": model,
         "values": values,
+        "trials": {name: value for name, (value, _) in trials.items()},
         "avg7": average(values, AVG7),
         "avg10": average(values, AVG10),
         "seconds": sum(summary["seconds"] for summary in summaries.values()),
     }
     write_atomic(out_dir / "summary.json", json.dumps(total, indent=2) + "\n")
-    write_atomic(out_dir / "table.md", markdown_table(model, values, notes))
-    write_atomic(out_dir / "table.html", html_table(model, values, notes))
+    write_atomic(out_dir / "table.md", markdown_table(model, values, notes, trials))
+    write_atomic(out_dir / "table.html", html_table(model, values, notes, trials))

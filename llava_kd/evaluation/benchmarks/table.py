@@ -9,6 +9,8 @@ from llava_kd.evaluation.benchmarks.catalogue import BENCHMARKS
 from llava_kd.evaluation.published import AVG7, AVG10, PUBLISHED, average
 from llava_kd.evaluation.report_style import CSS
 
+Trials = Mapping[str, tuple[float, int]]  # figure of the first so many questions alone: no result
+
 SOURCE = (
     "MME is the perception sum / 20. Avg7: GQA, VizWiz, SQA, TextVQA, MME, MMB, MMB-CN; Avg10: all ten; "
     "neither is given where a figure is missing. POPE is the mean F1 here; some papers print the mean "
@@ -19,12 +21,18 @@ SOURCE = (
 STYLE = ".own td{background:var(--wash);font-weight:650}table{min-width:900px}main{max-width:1240px}"
 
 
-def rows_of(model: str, values: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+def rows_of(
+    model: str, values: Mapping[str, float], trials: Trials | None = None
+) -> tuple[list[str], list[list[str]]]:
     """Head and lines of the table, the user's own line first."""
-    others = [name for name in values if name not in AVG10]
+    trials = trials or {}
+    others = [name for name in (*values, *trials) if name not in AVG10]
     names = [*AVG10, *others]
     head = ["model", "data", *(BENCHMARKS[name].column for name in names), "Avg7", "Avg10"]
-    lines = [_line(model, "", values, names)]
+    own = _line(model, "", values, names)
+    for name, (value, count) in trials.items():
+        own[2 + names.index(name)] = f"{value:.1f} (first {count:,} only)"
+    lines = [own]
     lines += [_line(row.model, row.data, row.values, names) for row in PUBLISHED]
     return head, lines
 
@@ -35,8 +43,10 @@ def _line(model: str, data: str, values: Mapping[str, float], names: Sequence[st
     return [model, data, *("-" if figure is None else f"{figure:.1f}" for figure in figures)]
 
 
-def markdown_table(model: str, values: Mapping[str, float], notes: Mapping[str, Sequence[str]]) -> str:
-    head, lines = rows_of(model, values)
+def markdown_table(
+    model: str, values: Mapping[str, float], notes: Mapping[str, Sequence[str]], trials: Trials | None = None
+) -> str:
+    head, lines = rows_of(model, values, trials)
     rule = ["---", "---", *["---:"] * (len(head) - 2)]
     lines = [[f"**{cell}**" if cell else "" for cell in lines[0]], *lines[1:]]
     table = "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
@@ -44,8 +54,10 @@ def markdown_table(model: str, values: Mapping[str, float], notes: Mapping[str, 
     return f"{table}\n\n{SOURCE}\n" + (f"\nRemarks:\n\n{remarks}" if remarks else "")
 
 
-def html_table(model: str, values: Mapping[str, float], notes: Mapping[str, Sequence[str]]) -> str:
-    head, lines = rows_of(model, values)
+def html_table(
+    model: str, values: Mapping[str, float], notes: Mapping[str, Sequence[str]], trials: Trials | None = None
+) -> str:
+    head, lines = rows_of(model, values, trials)
     cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = ""
     for number, line in enumerate(lines):
