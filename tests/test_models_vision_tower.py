@@ -116,7 +116,20 @@ def change_dtype(it: Print) -> None:
     it.dtype = torch.bfloat16
 
 
+def setting(name: str, value: object) -> Callable[[Print], None]:
+    """A change of the tower's configuration that leaves every weight as it is."""
+
+    def change(it: Print) -> None:
+        setattr(it.parts.stock.config.vision_config, name, value)
+
+    change.__name__ = name
+    return change
+
+
 CHANGES = [
+    setting("hidden_act", "relu"),
+    setting("num_attention_heads", 4),
+    setting("layer_norm_eps", 1e-3),
     *(change_one_weight, change_mean, change_size, change_resample, change_layer, change_strategy),
     change_dtype,
 ]
@@ -138,6 +151,16 @@ def test_two_models_with_the_same_tower_have_the_same_fingerprint(student_dir: P
     student = Print(load_stock(str(student_dir)), torch.bfloat16)
     assert Print(other, torch.bfloat16).take() == student.take()
     assert Print(other, torch.float32).take() != Print(student.parts, torch.float32).take()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("attention_dropout", 0.1), ("initializer_range", 1.0), ("of_another_tool", 3)]
+)
+def test_settings_that_change_no_feature_do_not_count(student_dir: Path, name: str, value: object) -> None:
+    it = Print(load_stock(str(student_dir)))
+    before = it.take()
+    setting(name, value)(it)
+    assert it.take() == before
 
 
 def test_weights_below_the_computing_precision_do_not_count(student_dir: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from llava_kd.config import StudentConfig, TeacherConfig, TrainConfig
 from llava_kd.models.checkpoint import Parts
-from llava_kd.models.lora import add_adapters
+from llava_kd.models.lora import adapted_share, add_adapters, try_merge
 from llava_kd.models.quantize import check_quantization, quantize_linears
 
 
@@ -18,12 +20,22 @@ def check_bits(config: TrainConfig, device: torch.device) -> None:
         check_quantization("teacher.quantize", config.teacher.quantize, device)
 
 
-def adapt_student(student: Parts, config: StudentConfig, *, compute_dtype: torch.dtype, seed: int) -> None:
-    """Quantize the decoder and put adapters into it, where that is asked for."""
+def adapt_student(
+    student: Parts,
+    config: StudentConfig,
+    *,
+    compute_dtype: torch.dtype,
+    seed: int,
+    say: Callable[[str], None],
+) -> None:
+    """Quantize the decoder and put adapters into it, where that is asked for and they can be merged again."""
+    if (lora := config.lora) is not None:
+        say(adapted_share(student.stock, lora.targets))
+        try_merge(student.stock, rank=lora.rank, targets=lora.targets)
     if config.quantize is not None:
         layers = student.stock.model.language_model.layers
         quantize_linears(layers, config.quantize, compute_dtype=compute_dtype)
-    if (lora := config.lora) is not None:
+    if lora is not None:
         add_adapters(
             student.stock,
             rank=lora.rank,

@@ -147,7 +147,7 @@ def assemble(
     `identity` is of what its checkpoints rely on (see `Checkpoints`), before the models are placed. `source`
     is the records, where they are read already.
     """
-    adapt_student(student, config.student, compute_dtype=compute_dtype(config), seed=config.seed)
+    adapt_student(student, config.student, compute_dtype=compute_dtype(config), seed=config.seed, say=say)
     mllm = MLLM(student.stock, trainable=config.trainable, tower_last_layers=config.vision_tower_last_layers)
     place(mllm, world.device, student_dtypes(config))
     kernel = choose_attention(mllm, world.device, compute_dtype(config))

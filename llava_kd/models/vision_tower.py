@@ -152,20 +152,31 @@ def image_features(tower: nn.Module, pixels_ICHW: Tensor, *, layer: int, strateg
 def tower_fingerprint(
     tower: nn.Module, config: LlavaConfig, image_processor: Mapping, *, dtype: torch.dtype
 ) -> str:
-    """SHA-256 over weights, preprocessing, layer and strategy: equal means equal features for every image.
+    """SHA-256 over weights, configuration, preprocessing, layer and strategy: equal means equal features.
 
-    Weights are hashed as they are in `dtype`, the one that the tower computes in. `image_processor` is the
-    processor's own dictionary; keys that do not change pixels are left out.
+    Weights are hashed as they are in `dtype`, the one that the tower computes in: other activations, heads or
+    epsilons make other features of equal ones. `image_processor` is the processor's own dictionary; keys that
+    do not change pixels are left out.
     """
     digest = hashlib.sha256()
     pixels = {
         k: v for k, v in image_processor.items() if k not in ("image_processor_type", "processor_class")
     }
     choice = (config.vision_feature_layer, config.vision_feature_select_strategy)
-    digest.update(json.dumps([pixels, choice], sort_keys=True, default=str).encode())
+    settings = computing_settings(vision_config(config))
+    digest.update(json.dumps([pixels, choice, settings], sort_keys=True, default=str).encode())
     for name, tensor in sorted(tower.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         value = tensor.detach().cpu()
         value = value.to(dtype) if value.is_floating_point() else value
         digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def computing_settings(config: PreTrainedConfig) -> dict[str, object]:
+    """What a configuration says of how a model computes; not where it was read, or how it is trained."""
+    known = type(config)().to_dict().keys() | {"model_type"}  # others its class does not read
+    silent = {*PreTrainedConfig().to_dict(), "projection_dim", "vision_use_head", "_name_or_path"}
+    silent |= {name for name in known if "dropout" in name or "initializer" in name or "drop_path" in name}
+    settings = config.to_dict()
+    return {n: settings.get(n) for n in sorted(known) if n == "model_type" or n not in silent}
