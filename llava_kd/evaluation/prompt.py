@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import BatchFeature, LlavaProcessor, PreTrainedTokenizerFast
 
 from llava_kd.data.control_words import ControlWords
-from llava_kd.data.conversation import IMAGE_PLACEHOLDER
+from llava_kd.data.conversation import HALF_OF_A_PAIR, IMAGE_PLACEHOLDER
 
 Content = str | list[dict[str, str]]
 _known: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[object, ControlWords]] = WeakKeyDictionary()
@@ -43,6 +43,8 @@ def render_talk(
     in a talk that has no images, and in an answer.
     """
     texts = [message["content"] for message in messages]
+    if any(map(HALF_OF_A_PAIR.search, texts)):
+        raise ValueError("a question holds half of a surrogate pair: its text was cut inside a character")
     places = [has_images and message["role"] == "user" for message in messages]
     texts = _control(processor).covered(list(zip(texts, places, strict=True))) or texts
     prompt = _apply(processor, messages, texts)
