@@ -40,8 +40,15 @@ def main(words: Sequence[str] | None = None) -> int:
             return 0  # it had nothing to save, and left before this one
         print(f"llava-kd {arguments.command}: {error}", file=sys.stderr)
         return 1
-    except OSError as error:  # a file, a directory, a disk
-        print(f"llava-kd {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+    except (OSError, ImportError) as error:  # a file, a directory, a disk; a package that is not there
+        what = "; install what is missing" if isinstance(error, ImportError) else ""
+        print(f"llava-kd {arguments.command}: {' '.join(str(error).split())}{what}", file=sys.stderr)
+        return 2
+    except (RecursionError, MemoryError) as error:  # of other libraries' readers
+        what = (
+            "is nested too deeply" if isinstance(error, RecursionError) else "needs more memory than there is"
+        )
+        print(f"llava-kd {arguments.command}: a file that it reads {what}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"llava-kd {arguments.command}: interrupted", file=sys.stderr)
@@ -78,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", required=True, help="the LLaVA JSON file, or the root of the benchmarks")
     evaluate.add_argument("--out", required=True, help="directory for answers and scores")
     evaluate.add_argument("--images", help="image root of the file (default: its folder)")
+    evaluate.add_argument("--follow_symlinks", action="store_true", help="links may leave the image root")
     evaluate.add_argument("--batch_size", type=_count, default=32)
     evaluate.add_argument("--max_new_tokens", type=_count, help="default: 32, or each benchmark's own")
     evaluate.add_argument("--limit", type=_count, help="ask the first questions of each benchmark only")
@@ -266,6 +274,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         arguments.data,
         arguments.out,
         image_root=arguments.images,
+        follow_symlinks=arguments.follow_symlinks,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens or 32,
     )

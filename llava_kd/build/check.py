@@ -34,7 +34,7 @@ def check(
 
     Raises ValueError for what `train` would refuse, and if more of the sample is bad than it would allow.
     """
-    read_slices(config.evaluate)
+    read_slices(config)
     source = make_source(config.data, seed=config.seed)
     lines = []
     student = student_parts(

@@ -57,7 +57,7 @@ def read_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
         raise ValueError(f"no pipeline file {path}; an example is scripts/pipeline.yaml")
     try:
         tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict) or not set(tree) <= {"stages", "command"} or not tree.get("stages"):
         raise ValueError(f"{path} must hold `stages`, a list, and at most `command` beside it; got {tree!r}")

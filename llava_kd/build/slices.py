@@ -7,20 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from llava_kd.config import EvaluateConfig
+from llava_kd.config import EvaluateConfig, TrainConfig
 from llava_kd.evaluation.questions import check_images
 from llava_kd.evaluation.slices import Slice, read_slice, score_slices
 from llava_kd.models.checkpoint import Parts
 from llava_kd.parallel.engine import Engine
 
 
-def read_slices(config: EvaluateConfig | None) -> list[Slice]:
+def read_slices(config: TrainConfig) -> list[Slice]:
     """Raises ValueError for a file that cannot be read, and for images that are not there."""
-    if config is None:
+    if config.evaluate is None:
         return []
+    follow = config.data.follow_symlinks
     slices = [
-        read_slice(name, part.data, count=part.num_questions, image_root=part.images)
-        for name, part in config.slices.items()
+        read_slice(name, part.data, count=part.num_questions, image_root=part.images, follow_symlinks=follow)
+        for name, part in config.evaluate.slices.items()
     ]
     for part in slices:
         check_images(part.questions)

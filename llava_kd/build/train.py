@@ -82,7 +82,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
         parent = checked_parent(config.student.checkpoint) if world.is_main else None
         check_bits(config, world.device)
         # What is wrong with these is said before a model is read.
-        read_slices(config.evaluate)
+        read_slices(config)
         source = make_source(config.data, seed=config.seed)
         if config.teacher is not None and config.teacher.checkpoint is not None:
             existing(config.teacher.checkpoint, "the LLaVA checkpoint")
@@ -164,9 +164,7 @@ def assemble(
     say(f"attention of the student: {kernel}")
     evaluate = None
     if config.evaluate is not None:
-        evaluate = slice_scorer(
-            config.evaluate, read_slices(config.evaluate), served(student, config.data), engine
-        )
+        evaluate = slice_scorer(config.evaluate, read_slices(config), served(student, config.data), engine)
     trainer = Trainer(
         engine=engine,
         student=module,

@@ -70,6 +70,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
             _apply(tree, override)
         check_section(tree, TrainConfig, "")
         return draccus.decode(TrainConfig, tree)
+    except RecursionError:
+        raise ValueError(f"{path}: it, or an override, is nested too deeply") from None
     except (DraccusException, ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {_messages(error)}") from error
 

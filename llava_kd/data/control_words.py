@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import cached_property
 
 from tokenizers import Encoding, Tokenizer
@@ -19,8 +20,8 @@ from llava_kd.data.conversation import IMAGE_PLACEHOLDER
 
 # Characters without a meaning of their own: a mark, and the number of the token.
 _CONTROL, _COVER, _FIRST = "\U00100000", "\U00100001", 0xF0000
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # what stands for a character that has no token
 _PRIVATE = re.compile(f"[{_CONTROL}{_COVER}]")
-_COVERED = re.compile(f"{_COVER}(.)", re.DOTALL)
 
 
 class ControlWords:
@@ -31,12 +32,15 @@ class ControlWords:
         self._ids = {
             token.content: number
             for number, token in tokenizer.added_tokens_decoder.items()
-            if token.special or (token.content.strip() and token.content in written)
+            if (token.special and not _BYTE.fullmatch(token.content))
+            or (token.content.strip() and token.content in written)
         }
         if IMAGE_PLACEHOLDER in (vocabulary := tokenizer.get_vocab()):
             self._ids[IMAGE_PLACEHOLDER] = vocabulary[IMAGE_PLACEHOLDER]
         self._words = sorted(self._ids, key=len, reverse=True)
         self._numbers = {word: number for number, word in enumerate(self._words)}
+        last = chr(_FIRST + max(len(self._words) - 1, 0))
+        self._covered = re.compile(f"{_COVER}([{chr(_FIRST)}-{last}])")
         self._any = re.compile("|".join(map(re.escape, self._words)) or "(?!)")
         self._any_but_images = re.compile(
             "|".join(re.escape(word) for word in self._words if word != IMAGE_PLACEHOLDER) or "(?!)"
@@ -46,19 +50,31 @@ class ControlWords:
         """The control tokens that a text would be read as; with `has_places`, "<image>" is meant as one."""
         return (self._any_but_images if has_places else self._any).findall(text)
 
-    def covered(self, text: str, *, has_places: bool) -> str:
-        """A text of a record with those words out of sight. ValueError if it has the marks used for that."""
-        if mark := _PRIVATE.search(text):
-            raise ValueError(
-                f"the text holds words of control tokens and the private character {mark[0]!r}; take one out"
-            )
-        pattern = self._any_but_images if has_places else self._any
-        return pattern.sub(lambda found: f"{_COVER}{chr(_FIRST + self._numbers[found[0]])}", text)
+    def covered(self, texts: Sequence[tuple[str, bool]]) -> list[str] | None:
+        """Texts of a talk, each with its `has_places`, with those words out of sight; None if there are none.
+
+        ValueError if a text already has the private characters that are used for it.
+        """
+        if not any(self.found(text, has_places=has_places) for text, has_places in texts):
+            return None
+        result = []
+        for text, has_places in texts:
+            if mark := _PRIVATE.search(text):
+                raise ValueError(
+                    f"the text holds words of control tokens and the private character {mark[0]!r}; take one "
+                    "of them out"
+                )
+            pattern = self._any_but_images if has_places else self._any
+            result.append(pattern.sub(lambda found: f"{_COVER}{self._mark(found[0])}", text))
+        return result
+
+    def is_covered(self, rendered: str) -> bool:
+        return self._covered.search(rendered) is not None
 
     def renamed(self, rendered: str) -> str:
         """What a template made of covered texts, as the copy reads it."""
         named = self._any.sub(lambda found: self._name(found[0]), rendered)
-        return _COVERED.sub(lambda found: self._words[ord(found[1]) - _FIRST], named)
+        return self._covered.sub(lambda found: self._words[ord(found[1]) - _FIRST], named)
 
     def encode(self, renamed: str) -> Encoding:
         """Ids and offsets by the copy. ValueError if a word of the text is a control token even so."""
@@ -77,7 +93,19 @@ class ControlWords:
         return {unknown} if isinstance(unknown, int) else set()
 
     def _name(self, word: str) -> str:
-        return f"{_CONTROL}{chr(_FIRST + self._numbers[word])}"
+        return f"{_CONTROL}{self._mark(word)}"
+
+    def _mark(self, word: str) -> str:
+        return chr(_FIRST + self._numbers[word])
+
+    @cached_property
+    def reader(self) -> PreTrainedTokenizerFast:
+        """The copy, for a processor."""
+        own = self._tokenizer
+        named = {k: self.renamed(v) for k, v in own.special_tokens_map.items() if isinstance(v, str)}
+        return PreTrainedTokenizerFast(
+            tokenizer_object=self.copy, model_input_names=own.model_input_names, **named
+        )
 
     @cached_property
     def copy(self) -> Tokenizer:

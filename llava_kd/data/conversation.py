@@ -21,7 +21,7 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
 }
 TALKS = ("conversations", "messages")
-_HALF = re.compile("[\ud800-\udfff]")
+HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _turns(raw: dict) -> tuple[list[Turn], list[list[str]]]:
             raise ValueError(f"turn {number} has the unknown role {shown}; roles are {sorted(ROLES)}")
         content = said["value"] if said.get("value") is not None else said.get("content")
         text, images = _content(content, number)
-        if half := _HALF.search(text):
+        if half := HALF_OF_A_PAIR.search(text):
             raise ValueError(
                 f"turn {number} holds half of a surrogate pair, {half[0]!r}: its text was cut inside a "
                 "character such as an emoji; take it out"

@@ -152,16 +152,14 @@ class Encoder:
         return list(dict.fromkeys(found))
 
     def _rendered(self, record: Record) -> _Rendered:
-        turns, end = record.turns, self._eos if self.template.end_token is None else self.template.end_token
-        is_renamed = bool(self.control_words(record))
-        if is_renamed:
-            try:
-                turns = [
-                    replace(turn, text=self._control.covered(turn.text, has_places=record.has_places(turn)))
-                    for turn in turns
-                ]
-            except ValueError as error:
-                raise ValueError(f"record {record.id!r}: {error}") from None
+        end = self._eos if self.template.end_token is None else self.template.end_token
+        try:
+            covered = self._control.covered([(turn.text, record.has_places(turn)) for turn in record.turns])
+        except ValueError as error:
+            raise ValueError(f"record {record.id!r}: {error}") from None
+        turns, is_renamed = record.turns, covered is not None
+        if covered is not None:
+            turns = [replace(turn, text=text) for turn, text in zip(turns, covered, strict=True)]
         segments = [Segment(self._bos, False), *self.template.render(turns, eos_token=self._eos)]
         if is_renamed:
             end = self._control.renamed(end)

@@ -35,7 +35,7 @@ class Chat:
         """The greedy answer in pieces; the turn is then remembered."""
         asked = [*self.turns, {"role": "user", "content": self._with_places(question)}]
         processor, model = self.generator.processor, self.generator.model
-        text = render_talk(processor, asked)
+        text = render_talk(processor, asked, has_images=bool(self.images))
         given = dict(model_inputs(processor, [text], self.images).to(model.device, model.dtype))
         ids, shown, cache = [], "", None
         ends = set(self.generator.end_ids)
@@ -60,6 +60,8 @@ class Chat:
         """The question with a place for each image, in the first turn before its words unless it has them."""
         if not question:
             raise ValueError("the question is empty")
+        if not self.images:
+            return question
         places = question.count(IMAGE_PLACEHOLDER)
         expected = 0 if self.turns else len(self.images)
         if places not in (0, expected):

@@ -133,7 +133,7 @@ class Prepared:
 
 
 def prepare(processor: LlavaProcessor, questions: Sequence[Question]) -> Prepared:
-    texts = [render_talk(processor, question.messages) for question in questions]
+    texts = [render_talk(processor, q.messages, has_images=bool(q.images)) for q in questions]
     pictures = [question.pictures() for question in questions]
     images = [image for found, _ in pictures for image in found]
     return Prepared(model_inputs(processor, texts, images), [fault for _, fault in pictures])

@@ -1,20 +1,28 @@
-"""A conversation as the text, and the tensors, that a stock LLaVA reads."""
+"""A conversation as the text, and the tensors, that a stock LLaVA reads.
+
+Words of a conversation that look like control tokens are covered in a prompt, and read as text: see
+`ControlWords`, which training reads its records by.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 from PIL import Image
-from transformers import BatchFeature, LlavaProcessor
+from transformers import BatchFeature, LlavaProcessor, PreTrainedTokenizerFast
 
-from llava_kd.data.conversation import IMAGE_PLACEHOLDER
+from llava_kd.data.control_words import ControlWords
+from llava_kd.data.conversation import HALF_OF_A_PAIR, IMAGE_PLACEHOLDER
 
 Content = str | list[dict[str, str]]
+_known: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[object, ControlWords]] = WeakKeyDictionary()
 
 
-def render_prompt(processor: LlavaProcessor, text: str) -> str:
+def render_prompt(processor: LlavaProcessor, text: str, *, has_images: bool = True) -> str:
     """The chat template around one user message, ready for the answer."""
-    return render_talk(processor, [{"role": "user", "content": text}])
+    return render_talk(processor, [{"role": "user", "content": text}], has_images=has_images)
 
 
 def check_template(processor: LlavaProcessor, talks: Iterable[Sequence[Mapping[str, str]]]) -> None:
@@ -25,13 +33,20 @@ def check_template(processor: LlavaProcessor, talks: Iterable[Sequence[Mapping[s
             return
 
 
-def render_talk(processor: LlavaProcessor, messages: Sequence[Mapping[str, str]]) -> str:
+def render_talk(
+    processor: LlavaProcessor, messages: Sequence[Mapping[str, str]], *, has_images: bool = True
+) -> str:
     """The chat template around messages of role and content, ready for the answer.
 
     A template that prints string content gets the text as it is, placeholders in place; one that only
-    takes lists of parts gets the images of a message first, as the LLaVA data have them.
+    takes lists of parts gets the images of a message first, as the LLaVA data have them. "<image>" is a word
+    in a talk that has no images, and in an answer.
     """
     texts = [message["content"] for message in messages]
+    if any(map(HALF_OF_A_PAIR.search, texts)):
+        raise ValueError("a question holds half of a surrogate pair: its text was cut inside a character")
+    places = [has_images and message["role"] == "user" for message in messages]
+    texts = _control(processor).covered(list(zip(texts, places, strict=True))) or texts
     prompt = _apply(processor, messages, texts)
     if _holds(prompt, texts):
         return prompt
@@ -63,8 +78,15 @@ def model_inputs(
     A text that a template began with the beginning-of-sequence token gets no second one.
     """
     bos = processor.tokenizer.bos_token
+    control = _control(processor)
+    renamed = list(texts)
+    if any(map(control.is_covered, texts)):
+        renamed = [control.renamed(text) for text in texts]
+        processor = copy.copy(processor)
+        processor.image_token = control.renamed(processor.image_token)
+        processor.tokenizer = control.reader
     return processor(
-        text=list(texts),
+        text=renamed,
         images=list(images) or None,
         text_kwargs={
             "padding": True,
@@ -74,6 +96,17 @@ def model_inputs(
         },
         images_kwargs={"return_tensors": "pt"},
     )
+
+
+def _control(processor: LlavaProcessor) -> ControlWords:
+    """Of the processor as it is: found once for its tokenizer and chat template."""
+    tokenizer, template = processor.tokenizer, processor.chat_template
+    known = _known.get(tokenizer)
+    if known is None or known[0] != template:
+        talk = [{"role": "user"}, {"role": "assistant"}]
+        known = template, ControlWords(tokenizer, _apply(processor, talk, ["-", "-"]))
+        _known[tokenizer] = known
+    return known[1]
 
 
 def _apply(

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 class Question:
     """One question, behind what was said before it: roles and texts.
 
-    The texts hold one "<image>" for each of `images` (a file, or the bytes of one).
+    The user's texts hold one "<image>" for each of `images` (a file, or the bytes of one); without any, it is
+    a word.
     """
 
     id: str
@@ -40,7 +41,8 @@ class Question:
 
     @property
     def num_places(self) -> int:
-        return sum(message["content"].count(IMAGE_PLACEHOLDER) for message in self.messages)
+        asked = [message["content"] for message in self.messages if message["role"] == "user"]
+        return sum(text.count(IMAGE_PLACEHOLDER) for text in asked) if self.images else 0
 
     def image_bytes(self, index: int) -> bytes:
         source = self.images[index]
@@ -109,14 +111,21 @@ def check_images(questions: Iterable[Question]) -> None:
 
 def image_path(root: Path, name: str, *, owner: str, follow_symlinks: bool = True) -> Path:
     """`root / name`; a name that leaves the root is refused, a link out of it unless `follow_symlinks`."""
-    path = PurePosixPath(name)
-    leaves = path.is_absolute() or ".." in path.parts
-    if leaves or not (follow_symlinks or (root / name).resolve().is_relative_to(root.resolve())):
+    is_inside = (root / name).resolve().is_relative_to(root.resolve())
+    is_named_inside = (root.absolute() / name).is_relative_to(root.absolute())
+    if ".." in PurePosixPath(name).parts or not (is_inside or is_named_inside):
         raise ValueError(f"{owner}: the image path {name!r} leaves the image root {root}")
+    if not (follow_symlinks or is_inside):
+        raise ValueError(
+            f"{owner}: the image {name!r} leaves the image root {root} through a symbolic link; point the "
+            "image root at the real folder, or set data.follow_symlinks (--follow_symlinks)"
+        )
     return root / name
 
 
-def read_llava_json(path: str | Path, *, image_root: str | Path | None = None) -> list[Question]:
+def read_llava_json(
+    path: str | Path, *, image_root: str | Path | None = None, follow_symlinks: bool = False
+) -> list[Question]:
     """Questions of a LLaVA file; "type" is their kind.
 
     Of a talk every answer is asked for in turn, behind the true ones before it: as ID#1, ID#2, ... A record
@@ -133,7 +142,13 @@ def read_llava_json(path: str | Path, *, image_root: str | Path | None = None) -
     for k in range(len(source)):
         record = source.record(k)
         try:
-            questions += _questions_of(record, root, f"{path}: record {record.id!r}")
+            owner = f"{path}: record {record.id!r}"
+            if record.fault:
+                raise ValueError(record.fault)
+            images = [
+                image_path(root, name, owner=owner, follow_symlinks=follow_symlinks) for name in record.images
+            ]
+            questions += _questions_of(record, images, owner)
         except ValueError as error:
             faults.append(str(error))
     if faults and not questions:
@@ -147,16 +162,13 @@ def read_llava_json(path: str | Path, *, image_root: str | Path | None = None) -
     return questions
 
 
-def _questions_of(record: Record, root: Path, owner: str) -> list[Question]:
-    if fault := getattr(record, "fault", ""):
-        raise ValueError(fault)
-    images = [image_path(root, name, owner=owner, follow_symlinks=False) for name in record.images]
+def _questions_of(record: Record, images: list[Path], owner: str) -> list[Question]:
     answers = sum(turn.role == "assistant" for turn in record.turns)
     questions: list[Question] = []
     said: list[tuple[str, str]] = []
     for turn in record.turns:
         if turn.role == "assistant":
-            places = sum(text.count(IMAGE_PLACEHOLDER) for role, text in said)
+            places = sum(text.count(IMAGE_PLACEHOLDER) for role, text in said if images and role == "user")
             if places > len(images):
                 raise ValueError(f"{owner} has {places} {IMAGE_PLACEHOLDER} and {len(images)} images")
             questions.append(

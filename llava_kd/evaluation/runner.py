@@ -51,6 +51,7 @@ def evaluate(
     out_dir: str | Path,
     *,
     image_root: str | Path | None = None,
+    follow_symlinks: bool = False,
     batch_size: int = 32,
     max_new_tokens: int = 32,
     device: str | None = None,
@@ -63,7 +64,7 @@ def evaluate(
     that holds the answers of another model, file or setting is refused.
     """
     model_dir, out_dir = model_directory(model_dir), Path(out_dir)
-    questions = read_llava_json(data_json, image_root=image_root)
+    questions = read_llava_json(data_json, image_root=image_root, follow_symlinks=follow_symlinks)
     ranks = join_ranks()
     answers, seconds = answer_questions(
         Model(model_dir, ranks=ranks, device=device, dtype=dtype),

@@ -25,10 +25,16 @@ class Slice:
 
 
 def read_slice(
-    name: str, path: str | Path, *, count: int | None = None, image_root: str | Path | None = None
+    name: str,
+    path: str | Path,
+    *,
+    count: int | None = None,
+    image_root: str | Path | None = None,
+    follow_symlinks: bool = False,
 ) -> Slice:
     """The first `count` records of a LLaVA JSON file as a slice."""
-    return Slice(name=name, questions=read_llava_json(path, image_root=image_root)[:count])
+    questions = read_llava_json(path, image_root=image_root, follow_symlinks=follow_symlinks)
+    return Slice(name=name, questions=questions[:count])
 
 
 def score_slices(
