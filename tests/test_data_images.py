@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from data_samples import encoded_image, pixels
-from PIL import Image
+from PIL import Image, ImageCms
 from transformers import SiglipImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -17,6 +17,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from llava_kd.data import images
 from llava_kd.data.images import ImageTransform, decode
 
+LAB = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
 # No tall ones: Pillow 13 resizes some of them in another order than the checkpoints were trained with.
 SIZES = [(40, 56), (40, 50), (24, 24), (1, 1), (1, 70), (33, 200)]
 
@@ -42,15 +43,15 @@ def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "LA", "1", "I;16", "PA"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "LA", "1", "PA", "YCbCr", "LAB"])
 def test_every_mode_becomes_rgb_as_pillow_does(decoder: str, mode: str) -> None:
     rgb = Image.fromarray(pixels(30, 41))
-    kind = "JPEG" if mode in ("L", "CMYK") else "TIFF" if mode == "PA" else "PNG"
-    if mode == "I;16":
-        image = Image.fromarray(pixels(30, 41)[..., 0].astype(np.uint16) * 257)
-    elif mode == "PA":
+    kind = "JPEG" if mode in ("L", "CMYK") else "TIFF" if mode in ("YCbCr", "LAB") else "PNG"
+    if mode == "PA":
         image = rgb.convert("P").convert("PA")
         kind = "TIFF"
+    elif mode == "LAB":
+        image = ImageCms.applyTransform(rgb, LAB)
     elif mode in ("RGBA", "LA"):
         image = rgb.convert(mode)
         image.putalpha(Image.fromarray(pixels(30, 41)[..., 1]))

@@ -19,7 +19,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from llava_kd.data.resize import check_filter, resize, resize_fast
+from llava_kd.data.image_modes import to_rgb
+from llava_kd.data.png_text import without_text
+from llava_kd.data.resize import Axis, check_filter, resize, resize_fast, resize_part
 
 try:
     import simplejpeg
@@ -32,7 +34,13 @@ except ImportError:
 
 MAX_PIXELS = 89_478_485  # Pillow's own default against decompression bombs
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SUFFIXES = (
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff"),
+    *("ppm", "pgm", "pbm", "pnm"),
+)
+MAX_SIDE = 1 << 17  # a thinner image costs memory and time that its pixels do not tell
 GREY = 128
+_MADE = 1 << 24  # pixels that may be made on the way to the resized image, where the image has fewer
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 _PILLOW_ERRORS = (
@@ -54,8 +62,8 @@ _PILLOW_ERRORS = (
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """RGB pixels as uint8 [H, W, 3]; ValueError for what is not a whole, readable image of bounded size.
 
-    The orientation tag is ignored and other modes become RGB as Pillow's `convert` does, since that is how
-    published checkpoints were trained. Quick JPEG decoders are used where installed; a JPEG that they cannot
+    The orientation tag is ignored and other modes become RGB as Pillow's `convert` does where that is faithful,
+    since that is how published checkpoints were trained; of several frames the first is taken. Quick JPEG decoders are used where installed; a JPEG that they cannot
     settle is Pillow's to judge, so every installation gives the same pixels.
     """
     if not data:
@@ -73,9 +81,13 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """ValueError for more than `max_pixels` pixels."""
+    """ValueError for more than `max_pixels` pixels, or a side of more than `MAX_SIDE`."""
     if width * height > max_pixels:
         raise ValueError(_too_large(max_pixels, f"{width} x {height}"))
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(
+            f"a side of an image may have at most {MAX_SIDE} pixels, got {width} x {height}; cut it into pieces"
+        )
 
 
 def _too_large(max_pixels: int, found: str) -> str:
@@ -114,7 +126,7 @@ def _decode_cv2(data: bytes, max_pixels: int) -> np.ndarray | None:
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     """Image with only its header read."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(without_text(data)), formats=FORMATS)
     except Image.DecompressionBombError as error:  # Pillow's own bound comes first, and names no sides
         pixels = re.search(r"\d+", str(error))
         raise ValueError(_too_large(max_pixels, pixels[0] if pixels else "more")) from None
@@ -129,9 +141,13 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 def _decode_pillow(data: bytes, max_pixels: int) -> np.ndarray:
     with _open(data, max_pixels) as image:
         try:
-            return np.array(image.convert("RGB"))
+            image.load()
         except _PILLOW_ERRORS as error:
             raise ValueError(f"the {image.format} file is damaged: {error}") from None
+        try:
+            return to_rgb(image)
+        except _PILLOW_ERRORS as error:
+            raise ValueError(f"the {image.format} file cannot be read faithfully: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,23 +213,43 @@ class ImageTransform:
 
     def resize(self, pixels_HWC: Tensor) -> Tensor:
         """uint8 pixels of `size`, padded or cropped as `aspect` says."""
-        if self.aspect == "pad":
-            pixels_HWC = pad_to_square(pixels_HWC, self.mean)
-        if self.aspect != "crop":
-            return self._resize(pixels_HWC, self.size)
-        assert self.shortest_edge is not None
         height, width = pixels_HWC.shape[:2]
-        shorter, longer = sorted((height, width))
-        scaled = int(self.shortest_edge * longer / shorter)
-        size = (scaled, self.shortest_edge) if height > width else (self.shortest_edge, scaled)
-        return centre_crop(self._resize(pixels_HWC, size), self.size)
-
-    def _resize(self, pixels_HWC: Tensor, size: tuple[int, int]) -> Tensor:
-        if tuple(pixels_HWC.shape[:2]) == size:
+        pads = self.aspect == "pad" and height != width
+        inner = (max(height, width),) * 2 if pads else (height, width)
+        whole = self._whole_size(height, width)
+        if (height, width) == whole == self.size:
             return pixels_HWC
-        if self.exact or pixels_HWC.device.type != "cpu":
-            return resize(pixels_HWC, size, self.resample)
-        return resize_fast(pixels_HWC, size, self.resample)
+        # What Pillow would make on the way: the padded square, a row's new width for every row, the whole.
+        made = max(inner[0] * inner[1] if pads else 0, inner[0] * whole[1], whole[0] * whole[1])
+        if pixels_HWC.device.type != "cpu" or made > max(_MADE, 1.5 * height * width):
+            return self._resize_part(pixels_HWC, inner, whole)
+        if pads:
+            pixels_HWC = pad_to_square(pixels_HWC, self.mean)
+        function = resize if self.exact else resize_fast
+        return centre_crop(function(pixels_HWC, whole, self.resample), self.size)
+
+    def _whole_size(self, height: int, width: int) -> tuple[int, int]:
+        """To what the image is resized, before it is cropped."""
+        if self.aspect != "crop":
+            return self.size
+        assert self.shortest_edge is not None
+        scaled = int(self.shortest_edge * max(height, width) / min(height, width))
+        return (scaled, self.shortest_edge) if height > width else (self.shortest_edge, scaled)
+
+    def _resize_part(self, pixels_HWC: Tensor, inner: tuple[int, int], whole: tuple[int, int]) -> Tensor:
+        """The same, bit for bit, without what is padded or cut off: for thin images, and on a GPU."""
+        lengths = zip(pixels_HWC.shape[:2], inner, whole, self.size, strict=True)
+        rows, columns = (
+            Axis(
+                length=length,
+                out=out,
+                wanted=range((out - size) // 2, (out - size) // 2 + size),
+                start=(length - own) // 2,
+            )
+            for own, length, out, size in lengths
+        )
+        colour_C = None if self.aspect != "pad" else _colour(self.mean)
+        return resize_part(pixels_HWC, rows, columns, self.resample, colour_C)
 
     def normalise(self, pixels_IHWC: Tensor) -> Tensor:
         """float32 [I, C, H, W] from uint8 [I, H, W, C], equal bit for bit to the stock processor's."""
@@ -268,11 +304,14 @@ def pad_to_square(pixels_HWC: Tensor, mean: tuple[float, float, float]) -> Tenso
     if height == width:
         return pixels_HWC
     side = max(height, width)
-    colour = torch.tensor([int(x * 255) for x in mean], dtype=torch.uint8, device=pixels_HWC.device)
-    square_HWC = colour.expand(side, side, 3).clone()
+    square_HWC = _colour(mean).expand(side, side, 3).clone()
     top, left = (side - height) // 2, (side - width) // 2
     square_HWC[top : top + height, left : left + width] = pixels_HWC
     return square_HWC
+
+
+def _colour(mean: tuple[float, float, float]) -> Tensor:
+    return torch.tensor([int(x * 255) for x in mean], dtype=torch.uint8)
 
 
 def centre_crop(pixels_HWC: Tensor, size: tuple[int, int]) -> Tensor:

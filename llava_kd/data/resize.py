@@ -5,11 +5,13 @@ it is exact in float64 matrix products, in whatever order a device adds. The hor
 first, as in every Pillow before 13.0 and so in the training of every published checkpoint; Pillow 13 swaps
 the axes for some tall images.
 
-Shape legend: H height, W width, C channels, S input size, T output size, K inputs of an output.
+Shape legend: H height, W width, C channels, S input size, T and X wanted outputs (of rows, of columns), K inputs
+of an output.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -22,6 +24,10 @@ BICUBIC = int(Image.Resampling.BICUBIC)
 _SUPPORT = {BILINEAR: 1.0, BICUBIC: 2.0}
 _FRACTION_BITS = 22
 _CUBIC = -0.5
+_BLOCK = 1 << 22  # values of a block of rows, in float64
+_DEVICE_BLOCK = 1 << 24
+_COLUMNS = 1 << 11  # inputs along a row that are multiplied at once
+_KEPT_LENGTH = 1 << 12  # of longer axes the weights are made anew
 
 
 def check_filter(resample: int) -> None:
@@ -59,45 +65,130 @@ def _resize_by_pillow(pixels_HWC: Tensor, size: tuple[int, int], resample: int) 
 
 def resize_by_products(pixels_HWC: Tensor, size: tuple[int, int], resample: int) -> Tensor:
     """The same in matrix products, on any device."""
-    height, width, channels = pixels_HWC.shape
-    rows_HCW = pixels_HWC.permute(0, 2, 1)
-    if width != size[1]:
-        across_TS = _weights(width, size[1], resample, pixels_HWC.device)
-        rows_HCW = _rounded(rows_HCW.double().reshape(-1, width) @ across_TS.T)
-    rows_HX = rows_HCW.reshape(height, channels * size[1])
-    if height != size[0]:
-        down_TS = _weights(height, size[0], resample, pixels_HWC.device)
-        rows_HX = _rounded(down_TS @ rows_HX.double())
-    return rows_HX.reshape(size[0], channels, size[1]).permute(0, 2, 1)
+    height, width = pixels_HWC.shape[:2]
+    rows = Axis(length=height, out=size[0], wanted=range(size[0]))
+    columns = Axis(length=width, out=size[1], wanted=range(size[1]))
+    return resize_part(pixels_HWC, rows, columns, resample)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One axis of a resize that need not be made whole: `length` inputs to `out` outputs, some `wanted`.
+
+    The image begins at input `start`; the inputs before and behind it are a border of one colour.
+    """
+
+    length: int
+    out: int
+    wanted: range
+    start: int = 0
+
+
+def resize_part(
+    pixels_HWC: Tensor,
+    rows: Axis,
+    columns: Axis,
+    resample: int,
+    colour_C: Tensor | None = None,
+) -> Tensor:
+    """The wanted part of what `resize` would make of the image within its border of `colour_C`.
+
+    Neither the border nor the part that is not wanted is made, and no block of more than some megabytes.
+    """
+    device = pixels_HWC.device
+    down = _Taps(rows, pixels_HWC.shape[0], resample, device)
+    across = _Taps(columns, pixels_HWC.shape[1], resample, device)
+    inside_HWC = pixels_HWC[down.read.start : down.read.stop, across.read.start : across.read.stop]
+    height, width, channels = inside_HWC.shape
+    wanted = len(columns.wanted)
+    sums_TX = torch.zeros(len(rows.wanted), channels * wanted, dtype=torch.float64, device=device)
+    beside_CX = torch.zeros(channels, 1, dtype=torch.float64, device=device)
+    if colour_C is not None:  # what the border adds to each row, and what rows of nothing else become
+        colour_C1 = colour_C.to(device).double()[:, None]
+        beside_CX = colour_C1 * across.outside()
+        above_CX = _rounded(beside_CX + colour_C1 * across.inside())
+        sums_TX += down.outside()[:, None] * above_CX.flatten()
+    block = _BLOCK if device.type == "cpu" else _DEVICE_BLOCK
+    step = max(1, block // (channels * max(wanted, min(width, _COLUMNS))))
+    for top in range(0, height, step):
+        part_HCW = inside_HWC[top : top + step].permute(0, 2, 1)
+        sums_HCX = beside_CX.expand(len(part_HCW), channels, wanted).clone()
+        for left in range(0, width, _COLUMNS):
+            touched, weights_XS = across.weights(left, min(left + _COLUMNS, width))
+            sums_HCX[..., touched] += part_HCW[..., left : left + _COLUMNS].double() @ weights_XS.T
+        done_HX = _rounded(sums_HCX).reshape(len(part_HCW), channels * wanted)
+        touched, weights_TS = down.weights(top, top + len(part_HCW))
+        sums_TX[touched] += weights_TS @ done_HX.double()
+    return _rounded(sums_TX).reshape(len(rows.wanted), channels, wanted).permute(0, 2, 1)
 
 
 def _rounded(sums: Tensor) -> Tensor:
     return torch.floor(sums * 2.0**-_FRACTION_BITS + 0.5).clamp(0, 255).to(torch.uint8)
 
 
-def _weights(size_in: int, size_out: int, resample: int, device: torch.device) -> Tensor:
-    """float64 [out, in] weights, whole numbers in units of 2^-22."""
-    place_TK, weight_TK = _taps_on(device, size_in, size_out, resample)
-    weights_TS = torch.zeros(size_out, size_in, dtype=torch.float64, device=device)
-    return weights_TS.scatter_add_(1, place_TK, weight_TK)
+class _Taps:
+    """Weights along one axis, in units of 2^-22. `read` are the image's inputs that have a weight at all."""
+
+    def __init__(self, axis: Axis, extent: int, resample: int, device: torch.device) -> None:
+        make = _taps_on if axis.length <= _KEPT_LENGTH else _taps_on.__wrapped__
+        self._place_TK, self._weight_TK, self._first_T, self._last_T = make(device, axis, resample)
+        begin = max(int(self._first_T[0]), axis.start)
+        stop = max(min(int(self._last_T[-1]) + 1, axis.start + extent), begin)
+        self.read = range(begin - axis.start, stop - axis.start)
+        self._begin = begin
+
+    def inside(self) -> Tensor:
+        """Of each output, the sum of the weights of the inputs that are read."""
+        first, stop = self._begin, self._begin + len(self.read)
+        inside_TK = (self._place_TK >= first) & (self._place_TK < stop)
+        return torch.where(inside_TK, self._weight_TK, 0).sum(1)
+
+    def outside(self) -> Tensor:
+        """Of each output, the sum of the border's weights."""
+        return self._weight_TK.sum(1) - self.inside()
+
+    def weights(self, first: int, stop: int) -> tuple[slice, Tensor]:
+        """The outputs that some inputs have a weight in, and those weights, float64 [outputs, stop - first].
+
+        The inputs are counted from the first that is read.
+        """
+        start = self._begin + first
+        low = int(np.searchsorted(self._last_T, start, "left"))
+        high = int(np.searchsorted(self._first_T, start + stop - first, "left"))
+        place_TK, weight_TK = self._place_TK[low:high] - start, self._weight_TK[low:high]
+        is_here_TK = (place_TK >= 0) & (place_TK < stop - first)
+        weights_TS = weight_TK.new_zeros(high - low, stop - first)
+        weights_TS.scatter_add_(
+            1, torch.where(is_here_TK, place_TK, 0), torch.where(is_here_TK, weight_TK, 0)
+        )
+        return slice(low, high), weights_TS
 
 
 @lru_cache(maxsize=4096)
-def _taps_on(device: torch.device, size_in: int, size_out: int, resample: int) -> tuple[Tensor, Tensor]:
-    """`taps`, kept on the device: some kilobytes a size, where the whole matrix has megabytes."""
-    place_TK, weight_TK = taps(size_in, size_out, resample)
-    return torch.from_numpy(place_TK).to(device), torch.from_numpy(weight_TK).to(device)
+def _taps_on(
+    device: torch.device, axis: Axis, resample: int
+) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
+    """`taps`, kept on the device: some kilobytes a size, where the whole matrix has megabytes.
+
+    Behind them the first and the last input that each output may read.
+    """
+    place_TK, weight_TK = taps(axis.length, axis.out, resample, wanted=axis.wanted)
+    on_device = torch.from_numpy(place_TK).to(device), torch.from_numpy(weight_TK).to(device)
+    return *on_device, place_TK[:, 0].copy(), place_TK[:, -1].copy()
 
 
-def taps(size_in: int, size_out: int, resample: int) -> tuple[np.ndarray, np.ndarray]:
-    """The inputs that each output reads, int64 [out, K], and their weights as Pillow rounds them, float64.
+def taps(
+    size_in: int, size_out: int, resample: int, *, wanted: range | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The inputs that each wanted output reads, int64 [T, K], and their weights as Pillow rounds them, float64.
 
     An output that reads fewer than K inputs has weights of zero at the end.
     """
     scale = size_in / size_out
     filter_scale = max(scale, 1.0)
     support = _SUPPORT[resample] * filter_scale
-    centres_T1 = (np.arange(size_out)[:, None] + 0.5) * scale
+    wanted = range(size_out) if wanted is None else wanted
+    centres_T1 = (np.arange(wanted.start, wanted.stop)[:, None] + 0.5) * scale
     first_T1 = np.maximum(np.trunc(centres_T1 - support + 0.5), 0).astype(np.int64)
     last_T1 = np.minimum(np.trunc(centres_T1 + support + 0.5), size_in).astype(np.int64)
     place_TK = first_T1 + np.arange((last_T1 - first_T1).max())
