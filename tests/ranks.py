@@ -115,7 +115,10 @@ class Ranks:
             os.kill(pid, number)
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 90.0) -> None:
-        """Until `condition` holds, while every rank lives."""
+        """Until `condition` holds, while every rank lives.
+
+        90 s: they read models, meet and train two steps, on a machine whose cores ten processes may share.
+        """
         deadline = time.monotonic() + seconds
         while not condition():
             waits = time.monotonic() < deadline and all(process.is_alive() for process in self.processes)
@@ -123,7 +126,10 @@ class Ranks:
             time.sleep(0.02)
 
     def wait(self, timeout: float = 480.0) -> Ended:
-        """Wait for all; a rank that does not end in time is killed, and the test fails."""
+        """Wait for all; a rank that does not end in time is killed, and the test fails.
+
+        480 s, of the 600 of a test: whole trainings, whose length is the machine's. ZeRO compiles at first.
+        """
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))

@@ -120,7 +120,7 @@ def test_batches_are_made_while_the_one_before_is_used(source: LlavaJson) -> Non
 
     batches = Ahead(torch.device("cpu")).run(made(), (STUDENT, TEACHER))
     next(batches)
-    assert third.wait(timeout=60)
+    assert third.wait(timeout=30)
     time.sleep(0.5)
     assert len(asked) == 3  # two ahead, not all
     batches.close()  # pyright: ignore[reportAttributeAccessIssue]

@@ -191,7 +191,7 @@ def test_a_port_in_use_is_named(stage, tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         words = ["train", str(stage("run", engine="ddp"))]
-        ended = ranks.Ranks(words, tmp_path / "logs", environment=environment).wait(60)
+        ended = ranks.Ranks(words, tmp_path / "logs", environment=environment).wait(30)
     assert ended.codes == (2,), ended.log
     assert f"cannot open 127.0.0.1:{port}" in ended.log
     assert "MASTER_PORT" in ended.log

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,3 +161,41 @@ def test_a_text_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monke
     write_text(path, "new")
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_what_a_user_puts_beside_the_checkpoints_does_not_stop_a_resume(root: Path) -> None:
+    shutil.copytree(root / "step-00000004", root / "step-00000004.bak")
+    (root / "step-latest").symlink_to("step-00000004")
+    (root / "step-00000008").symlink_to("step-00000004")  # the name of another step
+    (root / "step-00000010").write_text("a note")
+    (root / "step-00000012").symlink_to("nowhere")
+    checkpoints = Checkpoints(root, keep=2)
+    assert checkpoints.steps() == [2, 4, 8]
+    newest, problems = checkpoints.load_newest()
+    assert newest is not None
+    assert newest.step == 4
+    assert len(problems) == 1
+    assert "step-00000008 cannot be read" in problems[0]
+    assert "it holds the checkpoint of step 4" in problems[0]
+    for step in (6, 8, 10, 12):  # over them too
+        checkpoints.save(saved(step))
+    assert checkpoints.steps() == [10, 12]
+    newest, problems = checkpoints.load_newest()
+    assert newest is not None
+    assert newest.step == 12
+    assert not problems
+    assert (root / "step-00000004.bak" / "state.safetensors").is_file()
+
+
+def test_a_checkpoint_that_was_moved_and_linked_back_is_read_and_let_go_of_by_its_link(
+    root: Path, tmp_path: Path
+) -> None:
+    (root / "step-00000004").rename(tmp_path / "moved")
+    (root / "step-00000004").symlink_to(tmp_path / "moved")
+    checkpoints = Checkpoints(root, keep=1)
+    newest, _ = checkpoints.load_newest()
+    assert newest is not None
+    assert newest.step == 4
+    checkpoints.save(saved(6))
+    assert [path.name for path in root.iterdir()] == ["step-00000006"]
+    assert (tmp_path / "moved" / "state.safetensors").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -99,3 +100,20 @@ def test_a_fresh_start_drops_every_line(tmp_path: Path) -> None:
     again.resume(0)
     run(again, 1, 4)
     assert [line["step"] for line in lines(tmp_path)] == [2, 4]
+
+
+def test_a_resume_that_cannot_write_keeps_every_line(tmp_path: Path) -> None:
+    """As a kill at that moment does: cutting the file first loses what is not yet written back."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 2001)))
+    before = path.read_text()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            Metrics(tmp_path, num_steps=3000, progress=False).resume(1990)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == before
+    Metrics(tmp_path, num_steps=3000, progress=False).resume(1990)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 1991))

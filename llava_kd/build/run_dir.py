@@ -56,6 +56,11 @@ def check_world(config: TrainConfig, world: World) -> None:
         raise ValueError(
             f"engine.kind is single but {world.size} ranks run; use auto, ddp, fsdp2 or deepspeed"
         )
+    if config.engine.kind in ("ddp", "fsdp2", "deepspeed") and world.size == 1:
+        raise ValueError(
+            f"engine.kind is {config.engine.kind}, which needs several ranks, and one runs; use auto, "
+            "or start more (NPROC)"
+        )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import ranks
 pytestmark = pytest.mark.distributed
 
 LONG = {"max_steps": 10_000, "engine": "ddp"}
+SOON = 60  # seconds: to start, or to save and end, where ten processes share the cores
 
 
 def steps(output: Path) -> list[int]:
@@ -33,7 +34,7 @@ def test_a_signal_to_one_rank_stops_all_after_a_checkpoint_and_is_no_failure(sta
     run, output = start(stage("run", **LONG))
     run.wait_for(lambda: len(steps(output)) >= 2)
     run.signal(number, rank=1)
-    ended = run.wait(60)
+    ended = run.wait(SOON)
     assert ended.codes == (0, 0), ended.log
     last = steps(output)[-1]
     assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step-{last:08d}"]
@@ -44,7 +45,7 @@ def test_the_death_of_a_rank_ends_the_others_with_a_clear_line(stage) -> None:
     run, output = start(stage("run", **LONG))
     run.wait_for(lambda: len(steps(output)) >= 2)
     run.signal(signal.SIGKILL, rank=1)
-    ended = run.wait(60)
+    ended = run.wait(SOON)
     assert ended.codes == (1, -signal.SIGKILL), ended.log
     assert "another rank is gone" in ended.logs[0]
     assert "Traceback" not in ended.logs[0]
@@ -52,7 +53,7 @@ def test_the_death_of_a_rank_ends_the_others_with_a_clear_line(stage) -> None:
 
 def test_a_loss_that_is_not_finite_stops_every_rank_and_names_its_records(stage) -> None:
     run, output = start(stage("run", lr=1e30, **LONG))
-    ended = run.wait(60)
+    ended = run.wait(SOON)
     assert ended.codes == (2, 2), ended.log
     assert all("not finite" in log and "this rank's records: " in log for log in ended.logs)
     assert ended.logs[0].split("records: ")[-1] != ended.logs[1].split("records: ")[-1]
@@ -63,20 +64,20 @@ def test_a_full_disk_stops_every_rank_and_leaves_the_last_good_checkpoint(stage)
     """The first checkpoint fits; then nothing larger than a part of one can be written."""
     config = stage("run", engine="ddp", max_steps=4, checkpoint={"every": 2, "keep": 2})
     run, output = start(config, "--max_steps=4")
-    assert run.wait(60).codes == (0, 0)
+    assert run.wait(SOON).codes == (0, 0)
     (output / "run.json").unlink()  # as if it had been stopped after step 2
     for name in ("checkpoints/step-00000004", "model"):
         shutil.rmtree(output / name)
     size = (output / "checkpoints/step-00000002/state.safetensors").stat().st_size
     run, _ = start(config, max_file_bytes=size // 2)
-    ended = run.wait(60)
+    ended = run.wait(SOON)
     assert ended.codes == (2, 2), ended.log
     assert "the checkpoint of step 4 cannot be written" in ended.logs[0]
     assert "Free some space" in ended.logs[0]
     assert "rank 1 stops since another rank did" in ended.logs[1]
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000002"]
     run, _ = start(config)
-    ended = run.wait(60)
+    ended = run.wait(SOON)
     assert ended.codes == (0, 0), ended.log
     assert "going on from step 2" in ended.logs[0]
 
@@ -86,7 +87,7 @@ def test_the_death_of_a_data_worker_ends_every_rank_and_says_so(stage) -> None:
     run.wait_for(lambda: len(steps(output)) >= 2)
     worker = data_workers(run.processes[1].pid)[0]
     os.kill(worker, signal.SIGKILL)
-    ended = run.wait(60)
+    ended = run.wait(SOON)
     assert all(code > 0 for code in ended.codes), ended.log
     assert "a data worker died" in ended.logs[1]
     assert "another rank is gone" in ended.logs[0]

@@ -1,0 +1,51 @@
+"""Ctrl-C, a scheduler's stop and `kill -9` of a script: to all of its process group, while it trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from script_runs import PATIENCE, Run
+
+pytestmark = pytest.mark.distributed
+
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 0, signal.SIGUSR1: 0, signal.SIGKILL: -9}
+# Ranks, workers of each, signal: more micro-batches a step than are prefetched, in all of them.
+CASES = [
+    (1, 0, signal.SIGTERM),
+    (1, 1, signal.SIGINT),
+    (1, 4, signal.SIGUSR1),
+    (1, 2, signal.SIGKILL),
+    (2, 2, signal.SIGINT),
+    (2, 1, signal.SIGKILL),
+]
+MORE = [(2, 0, signal.SIGTERM), (2, 4, signal.SIGUSR1), (1, 3, signal.SIGINT), (1, 2, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_workers", "number"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
+)
+def test_a_signal_to_the_group_costs_nothing_and_leaves_nobody(
+    stage, num_ranks: int, num_workers: int, number: signal.Signals
+) -> None:
+    config = stage(
+        "run", distilled=False, engine="auto", global_batch_size=32, micro_batch_size=1, max_steps=10_000
+    )
+    output = config.with_suffix("")
+    run = Run(config, output, num_ranks=num_ranks, num_workers=num_workers)
+    deadline = time.monotonic() + PATIENCE
+    while not (output / "metrics.jsonl").is_file() and run.process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(run.process.pid, number)
+    said = run.end()
+    assert run.process.returncode == STATUS[number], said
+    assert "Traceback" not in said
+    if number != signal.SIGKILL:
+        last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        assert f"stopped by {number.name} after step {last}; the same command goes on" in said
+        assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step-{last:08d}"]
