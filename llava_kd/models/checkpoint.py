@@ -102,6 +102,7 @@ def check_placeholders(processor: LlavaProcessor, config: LlavaConfig, name: str
     """ValueError where the processor does not write the image token as often as an image has features."""
     height, width = input_size(processor.image_processor)
     features = tokens_per_image(config, (height, width))
+    assert processor.patch_size is not None
     patch, strategy = processor.patch_size, processor.vision_feature_select_strategy
     written = (height // patch) * (width // patch) + processor.num_additional_image_tokens
     written -= strategy == "default"

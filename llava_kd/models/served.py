@@ -22,15 +22,15 @@ def served_processor(processor: LlavaProcessor) -> LlavaProcessor:
     """
     served = copy.deepcopy(processor)
     tokenizer = served.tokenizer
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only the latter is saved
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    end = end_of_answer(served)
+    if end is not None and end != tokenizer.eos_token_id:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     if tokenizer.is_fast:  # what some earlier call padded or cut to is no part of the model
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    end = end_of_answer(processor)
-    if end is not None and end != tokenizer.eos_token_id:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     return served
 
 
