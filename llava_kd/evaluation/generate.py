@@ -33,7 +33,8 @@ from llava_kd.evaluation.answers import AnswerWriter
 from llava_kd.evaluation.prompt import model_inputs, render_prompt
 from llava_kd.evaluation.questions import Question
 from llava_kd.evaluation.ranks import Ranks
-from llava_kd.models.checkpoint import load_config
+from llava_kd.models.checkpoint import check_placeholders, load_config
+from llava_kd.models.other_kinds import refuse_other_kinds
 from llava_kd.models.packed_attention import leave_out_cudnn
 from llava_kd.models.reused_projector import ReusedProjectorConfig, llava_class
 
@@ -41,6 +42,7 @@ from llava_kd.models.reused_projector import ReusedProjectorConfig, llava_class
 def check_llava_directory(directory: str | Path) -> Path:
     """The directory, when it is a stock LLaVA one; a ValueError that says what is wrong otherwise."""
     directory = Path(directory)
+    refuse_other_kinds(str(directory), "the model")
     if not directory.is_dir():
         raise ValueError(f"no model directory {directory}")
     config = directory / "config.json"
@@ -168,6 +170,7 @@ def load_processor(directory: Path) -> LlavaProcessor:
         raise ValueError(f"{directory} has no chat template; save the training template with the processor")
     if processor.tokenizer.eos_token_id is None:
         raise ValueError(f"{directory}: the tokenizer has no end-of-text token, so no answer would end")
+    check_placeholders(processor, load_config(str(directory)), str(directory))
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor
