@@ -1,9 +1,9 @@
 """What somebody with transformers alone gets from a directory; run by whichever Python has it.
 
-    python stock_answers.py DIRECTORY QUESTIONS.json OUT.json
+    python stock_answers.py JOBS.json
 
-QUESTIONS is a list of {"text", "image"}. OUT holds, for each, the ids and the pixels of the prompt, and the
-answer alone and in a batch.
+JOBS is a list of {"directory", "questions", "out"}, and questions one of {"text", "image"}. The file `out`
+holds, for each question, the ids and the pixels of the prompt, and the answer alone and in a batch.
 """
 
 from __future__ import annotations
@@ -79,8 +79,17 @@ def _answers(model: torch.nn.Module, processor: object, talks: list) -> dict:
     }
 
 
+def main(jobs: str) -> None:
+    with open(jobs) as stream:
+        todo = json.load(stream)
+    for job in todo:
+        try:
+            found = stock_answers(job["directory"], job["questions"])
+        except Exception as error:  # one that this version cannot read does not stop the others
+            found = {"error": f"{type(error).__name__}: {error}"}
+        with open(job["out"], "w") as stream:
+            json.dump(found, stream)
+
+
 if __name__ == "__main__":
-    with open(sys.argv[2]) as stream:
-        found = stock_answers(sys.argv[1], json.load(stream))
-    with open(sys.argv[3], "w") as stream:
-        json.dump(found, stream)
+    main(sys.argv[1])

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from llava_kd.models.other_kinds import refuse_other_kinds
 from llava_kd.models.reading import existing
 from llava_kd.models.reused_projector import ReusedProjectorConfig
 from llava_kd.models.tower_source import nearest_neighbours
@@ -19,16 +20,12 @@ _OTHERS = ("llava_next", "llava_next_video", "llava_onevision")
 
 def model_directory(name: str | Path) -> Path:
     """The directory, when it is a stock LLaVA one; a ValueError that says what is wrong otherwise."""
+    refuse_other_kinds(str(name), "the model")
     directory = Path(name)
     if not directory.is_dir():
         directory = _from_hub(str(name))
     config = directory / "config.json"
     if not config.is_file():
-        if list(directory.glob("*.gguf")):
-            raise ValueError(
-                f"{directory} holds a GGUF model, which llama.cpp reads; give the stock LLaVA directory "
-                "that it was made from"
-            )
         raise ValueError(f"{directory} has no config.json; give a directory that save_pretrained wrote")
     try:
         tree = json.loads(config.read_text(encoding="utf-8"))

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from llava_kd.models.other_kinds import refuse_other_kinds
 from llava_kd.models.tower_source import nearest, nearest_neighbours
 
 # Ids that an id which cannot be read is compared with, beside those that this machine has read before.
@@ -62,6 +63,7 @@ KNOWN_IDS = (
 def existing(name: str, what: str) -> str:
     """`name` if it is a directory or could be a hub id; ValueError for a path that is not there."""
     path = Path(name)
+    refuse_other_kinds(name, what)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{what} {name} has no config.json: it is not a model directory")

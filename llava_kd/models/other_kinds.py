@@ -1,0 +1,125 @@
+"""Folders of models that are not transformers' own, told by their files, with where to go from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+_LFS = b"version https://git-lfs"
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pth",
+    ".pt",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".npz",
+    ".zip",
+    ".tar",
+    ".engine",
+)
+
+
+def _any(*patterns: str) -> Callable[[Path], bool]:
+    return lambda folder: any(next(folder.glob(pattern), None) is not None for pattern in patterns)
+
+
+_UNQUANTISED = "give the model in transformers' form that it was made from"
+# Kinds whose files stand in the place of transformers' weights, told by any of these names.
+_KINDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("*.gguf",), "a GGUF model of llama.cpp, quantised or not", _UNQUANTISED),
+    (
+        ("adapter_config.json",),
+        "an adapter of peft without its base model",
+        "merge it into that and save both",
+    ),
+    (("model_index.json",), "a pipeline of diffusers", "give one of transformers' models"),
+    (("*openvino*.xml", "openvino/*.xml"), "a model of OpenVINO", _UNQUANTISED),
+    (("*.onnx", "onnx/*.onnx"), "a model of ONNX", _UNQUANTISED),
+    (("*.engine", "*.plan"), "an engine of TensorRT", _UNQUANTISED),
+    (("*.mlpackage", "*.mlmodelc"), "a model of Core ML", _UNQUANTISED),
+    (("*.tflite", "*.litertlm", "*.task"), "a model of LiteRT", _UNQUANTISED),
+    (("weights.npz", "weights.*.npz"), "a model of MLX", _UNQUANTISED),
+    (("*.nemo",), "a model of NeMo", "export it to transformers' form"),
+    (
+        ("consolidated*", "params.json"),
+        "a model in its maker's own form",
+        "give its version for transformers",
+    ),
+    (("tf_model*.h5", "saved_model.pb"), "a model of TensorFlow", "give its version for PyTorch"),
+    (("flax_model*.msgpack",), "a model of Flax", "give its version for PyTorch"),
+    (("trainer.json",), "a checkpoint of a run", "give the run's model/, which its end writes"),
+    (
+        ("*.distcp", "zero_to_fp32.py", "mp_rank_*"),
+        "a training checkpoint of DeepSpeed or FSDP",
+        "gather its weights into one model and save that",
+    ),
+    (("model/config.json",), "the folder of a run", "give the model/ in it"),
+)
+
+
+def refuse_other_kinds(name: str, what: str) -> None:
+    """ValueError where `name` is a file, or a folder that transformers does not read as it is."""
+    path = Path(name)
+    if path.is_file():
+        raise ValueError(
+            f"{what} {name} is a file{_of_kind(path)}; give a folder with config.json and safetensors weights"
+            if path.suffix in _WEIGHTS
+            else f"{what} {name} is a file; give a model directory"
+        )
+    if not path.is_dir():
+        return
+    if (pointer := _pointer(path)) is not None:
+        raise ValueError(
+            f"{what} {name} was fetched without its large files: {pointer.name} is a pointer of Git LFS; run "
+            "`git lfs pull` there"
+        )
+    if not _any("model*.safetensors", "pytorch_model*.bin")(path):
+        for patterns, kind, remedy in _KINDS:
+            if _any(*patterns)(path):
+                raise ValueError(f"{what} {name} is {kind}; {remedy}")
+    config = _config(path)
+    quantised = [tree.get("quantization_config") for tree in (config, config.get("text_config")) if tree]
+    if how := next((tree for tree in quantised if isinstance(tree, dict)), None):
+        raise ValueError(
+            f"{what} {name} is quantised ({how.get('quant_method', 'unnamed')}), so neither trained nor "
+            f"scored as it is; {_UNQUANTISED} (teacher.quantize makes it small in memory)"
+        )
+    if "quantization" in config or _is_mlx(path):
+        raise ValueError(f"{what} {name} is a model of MLX; {_UNQUANTISED}")
+
+
+def _of_kind(path: Path) -> str:
+    return next((f" of {kind}" for patterns, kind, _ in _KINDS if any(path.match(p) for p in patterns)), "")
+
+
+def _pointer(folder: Path) -> Path | None:
+    for path in sorted(folder.glob("*")):
+        if path.is_file() and path.stat().st_size < 1024:
+            with path.open("rb") as stream:
+                if stream.read(len(_LFS)) == _LFS:
+                    return path
+    return None
+
+
+def _config(folder: Path) -> dict:
+    """Empty where there is none, or none that can be read, which its reader says."""
+    try:
+        tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _is_mlx(folder: Path) -> bool:
+    for path in sorted(folder.glob("model*.safetensors"))[:1]:
+        try:
+            with safe_open(path, framework="pt") as stream:
+                return (stream.metadata() or {}).get("format") == "mlx"
+        except (SafetensorError, OSError):  # its reader says what is wrong
+            return False
+    return False

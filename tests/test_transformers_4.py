@@ -1,0 +1,161 @@
+"""Exports read by transformers 4.57, on which vLLM, lmms-eval and SGLang often stand.
+
+LLAVA_KD_TRANSFORMERS_4 names a Python that has it, and torch; without it one is made with pip.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import venv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import stock_answers
+import torch
+from stock_answers import stock_answers as answers_here
+from test_models_served import ours, questions_of, trained
+from tiny_towers import TOWERS, make_language_model, make_tower
+
+from llava_kd.build.checkpoints import export_to
+from llava_kd.build.models import student_parts
+from llava_kd.config import StudentConfig
+from llava_kd.models.checkpoint import save_stock
+from llava_kd.models.export import LANGUAGES_OF_4, TOWERS_OF_4
+
+pytestmark = pytest.mark.slow
+
+PYTHON = "LLAVA_KD_TRANSFORMERS_4"
+VERSION = "4.57.6"
+QUICKSTART = Path(__file__).parents[1] / "scripts" / "quickstart" / "backbones" / "teacher"
+# By name: the kind of language model, and settings that transformers 4 keeps elsewhere or under other names.
+LANGUAGES: dict[str, tuple[str, dict]] = {
+    "qwen2": ("qwen2", {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}),
+    "qwen2, linear": (
+        "qwen2",
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}},
+    ),
+    "llama, llama3": (
+        "llama",
+        {
+            "rope_parameters": {
+                **{"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0},
+                **{"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+            }
+        },
+    ),
+    "qwen3": ("qwen3", {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}),
+    "smollm": ("smollm", {"rope_parameters": {"rope_theta": 5e6, "rope_type": "default"}}),
+    "phi": ("phi", {}),
+    "phi3": ("phi3", {"rope_parameters": {"rope_theta": 3e5, "rope_type": "default"}}),
+    "gemma": ("gemma", {}),
+    "gemma3": ("gemma3", {}),
+    "olmo2": ("olmo2", {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}),
+}
+
+
+@pytest.fixture(scope="session")
+def python_4(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The one that is named, or a new one that takes torch from here and transformers 4 from pip."""
+    if PYTHON in os.environ:
+        return os.environ[PYTHON]
+    root = tmp_path_factory.mktemp("transformers4")
+    venv.create(root, with_pip=True)
+    python = str(root / "bin" / "python")
+    wanted = [f"transformers=={VERSION}", "pillow"]
+    subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True, timeout=500)
+    (site,) = root.glob("lib/python*/site-packages")
+    here = Path(torch.__file__).parents[1]
+    (site / "zz_torch.pth").write_text(f"{here}\n")
+    return python
+
+
+def answers_there(
+    python: str, directories: Mapping[str, Path], questions: Sequence[dict], root: Path
+) -> dict[str, dict]:
+    jobs = [
+        {"directory": str(path), "questions": list(questions), "out": str(root / f"{k}.json")}
+        for k, path in enumerate(directories.values())
+    ]
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    words = [python, "-W", "ignore", stock_answers.__file__, str(root / "jobs.json")]
+    subprocess.run(words, env={**environment, "HF_HUB_OFFLINE": "1"}, check=True, timeout=550)
+    return {
+        name: json.loads(Path(job["out"]).read_text()) for name, job in zip(directories, jobs, strict=True)
+    }
+
+
+def test_sixty_answers_of_three_students_are_ours_there_and_here(
+    tmp_path: Path, stage: Callable[..., Path], shapes_dir: Path, python_4: str
+) -> None:
+    exports = {"quickstart": tmp_path / "quickstart"}
+    export_to(str(QUICKSTART), str(exports["quickstart"]), dtype="float32", scores=())
+    for template, aspect in (("chatml", "pad"), ("vicuna", "square")):
+        root = tmp_path / template
+        root.mkdir()
+        trained(root, stage, template, aspect)
+        exports[template] = root / "export"
+        export_to(str(root / "run" / "model"), str(exports[template]), dtype=None, scores=())
+    questions = questions_of(shapes_dir, 60)
+    there = answers_there(python_4, exports, questions, tmp_path)
+    for name, directory in exports.items():
+        here, expected = answers_here(str(directory), questions), ours(directory, questions)
+        for found in (here, there[name]):
+            assert found.get("error") is None
+            assert found["missing"] == []
+            assert found["ids"] == here["ids"]
+            assert found["alone"] == found["batched"] == expected, (name, found["version"])
+            gaps = torch.tensor(found["pixels"]) - torch.tensor(here["pixels"])
+            assert float(gaps.abs().max()) < 0.04
+        assert there[name]["version"] == VERSION or PYTHON in os.environ
+        assert len(expected) == 60
+
+
+def _export(root: Path, tower: str, language: str) -> tuple[Path, tuple[str, str]]:
+    kind, settings = LANGUAGES[language]
+    text = make_language_model(kind, root / "llm", **settings)
+    student = StudentConfig(vision_tower=make_tower(tower, root / "tower"), language_model=str(text))
+    parts = student_parts(student, template="chatml", seed=1)
+    save_stock(parts, root / "model")
+    export_to(str(root / "model"), str(root / "export"), dtype=None, scores=())
+    config = parts.stock.config
+    return root / "export", (config.vision_config.model_type, config.text_config.model_type)
+
+
+def test_what_the_card_says_of_transformers_4_is_so(tmp_path: Path, shapes_dir: Path, python_4: str) -> None:
+    """Every stock tower with one language model, and every language model with one tower."""
+    pairs = [(tower, "qwen2") for tower, (_, is_stock) in TOWERS.items() if is_stock]
+    pairs += [("siglip", language) for language in list(LANGUAGES)[1:]]
+    exports, kinds = {}, {}
+    for tower, language in pairs:
+        name = f"{tower}, {language}"
+        exports[name], kinds[name] = _export(tmp_path / name.replace(", ", "-"), tower, language)
+    questions = questions_of(shapes_dir, 3)
+    there = answers_there(python_4, exports, questions, tmp_path)
+    alike = {}
+    for name, directory in exports.items():
+        here = answers_here(str(directory), questions)
+        same = all(here[key] == there[name].get(key) for key in ("ids", "alone", "batched", "missing"))
+        alike[name] = same or there[name].get("error") or "other answers"
+    said = {n: kinds[n][0] in TOWERS_OF_4 and kinds[n][1] in LANGUAGES_OF_4 for n in exports}
+    print(json.dumps(alike, indent=1))
+    assert {name: alike[name] for name, is_said in said.items() if is_said and alike[name] is not True} == {}
+    assert {name for name, is_said in said.items() if not is_said and alike[name] is True} == set()
+
+
+def test_a_base_of_positions_that_is_lost_changes_the_answers(
+    tmp_path: Path, shapes_dir: Path, python_4: str
+) -> None:
+    """The test above would see it: without `rope_theta`, 4.57 computes with 10,000 and says nothing."""
+    directory, _ = _export(tmp_path, "siglip", "qwen2")
+    path = directory / "config.json"
+    tree = json.loads(path.read_text())
+    assert tree["text_config"].pop("rope_theta") == 1e6
+    path.write_text(json.dumps(tree))
+    questions = questions_of(shapes_dir, 3)
+    there = answers_there(python_4, {"it": directory}, questions, tmp_path)["it"]
+    assert there["rope_theta"] == 10_000
+    assert there["alone"] != ours(directory, questions)
