@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -374,3 +375,18 @@ def test_what_cannot_be_read_is_refused_by_its_name(
 def test_a_converted_model_is_written_without_pickles_or_code(original: Original, tmp_path: Path) -> None:
     save_stock(convert(tiny_parts(original, tmp_path / "source"))[0], tmp_path / "out")
     assert {path.suffix for path in (tmp_path / "out").iterdir()} <= {".json", ".safetensors", ".jinja"}
+
+
+def test_a_sentencepiece_file_alone_names_the_packages_that_read_it(
+    original: Original, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library asks for tiktoken there, which does not help."""
+    for name in ("sentencepiece", "tiktoken"):
+        monkeypatch.setitem(sys.modules, name, None)
+    source = tiny_parts(original, tmp_path / "source")
+    for path in source.glob("*token*"):
+        path.unlink()
+    (source / "tokenizer.model").write_bytes(b"\x0a\x05\x0a\x01a\x15\x00")
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(ValueError, match=r"SentencePiece file alone .* pip install sentencepiece protobuf"):
+        convert(source)
