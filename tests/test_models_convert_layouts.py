@@ -106,6 +106,10 @@ def test_other_towers_of_tinyllava(family: str, tmp_path: Path) -> None:
     original = make_original(tmp_path, tower=family, strategy="full")
     source = tiny_parts(original, tmp_path / "source", vision_feature_select_strategy="cls_patch")
     same_logits(convert(source)[0], original.parts)
+    if family == "dinov2":  # resizes to 40 and crops to 32
+        padded_one = tiny_parts(original, tmp_path / "padded", image_aspect_ratio="pad")
+        with pytest.raises(ValueError, match=r"is pad, and the image processor .* resizes to 40, crops"):
+            convert(padded_one)
 
 
 @pytest.mark.parametrize("indexed", [True, False], ids=["index", "no index"])
