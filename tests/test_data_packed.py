@@ -172,6 +172,15 @@ def test_pack_smaller_than_max_length_is_an_error(source: LlavaJson) -> None:
         make_loader(source, packing=Packing(max_tokens=100))
 
 
+def test_a_record_with_more_images_than_a_pack_may_hold_is_named(source: LlavaJson) -> None:
+    """Records 2, 5, 8, ... have two."""
+    name = source.record(2).id
+    with pytest.raises(
+        ValueError, match=rf"1 images, but record {name} alone has 2 \(10 such.*max_images to 2"
+    ):
+        make_loader(source, packing=Packing(max_tokens=300, max_images=1))
+
+
 @pytest.mark.parametrize("template", ["plain", "vicuna", "chatml"])
 @pytest.mark.parametrize("tokenizer", [qwen_like(), llama_like()], ids=["qwen", "llama"])
 def test_lengths_are_those_of_the_encoded_records(

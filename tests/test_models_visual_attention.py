@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_batches import TOKENS, inputs, record
+from tiny_decoders import tiny_decoder
 from tiny_llava import make_tiny_llava
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
@@ -18,7 +19,7 @@ from llava_kd.batch import Inputs
 from llava_kd.models.checkpoint import load_stock
 from llava_kd.models.language_model import checkpoint_activations
 from llava_kd.models.mllm import MLLM
-from llava_kd.models.visual_attention import VisualMaps, middle_layers, watchable
+from llava_kd.models.visual_attention import VisualMaps, check_maps, middle_layers, watchable
 from llava_kd.models.width_map import width_map
 
 LAYERS = range(1, 3)
@@ -139,10 +140,29 @@ def test_a_model_without_sdpa_is_refused(directory: Path) -> None:
 
 
 def test_layers_that_show_nothing_are_named(model: MLLM) -> None:
-    model.watch_attention(range(3, 6))  # of four
-    batch = inputs(record(1))
     with pytest.raises(ValueError, match=r"its layers \[4, 5\] showed none"):
-        model(batch, model.image_features(batch))
+        model.watch_attention(range(3, 6))  # of four
+
+
+def test_a_model_that_adds_to_its_queries_and_keys_is_refused() -> None:
+    """A bias of its own: eager attention has other maps than the products show."""
+    decoder = tiny_decoder("doge").base_model
+    for name, parameter in decoder.named_parameters():
+        if name.endswith(".A"):
+            torch.nn.init.normal_(parameter)
+    decoder.set_attn_implementation("sdpa")
+    watchable(decoder)
+    with pytest.raises(ValueError, match=r"this 'doge' model attends by: it adds something of its own"):
+        check_maps(decoder, range(1, 2), torch.float32)
+    assert decoder.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "phi3", "qwen3", "gemma3_text"])
+def test_plain_models_may_be_watched(family: str) -> None:
+    decoder = tiny_decoder(family).base_model
+    watchable(decoder)
+    check_maps(decoder, range(0, 2), torch.float32)
+    check_maps(decoder.bfloat16(), range(0, 2), torch.bfloat16)
 
 
 @pytest.mark.parametrize(

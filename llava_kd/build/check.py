@@ -7,18 +7,19 @@ import torch
 
 from llava_kd.batch import IGNORE_INDEX
 from llava_kd.build.data import make_source, same_tower, side
-from llava_kd.build.models import student_parts
+from llava_kd.build.models import choose_attention, student_parts
 from llava_kd.build.objective import objective
 from llava_kd.build.options import with_projector
 from llava_kd.build.plan import plan
 from llava_kd.build.slices import read_slices
-from llava_kd.build.teacher import teacher_parts, teacher_template
+from llava_kd.build.teacher import is_cached, teacher_parts, teacher_template
 from llava_kd.build.teacher_cache import open_cache
 from llava_kd.build.throughput import Network
 from llava_kd.config import TrainConfig
 from llava_kd.data.conversation import Source
 from llava_kd.data.images import MAX_PIXELS, decode
 from llava_kd.models.checkpoint import Parts
+from llava_kd.models.mllm import MLLM
 from llava_kd.models.vocabulary import left_out
 
 
@@ -45,6 +46,9 @@ def check(
     )
     teacher = teacher_parts(config)
     student = with_projector(config, student, teacher)
+    _keeps_records_apart(config, student, "student")
+    if teacher is not None and not is_cached(config):
+        _keeps_records_apart(config, teacher, "teacher")
     terms = objective(config.objective, student, teacher, config.data.visual_alignment)
     if teacher is not None:
         lines.append(f"template         of the teacher: {teacher_template(config, teacher)}")
@@ -58,6 +62,12 @@ def check(
             lines.append(f"vocabulary       {terms.num_common} shared columns{without}")
     lines += _sample(config, student, source, num_records)
     return "\n".join([*lines, plan(config, ranks, measured, network)])
+
+
+def _keeps_records_apart(config: TrainConfig, parts: Parts, whose: str) -> None:
+    """ValueError for a language model that reads records of a batch or a row otherwise than alone."""
+    model, is_packed = MLLM(parts.stock), config.data.packing is not None
+    choose_attention(model, torch.device("cpu"), parts.stock.dtype, whose=whose, is_packed=is_packed)
 
 
 def _towers(config: TrainConfig, student: Parts, teacher: Parts) -> str:

@@ -23,6 +23,7 @@ from llava_kd.data.records import LlavaJson
 from llava_kd.data.tar_shards import TarShards
 from llava_kd.data.template_choice import choose
 from llava_kd.models.checkpoint import Parts
+from llava_kd.models.row_limits import check_rows
 from llava_kd.models.vision_tower import input_size, text_config, tokens_per_image, tower_fingerprint
 from llava_kd.parallel.world import World
 
@@ -43,7 +44,9 @@ def side(parts: Parts, config: DataConfig, template: str | None = None) -> Side:
 def side_of(
     processor: LlavaProcessor, model: LlavaConfig, config: DataConfig, template: str | None = None
 ) -> Side:
-    """The same from what needs no weights."""
+    """The same from what needs no weights. ValueError for longer rows than the language model can read."""
+    max_tokens = None if config.packing is None else config.packing.max_tokens
+    check_rows(text_config(model), max_length=config.max_length, max_tokens=max_tokens)
     return Side(
         tokenizer=processor.tokenizer,
         template=choose(

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from llava_kd.config import StudentConfig, TrainConfig
 from llava_kd.data.template import Template
 from llava_kd.data.template_choice import choose
-from llava_kd.models import packed_attention
 from llava_kd.models.checkpoint import Parts, compose, load_stock
 from llava_kd.models.lora import is_adapter
 from llava_kd.models.mllm import MLLM, PARTS
+from llava_kd.models.probe import choose_kernel
 from llava_kd.models.vision_tower import text_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,12 +78,17 @@ def place(mllm: MLLM, device: torch.device, dtypes: Mapping[str, torch.dtype]) -
                 module.get_submodule(owner).register_buffer(buffer, value.to(device), persistent=False)
 
 
-def choose_attention(mllm: MLLM, device: torch.device, dtype: torch.dtype) -> str:
-    """Let the language model, which computes in `dtype`, take the best kernel for its rows; its name."""
-    packed_attention.leave_out_cudnn(device)
-    model = mllm.language_model
-    kernel = packed_attention.choose(packed_attention.circumstances(model, device=device, dtype=dtype))
-    return packed_attention.use(model, kernel)
+def choose_attention(
+    mllm: MLLM, device: torch.device, dtype: torch.dtype, *, whose: str, is_packed: bool = False
+) -> str:
+    """Let the language model, which computes in `dtype`, take the best kernel for its rows; its name.
+
+    `whose` it is, for a message. Raises ValueError for one that reads records of a batch, or of a row where
+    these hold several, otherwise than alone. To be called before an engine shards the student.
+    """
+    return choose_kernel(
+        mllm.language_model, device=device, dtype=dtype, is_packed=is_packed, whose=f"the {whose}"
+    )
 
 
 def _constants(module: nn.Module) -> dict[str, Tensor]:

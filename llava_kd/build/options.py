@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llava_kd.build.models import DTYPES, compute_dtype
 from llava_kd.config import DBiLDConfig, ObjectiveConfig, TrainConfig
 from llava_kd.distill.options import Align, DBiLD, Switch
 from llava_kd.models.checkpoint import Parts
@@ -40,16 +41,17 @@ def lend(
 
     To be called before an engine shards the student, and after the kernels of attention are chosen.
     """
-    _watch(config.objective, student_mllm, teacher_mllm)
+    assert config.teacher is not None
+    _watch(config.objective, student_mllm, compute_dtype(config))
+    _watch(config.objective, teacher_mllm, DTYPES[config.teacher.dtype])
     return _switch(config.objective, student, teacher, teacher_mllm, config.data.visual_alignment)
 
 
-def _watch(config: ObjectiveConfig, *models: MLLM) -> None:
+def _watch(config: ObjectiveConfig, model: MLLM, dtype: torch.dtype) -> None:
     if config.attention is None:
         return
-    for model in models:
-        num_layers = len(model.language_model.layers)
-        model.watch_attention(middle_layers(num_layers, config.attention.first, config.attention.last))
+    num_layers = len(model.language_model.layers)
+    model.watch_attention(middle_layers(num_layers, config.attention.first, config.attention.last), dtype)
 
 
 def _switch(

@@ -150,7 +150,8 @@ def assemble(
     adapt_student(student, config.student, compute_dtype=compute_dtype(config), seed=config.seed, say=say)
     mllm = MLLM(student.stock, trainable=config.trainable, tower_last_layers=config.vision_tower_last_layers)
     place(mllm, world.device, student_dtypes(config))
-    kernel = choose_attention(mllm, world.device, compute_dtype(config))
+    is_packed = config.data.packing is not None
+    kernel = choose_attention(mllm, world.device, compute_dtype(config), whose="student", is_packed=is_packed)
     if config.engine.activation_checkpointing:
         checkpoint_activations(student.stock)
     loader, shares_tower = make_loader(config, world, student, teacher, source)
@@ -212,13 +213,16 @@ def _teaching(
         return None, None
     if is_cached(config):
         return cached_teacher(config, teacher, world.device, say), None
-    frozen = placed_teacher(config, world, teacher, shares_tower=shares_tower)
+    is_packed = config.data.packing is not None
+    frozen = placed_teacher(config, world, teacher, shares_tower=shares_tower, is_packed=is_packed)
     say("the tower runs once for both models" if shares_tower else "each model runs its own tower")
     return frozen, lend(config, student, teacher, mllm, frozen.mllm)
 
 
-def placed_teacher(config: TrainConfig, world: World, teacher: Parts, *, shares_tower: bool) -> Teacher:
-    """The teacher where the settings want it, frozen."""
+def placed_teacher(
+    config: TrainConfig, world: World, teacher: Parts, *, shares_tower: bool, is_packed: bool = False
+) -> Teacher:
+    """The teacher where the settings want it, frozen; `is_packed`: it reads rows of several records."""
     assert config.teacher is not None
     dtype = DTYPES[config.teacher.dtype]
     quantize_teacher(teacher, config.teacher, compute_dtype=dtype)
@@ -232,7 +236,7 @@ def placed_teacher(config: TrainConfig, world: World, teacher: Parts, *, shares_
     if config.teacher.placement == "cpu_offload":
         decoder.layers = layers
         offload_layers(layers, world.device, dtype)
-    choose_attention(mllm, world.device, dtype)
+    choose_attention(mllm, world.device, dtype, whose="teacher", is_packed=is_packed)
     return Teacher(mllm, shares_tower=shares_tower, keeps_head_gram=wants_head_gram(config.objective))
 
 

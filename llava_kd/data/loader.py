@@ -186,7 +186,15 @@ def _sizes(
             f"a pack must have room for one record of max_length {longest}, got packing.max_tokens "
             f"{packing.max_tokens}"
         )
-    return record_sizes(source, sides, cache=cache, progress=progress)
+    sizes = record_sizes(source, sides, cache=cache, progress=progress)
+    if over := (sizes.images > packing.max_images).nonzero()[0].tolist():
+        first, most = source.record(over[0]).id, int(sizes.images.max())
+        raise ValueError(
+            f"a pack may hold {packing.max_images} images, but record {first} alone has "
+            f"{sizes.images[over[0]]} ({len(over)} such records); raise data.packing.max_images to {most}, "
+            "or leave these records out"
+        )
+    return sizes
 
 
 def _zero_telemetry(parts: tuple[str, ...]) -> dict[str, float]:

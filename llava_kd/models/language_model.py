@@ -60,8 +60,14 @@ def decoder_of(causal: PreTrainedModel) -> nn.Module:
 def _check_structure(causal: PreTrainedModel, name: str) -> None:
     """ValueError where stock LLaVA has no place for a part."""
     decoder, kind = decoder_of(causal), causal.config.model_type
-    with torch.device("meta"):
-        expected = type(AutoModel.from_config(causal.config))
+    try:
+        with torch.device("meta"):
+            expected = type(AutoModel.from_config(causal.config))
+    except ValueError as error:
+        raise ValueError(
+            f"the language model {name} ({kind!r}) cannot stand in a stock LLaVA: transformers has no "
+            "decoder of its own for it; take another model"
+        ) from error
     if type(decoder) is not expected or not {"embed_tokens", "layers"} <= set(dict(decoder.named_children())):
         raise ValueError(
             f"the language model {name} ({kind!r}) cannot stand in a stock LLaVA, which builds a "
@@ -93,7 +99,13 @@ def _check_computation(causal: PreTrainedModel, name: str) -> None:
     ids_BT = ids_BT.to(causal.device)
     decoder = decoder_of(causal)
     embedded_BTD = causal.get_input_embeddings()(ids_BT)
-    hidden_BTD = decoder(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
+    try:
+        hidden_BTD = decoder(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the language model {name} ({causal.config.model_type!r}) cannot read embeddings alone, which "
+            f"is all that stock LLaVA gives it ({' '.join(str(error).split())}); take another model"
+        ) from error
     head = causal.get_output_embeddings()
     assert head is not None
     ours_BTV = head(hidden_BTD).float()

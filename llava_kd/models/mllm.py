@@ -19,7 +19,7 @@ from llava_kd.models.lora import is_adapter
 from llava_kd.models.reused_projector import ReusedProjector
 from llava_kd.models.tower_layers import last_layers, read_parameters
 from llava_kd.models.vision_tower import feature_layer, image_features, vision_config
-from llava_kd.models.visual_attention import VisualMaps, watchable
+from llava_kd.models.visual_attention import VisualMaps, check_maps, watchable
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
@@ -131,9 +131,13 @@ class MLLM(nn.Module):
                 strategy=config.vision_feature_select_strategy,
             )
 
-    def watch_attention(self, layers: range) -> None:
-        """Let predictions show the visual attention of these decoder layers."""
+    def watch_attention(self, layers: range, dtype: torch.dtype = torch.float32) -> None:
+        """Let predictions show the visual attention of these decoder layers; the model computes in `dtype`.
+
+        Raises ValueError for a model whose attention is more than its queries and keys show.
+        """
         watchable(self.language_model)
+        check_maps(self.language_model, layers, dtype)
         self._watched = layers
 
     def forward(self, inputs: Inputs, features_INE: Tensor) -> Prediction:
@@ -170,13 +174,8 @@ class MLLM(nn.Module):
             embedded_BTD = flat_D.view_as(embedded_BTD)
         # Without an attention mask the model is causal within each run of positions: right padding is
         # never seen by a real token, and packed records never see each other.
-        hidden_BTD = self.language_model(
-            inputs_embeds=embedded_BTD,
-            position_ids=inputs.position_ids_BT if inputs.is_packed else None,
-            use_cache=False,
-            **packed_attention.arguments(self.language_model, inputs),
-            **({} if maps is None else {"visual_maps": maps}),
-        ).last_hidden_state
+        watching = {} if maps is None else {"visual_maps": maps}
+        hidden_BTD = packed_attention.read_rows(self.language_model, inputs, embedded_BTD, **watching)
         return Prediction(
             hidden_BTD=hidden_BTD,
             projected_IND=projected_IND,

@@ -92,12 +92,14 @@ KERNELS: dict[str, Callable[[Circumstances], bool]] = {
 
 def circumstances(model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype) -> Circumstances:
     """Of a language model that computes in `dtype` on `device`, with what is installed here."""
-    settings = model.config.get_text_config().to_dict()
+    text = model.config.get_text_config()
+    settings = text.to_dict()
     layers = set(settings.get("layer_types") or ["full_attention"])
     is_plain = (
         layers <= {"full_attention", "sliding_attention"} and model.config._attn_implementation == MASKED
     )
-    width = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
+    # Some types have other names for these, which the config knows as attributes alone.
+    width = settings.get("head_dim") or text.hidden_size // text.num_attention_heads
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     return Circumstances(
         device_type=device.type,
@@ -131,9 +133,14 @@ def _insists_on_cudnn(device: torch.device) -> bool:
     return _should_use_cudnn(device.index or 0)
 
 
+def usable(found: Circumstances) -> list[str]:
+    """Names of the kernels for packed rows, the best first; `MASKED` is always among them."""
+    return [name for name, is_usable in KERNELS.items() if is_usable(found)]
+
+
 def choose(found: Circumstances) -> str:
-    """Name of the kernel for packed rows."""
-    return next(name for name, is_usable in KERNELS.items() if is_usable(found))
+    """Name of the best kernel for packed rows."""
+    return usable(found)[0]
 
 
 def use(model: PreTrainedModel, kernel: str) -> str:
@@ -155,9 +162,10 @@ def arguments(model: PreTrainedModel, inputs: Inputs) -> dict[str, object]:
         if not inputs.is_packed:
             num_rows, num_tokens = inputs.input_ids_BT.shape
             places = replace(places, lengths=(num_tokens,) * num_rows)  # right padding is seen by no record
-        # A mask of four dimensions is handed on as it is: none is made, and nothing is looked for.
-        unread_1111 = torch.empty((1, 1, 1, 1), dtype=torch.bool, device=places.boundaries_N.device)
-        return {"attention_mask": unread_1111, "records": places}
+        # A mask of four dimensions is handed on as it is: none is made, and nothing is looked for. This one
+        # has no value: a model that reads it, or drops `records` on the way to its kernel, fails.
+        unread_1100 = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=places.boundaries_N.device)
+        return {"attention_mask": unread_1100, "records": places}
     # A single row without boundaries would be taken for a packed one, and looked at in every layer.
     if kernel != FLASH or (not inputs.is_packed and inputs.input_ids_BT.shape[0] > 1):
         return {"attention_mask": None}
@@ -169,6 +177,21 @@ def arguments(model: PreTrainedModel, inputs: Inputs) -> dict[str, object]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def read_rows(model: PreTrainedModel, inputs: Inputs, embedded_BTD: Tensor, **watching: object) -> Tensor:
+    """[B, T, D] final hidden states of rows in which no token sees a later one, or another record."""
+    position_ids_BT = None
+    if inputs.is_packed:
+        # Padding has no positions: they might be more than the model has, or than its RoPE is made for.
+        position_ids_BT = inputs.position_ids_BT * (inputs.segment_ids_BT > 0)
+    return model(
+        inputs_embeds=embedded_BTD,
+        position_ids=position_ids_BT,
+        use_cache=False,
+        **arguments(model, inputs),
+        **watching,
+    ).last_hidden_state
 
 
 def _by_record(
@@ -184,6 +207,11 @@ def _by_record(
     """One call of PyTorch's attention for each record, on any device and in any type."""
     rows = (query_BHTK, key_BGTK, value_BGTK)
     if records is None:
+        if attention_mask is not None and attention_mask.numel() == 0:
+            raise ValueError(
+                f"{type(module).__name__} was not told where the records are: this language model drops what "
+                "it should hand on to its attention"
+            )
         return sdpa_attention_forward(module, *rows, attention_mask, **options)
     scaling, window, dropout = _taken(options)
     num_rows, _, num_tokens, _ = query_BHTK.shape

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
 from llava_kd.batch import Inputs
+from llava_kd.models.packed_attention import read_rows
+from llava_kd.models.probe import rows_of, sample_ids, undisturbed
+
+_TOKENS, _IMAGE = 7, slice(2, 6)
+_TOLERANCE, _TOLERANCE_HALF = 1e-3, 0.05
 
 
 def middle_layers(num_layers: int, first: float, last: float) -> range:
@@ -46,6 +52,47 @@ def watchable(language_model: nn.Module) -> None:
         )
     if not isinstance(kernels[name], _Watched):
         AttentionInterface.register(name, _Watched(kernels[name]))
+
+
+def check_maps(language_model: PreTrainedModel, layers: range, dtype: torch.dtype) -> None:
+    """ValueError where the maps are not those of the model's own eager attention, tried once on a few tokens.
+
+    Such a model adds something of its own to what its queries and keys give. `dtype`: what it computes in.
+    """
+    kind, kernel = language_model.config.model_type, language_model.config._attn_implementation
+    assert kernel is not None
+    table = language_model.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    device = table.device
+    inputs = rows_of([[sample_ids(language_model, range(_TOKENS))]], device)
+    visual_BT = torch.zeros_like(inputs.visual_BT)
+    visual_BT[:, _IMAGE] = True
+    image = {"visual_BT": visual_BT, "image_is_valid_I": torch.ones(1, dtype=torch.bool, device=device)}
+    inputs = replace(inputs, pixels_ICHW=inputs.pixels_ICHW.new_zeros(1, 3, 1, 1), **image)
+    maps = VisualMaps(layers, inputs)
+    with undisturbed(language_model, device=device, dtype=dtype):
+        embedded_BTD = language_model.get_input_embeddings()(inputs.input_ids_BT)
+        read_rows(language_model, inputs, embedded_BTD, visual_maps=maps)
+        maps_LINN = maps.take()
+        language_model.set_attn_implementation("eager")
+        try:
+            output = language_model(inputs_embeds=embedded_BTD, use_cache=False, output_attentions=True)
+        finally:
+            language_model.set_attn_implementation(kernel)
+    attentions = output.attentions or ()
+    if len(attentions) <= layers[-1] or any(attentions[layer] is None for layer in layers):
+        raise ValueError(
+            f"`objective.attention` cannot be checked: this {kind!r} model does not show its own attention; "
+            "take another model or drop the term"
+        )
+    eager_LNN = torch.stack([attentions[layer][0].float().mean(0)[_IMAGE, _IMAGE] for layer in layers])
+    difference = float((maps_LINN[:, 0] - eager_LNN).abs().max())
+    if not difference <= (_TOLERANCE if dtype == torch.float32 else _TOLERANCE_HALF):
+        raise ValueError(
+            f"`objective.attention` would compare other maps than this {kind!r} model attends by: it adds "
+            f"something of its own to its queries and keys (off by {difference:.2g}); take another model or "
+            "drop the term"
+        )
 
 
 class _Watched:
