@@ -18,7 +18,7 @@ from llava_kd.parallel.world import World
     ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)]
 )
 def test_a_signal_before_the_first_step_ends_the_run_in_one_line(
-    stage, capsys, monkeypatch, number: signal.Signals, status: int
+    stage, capfd, monkeypatch, number: signal.Signals, status: int
 ) -> None:
     config = stage("run", distilled=False, max_steps=1)
     with monkeypatch.context() as patched:
@@ -28,7 +28,7 @@ def test_a_signal_before_the_first_step_ends_the_run_in_one_line(
             main(["train", str(config)])
     assert ended.value.code == status
     assert signal.getsignal(number) == before
-    text = capsys.readouterr().err
+    text = capfd.readouterr().err
     assert text == f"stopped by {number.name} outside of any step; the same command goes on\n"
     assert main(["train", str(config)]) == 0
 

@@ -32,7 +32,8 @@ class Overseer:
 
     def __init__(self) -> None:
         # Not below TMPDIR: the path of a socket may have some 100 characters.
-        self._directory = Path(tempfile.mkdtemp(prefix="llava-kd-", dir="/tmp"))
+        short = "/tmp" if os.access("/tmp", os.W_OK) else None
+        self._directory = Path(tempfile.mkdtemp(prefix="llava-kd-", dir=short))
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self._directory / "socket"))
         self._listener.listen(1024)
