@@ -36,6 +36,7 @@ TURNS = {
         ("assistant", "no"),
     ],
     "text only": [("user", "Hello"), ("assistant", "Hi.")],
+    "system": [("system", "Be brief."), ("user", f"{IMAGE_TOKEN}\nWhat?"), ("assistant", "A cat.")],
 }
 
 

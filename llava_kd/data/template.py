@@ -53,13 +53,16 @@ class Template:
     def render(self, turns: Sequence[Turn], *, eos_token: str) -> list[Segment]:
         """Segments of the turns. Turns that end with the user's end with the generation prompt.
 
-        A system turn, which can only be the first, stands in the place of the template's own words.
+        A system turn, which can only be the first, stands in the place of the template's own words; captions
+        go without.
         """
-        segments = [] if turns and turns[0].role == "system" else [Segment(self._default_system(), False)]
-        for turn in turns:
-            if turn.role == "system":
-                segments.append(Segment(f"{self.before_system}{turn.text}{self.after_system}", False))
-            elif turn.role == "user":
+        system = turns[0].text if turns and turns[0].role == "system" else None
+        first = self._default_system()
+        if system is not None:
+            first = "" if self.images_only else f"{self.before_system}{system}{self.after_system}"
+        segments = [Segment(first, False)]
+        for turn in turns[0 if system is None else 1 :]:
+            if turn.role == "user":
                 text = turn.text
                 if self.images_only:
                     text = IMAGE_PLACEHOLDER * text.count(IMAGE_PLACEHOLDER)
@@ -84,6 +87,10 @@ class Template:
                 "{% set words = (pieces[0] + pieces[1])|trim %}{% if words %}{{ '\\n' + words }}{% endif %}"
                 f"{{% else %}}{{{{ pieces|join({shown}) }}}}{{% endif %}}"
             )
+        system = ""
+        if not self.images_only:
+            before, after = _literal(self.before_system), _literal(self.after_system)
+            system = f"{{{{ {before} }}}}{{{{ plain(messages[0]['content']) }}}}{{{{ {after} }}}}"
         return "".join(
             (
                 "{% macro plain(content) %}{% if content is string %}{{ content }}{% else %}"
@@ -94,9 +101,7 @@ class Template:
                 f"{IMAGE_PLACEHOLDER}{{% if count > 1 and not loop.last %}}{{{{ '\\n' }}}}{{% endif %}}",
                 "{% else %}{{ part['text'] }}{% endif %}{% endfor %}",
                 f"{{% endif %}}{{% endset %}}{asked}{{% endmacro %}}",
-                "{% if messages[0]['role'] == 'system' %}",
-                f"{{{{ {_literal(self.before_system)} }}}}{{{{ plain(messages[0]['content']) }}}}",
-                f"{{{{ {_literal(self.after_system)} }}}}",
+                f"{{% if messages[0]['role'] == 'system' %}}{system}",
                 f"{{% else %}}{{{{ {_literal(self._default_system())} }}}}{{% endif %}}",
                 "{% for message in messages %}{% if message['role'] == 'user' %}",
                 f"{{{{ {_literal(self.before_user)} }}}}{{{{ asked(message['content']) }}}}",
