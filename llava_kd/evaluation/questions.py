@@ -110,7 +110,7 @@ def check_images(questions: Iterable[Question]) -> None:
 def image_path(root: Path, name: str, *, owner: str, follow_symlinks: bool = True) -> Path:
     """`root / name`; a name that leaves the root is refused, a link out of it unless `follow_symlinks`."""
     path = PurePosixPath(name)
-    leaves = path.is_absolute() or ".." in path.parts
+    leaves = ".." in path.parts or (path.is_absolute() and not path.is_relative_to(root.absolute()))
     if leaves or not (follow_symlinks or (root / name).resolve().is_relative_to(root.resolve())):
         raise ValueError(f"{owner}: the image path {name!r} leaves the image root {root}")
     return root / name
@@ -148,8 +148,8 @@ def read_llava_json(path: str | Path, *, image_root: str | Path | None = None) -
 
 
 def _questions_of(record: Record, root: Path, owner: str) -> list[Question]:
-    if fault := getattr(record, "fault", ""):
-        raise ValueError(fault)
+    if record.fault:
+        raise ValueError(record.fault)
     images = [image_path(root, name, owner=owner, follow_symlinks=False) for name in record.images]
     answers = sum(turn.role == "assistant" for turn in record.turns)
     questions: list[Question] = []
