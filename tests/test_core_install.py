@@ -56,5 +56,5 @@ def test_what_an_extra_adds_names_the_extra(tmp_path: Path) -> None:
     trackers = "from llava_kd.training.metrics import TensorBoardTracker, WandbTracker\n"
     done = run_without_extras(trackers + f"TensorBoardTracker({str(tmp_path)!r})")
     assert "pip install 'llava_kd[tensorboard]'" in done.stderr
-    done = run_without_extras(trackers + "WandbTracker(project='p', name='n', config={})")
+    done = run_without_extras(trackers + "WandbTracker('.', project='p', name='n', config={})")
     assert "pip install 'llava_kd[wandb]'" in done.stderr

@@ -137,9 +137,7 @@ def test_adapters_that_cannot_be_merged_are_named() -> None:
     stock = llava("mixtral")
     settings = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
     inject_adapter_in_model(settings, stock.model.language_model.layers)
-    with pytest.raises(
-        ValueError, match=r"layers\.0\.mlp\.experts.*cannot be merged.*student\.lora to null"
-    ):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts.*cannot be merged.*student\.lora to null"):
         merge_adapters(stock, dict(MLLM(stock).named_parameters()))
 
 

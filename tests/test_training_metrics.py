@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llava_kd.training.metrics import Metrics
+from llava_kd.training.metrics import Metrics, TensorBoardTracker, WandbTracker
 
 
 class Memory:
@@ -117,3 +119,34 @@ def test_a_resume_that_cannot_write_keeps_every_line(tmp_path: Path) -> None:
     assert path.read_text() == before
     Metrics(tmp_path, num_steps=3000, progress=False).resume(1990)
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 1991))
+
+
+def test_a_run_that_goes_on_asks_wandb_for_the_same_id(tmp_path: Path, monkeypatch) -> None:
+    """What is handed to the package, which is not installed everywhere."""
+    asked: list[dict[str, object]] = []
+
+    def init(**given: object) -> None:
+        asked.append(given)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    for project in ("a", "a", "b"):
+        WandbTracker(tmp_path / "run", project=project, name="n", config={})
+    first, second, other = (given["id"] for given in asked)
+    assert first == second != other
+    assert all(given["resume"] == "allow" for given in asked)
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    WandbTracker(tmp_path / "run", project="a", name="n", config={})
+    assert asked[-1]["id"] == "mine"
+
+
+def test_tensorboard_leaves_out_what_is_logged_again(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for steps in ((2, 4, 6), (4, 6)):
+        tracker = TensorBoardTracker(tmp_path)
+        for step in steps:
+            tracker.log(step, {"loss": float(step)})
+        tracker.close()
+    read = events.EventAccumulator(str(tmp_path))
+    read.Reload()
+    assert [event.step for event in read.Scalars("loss")] == [2, 4, 6]

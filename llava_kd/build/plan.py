@@ -8,13 +8,16 @@ from pathlib import Path
 
 import torch
 
-from llava_kd.build.data import make_source
+from llava_kd.build.data import make_source, side_of
 from llava_kd.build.estimate import GB, Sizes, accumulation, engine_kind, memory, refuse_too_large, traffic
 from llava_kd.build.models import student_parts
-from llava_kd.build.run_dir import check_world
+from llava_kd.build.provenance import checked_parent
+from llava_kd.build.run_dir import check_world, refuse_other_run
+from llava_kd.build.slices import read_slices
 from llava_kd.build.throughput import Network, Rate, throughput
 from llava_kd.build.train import num_steps
 from llava_kd.config import TrainConfig
+from llava_kd.models.checkpoint import load_config, load_processor
 from llava_kd.parallel.world import World
 
 
@@ -26,6 +29,10 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     """
     check_world(config, World(rank=0, size=ranks, device=torch.device("cpu")))
     _check_output(Path(config.output_dir))
+    refuse_other_run(config)
+    checked_parent(config.student.checkpoint)
+    read_slices(config.evaluate)
+    _check_sides(config)
     rate = None if measured is None else Rate.of(measured)
     student, teacher = sizes(config)
     records = len(make_source(config.data, seed=config.seed))
@@ -66,6 +73,17 @@ def sizes(config: TrainConfig) -> tuple[Sizes, Sizes | None]:
         student = Sizes.of(parts.stock, config)
     teacher = None if config.teacher is None else Sizes.of_directory(config.teacher.checkpoint)
     return student, teacher
+
+
+def _check_sides(config: TrainConfig) -> None:
+    """Raises ValueError for a processor or template with which no record can be read."""
+    sides = [(config.student.checkpoint, config.student.template)]
+    if config.teacher is not None:
+        sides.append((config.teacher.checkpoint, config.teacher.template))
+    for checkpoint, template in sides:
+        if checkpoint is not None:
+            model = load_config(checkpoint)
+            side_of(load_processor(checkpoint), model, config.data, template).encoder()
 
 
 def ranks_from_environment() -> int:

@@ -137,6 +137,14 @@ def _is_read_only(output: Path) -> bool:
     return output.is_dir() and not os.access(output, os.W_OK)
 
 
+def refuse_other_run(config: TrainConfig) -> None:
+    """ValueError for an output directory that `claim` would refuse, without touching it."""
+    output = Path(config.output_dir)
+    if output.is_dir():
+        _check_config(config, output)
+        refuse_newer_format(output / "checkpoints")
+
+
 @contextmanager
 def locked(output: Path, name: str = "output_dir") -> Iterator[None]:
     """Make the directory and keep other runs out of it; the system lets go of it when the process ends."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
 
 from llava_kd.build.adapters import adapt_student, check_bits, quantize_teacher
 from llava_kd.build.data import BAD_RECORDS, bad_records, make_loader, make_source, served
@@ -274,7 +275,9 @@ def _metrics(config: TrainConfig, world: World, num_steps: int) -> Metrics | Non
     trackers: list[Tracker] = []
     if config.log.wandb_project is not None:
         settings = {"config": dump(config)}
-        trackers.append(WandbTracker(project=config.log.wandb_project, name=output.name, config=settings))
+        trackers.append(
+            WandbTracker(output, project=config.log.wandb_project, name=output.name, config=settings)
+        )
     if config.log.tensorboard:
         trackers.append(TensorBoardTracker(output / "tensorboard"))
     return Metrics(
@@ -291,6 +294,7 @@ def _metrics(config: TrainConfig, world: World, num_steps: int) -> Metrics | Non
 def speaker(world: World) -> Callable[[str], None]:
     def say(message: str) -> None:
         if world.is_main:
-            print(message, file=sys.stderr, flush=True)
+            tqdm.write(message, file=sys.stderr)  # above a progress bar, not into it
+            sys.stderr.flush()
 
     return say

@@ -54,7 +54,11 @@ class Report:
 
     def summary(self) -> str:
         """A few lines for a person, with the first of each kind of fault."""
-        lines = [f"{self.records} sound records ({self.text_only} text-only), {self.images} images"]
+        total = self.records + len(self.structural_errors)
+        lines = [
+            f"{total - len(self.unsound)} of {total} records are sound; {self.images} images, "
+            f"{self.text_only} records of text alone"
+        ]
         for what, found in (
             ("records with structural errors", self.structural_errors),
             ("records with missing or unreadable images", self.bad_images),

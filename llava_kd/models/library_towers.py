@@ -146,8 +146,12 @@ def _timm_trunk(source: TowerSource) -> Trunk:
         raise ValueError(f"timm cannot make vision tower {source.name!r} with {options}: {text}") from error
     if "/" in name:
         name = attribute(module, "pretrained_cfg", dict)["architecture"]
+    size = options.get("img_size", source.image_size)  # a directory's own arguments may have one
     return timm_trunk(
-        module.eval(), architecture=name.split(".")[0], arguments=options, size=source.image_size
+        module.eval(),
+        architecture=name.split(".")[0],
+        arguments=options,
+        size=size if isinstance(size, int) else None,
     )
 
 

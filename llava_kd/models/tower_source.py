@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 Option = str | int | float | bool | None | list[int]
+SIZES = ("image_size", "img_size")  # timm's word and ours mean the same
 LIBRARIES = ("transformers", "timm", "open_clip")
 
 
@@ -31,14 +32,17 @@ class TowerSource:
 
     @property
     def image_size(self) -> int | None:
-        value = self.options.get("image_size")
+        given = [self.options[key] for key in SIZES if key in self.options]
+        if len(given) > 1:
+            raise ValueError(f"vision tower {self.name} has two sizes, {' and '.join(SIZES)}; give one")
+        value = given[0] if given else None
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"image_size of vision tower {self.name} must be pixels; got {value!r}")
         return value
 
     def constructor_options(self) -> dict[str, Option]:
         """What is left for the library."""
-        return {k: v for k, v in self.options.items() if k not in ("pretrained", "image_size")}
+        return {k: v for k, v in self.options.items() if k not in ("pretrained", *SIZES)}
 
 
 def tower_source(text: str) -> TowerSource:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -47,9 +48,7 @@ class TorchEngine:
             _shard(module, shard_units, world, bf16)
         self._wrapped: nn.Module = module
         if kind == "ddp":
-            self._wrapped = DistributedDataParallel(
-                module, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self._wrapped = _data_parallel(module)
         # FSDP2 puts new parameter objects in place, so they are looked up after wrapping.
         self._trained = {name: module.get_parameter(name) for group in groups for name in group.names}
         self._lrs = [group.lr for group in groups]
@@ -150,3 +149,11 @@ def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value.clone()
+
+
+def _data_parallel(module: nn.Module) -> DistributedDataParallel:
+    """DDP that leaves buffers alone at each forward, by the name that this torch has for it."""
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    settings: dict[str, Any] = {"gradient_as_bucket_view": True}
+    settings["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
+    return DistributedDataParallel(module, **settings)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import os
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -14,6 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava_kd.training.checkpoint import write_text
+
+WANDB = "wandb_run.json"
 
 
 class Tracker(Protocol):
@@ -25,15 +30,26 @@ class Tracker(Protocol):
 
 
 class WandbTracker:
-    """Needs the `wandb` package; offline, and without an account, where WANDB_MODE says so."""
+    """Needs the `wandb` package; offline, and without an account, where WANDB_MODE says so.
 
-    def __init__(self, *, project: str, name: str, config: Mapping[str, object]) -> None:
+    The run's id stays in `directory`, so that a run that goes on goes on there too.
+    """
+
+    def __init__(
+        self, directory: str | Path, *, project: str, name: str, config: Mapping[str, object]
+    ) -> None:
         try:
             import wandb
         except ImportError as error:
             raise ValueError("`log.wandb_project` needs wandb: pip install 'llava_kd[wandb]'") from error
         try:
-            self._run = wandb.init(project=project, name=name, config=dict(config))
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                config=dict(config),
+                id=_wandb_id(Path(directory), project),
+                resume="allow",
+            )
         except wandb.Error as error:
             raise ValueError(
                 f"`log.wandb_project`: wandb does not start: {' '.join(str(error).split())} "
@@ -47,8 +63,28 @@ class WandbTracker:
         self._run.finish()
 
 
+def _wandb_id(directory: Path, project: str) -> str:
+    """WANDB_RUN_ID, or what an earlier call drew for this directory and project, or a new one."""
+    if given := os.environ.get("WANDB_RUN_ID"):
+        return given
+    path = directory / WANDB
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["project"] == project:
+                return str(found["id"])
+        except (ValueError, KeyError, TypeError):
+            pass  # cut off by a full disk, say: a new run is begun
+    drawn = uuid.uuid4().hex[:12]
+    directory.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(json.dumps({"project": project, "id": drawn}) + "\n", encoding="utf-8")
+    scratch.replace(path)
+    return drawn
+
+
 class TensorBoardTracker:
-    """Needs the `tensorboard` package."""
+    """Needs the `tensorboard` package. What an earlier call logged of the same steps is left out."""
 
     def __init__(self, directory: str | Path) -> None:
         try:
@@ -57,14 +93,18 @@ class TensorBoardTracker:
             raise ValueError(
                 "`log.tensorboard` needs tensorboard: pip install 'llava_kd[tensorboard]'"
             ) from error
-        self._writer = SummaryWriter(str(directory))
+        self._open: Callable[..., SummaryWriter] = functools.partial(SummaryWriter, str(directory))
+        self._writer: SummaryWriter | None = None
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
+        if self._writer is None:
+            self._writer = self._open(purge_step=step)
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class Metrics:
