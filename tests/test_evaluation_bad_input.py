@@ -182,7 +182,7 @@ def test_what_a_hub_id_or_a_gguf_folder_needs(root: Path, tmp_path: Path, capsys
     assert "hf download some-org/some-model --local-dir DIR" in said
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model-q4.gguf").write_bytes(b"GGUF")
-    assert "GGUF model, which llama.cpp reads" in refused(tmp_path / "model", root, "pope", capsys)
+    assert "GGUF model of llama.cpp" in refused(tmp_path / "model", root, "pope", capsys)
 
 
 def test_a_model_that_lacks_weights_answers_nothing(
