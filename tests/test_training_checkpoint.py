@@ -160,3 +160,31 @@ def test_a_text_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monke
     write_text(path, "new")
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_every_flipped_bit_of_trainer_json_is_harmless_or_passed_over_by_name(root: Path) -> None:
+    path = root / "step-00000004" / "trainer.json"
+    whole = path.read_bytes()
+    said = json.loads(whole)
+    for place in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        found, problems = Checkpoints(root, keep=2).load_newest()
+        assert found is not None
+        if found.step == 4:
+            assert json.loads(flipped) == said
+            assert problems == []
+        else:
+            assert str(path.parent) in problems[0]
+
+
+def test_a_checkpoint_of_a_version_without_that_checksum_is_read_and_named(root: Path) -> None:
+    path = root / "step-00000004" / "trainer.json"
+    meta = json.loads(path.read_text())
+    del meta["checksum"]
+    path.write_text(json.dumps(meta))
+    found, problems = Checkpoints(root, keep=2).load_newest()
+    assert found is not None
+    assert found.step == 4
+    assert "without a checksum of trainer.json" in problems[0]

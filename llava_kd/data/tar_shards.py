@@ -17,9 +17,10 @@ import numpy as np
 
 from llava_kd.data.cache import build_once, default_cache
 from llava_kd.data.conversation import Record, checked, entry_with_images, unique_ids
+from llava_kd.data.images import SUFFIXES
 from llava_kd.data.packed import PackedRecords
+from llava_kd.data.tar_walk import walk
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 _CACHED_FROM_BYTES = 64 << 20
 _LAYOUT = 1
 _Place = tuple[int, int, int]  # shard, offset, size
@@ -106,20 +107,16 @@ def _scan(paths: Sequence[Path]) -> tuple[list[Record], np.ndarray, np.ndarray]:
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """Key and members by extension; the members of a record follow each other."""
     key, members = "", {}
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                if members and f"{folder}/{stem}" != key:
-                    yield key.lstrip("/"), members
-                    members = {}
-                key = f"{folder}/{stem}"
-                members[extension.lower()] = member
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a whole, uncompressed tar file: {error}") from None
+    for member in walk(path):
+        if not member.isfile():
+            continue
+        folder, _, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        if members and f"{folder}/{stem}" != key:
+            yield key.lstrip("/"), members
+            members = {}
+        key = f"{folder}/{stem}"
+        members[extension.lower()] = member
     if members:
         yield key.lstrip("/"), members
 
@@ -134,7 +131,7 @@ def _entry(path: Path, key: str, members: dict[str, tarfile.TarInfo]) -> tuple[d
             raw = json.loads(stream.read(text.size))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"its .json is not JSON: {error}") from None
-    extensions = [e for e in members if e.rpartition(".")[2] in IMAGE_SUFFIXES]
+    extensions = [e for e in members if e.rpartition(".")[2] in SUFFIXES]
     extensions.sort(key=lambda e: (len(e.split(".")[0]) if e[0].isdigit() else 0, e))
     images = [members[extension] for extension in extensions]
     return entry_with_images(raw, key, [member.name.lstrip("/") for member in images]), images
