@@ -1,4 +1,4 @@
-"""A damaged or cut tar file is named, whatever bit and wherever: `tarfile` would take it for a shorter one."""
+"""A damaged or cut tar file is named, whatever bit and wherever: `tarfile` takes it for a shorter one."""
 
 from __future__ import annotations
 

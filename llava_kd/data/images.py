@@ -64,7 +64,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
     The orientation tag is ignored and other modes become RGB as Pillow's `convert` does where that is
     faithful, since that is how published checkpoints were trained; of several frames the first is taken.
-    Quick JPEG decoders are used where installed; a JPEG that they cannot settle is Pillow's to judge, so every installation gives the same pixels.
+    Quick JPEG decoders are used where installed; a JPEG that they cannot settle is Pillow's to judge, so
+    every installation gives the same pixels.
     """
     if not data:
         raise ValueError("the image file is empty")

@@ -14,7 +14,7 @@ _FORMS = (b"%06o\0 ", b"%6o\0 ", b"%07o\0", b"%7o\0")  # in which writers write 
 
 
 def walk(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Each member in order. ValueError, with the offset, where the file is damaged, cut or no plain tar file."""
+    """Each member in order. ValueError, with the offset, where the file is damaged, cut or no tar."""
     place, size = 0, path.stat().st_size
     try:
         with tarfile.open(path, "r:") as archive, path.open("rb") as stream:
