@@ -1,4 +1,4 @@
-"""Grey of more than 8 bits is scaled or refused, never cut off; text inside a PNG is no fault of its picture."""
+"""Grey of more than 8 bits is scaled or refused, never cut off; text inside a PNG is no fault of it."""
 
 from __future__ import annotations
 

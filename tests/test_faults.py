@@ -79,7 +79,8 @@ def test_a_checkpoint_of_a_newer_version_is_refused_before_any_model(
     stopped: Path, capsys, no_models
 ) -> None:
     meta = stopped.with_suffix("") / "checkpoints" / "step-00000002" / "trainer.json"
-    meta.write_text(json.dumps({**json.loads(meta.read_text()), "format": checkpoint.FORMAT_VERSION + 1}))
+    newer = {**json.loads(meta.read_text()), "format": checkpoint.FORMAT_VERSION + 1}
+    meta.write_text(json.dumps({**newer, "checksum": checkpoint.meta_checksum(newer)}))
     assert "upgrade llava_kd" in error(capsys, str(stopped))
 
 

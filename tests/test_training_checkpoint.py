@@ -199,3 +199,31 @@ def test_a_checkpoint_that_was_moved_and_linked_back_is_read_and_let_go_of_by_it
     checkpoints.save(saved(6))
     assert [path.name for path in root.iterdir()] == ["step-00000006"]
     assert (tmp_path / "moved" / "state.safetensors").is_file()
+
+
+def test_every_flipped_bit_of_trainer_json_is_harmless_or_passed_over_by_name(root: Path) -> None:
+    path = root / "step-00000004" / "trainer.json"
+    whole = path.read_bytes()
+    said = json.loads(whole)
+    for place in range(0, 8 * len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        found, problems = Checkpoints(root, keep=2).load_newest()
+        assert found is not None
+        if found.step == 4:
+            assert json.loads(flipped) == said
+            assert problems == []
+        else:
+            assert str(path.parent) in problems[0]
+
+
+def test_a_checkpoint_of_a_version_without_that_checksum_is_read_and_named(root: Path) -> None:
+    path = root / "step-00000004" / "trainer.json"
+    meta = json.loads(path.read_text())
+    del meta["checksum"]
+    path.write_text(json.dumps(meta))
+    found, problems = Checkpoints(root, keep=2).load_newest()
+    assert found is not None
+    assert found.step == 4
+    assert "without a checksum of trainer.json" in problems[0]

@@ -1,4 +1,4 @@
-"""From Pillow's many modes to 8-bit RGB: as `convert` does where that is faithful, scaled or refused where not.
+"""From Pillow's many modes to 8-bit RGB: as `convert` does where it is faithful, else scaled or refused.
 
 Shape legend: H height, W width, C channels.
 """

@@ -62,9 +62,10 @@ _PILLOW_ERRORS = (
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """RGB pixels as uint8 [H, W, 3]; ValueError for what is not a whole, readable image of bounded size.
 
-    The orientation tag is ignored and other modes become RGB as Pillow's `convert` does where that is faithful,
-    since that is how published checkpoints were trained; of several frames the first is taken. Quick JPEG decoders are used where installed; a JPEG that they cannot
-    settle is Pillow's to judge, so every installation gives the same pixels.
+    The orientation tag is ignored and other modes become RGB as Pillow's `convert` does where that is
+    faithful, since that is how published checkpoints were trained; of several frames the first is taken.
+    Quick JPEG decoders are used where installed; a JPEG that they cannot settle is Pillow's to judge, so
+    every installation gives the same pixels.
     """
     if not data:
         raise ValueError("the image file is empty")
@@ -86,7 +87,7 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         raise ValueError(_too_large(max_pixels, f"{width} x {height}"))
     if max(width, height) > MAX_SIDE:
         raise ValueError(
-            f"a side of an image may have at most {MAX_SIDE} pixels, got {width} x {height}; cut it into pieces"
+            f"a side of an image may have at most {MAX_SIDE} pixels, got {width} x {height}; cut it up"
         )
 
 

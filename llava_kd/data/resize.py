@@ -5,8 +5,8 @@ it is exact in float64 matrix products, in whatever order a device adds. The hor
 first, as in every Pillow before 13.0 and so in the training of every published checkpoint; Pillow 13 swaps
 the axes for some tall images.
 
-Shape legend: H height, W width, C channels, S input size, T and X wanted outputs (of rows, of columns), K inputs
-of an output.
+Shape legend: H height, W width, C channels, S input size, T and X wanted outputs (rows,
+columns), K inputs of an output.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def _taps_on(
 def taps(
     size_in: int, size_out: int, resample: int, *, wanted: range | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The inputs that each wanted output reads, int64 [T, K], and their weights as Pillow rounds them, float64.
+    """The inputs that each wanted output reads, int64 [T, K], and their weights as Pillow rounds them.
 
     An output that reads fewer than K inputs has weights of zero at the end.
     """

@@ -25,9 +25,10 @@ from llava_kd.data.conversation import (
     read_records,
 )
 from llava_kd.data.entries import loads
+from llava_kd.data.images import SUFFIXES
 from llava_kd.data.packed import PackedRecords
+from llava_kd.data.tar_walk import walk
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 _CACHED_FROM_BYTES = 64 << 20
 _LAYOUT = 1
 _Place = tuple[int, int, int]  # shard, offset, size
@@ -117,27 +118,23 @@ def _scan(paths: Sequence[Path]) -> tuple[list[Record], np.ndarray, np.ndarray]:
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """Key and members by extension; the members of a record follow each other."""
     key, members = "", {}
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                if members and f"{folder}/{stem}" != key:
-                    yield key.lstrip("/"), members
-                    members = {}
-                key = f"{folder}/{stem}"
-                members[extension.lower()] = member
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a whole, uncompressed tar file: {error}") from None
+    for member in walk(path):
+        if not member.isfile():
+            continue
+        folder, _, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        if members and f"{folder}/{stem}" != key:
+            yield key.lstrip("/"), members
+            members = {}
+        key = f"{folder}/{stem}"
+        members[extension.lower()] = member
     if members:
         yield key.lstrip("/"), members
 
 
 def _entry(path: Path, key: str, members: dict[str, tarfile.TarInfo]) -> tuple[dict, list[tarfile.TarInfo]]:
     """The entry of a record, and its images; as img2dataset writes shards, a caption stands for the talk."""
-    extensions = [e for e in members if e.rpartition(".")[2] in IMAGE_SUFFIXES]
+    extensions = [e for e in members if e.rpartition(".")[2] in SUFFIXES]
     extensions.sort(key=lambda e: (len(e.split(".")[0]) if e[0].isdigit() else 0, e))
     images = [members[extension] for extension in extensions]
     if "json" not in members and "txt" not in members:

@@ -19,6 +19,7 @@ from llava_kd.tensor_files import write_tensors
 
 FORMAT_VERSION = 1
 _CHUNK_BYTES = 1 << 24
+_UNSEALED = {"format", "step", "crc32", "figures", "identity"}  # what versions without a checksum wrote
 
 
 def sync_file(path: Path) -> None:
@@ -187,7 +188,12 @@ class Checkpoints:
             except (SafetensorError, OSError, _UnreadableError) as error:
                 problems.append(f"{directory} cannot be read and is passed over: {error}")
                 continue
-            self._check_identity(directory, read_meta(directory))
+            meta = read_meta(directory)
+            self._check_identity(directory, meta)
+            if "checksum" not in meta:
+                problems.append(
+                    f"{directory} is of a version without a checksum of trainer.json, and is trusted"
+                )
             return saved, problems
         return None, problems
 
@@ -203,7 +209,7 @@ class Checkpoints:
             "figures": dict(saved.figures),
             "identity": self.identity,
         }
-        (scratch / "trainer.json").write_text(json.dumps(meta, indent=2))
+        (scratch / "trainer.json").write_text(json.dumps({**meta, "checksum": meta_checksum(meta)}, indent=2))
         for file in (*scratch.iterdir(), scratch):
             sync_file(file)
 
@@ -230,6 +236,12 @@ class Checkpoints:
 
     def _directory(self, step: int) -> Path:
         return self._root / f"step-{step:08d}"
+
+
+def meta_checksum(meta: Mapping[str, object]) -> int:
+    """Checksum of what `trainer.json` says, but for this number itself."""
+    said = {name: value for name, value in meta.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
 
 
 class _UnreadableError(Exception):
@@ -260,6 +272,11 @@ def read_meta(directory: Path) -> dict[str, object]:
         raise _UnreadableError(f"trainer.json is not JSON ({error})") from error
     if not isinstance(meta, dict) or not isinstance(meta.get("format"), int):
         raise _UnreadableError("trainer.json has no format number")
+    if "checksum" in meta:
+        if meta["checksum"] != meta_checksum(meta):
+            raise _UnreadableError("trainer.json has another checksum than when it was written")
+    elif meta["format"] <= FORMAT_VERSION and (unknown := set(meta) - _UNSEALED):
+        raise _UnreadableError(f"trainer.json has no checksum, but {sorted(unknown)}")
     if meta["format"] > FORMAT_VERSION:
         raise ValueError(
             f"{directory} has format {meta['format']}, this version reads up to {FORMAT_VERSION}; upgrade "
