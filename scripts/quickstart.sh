@@ -53,12 +53,11 @@ arm() {
 # stop_both FIRST SECOND: end the two shells, so that neither begins anything new, and what they run, which saves first.
 # Ctrl-C alone does not reach it: commands in the background of a script are started without.
 stop_both() {
-  local running tries
-  running="$(pgrep -d' ' -P "$1,$2" || true)"
+  local tries
   echo "stopping; the same command goes on from here" >&2
-  kill -TERM "$1" "$2" $running 2>/dev/null || true
+  kill -TERM -- "-$1" "-$2" 2>/dev/null || true # each has a process group of its own
   for ((tries = 0; tries < 300; tries++)); do
-    kill -0 $running 2>/dev/null || break
+    kill -0 -- "-$1" 2>/dev/null || kill -0 -- "-$2" 2>/dev/null || break
     sleep 0.2
   done
   exit 130
@@ -67,8 +66,10 @@ stop_both() {
 # both FIRST SECOND: the two commands at once, one core each; fails if either does.
 both() {
   local status=0
+  set -m # gives each its process group
   $1 & local first=$!
   $2 & local second=$!
+  set +m
   trap 'stop_both "$first" "$second"' INT TERM
   wait $first || status=$?
   wait $second || status=$?
