@@ -164,3 +164,34 @@ def test_a_loaded_tree_is_frozen(recipe: Path) -> None:
     config: TrainConfig = load(recipe)
     with pytest.raises(AttributeError):
         config.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--objective={cross_entropy: {weight: 0}}", "--teacher=null"], "weights of `objective` are all 0"),
+        (["--trainable=[language_model, language_model]"], "`trainable` names 'language_model' twice"),
+        (
+            ["--trainable=[multi_modal_projector]", "--optim.lr_by_part={language_model: 1e-5}"],
+            "a rate to ['language_model'], which `trainable` does not name",
+        ),
+        (["--data.image_cache_mb=-1"], "`data.image_cache_mb` must not be negative"),
+        (["--data.packing={max_tokens: 64, packs_per_step: 0}"], "packs_per_step` must be more than 0"),
+        (["--objective.response_kl={mix: 1.0}"], "`mix` of a KL term must be between 0 and 1"),
+        (["--optim.betas=[0.9, 1.0]"], "`optim.betas[1]` must be below 1"),
+        (["--engine.timeout_minutes=1e300"], "`engine.timeout_minutes` must be at most 525600"),
+        (["--epochs=1e300"], "`epochs` must be at most 1e+12"),
+        (["--seed=99999999999999999999"], "`seed` must be at most"),
+        (["--output_dir="], "`output_dir` must be text"),
+        (["--output_dir=' '"], "`output_dir` is empty"),
+        (["--student.lora={targets: []}"], "`student.lora.targets` is empty"),
+        (
+            ["--trainable=[language_model]", "--objective={relation: {tap: projector}}"],
+            "no term of `objective` reads it (relation)",
+        ),
+    ],
+)
+def test_settings_that_would_train_nothing_or_overflow_are_named(
+    recipe: Path, overrides: list[str], words: str
+) -> None:
+    assert words in message(recipe, *overrides)

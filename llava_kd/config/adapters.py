@@ -20,7 +20,7 @@ class LoraConfig:
     targets: list[str] | None = None
 
     def __post_init__(self) -> None:
-        require(self.dropout < 1, f"`student.lora.dropout` must be below 1; got {self.dropout:g}")
+        require(self.targets != [], "`student.lora.targets` is empty; name some layers, or set it to null")
 
 
 def check_adapters(

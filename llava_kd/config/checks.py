@@ -20,8 +20,13 @@ def require(condition: bool, message: str) -> None:
 _POSITIVE = {"lr", "lr_by_part", "eps", "max_grad_norm", "temperature", "max_length", "global_batch_size"}
 _POSITIVE |= {"micro_batch_size", "epochs", "max_steps", "every", "keep", "timeout_minutes"}
 _POSITIVE |= {"num_questions", "max_new_tokens", "batch_size", "vision_tower_last_layers", "rank", "alpha"}
-_NOT_NEGATIVE = {"weight", "weight_decay", "seed", "num_workers", "progress_line"}
+_POSITIVE |= {"packs_per_step", "max_tokens", "max_images"}
+_NOT_NEGATIVE = {"weight", "weight_decay", "seed", "num_workers", "progress_line", "image_cache_mb"}
 _SHARES = {"dropout", "betas", "warmup_ratio", "max_bad_rate", "mix", "first", "last"}
+_BELOW_ONE = {"dropout", "betas"}
+# What the libraries behind them can hold; others are bounded by what fp32 can compute with.
+_MOST = {"timeout_minutes": 525_600, "seed": 2**63 - 1, "num_workers": 1024}
+_MOST_OF_OTHERS = 1e12
 _SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -46,6 +51,8 @@ def _check(value: object, kind: type, where: str) -> None:
         require(len(value) == length, f"`{where}` must be a list of {length}; got {value!r}")
         for number, item in enumerate(value):
             _check(item, get_args(kind)[0], f"{where}[{number}]")
+            doubled = get_args(kind)[0] is str and item in value[:number]
+            require(not doubled, f"`{where}` names {item!r} twice; name it once")
     elif get_origin(kind) is dict:
         require(isinstance(value, dict), f"`{where}` must be `name: value` lines; got {value!r}")
         assert isinstance(value, dict)
@@ -53,6 +60,8 @@ def _check(value: object, kind: type, where: str) -> None:
             _check(item, get_args(kind)[1], f"{where}.{name}")
     else:
         require(_is_scalar(value, kind), f"`{where}` must be {_SCALARS[kind]}; got {value!r}")
+        if kind is str:
+            require(bool(str(value).strip()), f"`{where}` is empty; give it a value, or null where it may be")
         if kind in (int, float):
             _check_range(float(str(value)), where)
 
@@ -66,6 +75,10 @@ def _check_range(number: float, where: str) -> None:
         require(number >= 0, f"`{where}` must not be negative; got {number:g}")
     elif names & _SHARES:
         require(0 <= number <= 1, f"`{where}` must be from 0 to 1; got {number:g}")
+    if names & _BELOW_ONE:
+        require(number < 1, f"`{where}` must be below 1; got {number:g}")
+    most = min((_MOST[name] for name in names & _MOST.keys()), default=_MOST_OF_OTHERS)
+    require(abs(number) <= most, f"`{where}` must be at most {most:g}; got {number:g}")
 
 
 def check_section(value: object, section: type, where: str) -> None:

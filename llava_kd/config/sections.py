@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from llava_kd.config.adapters import LoraConfig, check_adapters, check_teacher_bits
@@ -12,6 +12,8 @@ from llava_kd.config.terms import (
     AttentionConfig,
     DBiLDConfig,
     VisualSwitchConfig,
+    Weighted,
+    check_moves,
     check_needs_the_model,
     check_switch,
 )
@@ -85,12 +87,6 @@ class PackingConfig:
     max_tokens: int
     max_images: int = 64
     packs_per_step: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_tokens", "max_images"):
-            require(
-                getattr(self, name) > 0, f"`data.packing.{name}` must be positive; got {getattr(self, name)}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +172,13 @@ class KLConfig:
     divergence: Divergence = "forward"
     mix: float = 0.5
 
+    def __post_init__(self) -> None:
+        require(
+            0 < self.mix < 1,
+            f"`mix` of a KL term must be between 0 and 1, got {self.mix:g}: at the ends, set "
+            "divergence to forward or reverse",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RelationConfig:
@@ -201,13 +204,22 @@ class ObjectiveConfig:
     losses: Literal["fast", "reference"] = "fast"
 
     def __post_init__(self) -> None:
-        has_term = self.cross_entropy is not None or self.needs_teacher
-        require(has_term, "`objective` has no term; give it at least one")
+        require(bool(self.terms), "`objective` has no term; give it at least one")
+        require(
+            any(term.weight > 0 for term in self.terms.values()),
+            f"the weights of `objective` are all 0 ({', '.join(self.terms)}): nothing would be learned; set "
+            "one of them to more",
+        )
+
+    @property
+    def terms(self) -> dict[str, Weighted]:
+        """Those that are on, by name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "losses"}
+        return {name: term for name, term in found.items() if term is not None}
 
     @property
     def needs_teacher(self) -> bool:
-        lent = (self.response_dbild, self.visual_switch, self.attention)
-        return any(t is not None for t in (self.response_kl, self.visual_kl, self.relation, *lent))
+        return bool(self.terms.keys() - {"cross_entropy"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +315,12 @@ class TrainConfig:
         unknown = set(self.trainable) - set(PARTS)
         require(not unknown, f"`trainable` names no part {sorted(unknown)}; parts are {list(PARTS)}")
         require(bool(self.trainable), f"`trainable` is empty; name at least one of {list(PARTS)}")
+        untrained = sorted(set(self.optim.lr_by_part) - set(self.trainable))
+        require(
+            not untrained,
+            f"`optim.lr_by_part` gives a rate to {untrained}, which `trainable` does not name; add it there, "
+            "or take it out of lr_by_part",
+        )
         require(
             self.vision_tower_last_layers is None or "vision_tower" in self.trainable,
             f"`vision_tower_last_layers` is {self.vision_tower_last_layers} but `trainable` is "
@@ -327,6 +345,7 @@ class TrainConfig:
             )
         if self.objective.visual_switch is not None and self.teacher is not None:
             check_switch(self.objective.visual_switch, self.trainable, self.teacher.placement)
+        check_moves(self.objective.terms, self.trainable)
         if self.objective.needs_teacher and self.teacher is None:
             raise ValueError(
                 "`objective` has distillation terms but `teacher` is null; set teacher.checkpoint, or remove "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from llava_kd.config.checks import require
 
@@ -49,6 +50,26 @@ class AttentionConfig:
         require(
             self.first < self.last,
             f"`objective.attention.first` ({self.first:g}) must be less than `last` ({self.last:g})",
+        )
+
+
+class Weighted(Protocol):
+    """A term of the objective."""
+
+    @property
+    def weight(self) -> float: ...
+
+
+def check_moves(terms: Mapping[str, Weighted], trainable: Sequence[str]) -> None:
+    """ValueError where nothing that is trained has a part in any term that counts."""
+    counting = {name: term for name, term in terms.items() if term.weight > 0}
+    before_the_decoder = {"visual_switch"} | {
+        name for name, term in counting.items() if getattr(term, "tap", None) == "projector"
+    }
+    if set(trainable) == {"language_model"} and counting.keys() <= before_the_decoder:
+        raise ValueError(
+            f"`trainable` names the language model alone, and no term of `objective` reads it "
+            f"({', '.join(counting)}): nothing would be learned; add multi_modal_projector, or another term"
         )
 
 

@@ -101,7 +101,7 @@ class Loader:
 
     def batches(self, first_step: int, last_step: int) -> Iterator[list[Batch]]:
         """The micro-batches of each of the steps `first_step`, ..., `last_step - 1`; steps count from 0."""
-        keys = [(step, m) for step in range(first_step, last_step) for m in range(self._micros_per_step)]
+        keys = ((step, m) for step in range(first_step, last_step) for m in range(self._micros_per_step))
         batches = self._batches(self._micros(keys))
         for _ in range(first_step, last_step):
             started = time.perf_counter()
@@ -114,7 +114,7 @@ class Loader:
         result, self._since_last_call = self._since_last_call, _zero_telemetry(self._parts)
         return result
 
-    def _micros(self, keys: list[tuple[int, int]]) -> Generator[Micro, None, None]:
+    def _micros(self, keys: Iterator[tuple[int, int]]) -> Generator[Micro, None, None]:
         if self._num_workers == 0:
             for key in keys:
                 yield self._dataset[key]

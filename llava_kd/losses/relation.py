@@ -81,7 +81,7 @@ def _relation(features_ND: Tensor, gram_DD: Tensor | None, *, centre: bool, norm
     else:
         relation_NN = _Quadratic.apply(features_ND, gram_DD.to(dtype))
     if normalise:
-        length_N = root_or_one(relation_NN.diagonal())
+        length_N = root_or_one(relation_NN.diagonal().clamp_min(0))  # rounding can leave it below
         relation_NN = relation_NN / length_N / length_N.unsqueeze(1)
     return relation_NN.unsqueeze(0)
 

@@ -32,8 +32,8 @@ def with_teacher_projector(student: Parts, teacher: Parts, *, seed: int) -> Part
     ]
     if prints[0] != prints[1]:
         raise ValueError(
-            "`student.projector` is teacher, but the towers differ in weights, settings, preprocessing, layer or "
-            "strategy, so the teacher's projector cannot read the student's features; set "
+            "`student.projector` is teacher, but the towers differ in weights, settings, preprocessing, "
+            "layer or strategy, so the teacher's projector cannot read the student's features; set "
             "student.vision_tower, vision_feature_layer and vision_feature_select_strategy to the teacher's"
         )
     theirs = teacher.stock.config
