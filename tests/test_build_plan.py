@@ -36,6 +36,27 @@ def test_a_dry_run_refuses_what_the_run_would(stage, capsys) -> None:
     assert "multiple of the number of ranks, got 3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("fault", ["slice", "parent", "template", "other run"])
+def test_a_dry_run_says_what_training_would_say(stage, tmp_path: Path, capsys, fault: str) -> None:
+    config = stage("run", distilled=False, max_steps=1)
+    none = tmp_path / "none"
+    words, expected = {
+        "slice": ([f"--evaluate={{every: 1, slices: {{val: {{data: {none}.json}}}}}}"], "no test file"),
+        "parent": ([f"--student.checkpoint={none}"], str(none)),
+        "template": (["--data.template=vicuna_v9"], "vicuna_v9"),
+        "other run": (["--seed=1"], "seed"),
+    }[fault]
+    if fault == "other run":
+        assert main(["train", str(config)]) == 0
+    capsys.readouterr()
+    said = []
+    for more in ([], ["--dry_run"]):
+        assert main(["train", str(config), *words, *more]) == 2
+        said.append(capsys.readouterr().err.splitlines()[-1])
+    assert said[0] == said[1]
+    assert expected in said[1]
+
+
 def test_a_dry_run_refuses_an_output_that_cannot_be_made(stage, monkeypatch, capsys) -> None:
     config = stage("run", engine="auto")
     assert main(["train", str(config), "--dry_run", f"--output_dir={config}/deep/run"]) == 2

@@ -31,7 +31,7 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     _check_output(Path(config.output_dir))
     refuse_other_run(config)
     checked_parent(config.student.checkpoint)
-    read_slices(config.evaluate)
+    read_slices(config)
     _check_sides(config)
     rate = None if measured is None else Rate.of(measured)
     student, teacher = sizes(config)
