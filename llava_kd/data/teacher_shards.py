@@ -132,9 +132,8 @@ class Shard:
             raise DamagedShardError(f"{self.path} cannot be read ({error})") from error
         if unknown := sorted(self._names - _KNOWN):
             raise DamagedShardError(f"{self.path} is damaged: it holds {unknown}")
-        if _TABLE_CRC in self._names and self._file.get_tensor(_TABLE_CRC).tolist() != [
-            _table_crc(self.table)
-        ]:
+        seal = self._file.get_tensor(_TABLE_CRC).tolist() if _TABLE_CRC in self._names else None
+        if seal not in (None, [_table_crc(self.table)]):
             raise DamagedShardError(f"{self.path} is damaged: its table changed")
         self.table["row_R"] = self.table["rows_R"].cumsum(0) - self.table["rows_R"]
         self.table["image_R"] = self.table["images_R"].cumsum(0) - self.table["images_R"]
