@@ -12,18 +12,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_kd"
 ROOMS = {
     "batch": set(),
+    "checksums": set(),
     "config": set(),
     "losses": set(),
     "tensor_files": set(),
     "models": {"batch", "tensor_files"},
-    "data": {"batch", "tensor_files"},
+    "data": {"batch", "checksums", "tensor_files"},
     "parallel": {"batch", "models"},
     "distill": {"batch", "losses", "models"},
-    "training": {"batch", "distill", "parallel", "tensor_files"},
+    "training": {"batch", "checksums", "distill", "parallel", "tensor_files"},
     "evaluation": {"batch", "data", "models"},
     "build": {
         *("batch", "config", "data", "distill", "evaluation", "losses", "models", "parallel", "training"),
-        "tensor_files",
+        *("checksums", "tensor_files"),
     },
     "cli": {"build", "config", "data", "evaluation"},
 }

@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_the_other_checkpoints_and_no_scratch(tmp_path: Path,
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(ValueError, match=r"step 2 cannot be written .* No space left"):
         checkpoints.save(Saved(step=2, state={"w": torch.zeros(3)}))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

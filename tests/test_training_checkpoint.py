@@ -103,7 +103,7 @@ def test_keeping_none_is_refused(tmp_path: Path) -> None:
         Checkpoints(tmp_path, keep=0)
 
 
-@pytest.mark.parametrize("name", ["save_file", "sync_file"])
+@pytest.mark.parametrize("name", ["write_tensors", "sync_file"])
 def test_a_write_that_fails_leaves_the_good_ones_and_is_cleaned_up(
     root: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

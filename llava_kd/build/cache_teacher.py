@@ -29,6 +29,7 @@ from llava_kd.build.teacher_cache import (
     temperatures,
 )
 from llava_kd.build.train import placed_teacher, speaker
+from llava_kd.checksums import checksum
 from llava_kd.config import TrainConfig
 from llava_kd.data.conversation import Source
 from llava_kd.data.encoder import Encoded
@@ -165,7 +166,8 @@ def _finish(directory: Path, manifest: Manifest, say: Callable[[str], None]) -> 
         raise ValueError(f"every record is bad: nothing was cached; {directory}/bad_records.jsonl says why")
     num_bad = write_index(directory, map(Shard, paths), manifest.num_records)
     sizes = {path.name: path.stat().st_size for path in paths}
-    done = replace(manifest, is_complete=True, num_bad=num_bad, shards=sizes)
+    checksums = {name: checksum(directory / name) for name in (HEAD, INDEX)}
+    done = replace(manifest, is_complete=True, num_bad=num_bad, shards=sizes, checksums=checksums)
     done.write(directory)
     good = manifest.num_records - num_bad
     total = sum(sizes.values()) + (directory / INDEX).stat().st_size

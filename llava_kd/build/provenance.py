@@ -11,11 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llava_kd import __version__
+from llava_kd.checksums import meta_checksum, sealed
 from llava_kd.config import TrainConfig, dump
 from llava_kd.models.card import provenance
 from llava_kd.training.checkpoint import Best, write_text
 
 VERSIONED = ("torch", "transformers", "numpy", "pillow")
+_UNSEALED = {
+    *("completed", "steps", "exported", "commit", "versions", "fingerprints", "parent", "config", "model")
+}
 CARD = "README.md"  # prose that a user may edit; not part of the hashes
 
 
@@ -68,7 +72,7 @@ def checked_parent(checkpoint: str | None) -> dict[str, object] | None:
         raise ValueError(
             f"{checkpoint} belongs to the run {run}, which is not complete; finish that stage first"
         )
-    record = json.loads((run / "run.json").read_text())
+    record = read_run(run / "run.json")
     written, found = record.get("model", {}), file_hashes(model)
     changed = sorted(name for name in {**written, **found} if written.get(name) != found.get(name))
     if changed:
@@ -106,7 +110,26 @@ def finish(
     }
     write_text(output / "model" / CARD, card(output.name, record, reading))
     model = file_hashes(output / "model")
-    write_text(output / "run.json", json.dumps({**record, "model": model}, indent=2))
+    write_text(output / "run.json", json.dumps(sealed({**record, "model": model}), indent=2))
+
+
+def read_run(path: Path) -> dict:
+    """What a finished run wrote of itself. ValueError where that has changed since.
+
+    A file of a version without a checksum, which had these entries alone, is trusted.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+        is_sealed = "checksum" in record
+        is_whole = record["checksum"] == meta_checksum(record) if is_sealed else set(record) <= _UNSEALED
+    except (ValueError, TypeError, AttributeError):
+        is_whole, record = False, {}
+    if not is_whole:
+        raise ValueError(
+            f"{path} is damaged: it has another checksum than when it was written; remove it, and the same "
+            "command finishes that run again from its last checkpoint"
+        )
+    return record
 
 
 def card(name: str, record: Mapping[str, object], reading: Sequence[str]) -> str:

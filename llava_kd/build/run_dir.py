@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from llava_kd.build.provenance import read_run
 from llava_kd.config import TrainConfig, dump, load
 from llava_kd.parallel.world import World
 from llava_kd.training.checkpoint import checkpoint_steps, refuse_newer_format, sweep, write_text
@@ -100,7 +100,7 @@ def _is_complete(output: Path, config: TrainConfig) -> bool:
 
 def _finished(path: Path) -> dict[str, object]:
     """The settings that a run was finished with."""
-    return yaml.safe_load(json.loads(path.read_text())["config"])
+    return yaml.safe_load(read_run(path)["config"])
 
 
 def _longer(before: Mapping[str, object], config: TrainConfig) -> bool:
@@ -117,7 +117,7 @@ def _reopen(output: Path) -> None:
     path = output / "run.json"
     if not path.is_file():
         return
-    steps = json.loads(path.read_text())["steps"]
+    steps = read_run(path)["steps"]
     if steps not in checkpoint_steps(output / "checkpoints"):
         raise ValueError(
             f"{output} was finished at step {steps} and its checkpoint of that step is gone, so it cannot be "

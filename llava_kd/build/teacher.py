@@ -30,7 +30,7 @@ def teacher_parts(config: TrainConfig) -> Parts | None:
     if config.teacher.cache is None:
         return load_stock(config.teacher.checkpoint, dtype=DTYPES[config.teacher.dtype])
     directory = Path(config.teacher.cache)
-    Manifest.read(directory)  # says what is wrong where there is no cache at all
+    Manifest.read(directory).check(directory, HEAD)
     try:
         head = load_file(directory / HEAD)
     except (SafetensorError, OSError) as error:
@@ -64,6 +64,11 @@ def cached_teacher(
     """What predicts in the teacher's place."""
     assert config.teacher is not None
     say(f"the teacher's predictions come from {config.teacher.cache}")
+    if not Manifest.read(Path(config.teacher.cache)).checksums:
+        say(
+            f"{config.teacher.cache} is of a version without checksums of its head and index, and is "
+            "trusted; the same `llava-kd cache-teacher` command adds them"
+        )
     head = teacher.stock.lm_head
     bias_U = None if head.bias is None else head.bias.to(device)
     keeps_head_gram = wants_head_gram(config.objective)

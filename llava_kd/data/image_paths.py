@@ -1,9 +1,11 @@
-"""Paths of images, as files of other tools and systems write them."""
+"""Paths of images, as files of other tools and systems write them, and the bytes behind them."""
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import PurePosixPath
+import stat
+from pathlib import Path, PurePosixPath
 
 _SHOWN = 80
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -31,3 +33,15 @@ def image_path(given: object) -> str:
     if ".." in PurePosixPath(path).parts or "\0" in path:
         raise ValueError(f"the image path {shown} must stay below the image root; write it without ..")
     return path
+
+
+def read_regular(path: str | Path) -> bytes:
+    """The bytes of a file. ValueError for what is none, such as a pipe, which would be waited for."""
+    with open(path, "rb", opener=_without_waiting) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise ValueError("it must be a regular file")
+        return stream.read()
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -220,14 +220,19 @@ class ImageTransform:
         whole = self._whole_size(height, width)
         if (height, width) == whole == self.size:
             return pixels_HWC
-        # What Pillow would make on the way: the padded square, a row's new width for every row, the whole.
-        made = max(inner[0] * inner[1] if pads else 0, inner[0] * whole[1], whole[0] * whole[1])
-        if pixels_HWC.device.type != "cpu" or made > max(_MADE, 1.5 * height * width):
+        if pixels_HWC.device.type != "cpu" or self.is_thin(height, width):
             return self._resize_part(pixels_HWC, inner, whole)
         if pads:
             pixels_HWC = pad_to_square(pixels_HWC, self.mean)
         function = resize if self.exact else resize_fast
         return centre_crop(function(pixels_HWC, whole, self.resample), self.size)
+
+    def is_thin(self, height: int, width: int) -> bool:
+        """Whether Pillow would make far more pixels on the way than the image and the result have."""
+        padded = max(height, width) if self.aspect == "pad" else 0
+        rows, whole = max(height, padded), self._whole_size(height, width)
+        # The padded square, a row's new width for every row, the whole.
+        return max(padded**2, rows * whole[1], whole[0] * whole[1]) > max(_MADE, 1.5 * height * width)
 
     def _whole_size(self, height: int, width: int) -> tuple[int, int]:
         """To what the image is resized, before it is cropped."""

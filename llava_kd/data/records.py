@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava_kd.data.cache import build_once, default_cache
 from llava_kd.data.conversation import Record, Source, Turn, canonical, parse_record, read_records
 from llava_kd.data.entries import read_entries
+from llava_kd.data.image_paths import read_regular
 from llava_kd.data.packed import PackedRecords
 
 __all__ = ["LlavaJson", "Record", "Source", "Turn", "canonical", "parse_record"]
@@ -29,13 +29,11 @@ def read_confined(root: Path, image: str, *, follow_symlinks: bool) -> bytes:
     if os.path.isabs(image) or not follow_symlinks:
         _confine(root, image, path, follow_symlinks)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+        return read_regular(path)
     except FileNotFoundError:
         raise ValueError(f"image {image!r} is missing below {root}") from None
-    with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError(f"image {image!r} below {root} must be a regular file")
-        return stream.read()
+    except ValueError as error:
+        raise ValueError(f"image {image!r} below {root}: {error}") from None
 
 
 def _confine(root: Path, image: str, path: str, follow_symlinks: bool) -> None:

@@ -9,7 +9,9 @@ small ones (a hundred records).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +34,8 @@ else:
         pa = pc = pq = None
 
 _GROUPS_KEPT = 4
+_ARROW_FILE = b"ARROW1"  # a stream begins otherwise
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 _IMAGE_COLUMNS = ("image", "images")
 
 
@@ -49,7 +53,9 @@ class Tables:
         for number, path in enumerate(self._paths):
             table = _opened(path)
             for group in range(table.num_groups):
-                for row, (raw, num_images) in enumerate(table.text_rows(group)):
+                with _naming(path):
+                    rows = table.text_rows(group)
+                for row, (raw, num_images) in enumerate(rows):
                     names = [f"{path.name}#{len(entries)}:{k}" for k in range(num_images)]
                     is_broken = isinstance(raw, Broken)
                     entries.append(raw if is_broken else entry_with_images(raw, str(len(entries)), names))
@@ -66,7 +72,8 @@ class Tables:
 
     def image_bytes(self, i: int, k: int) -> bytes:
         number, group, row = self._places[i].tolist()
-        value = _images(self._paths[number], group)[row].as_py()
+        with _naming(self._paths[number]):
+            value = _images(self._paths[number], group)[row].as_py()
         value = value[k] if isinstance(value, list) else value
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
@@ -94,11 +101,16 @@ class _ArrowFile:
     """Record batches of a mapped file, in either of the two Arrow formats."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-        except pa.ArrowInvalid:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        with path.open("rb") as stream:
+            is_file = stream.read(len(_ARROW_FILE)) == _ARROW_FILE
+            stream.seek(-len(_STREAM_END), os.SEEK_END)
+            if not is_file and stream.read() != _STREAM_END:
+                raise pa.ArrowInvalid("it has no end mark, so records behind it may be lost")
+        opened = pa.ipc.open_file if is_file else pa.ipc.open_stream
+        table = opened(pa.memory_map(str(path))).read_all()
         self._batches = table.to_batches()
+        for batch in self._batches:
+            _check(batch)
         self._image = _image_name(path, table.schema.names)
         self.num_groups = len(self._batches)
 
@@ -136,15 +148,47 @@ class _ParquetFile:
 def _opened(path: Path) -> _ArrowFile | _ParquetFile:
     if pa is None:
         raise ValueError(f"reading {path.name} needs the package pyarrow: pip install pyarrow")
-    try:
+    with _naming(path):
         return _ArrowFile(path) if path.suffix == ".arrow" else _ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a whole {path.suffix} file: {error}") from None
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """ValueError that names the file, for what pyarrow raises where one is damaged."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, IndexError, MemoryError, OverflowError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a whole {path.suffix} file: {error}; write it anew") from None
 
 
 @lru_cache(maxsize=_GROUPS_KEPT)
 def _images(path: Path, group: int) -> pa.Array | pa.ChunkedArray:
     return _opened(path).images(group)
+
+
+def _check(batch: pa.RecordBatch) -> None:
+    """pa.ArrowInvalid where what a batch says of itself leads out of it, which would end the process.
+
+    Texts are looked at as bytes: one that is no UTF-8 spoils its own row alone.
+    """
+    for column in batch.columns:
+        column.validate()
+        column.view(_as_bytes(column.type)).validate(full=True)
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    """The type, with bytes in the place of text."""
+    if pa.types.is_string(kind):
+        return pa.binary()
+    if pa.types.is_large_string(kind):
+        return pa.large_binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([part.with_type(_as_bytes(part.type)) for part in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_as_bytes(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_as_bytes(kind.value_type)))
+    return kind
 
 
 def _image_name(path: Path, names: list[str]) -> str:

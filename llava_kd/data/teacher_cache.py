@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llava_kd.batch import TeacherRows
+from llava_kd.checksums import checksum, meta_checksum, sealed
 from llava_kd.data.encoder import Encoded
 from llava_kd.data.teacher_shards import (
     IMAGE_TENSORS,
@@ -32,7 +33,7 @@ from llava_kd.data.teacher_shards import (
 )
 from llava_kd.tensor_files import write_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no checksums
 MANIFEST = "manifest.json"
 INDEX = "index.safetensors"
 SHARDS = "shards"
@@ -60,7 +61,10 @@ class Contents:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """`identity`: what the predictions depend on, by name. `shards`: bytes of each file, once complete."""
+    """`identity`: what the predictions depend on, by name.
+
+    Once complete: `shards`, the bytes of each file, and `checksums`, of the files beside them.
+    """
 
     identity: Mapping[str, str]
     contents: Contents
@@ -68,6 +72,7 @@ class Manifest:
     is_complete: bool = False
     num_bad: int = 0
     shards: Mapping[str, int] = field(default_factory=dict)
+    checksums: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -78,7 +83,8 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Replace the manifest of `directory` in one move."""
         scratch = directory / f".{MANIFEST}.partial"
-        scratch.write_text(json.dumps({"format": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n")
+        tree = sealed({"format": FORMAT_VERSION, **asdict(self)})
+        scratch.write_text(json.dumps(tree, indent=2) + "\n")
         sync(scratch)
         scratch.replace(directory / MANIFEST)
         sync(directory)
@@ -93,18 +99,34 @@ class Manifest:
                 f"{directory}`, or set teacher.cache to null"
             )
         try:
-            tree = json.loads(path.read_text())
-            version, contents = tree.pop("format"), tree.pop("contents")
-            if version <= FORMAT_VERSION:
-                contents = Contents(**{**contents, "places": tuple(contents["places"])})
-                return Manifest(**{**tree, "contents": contents})
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            tree = json.loads(path.read_bytes())
+            version, seal = tree["format"], tree.get("checksum")
+            if version > FORMAT_VERSION:
+                raise ValueError(
+                    f"{path} has format {version}, this version reads up to {FORMAT_VERSION}; upgrade "
+                    "llava_kd"
+                )
+            if (version > 1 or seal is not None) and seal != meta_checksum(tree):
+                raise KeyError("it has another checksum than when it was written")
+            fields = {name: value for name, value in tree.items() if name not in ("format", "checksum")}
+            contents = Contents(**{**fields["contents"], "places": tuple(fields["contents"]["places"])})
+            return Manifest(**{**fields, "contents": contents})
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is no manifest ({error}); remove {directory} and write it anew"
             ) from error
-        raise ValueError(
-            f"{path} has format {version}, this version reads up to {FORMAT_VERSION}; upgrade llava_kd"
-        )
+
+    def check(self, directory: Path, name: str) -> None:
+        """ValueError where that file is no longer what was written; one of an old version is trusted."""
+        if name not in self.checksums:
+            return
+        path = directory / name
+        found = checksum(path) if path.is_file() else None
+        if found != self.checksums[name]:
+            raise ValueError(
+                f"{path} {'is gone' if found is None else 'has another checksum than when it was written'}; "
+                f"{_AGAIN}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +165,7 @@ class TeacherCache:
             if found != size:
                 has = "is gone" if found is None else f"has {found} bytes, not {size}"
                 raise ValueError(f"{path} {has}; {_AGAIN}")
+        manifest.check(self.directory, INDEX)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict(), "_index": {}}  # files stay in their process

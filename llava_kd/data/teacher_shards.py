@@ -27,6 +27,8 @@ SUFFIX = ".safetensors"
 ROW_TENSORS = ("hidden_ME", "top_logits_MK", "top_columns_MK", "rest_M")
 IMAGE_TENSORS = ("projected_INE",)
 _TABLE = ("number_R", "rows_R", "images_R", "crc_R", "text_crc_R")
+_TABLE_CRC = "table_crc"  # shards of older versions have none, and are trusted
+_KNOWN = {*ROW_TENSORS, *IMAGE_TENSORS, *_TABLE, _TABLE_CRC, "positions_M"}
 
 
 class DamagedShardError(Exception):
@@ -88,6 +90,7 @@ def write_shard(directory: Path, records: Sequence[StoredRecord]) -> Path:
         "text_crc_R": torch.tensor([record.text_crc for record in records]),
         "positions_M": torch.cat([record.positions_M for record in records]),
     }
+    tensors[_TABLE_CRC] = torch.tensor([_table_crc(tensors)])
     for name in records[0].tensors:
         tensors[name] = torch.cat([record.tensors[name] for record in records])
     try:
@@ -127,6 +130,11 @@ class Shard:
             self.table = {name: self._file.get_tensor(name) for name in _TABLE}
         except (SafetensorError, OSError) as error:
             raise DamagedShardError(f"{self.path} cannot be read ({error})") from error
+        if unknown := sorted(self._names - _KNOWN):
+            raise DamagedShardError(f"{self.path} is damaged: it holds {unknown}")
+        seal = self._file.get_tensor(_TABLE_CRC).tolist() if _TABLE_CRC in self._names else None
+        if seal not in (None, [_table_crc(self.table)]):
+            raise DamagedShardError(f"{self.path} is damaged: its table changed")
         self.table["row_R"] = self.table["rows_R"].cumsum(0) - self.table["rows_R"]
         self.table["image_R"] = self.table["images_R"].cumsum(0) - self.table["images_R"]
 
@@ -163,6 +171,13 @@ class Shard:
         """Read every record. Raises DamagedShardError at the first that changed."""
         for r in range(len(self)):
             self.record(r)
+
+
+def _table_crc(tensors: Mapping[str, Tensor]) -> int:
+    value = 0
+    for name in _TABLE:
+        value = zlib.crc32(_bytes(tensors[name]), value)
+    return value
 
 
 def _num_images(record: StoredRecord) -> int:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from llava_kd.data.conversation import IMAGE_PLACEHOLDER
-from llava_kd.data.images import decode
 from llava_kd.evaluation.generate import Generator
+from llava_kd.evaluation.pictures import open_picture
 from llava_kd.evaluation.prompt import model_inputs, render_talk
 
 
@@ -74,6 +74,6 @@ class Chat:
 
 def _open(path: str) -> Image.Image:
     try:
-        return Image.fromarray(decode(Path(path).read_bytes()).numpy())
+        return open_picture(Path(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error

@@ -15,13 +15,16 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import BatchFeature, DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
 
 import llava_kd.models.adapted_tower  # noqa: F401  (registers towers that stock LLaVA has no class for)
+from llava_kd.data.images import GREY
 from llava_kd.evaluation.answers import ERROR, AnswerWriter
 from llava_kd.evaluation.model_directory import model_directory
+from llava_kd.evaluation.pictures import open_picture
 from llava_kd.evaluation.prompt import model_inputs, render_talk
 from llava_kd.evaluation.questions import Question
 from llava_kd.evaluation.ranks import Ranks
@@ -134,9 +137,31 @@ class Prepared:
 
 def prepare(processor: LlavaProcessor, questions: Sequence[Question]) -> Prepared:
     texts = [render_talk(processor, q.messages, has_images=bool(q.images)) for q in questions]
-    pictures = [question.pictures() for question in questions]
-    images = [image for found, _ in pictures for image in found]
-    return Prepared(model_inputs(processor, texts, images), [fault for _, fault in pictures])
+    opened = [pictures(question) for question in questions]
+    images = [image for found, _ in opened for image in found]
+    return Prepared(model_inputs(processor, texts, images), [fault for _, fault in opened])
+
+
+def pictures(question: Question) -> tuple[list[Image.Image], str]:
+    """The images, a grey one in the place of one that cannot be read, and what is wrong with that."""
+    found, fault = [], ""
+    for index in range(len(question.images)):
+        try:
+            found.append(_open_image(question, index))
+        except (OSError, ValueError) as error:
+            found.append(Image.new("RGB", (32, 32), (GREY, GREY, GREY)))
+            source = question.images[index]
+            name = source if isinstance(source, Path) else f"image {index}"
+            fault = fault or f"question {question.id!r}: cannot read {name}: {error}; mend or replace it"
+    return found, fault
+
+
+def _open_image(question: Question, index: int) -> Image.Image:
+    source = question.images[index]
+    try:
+        return open_picture(source)
+    except FileNotFoundError:
+        raise ValueError(f"no image file {source}; check the image root") from None
 
 
 def check_processor(processor: LlavaProcessor, directory: Path) -> LlavaProcessor:

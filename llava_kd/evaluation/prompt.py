@@ -15,6 +15,7 @@ from transformers import BatchFeature, LlavaProcessor, PreTrainedTokenizerFast
 
 from llava_kd.data.control_words import ControlWords
 from llava_kd.data.conversation import HALF_OF_A_PAIR, IMAGE_PLACEHOLDER
+from llava_kd.evaluation.pictures import thin_pixels
 
 Content = str | list[dict[str, str]]
 _known: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[object, ControlWords]] = WeakKeyDictionary()
@@ -75,7 +76,8 @@ def model_inputs(
 ) -> BatchFeature:
     """Left-padded ids and pixel values of rendered texts, on the CPU.
 
-    A text that a template began with the beginning-of-sequence token gets no second one.
+    A text that a template began with the beginning-of-sequence token gets no second one. Pictures for which
+    stock code would take gigabytes become the same pixels by the transform of training.
     """
     bos = processor.tokenizer.bos_token
     control = _control(processor)
@@ -85,9 +87,11 @@ def model_inputs(
         processor = copy.copy(processor)
         processor.image_token = control.renamed(processor.image_token)
         processor.tokenizer = control.reader
-    return processor(
+    thin = thin_pixels(processor.image_processor, images)
+    shown = [Image.new("RGB", (32, 32)) if k in thin else image for k, image in enumerate(images)]
+    inputs = processor(
         text=renamed,
-        images=list(images) or None,
+        images=shown or None,
         text_kwargs={
             "padding": True,
             "return_tensors": "pt",
@@ -96,6 +100,9 @@ def model_inputs(
         },
         images_kwargs={"return_tensors": "pt"},
     )
+    for k, pixels_CHW in thin.items():
+        inputs["pixel_values"][k] = pixels_CHW
+    return inputs
 
 
 def _control(processor: LlavaProcessor) -> ControlWords:

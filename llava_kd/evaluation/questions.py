@@ -9,10 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
-
 from llava_kd.data.conversation import IMAGE_PLACEHOLDER, Record
-from llava_kd.data.images import GREY, decode
 from llava_kd.data.records import LlavaJson
 
 logger = logging.getLogger(__name__)
@@ -43,27 +40,6 @@ class Question:
     def num_places(self) -> int:
         asked = [message["content"] for message in self.messages if message["role"] == "user"]
         return sum(text.count(IMAGE_PLACEHOLDER) for text in asked) if self.images else 0
-
-    def image_bytes(self, index: int) -> bytes:
-        source = self.images[index]
-        if isinstance(source, bytes):
-            return source
-        if not source.is_file():
-            raise ValueError(f"no image file {source}; check the image root")
-        return source.read_bytes()
-
-    def pictures(self) -> tuple[list[Image.Image], str]:
-        """The images, a grey one in the place of one that cannot be read, and what is wrong with that."""
-        found, fault = [], ""
-        for index in range(len(self.images)):
-            try:
-                found.append(Image.fromarray(decode(self.image_bytes(index)).numpy()))
-            except (OSError, ValueError) as error:
-                found.append(Image.new("RGB", (32, 32), (GREY, GREY, GREY)))
-                source = self.images[index]
-                name = source if isinstance(source, Path) else f"image {index}"
-                fault = fault or f"question {self.id!r}: cannot read {name}: {error}; mend or replace it"
-        return found, fault
 
     def image_name(self) -> str:
         return " ".join(str(image) for image in self.images if isinstance(image, Path))

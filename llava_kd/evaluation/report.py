@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from llava_kd.data.conversation import IMAGE_PLACEHOLDER
 from llava_kd.evaluation.answers import write_atomic
 from llava_kd.evaluation.charts import Line, dot_rows, line_chart, smooth
+from llava_kd.evaluation.pictures import open_picture
 from llava_kd.evaluation.report_style import CSS
 from llava_kd.evaluation.results import (
     Difference,
@@ -273,8 +272,8 @@ def _thumbnail(run_dir: Path, name: str, side: int = 224) -> str:
     if path is None:
         return ""
     try:
-        image = Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError):
+        image = open_picture(path)
+    except (ValueError, OSError):
         return ""
     style = ' class="tiny"' if max(image.size) < 112 else ""
     image.thumbnail((side, side))

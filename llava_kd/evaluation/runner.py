@@ -16,7 +16,7 @@ from typing import TypedDict
 import torch
 
 from llava_kd.evaluation.answers import ERROR, answers_file, claim, mend, merge, read_all, write_atomic
-from llava_kd.evaluation.generate import Generator, generate
+from llava_kd.evaluation.generate import Generator, generate, pictures
 from llava_kd.evaluation.model_directory import model_directory
 from llava_kd.evaluation.prompt import check_template
 from llava_kd.evaluation.questions import Question, check_images, fingerprint, read_llava_json
@@ -142,7 +142,7 @@ def answer_questions(
             mend(path)
     ranks.barrier()
     done = read_all(out_dir)
-    todo = [q for q in questions if q.id not in done or (ERROR in done[q.id] and not q.pictures()[1])]
+    todo = [q for q in questions if q.id not in done or (ERROR in done[q.id] and not pictures(q)[1])]
     if done and todo and ranks.rank == 0:
         logger.warning(
             "%s: %d of %d questions are answered; continuing",

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llava_kd.checksums import checksum, meta_checksum, sealed
 from llava_kd.tensor_files import write_tensors
 
 FORMAT_VERSION = 1
-_CHUNK_BYTES = 1 << 24
 _UNSEALED = {"format", "step", "crc32", "figures", "identity"}  # what versions without a checksum wrote
 
 
@@ -52,14 +51,6 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            value = zlib.crc32(chunk, value)
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +200,7 @@ class Checkpoints:
             "figures": dict(saved.figures),
             "identity": self.identity,
         }
-        (scratch / "trainer.json").write_text(json.dumps({**meta, "checksum": meta_checksum(meta)}, indent=2))
+        (scratch / "trainer.json").write_text(json.dumps(sealed(meta), indent=2))
         for file in (*scratch.iterdir(), scratch):
             sync_file(file)
 
@@ -236,12 +227,6 @@ class Checkpoints:
 
     def _directory(self, step: int) -> Path:
         return self._root / f"step-{step:08d}"
-
-
-def meta_checksum(meta: Mapping[str, object]) -> int:
-    """Checksum of what `trainer.json` says, but for this number itself."""
-    said = {name: value for name, value in meta.items() if name != "checksum"}
-    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
 
 
 class _UnreadableError(Exception):
