@@ -9,8 +9,9 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+from llava_kd import tensor_files
 from llava_kd.build import train as build_train
-from llava_kd.training import checkpoint, trainer
+from llava_kd.training import trainer
 
 _POINTS = (
     (os, "fsync"),
@@ -21,7 +22,7 @@ _POINTS = (
     (pathlib.Path, "mkdir"),
     (pathlib.Path, "write_text"),
     (shutil, "rmtree"),
-    (checkpoint, "save_file"),
+    (tensor_files, "save_file"),
     (build_train, "save_stock"),
     (trainer.Trainer, "_resume"),
     (trainer.Trainer, "_losses"),

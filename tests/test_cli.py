@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tiny_llava import make_tiny_llava
+from tokenizers import Tokenizer
 from transformers import LlavaProcessor
 
 from llava_kd.build import check as build_check
@@ -50,7 +51,7 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         ("--data.template=alpaca", "`data.template` must be auto or one of plain, vicuna,"),
         ("--engine.device=tpu", "`engine.device` must be one of auto, cpu, cuda; got 'tpu'"),
         ("optim.lr=1", "an override looks like --optim.lr=1e-4; got 'optim.lr=1'"),
-        ("--objective.response_kl.mix=0", "mix must lie strictly between 0 and 1; got 0"),
+        ("--objective.response_kl.mix=0", "`mix` of a KL term must be between 0 and 1, got 0"),
     ],
 )
 def test_a_bad_setting(stage: Stage, complaint: Callable[..., str], override: str, words: str) -> None:
@@ -89,11 +90,14 @@ def test_a_missing_model(stage: Stage, complaint: Callable[..., str], override: 
 def test_tokenizers_that_differ(stage: Stage, complaint: Callable[..., str], tmp_path: Path) -> None:
     other = make_tiny_llava(tmp_path / "other", vocab_size=280)
     processor = LlavaProcessor.from_pretrained(other)
-    processor.tokenizer.add_tokens(["<more>"])
+    tree = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    vocabulary = tree["model"]["vocab"]
+    vocabulary["!"], vocabulary['"'] = vocabulary['"'], vocabulary["!"]
+    processor.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(tree))
     processor.save_pretrained(other)
     said = complaint("train", stage("run"), f"--teacher.checkpoint={other}")
     assert "tokenizers must have the same content" in said
-    assert "id 260: None against '<more>'" in said
+    assert "id 0: '!' against '\"'" in said
     assert "Use a teacher of the student's family, or drop response_kl and visual_kl" in said
 
 
@@ -138,7 +142,6 @@ RECORDS: dict[str, tuple[Callable[[dict], object], str]] = {
         lambda r: r["conversations"][0].update(value="<image>\n<image>\nWhat?"),
         "every image needs one <image> in a user turn, got 2 for 1 images",
     ),
-    "no placeholder": (lambda r: r["conversations"][0].update(value="What?"), "got 0 for 1 images"),
     "an empty answer": (lambda r: r["conversations"][1].update(value="  "), "is an empty answer"),
     "a path out of the root": (lambda r: r.update(image="../secret.png"), "must stay below the image root"),
     "an absolute path": (lambda r: r.update(image="/etc/passwd"), "must stay below the image root"),
@@ -150,7 +153,8 @@ def test_a_bad_record(stage: Stage, complaint: Callable[..., str], data: Path, k
     change, words = RECORDS[kind]
     record_id = spoil_record(data, change)
     said = complaint("train", stage("run"), *overrides(data))
-    assert "has 1 unusable records; mend or remove them" in said.splitlines()[0]
+    assert "1 of the 4 records" in said.splitlines()[0] or "1 of the 2 records read" in said.splitlines()[0]
+    assert "--write_sound NEW` writes a file without them" in said.splitlines()[0]
     assert words in said
     assert repr(record_id) in said
 

@@ -147,10 +147,11 @@ def test_a_stage_with_adapters_ends_with_its_model(
 ) -> None:
     language_model = make_language_model(kind, tmp_path / "llm", **text_settings(kind))
     config = stage("run", distilled=False, max_steps=1)
+    short = "--data.max_length=256"  # as many positions as the model has
     tower = make_tower("siglip", tmp_path / "tower")
     parts = f"vision_tower: '{tower}', language_model: '{language_model}'"
     student = f"--student={{{parts}, lora: {{rank: 2}}}}"
-    assert main(["train", str(config), student]) == 0
+    assert main(["train", str(config), student, short]) == 0
     assert "adapters on" in capsys.readouterr().err
     names = load_file(tmp_path / "run" / "model" / "model.safetensors").keys()
     odd = [name for name in names if is_adapter(name) or "base_layer" in name]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llava import make_tiny_llava
 
-from llava_kd.evaluation.generate import check_llava_directory
+from llava_kd.evaluation.model_directory import model_directory
 from llava_kd.models.checkpoint import compose, load_stock
 from llava_kd.models.other_kinds import refuse_other_kinds
 
@@ -78,7 +78,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], str]] = {
 def test_another_kind_of_model_says_what_it_is(kind: str, tmp_path: Path) -> None:
     make, words = KINDS[kind]
     path = make(tmp_path / "model")
-    for read in (load_stock, check_llava_directory):
+    for read in (load_stock, model_directory):
         with pytest.raises(ValueError, match=words):
             read(str(path))
     with pytest.raises(ValueError, match=words):
