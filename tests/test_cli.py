@@ -144,7 +144,7 @@ RECORDS: dict[str, tuple[Callable[[dict], object], str]] = {
     ),
     "an empty answer": (lambda r: r["conversations"][1].update(value="  "), "is an empty answer"),
     "a path out of the root": (lambda r: r.update(image="../secret.png"), "must stay below the image root"),
-    "an absolute path": (lambda r: r.update(image="/etc/passwd"), "must stay below the image root"),
+    "an absolute path": (lambda r: r.update(image="/etc/passwd"), "set data.images to a folder above it"),
 }
 
 

@@ -82,7 +82,7 @@ def test_slices_are_asked_while_the_loader_reads_ahead(stage, shapes_dir: Path) 
     student = load_stock(str(config.student.checkpoint))
     _, engine = assemble(config, ALONE, student, None, say=lambda _: None)
     assert config.evaluate is not None
-    score = slice_scorer(config.evaluate, read_slices(config.evaluate), student, engine)
+    score = slice_scorer(config.evaluate, read_slices(config), student, engine)
     source = make_source(config.data)
     records = [source.record(i) for i in range(len(source))]
     encoder = side(student, config.data).encoder()

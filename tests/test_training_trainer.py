@@ -288,3 +288,16 @@ def test_sigterm_to_a_real_run_writes_a_checkpoint_and_the_same_command_finishes
     assert all(torch.equal(got[name], value) for name, value in expected.items())
     logged = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert logged == list(range(1, 61))
+
+
+def test_a_trainer_hears_signals_that_its_parent_had_blocked() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            heard = stop.signal_name
+            if heard is None:  # so that it does not end the tests later
+                signal.sigwait([signal.SIGUSR1])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert heard == "SIGUSR1"

@@ -55,6 +55,7 @@ def stoppable() -> Iterator[None]:
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     previous = {number: signal.signal(number, stop) for number in STOPS}
     threading.Thread(target=watch, name="stop-watch", daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # whatever the parent blocked
     try:
         _obey()
         yield

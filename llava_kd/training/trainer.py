@@ -57,6 +57,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for number in self.SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
+        # A process inherits what its parent blocks, such as a fork server that blocks them for its workers.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
         return self
 
     def __exit__(self, *_: object) -> None:
