@@ -8,7 +8,10 @@ benchmarks="${BENCHMARKS:-all}"
 nproc="${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}"
 if [ "$nproc" -eq 0 ]; then nproc=1; fi
 
-python -m llava_kd.cli data verify --benchmark "$benchmarks" --data "$DATA"
+# Status 1 is a list of what is wrong: answering counts a bad picture as wrong, and refuses a missing file itself.
+status=0
+python -m llava_kd.cli data verify --benchmark "$benchmarks" --data "$DATA" || status=$?
+if [ "$status" -gt 1 ]; then exit "$status"; fi
 words=(eval --model "$MODEL" --benchmark "$benchmarks" --data "$DATA" --out "$OUT" "$@")
 if [ "$nproc" -eq 1 ]; then
   python -m llava_kd.cli "${words[@]}"

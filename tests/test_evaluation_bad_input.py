@@ -18,6 +18,8 @@ from llava_kd.evaluation.answers import read_lines
 from llava_kd.evaluation.benchmarks.base import Quirks
 from llava_kd.evaluation.benchmarks.catalogue import BENCHMARKS
 from llava_kd.evaluation.benchmarks.run import describe, verify
+from llava_kd.evaluation.prompt import model_inputs, render_talk
+from llava_kd.evaluation.questions import read_llava_json
 from llava_kd.models.checkpoint import compose, save_stock
 
 TEN = "vqav2, gqa, vizwiz, scienceqa, textvqa, mme, mmbench, mmbench_cn, pope, mmmu"
@@ -269,3 +271,20 @@ def test_a_student_with_an_adapted_tower_answers(root: Path, tmp_path: Path) -> 
     save_stock(parts, tmp_path / "student")
     assert run(tmp_path / "student", root, tmp_path / "out", "gqa") == 0
     assert len(read_lines(tmp_path / "out/gqa/answers.jsonl")) == 3
+
+
+def test_the_word_image_in_a_question_without_picture_is_asked_as_text(model: Path, tmp_path: Path) -> None:
+    words = "What does the word <image> mean?"
+    talk = [{"from": "human", "value": words}, {"from": "gpt", "value": "a picture"}]
+    path, out = tmp_path / "test.json", tmp_path / "out"
+    path.write_text(json.dumps([{"id": "word", "conversations": talk}]))
+    assert main(["eval", f"--model={model}", f"--data={path}", f"--out={out}", "--max_new_tokens=2"]) == 0
+    [answer] = read_lines(out / "answers.jsonl")
+    assert answer["question"] == words
+    assert "error" not in answer
+    processor = LlavaProcessor.from_pretrained(model)
+    [question] = read_llava_json(path)
+    prompt = render_talk(processor, question.messages, has_images=False)
+    [ids] = model_inputs(processor, [prompt], [])["input_ids"]
+    assert processor.image_token_id not in ids
+    assert words in processor.tokenizer.decode(ids)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny_benchmarks as tiny
 import yaml
+from tiny_llava import make_tiny_llava
 
+from llava_kd.evaluation.answers import read_lines
 from llava_kd.evaluation.benchmarks.catalogue import BENCHMARKS
 from llava_kd.evaluation.benchmarks.run import describe, verify
 
@@ -70,3 +75,30 @@ def test_empty_answers_of_lmms_eval_are_counted(tmp_path: Path, capsys: pytest.C
     path.parent.mkdir()
     path.write_text("".join(json.dumps({"filtered_resps": [answer]}) + "\n" for answer in ("Yes", "", " ")))
     assert check.empty_answers(tmp_path) == {"1_samples_mme.jsonl": (2, 3)}
+
+
+def test_one_damaged_picture_does_not_stop_the_script(tmp_path: Path) -> None:
+    """It checks the files first, and goes on to the answers: that one counts as wrong."""
+    model = make_tiny_llava(tmp_path / "model", layers=1)
+    tiny.write_gqa(tmp_path / "data")
+    path = tmp_path / "data/gqa/images/n2.jpg"
+    path.write_bytes(path.read_bytes()[:40])
+    places = {"MODEL": str(model), "DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "out")}
+    done = subprocess.run(
+        ["bash", EVAL / "run.sh", "--max_new_tokens=2"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            **places,
+            "BENCHMARKS": "gqa",
+            "NPROC": "1",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    answers = read_lines(tmp_path / "out/gqa/answers.jsonl")
+    assert [answer["id"] for answer in answers if "error" in answer] == ["202"]
+    assert len(answers) == 3
+    assert "1 of 3 questions have no readable picture" in done.stdout

@@ -232,3 +232,21 @@ def test_towers_that_read_no_fixed_picture_or_give_no_patches_are_refused(tmp_pa
             feature_layer=-9,
             dtype=torch.float32,
         )
+
+
+@pytest.mark.parametrize("word", ["img_size", "image_size"])
+def test_the_size_that_a_timm_tower_is_asked_for_is_the_one_it_reads(word: str) -> None:
+    """Either word reaches timm: 2 x 2 patches of 16 pixels, where its own size of 224 has 14 x 14."""
+    options = "pretrained=false&depth=1&embed_dim=24&num_heads=2"
+    loaded = load_tower(
+        f"timm:vit_tiny_patch16_224?{options}&{word}=32", feature_layer=-1, dtype=torch.float32
+    )
+    assert input_size(loaded.image_processor) == (32, 32)
+    tokens_INE = loaded.model(pixel_values=torch.zeros(1, 3, 32, 32)).last_hidden_state
+    assert tokens_INE.shape == (1, 1 + 4, 24)
+    with pytest.raises(ValueError, match="has two sizes"):
+        load_tower(
+            f"timm:vit_tiny_patch16_224?{options}&img_size=32&image_size=48",
+            feature_layer=-1,
+            dtype=torch.float32,
+        )

@@ -229,7 +229,7 @@ def test_a_best_that_no_slice_gives_is_refused_with_the_nearest(stage, shapes_di
     assert "`checkpoint.best` is slice/vla, which no slice" in said
     assert "did you mean slice/val?" in said
     assert main(["train", str(config), "--checkpoint.export=best"]) == 2
-    assert "set it to slice/NAME" in capsys.readouterr().err
+    assert "set it to slice/NAME or loss/NAME" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["file", "image"])

@@ -10,6 +10,7 @@ import torch
 
 from llava_kd.build.data import make_source, side_of
 from llava_kd.build.estimate import GB, Sizes, accumulation, engine_kind, memory, refuse_too_large, traffic
+from llava_kd.build.held_out import read_held_out
 from llava_kd.build.models import student_parts
 from llava_kd.build.provenance import checked_parent
 from llava_kd.build.run_dir import check_world, refuse_other_run
@@ -32,6 +33,7 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     refuse_other_run(config)
     checked_parent(config.student.checkpoint)
     read_slices(config)
+    read_held_out(config)
     _check_sides(config)
     rate = None if measured is None else Rate.of(measured)
     student, teacher = sizes(config)

@@ -15,6 +15,7 @@ from llava_kd.build.adapters import adapt_student, check_bits, quantize_teacher
 from llava_kd.build.data import BAD_RECORDS, bad_records, make_loader, make_source, served
 from llava_kd.build.engine import make_engine
 from llava_kd.build.estimate import Sizes, memory, refuse_too_large
+from llava_kd.build.held_out import evaluator, read_held_out
 from llava_kd.build.models import (
     DTYPES,
     choose_attention,
@@ -28,7 +29,7 @@ from llava_kd.build.objective import objective, wants_head_gram
 from llava_kd.build.options import lend, with_projector
 from llava_kd.build.provenance import checked_parent, finish
 from llava_kd.build.run_dir import check_world, claim
-from llava_kd.build.slices import read_slices, slice_scorer
+from llava_kd.build.slices import read_slices
 from llava_kd.build.teacher import (
     cached_teacher,
     is_cached,
@@ -84,6 +85,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
         check_bits(config, world.device)
         # What is wrong with these is said before a model is read.
         read_slices(config)
+        read_held_out(config)
         source = make_source(config.data, seed=config.seed)
         if config.teacher is not None and config.teacher.checkpoint is not None:
             existing(config.teacher.checkpoint, "the LLaVA checkpoint")
@@ -166,7 +168,7 @@ def assemble(
     say(f"attention of the student: {kernel}")
     evaluate = None
     if config.evaluate is not None:
-        evaluate = slice_scorer(config.evaluate, read_slices(config), served(student, config.data), engine)
+        evaluate = evaluator(config, config.evaluate, student, module, engine)
     trainer = Trainer(
         engine=engine,
         student=module,

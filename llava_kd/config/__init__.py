@@ -1,7 +1,7 @@
 """The configuration tree, and how it is read from YAML and written back."""
 
 from llava_kd.config.adapters import LoraConfig
-from llava_kd.config.evaluate import EvaluateConfig, SliceConfig
+from llava_kd.config.evaluate import EvaluateConfig, HeldOutConfig, SliceConfig
 from llava_kd.config.reading import dump, load
 from llava_kd.config.sections import (
     PARTS,
@@ -35,6 +35,7 @@ __all__ = [
     "Dtype",
     "EngineConfig",
     "EvaluateConfig",
+    "HeldOutConfig",
     "KLConfig",
     "LogConfig",
     "LoraConfig",

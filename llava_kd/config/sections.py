@@ -276,8 +276,8 @@ class LogConfig:
 class CheckpointConfig:
     """Every `every` steps and at the end; the newest `keep` are kept.
 
-    `best`: a figure such as `slice/NAME`; the checkpoint where it was highest is kept as well. `export`:
-    whether the stage's `model/` is that one, or the last.
+    `best`: a figure such as `slice/NAME` or `loss/NAME`; the checkpoint where it was best is kept as well.
+    `export`: whether the stage's `model/` is that one, or the last.
     """
 
     every: int = 500
@@ -367,5 +367,6 @@ class TrainConfig:
             trains_language_model="language_model" in self.trainable,
             engine_kind=self.engine.kind,
         )
-        slices = {} if self.evaluate is None else self.evaluate.slices
-        check_best(self.checkpoint.best, self.checkpoint.export, slices)
+        asked = self.evaluate
+        slices, losses = ({}, {}) if asked is None else (asked.slices, asked.losses)
+        check_best(self.checkpoint.best, self.checkpoint.export, slices, losses)

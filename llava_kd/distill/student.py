@@ -29,11 +29,17 @@ class Student(nn.Module):
         counts: Counts,
         features_INE: Tensor | None = None,
         teacher: AnyPrediction | None = None,
+        objective: Objective | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and logged means. `features_INE` is None where the tower is trained, and runs here."""
+        """Loss and logged means. `features_INE` is None where the tower is trained, and runs here.
+
+        `objective`: another than that of training, which reads the student alone.
+        """
         if features_INE is None:
             features_INE = self.mllm.image_features(batch.student)
         prediction = self.mllm(batch.student, features_INE)
-        switched = None if self.switch is None else self.switch(batch, prediction, features_INE)
-        losses: Losses = self.objective(prediction, teacher, batch, counts, switched)
+        switched = None
+        if self.switch is not None and objective is None:
+            switched = self.switch(batch, prediction, features_INE)
+        losses: Losses = (objective or self.objective)(prediction, teacher, batch, counts, switched)
         return losses.loss, losses.means

@@ -67,11 +67,16 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
-    """The checkpoint where a figure is highest, the first of equal ones."""
+    """The checkpoint where a figure is best, the first of equal ones."""
 
     step: int
     figure: str
     value: float
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Lower is better: a loss is best where it is lowest, any other figure where it is highest."""
+        return (self.value if self.figure.startswith("loss/") else -self.value), self.step
 
 
 class Checkpoints:
@@ -86,7 +91,7 @@ class Checkpoints:
         extra_files: Mapping[str, str] | None = None,
         identity: Mapping[str, str] | None = None,
     ) -> None:
-        """`best`: a figure of evaluations; the checkpoint where it is highest is kept besides the newest.
+        """`best`: a figure of evaluations; the checkpoint where it is best is kept besides the newest.
 
         `extra_files`: text written into every checkpoint, such as the resolved config, by file name.
 
@@ -107,11 +112,11 @@ class Checkpoints:
 
     @property
     def figure(self) -> str | None:
-        """The figure whose highest checkpoint is kept."""
+        """The figure whose best checkpoint is kept."""
         return self._figure_name
 
     def best(self, *, up_to: int | None = None) -> Best | None:
-        """Where the figure is highest among the complete checkpoints `up_to` a step; None without any."""
+        """Where the figure is best among the complete checkpoints `up_to` a step; None without any."""
         ranking = self._ranking(up_to)
         return ranking[0] if ranking else None
 
@@ -132,7 +137,7 @@ class Checkpoints:
             if isinstance(value, int | float):
                 assert self._figure_name is not None
                 found.append(Best(step=step, figure=self._figure_name, value=float(value)))
-        return sorted(found, key=lambda best: (-best.value, best.step))
+        return sorted(found, key=lambda best: best.order)
 
     def save(self, saved: Saved) -> Path:
         """Write beside the others, then rename; only after that go older ones, and unreadable newer ones.

@@ -248,11 +248,11 @@ class Trainer:
         name = self._checkpoints.figure
         if name is None or name not in figures:
             return False
-        value = figures[name]
-        if self._best is not None and value <= self._best.value:
+        now = Best(step=done, figure=name, value=figures[name])
+        if self._best is not None and self._best.order <= now.order:
             return False
-        self._best = Best(step=done, figure=name, value=value)
-        self._say(f"step {done} is the best so far: {name} {value:.4f}")
+        self._best = now
+        self._say(f"step {done} is the best so far: {name} {now.value:.4f}")
         return True
 
     def _warn(self, result: StepResult) -> None:
