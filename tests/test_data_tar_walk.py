@@ -38,9 +38,11 @@ def test_a_whole_file_is_read_as_tarfile_reads_it(shard: Path) -> None:
 def test_every_flipped_bit_of_a_header_is_named(shard: Path) -> None:
     rng, whole = np.random.default_rng(1), shard.read_bytes()
     headers = [offset - tarfile.BLOCKSIZE for _, offset, _ in places(shard)]
-    for _ in range(300):
+    anywhere = [int(rng.choice(headers) + rng.integers(tarfile.BLOCKSIZE)) for _ in range(300)]
+    of_checksum = [headers[9] + byte for byte in range(148, 156) for _ in range(8)]  # which covers not itself
+    for number, place in enumerate([*anywhere, *of_checksum]):
         damaged = bytearray(whole)
-        damaged[rng.choice(headers) + rng.integers(tarfile.BLOCKSIZE)] ^= 1 << int(rng.integers(8))
+        damaged[place] ^= 1 << number % 8
         shard.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"whole\.tar is not a whole.* behind byte \d+: "):
             places(shard)

@@ -64,7 +64,7 @@ def cached_teacher(
     """What predicts in the teacher's place."""
     assert config.teacher is not None
     say(f"the teacher's predictions come from {config.teacher.cache}")
-    if not Manifest.read(Path(config.teacher.cache)).checksums:
+    if config.teacher.cache is not None and not Manifest.read(Path(config.teacher.cache)).checksums:
         say(
             f"{config.teacher.cache} is of a version without checksums of its head and index, and is "
             "trusted; the same `llava-kd cache-teacher` command adds them"

@@ -216,7 +216,7 @@ class ImageTransform:
         """uint8 pixels of `size`, padded or cropped as `aspect` says."""
         height, width = pixels_HWC.shape[:2]
         pads = self.aspect == "pad" and height != width
-        inner = (max(height, width),) * 2 if pads else (height, width)
+        inner = (max(height, width), max(height, width)) if pads else (height, width)
         whole = self._whole_size(height, width)
         if (height, width) == whole == self.size:
             return pixels_HWC
