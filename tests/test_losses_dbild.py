@@ -12,6 +12,7 @@ import pytest
 import torch
 from loss_inputs import assert_same
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_kd.losses import dbild, reference
 
@@ -176,3 +177,33 @@ def test_no_rows_is_a_zero_that_reaches_the_head(form) -> None:
 def test_bad_input_is_named(form, change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         form(**heads(3) | change)
+
+
+class LargestFp32(TorchDispatchMode):
+    """Elements of the largest fp32 tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.float32:
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("num_common", [20_000, 20_480])
+def test_no_fp32_copy_of_the_teachers_head_is_made(num_common: int) -> None:
+    inputs = {
+        "student_ND": normal(24, 4, seed=1, dtype=torch.bfloat16).requires_grad_(),
+        "student_head_VD": normal(20_480, 4, seed=2, dtype=torch.bfloat16).requires_grad_(),
+        "teacher_NE": normal(24, 64, seed=3, dtype=torch.bfloat16),
+        "teacher_head_UE": normal(20_480, 64, seed=4, dtype=torch.bfloat16),
+        "teacher_bias_U": normal(20_480, seed=5),
+    }
+    with LargestFp32() as made:
+        result = dbild.dbild_loss(**inputs, num_common=num_common, chunk_rows=8)
+        result.loss.backward()
+    assert 0 < made.elements < inputs["teacher_head_UE"].numel() / 2
+    expected = reference.dbild_loss(**inputs, num_common=num_common)
+    torch.testing.assert_close(result.rows_N, expected.rows_N, rtol=1e-5, atol=1e-5)

@@ -60,6 +60,28 @@ def test_gram_form_equals_reference(dtype: torch.dtype, tap: str, centre: bool, 
         assert (got.double() - want.double()).norm() <= TOLERANCE[dtype] * want.double().norm()
 
 
+def test_unit_lengths_of_tokens_that_cancel_in_the_gram_are_no_nan():
+    """A component that all rows of a head share lets rounding leave a token's squared length below 0."""
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        head_VD = torch.randn(50, 16, generator=generator) * 1e-3 + 300 * torch.randn(16, generator=generator)
+        features_IND = torch.randn(2, 11, 16, generator=generator)
+        shared_D = head_VD.mean(0)
+        features_IND -= (features_IND @ shared_D)[..., None] * shared_D / shared_D.square().sum()
+        leaf_IND = features_IND.clone().requires_grad_()
+        rows_I = relation.relation_rows(
+            leaf_IND,
+            torch.randn(2, 11, 16, generator=generator),
+            student_head_VD=head_VD,
+            teacher_head_UE=head_VD,
+            normalise=True,
+        )
+        rows_I.sum().backward()
+        assert rows_I.isfinite().all(), seed
+        assert leaf_IND.grad is not None
+        assert leaf_IND.grad.isfinite().all(), seed
+
+
 @pytest.mark.parametrize("path", [reference, relation], ids=["reference", "fast"])
 def test_centred_rows_are_precise_where_a_shared_component_dominates(path: ModuleType):
     """Real logits of visual tokens share most of what they hold; fp32 must not lose the rest."""

@@ -43,8 +43,7 @@ def dbild_loss(
         candidates=candidates,
         num_common=num_common,
     )
-    dtype = accumulation_dtype(student_ND)
-    teacher = (teacher_NE.detach(), teacher_head_UE.detach().to(dtype), teacher_bias_U)
+    teacher = (teacher_NE.detach(), teacher_head_UE.detach(), teacher_bias_U)
     options = {"temperature": temperature, "candidates": candidates, "num_common": num_common}
     loss, rows_N = _Chunked.apply(
         student_ND, student_head_VD, student_bias_V, teacher, options, chunk_rows, torch.is_grad_enabled()
@@ -127,17 +126,24 @@ def _of_chunk(
     part: slice,
     options: dict[str, float | int],
 ) -> RowsLoss:
+    """The teacher's head is read block by block, and no farther than the common columns."""
     student_ND, head_VD, bias_V = leaves
+    teacher_NE, teacher_head_UE, teacher_bias_U = teacher
     assert student_ND is not None
     assert head_VD is not None
-    return reference.dbild_loss(
-        student_ND,
-        head_VD,
-        teacher[0][part],
-        teacher[1],
-        student_bias_V=bias_V,
-        teacher_bias_U=teacher[2],
-        temperature=float(options["temperature"]),
-        candidates=int(options["candidates"]),
-        num_common=int(options["num_common"]),
-    )
+    num_common = int(options["num_common"])
+    with torch.autocast(student_ND.device.type, enabled=False):
+        student_NV = student_ND @ head_VD.T
+        if bias_V is not None:
+            student_NV = student_NV + bias_V
+        dtype = accumulation_dtype(teacher_NE)
+        teacher_NC = gemm.wide_logits(teacher_NE[part].detach(), teacher_head_UE[:num_common], dtype)
+        if teacher_bias_U is not None:
+            teacher_NC += teacher_bias_U.detach()[:num_common]
+        rows_N = reference.dbild_rows(
+            student_NV[:, :num_common],
+            teacher_NC,
+            temperature=float(options["temperature"]),
+            candidates=int(options["candidates"]),
+        )
+    return RowsLoss(loss=rows_N.sum(), rows_N=rows_N.detach())

@@ -63,6 +63,17 @@ def write_logits(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor) -> None:
             out_CV[:, block] = wide_CD @ head_WD.T
 
 
+def wide_logits(hidden_CD: Tensor, head_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """hidden @ head.T of operands widened to `dtype`, without a wide copy of the whole head."""
+    wide_CD = hidden_CD.to(dtype)
+    if head_VD.dtype == dtype:
+        return wide_CD @ head_VD.T
+    result_CV = wide_CD.new_empty((hidden_CD.shape[0], head_VD.shape[0]))
+    for block, head_WD in _wide_blocks(head_VD, dtype):
+        result_CV[:, block] = wide_CD @ head_WD.T
+    return result_CV
+
+
 def times_head(gradient_CV: Tensor, head_VD: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient @ head in `dtype`, fp32 or wider."""
     if gradient_CV.dtype == head_VD.dtype == dtype:
