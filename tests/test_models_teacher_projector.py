@@ -109,7 +109,9 @@ def test_a_stock_model_is_folded_into_itself(teacher: Parts) -> None:
 
 def test_another_tower_and_a_reusing_teacher_are_refused(tmp_path: Path, teacher: Parts) -> None:
     other = load_stock(str(make_tiny_llava(tmp_path / "other", hidden=32, seed=8)))
-    with pytest.raises(ValueError, match="towers differ in weights, settings, preprocessing, layer or strategy"):
+    with pytest.raises(
+        ValueError, match="towers differ in weights, settings, preprocessing, layer or strategy"
+    ):
         with_teacher_projector(other, teacher, seed=0)
     again = student(tmp_path, teacher, hidden=32)
     with pytest.raises(ValueError, match="own projector is a reused one"):

@@ -34,7 +34,7 @@ from llava_kd.parallel.world import World
 from llava_kd.training.checkpoint import Checkpoints
 from llava_kd.training.metrics import Metrics
 from llava_kd.training.schedule import cosine_with_warmup
-from llava_kd.training.trainer import Trainer
+from llava_kd.training.trainer import StopRequest, Trainer
 
 STEPS = 5
 OBJECTIVE = Objective(
