@@ -54,12 +54,12 @@ def test_the_part_that_is_made_is_that_of_the_whole(aspect: str, monkeypatch: py
 
 
 def test_a_thin_image_is_what_pillow_makes_of_the_whole() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (3, 2000, 3)).astype(np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (3, 20_000, 3)).astype(np.uint8)
     transform = ImageTransform(
         size=(60, 60), mean=(0.5,) * 3, std=(0.5,) * 3, aspect="crop", shortest_edge=64
     )
-    whole = Image.fromarray(image).resize((64 * 2000 // 3, 64), Image.Resampling.BICUBIC)
-    left = (64 * 2000 // 3 - 60) // 2
+    whole = Image.fromarray(image).resize((64 * 20_000 // 3, 64), Image.Resampling.BICUBIC)
+    left = (64 * 20_000 // 3 - 60) // 2
     expected = np.array(whole.crop((left, 2, left + 60, 62)))
     assert np.array_equal(transform.resize(torch.from_numpy(image)).numpy(), expected)
 
