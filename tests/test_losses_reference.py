@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llava_kd.losses import reference, row_torch
 from llava_kd.losses.reference import Divergence, HeadLoss, Kind, divergence_rows, head_loss, relation_rows
 
 KINDS = ("forward", "reverse", "jsd", "skewed_forward", "skewed_reverse")
@@ -292,3 +293,22 @@ def test_mix_outside_the_open_interval_is_refused(mix: float):
 def test_unknown_divergence_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=r"one of \['forward', 'reverse', 'jsd'.*got 'backward'"):
         Divergence("backward")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("kind", ["jsd", "skewed_forward", "skewed_reverse"])
+@pytest.mark.parametrize("mix", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 1e-1])
+def test_small_mixture_divergences_have_no_bias_in_fp32(kind: str, mix: float, noise: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student_NC = 3 * torch.randn(64, 3000, generator=generator)
+    teacher_NC = student_NC + noise * torch.randn(64, 3000, generator=generator)
+    divergence = Divergence(kind=kind, mix=mix)  # pyright: ignore[reportArgumentType]
+    exact_N = reference.divergence_rows(
+        student_NC.double().log_softmax(1), teacher_NC.double().log_softmax(1), divergence
+    )
+    plain_N = reference.divergence_rows(student_NC.log_softmax(1), teacher_NC.log_softmax(1), divergence)
+    rows_N, _ = row_torch._divergence(student_NC.log_softmax(1), teacher_NC.log_softmax(1), divergence)
+    absolute = 1e-8 if kind == "jsd" else 4e-7  # a skewed form still holds the error of the log-softmax
+    limit = 0.0 if noise == 0 else absolute + 1e-5 * float(exact_N.mean())
+    for found_N in (plain_N, rows_N):
+        assert abs(float((found_N.double() - exact_N).mean())) <= limit

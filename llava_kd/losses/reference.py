@@ -34,7 +34,6 @@ DBiLD, P pairs of them, L layers.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -157,21 +156,28 @@ def divergence_rows(student_logp_NC: Tensor, teacher_logp_NC: Tensor, divergence
         case "reverse":
             return _kl(s, t)
         case "jsd":
-            m = _log_mixture(t, s, mix)
-            return mix * _kl(t, m) + (1 - mix) * _kl(s, m)
+            return mix * _kl_to_mixture(t, s, mix) + (1 - mix) * _kl_to_mixture(s, t, 1 - mix)
         case "skewed_forward":
-            return _kl(t, _log_mixture(t, s, mix))
+            return _kl_to_mixture(t, s, mix)
         case "skewed_reverse":
-            return _kl(s, _log_mixture(s, t, mix))
+            return _kl_to_mixture(s, t, mix)
 
 
 def _kl(logp_NC: Tensor, logq_NC: Tensor) -> Tensor:
     return (logp_NC.exp() * (logp_NC - logq_NC)).sum(1)
 
 
-def _log_mixture(logp_NC: Tensor, logq_NC: Tensor, share: float) -> Tensor:
-    """log(share * p + (1 - share) * q)."""
-    return torch.logaddexp(logp_NC + math.log(share), logq_NC + math.log1p(-share))
+def _kl_to_mixture(logp_NC: Tensor, logq_NC: Tensor, share: float) -> Tensor:
+    return (logp_NC.exp() * over_mixture(logp_NC, logq_NC, share)).sum(1)
+
+
+def over_mixture(logp_NC: Tensor, logq_NC: Tensor, share: float) -> Tensor:
+    """log p - log(share p + (1 - share) q), from the difference alone: exactly 0 where the two are equal."""
+    difference_NC = logp_NC - logq_NC
+    is_larger_NC = difference_NC >= 0
+    gap_NC = torch.where(is_larger_NC, -difference_NC, difference_NC)
+    rest_NC = torch.where(is_larger_NC, gap_NC.new_full((), 1 - share), gap_NC.new_full((), share))
+    return torch.where(is_larger_NC, 0.0, difference_NC) - torch.log1p(rest_NC * torch.expm1(gap_NC))
 
 
 def dbild_loss(

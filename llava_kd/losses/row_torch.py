@@ -8,12 +8,10 @@ Shape legend: C rows of a chunk, R rows at a time, V student vocabulary, U teach
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from llava_kd.losses.reference import Divergence
+from llava_kd.losses.reference import Divergence, over_mixture
 
 ELEMENTS_AT_A_TIME = 2**17  # half a megabyte of fp32: the handful of temporaries stays in a core's cache
 
@@ -111,20 +109,18 @@ def _divergence(s_RV: Tensor, t_RV: Tensor, divergence: Divergence) -> tuple[Ten
             value_R = _dot(p_s_RV, ratio_RV)
             return value_R, ratio_RV.sub_(value_R.unsqueeze(1)).mul_(p_s_RV)
         case "jsd":
-            m_RV = _log_mixture(t_RV, s_RV, mix)
-            ratio_RV = s_RV - m_RV
+            ratio_RV = over_mixture(s_RV, t_RV, 1 - mix)
             student_R = _dot(p_s_RV, ratio_RV)
-            value_R = mix * _dot(t_RV.exp(), t_RV - m_RV) + (1 - mix) * student_R
+            value_R = mix * _dot(t_RV.exp(), over_mixture(t_RV, s_RV, mix)) + (1 - mix) * student_R
             return value_R, ratio_RV.sub_(student_R.unsqueeze(1)).mul_(p_s_RV).mul_(1 - mix)
         case "skewed_forward":
-            m_RV = _log_mixture(t_RV, s_RV, mix)
-            share_RV = (t_RV - m_RV).exp_()
-            value_R = _dot(t_RV.exp(), t_RV - m_RV)
+            over_RV = over_mixture(t_RV, s_RV, mix)
+            value_R = _dot(t_RV.exp(), over_RV)
+            share_RV = over_RV.exp_()
             mean_R = _dot(p_s_RV, share_RV)
             return value_R, share_RV.neg_().add_(mean_R.unsqueeze(1)).mul_(p_s_RV).mul_(1 - mix)
         case "skewed_reverse":
-            m_RV = _log_mixture(s_RV, t_RV, mix)
-            ratio_RV = s_RV - m_RV
+            ratio_RV = over_mixture(s_RV, t_RV, mix)
             value_R = _dot(p_s_RV, ratio_RV)
             ratio_RV -= ratio_RV.exp().mul_(mix)
             return value_R, ratio_RV.sub_(_dot(p_s_RV, ratio_RV).unsqueeze(1)).mul_(p_s_RV)
@@ -132,11 +128,6 @@ def _divergence(s_RV: Tensor, t_RV: Tensor, divergence: Divergence) -> tuple[Ten
 
 def _dot(a_RV: Tensor, b_RV: Tensor) -> Tensor:
     return (a_RV * b_RV).sum(1)
-
-
-def _log_mixture(log_p_RV: Tensor, log_q_RV: Tensor, share: float) -> Tensor:
-    """log(share p + (1 - share) q)."""
-    return torch.logaddexp(log_p_RV + math.log(share), log_q_RV + math.log1p(-share))
 
 
 def _nan_unless_finite(values: Tensor) -> Tensor:
