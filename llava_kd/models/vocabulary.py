@@ -69,7 +69,8 @@ def _families_differ(
     """Whether more differs than added tokens without a role: a word of the vocabulary, or how a text ends."""
     for tokenizer in (student, teacher):
         words = set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys()
-        roles = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+        ends = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id
+        roles = {token for token in ends if isinstance(token, int)}
         if not (words | roles).isdisjoint(differing):
             return True
     return False

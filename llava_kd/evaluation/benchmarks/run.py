@@ -13,6 +13,7 @@ from llava_kd.evaluation.answers import write_atomic
 from llava_kd.evaluation.benchmarks.base import Benchmark, Quirks, Score, read_jsonl
 from llava_kd.evaluation.benchmarks.catalogue import BENCHMARKS, find
 from llava_kd.evaluation.benchmarks.table import html_table, markdown_table
+from llava_kd.evaluation.generate import pictures
 from llava_kd.evaluation.model_directory import model_directory, run_name
 from llava_kd.evaluation.published import AVG7, AVG10, average
 from llava_kd.evaluation.questions import Question, check_questions
@@ -257,7 +258,7 @@ def _verify(benchmark: Benchmark, root: Path, num_threads: int) -> Verification:
     shown = {image: question for question in asked.values() for image in question.images}
     readers = {question.id: question for question in shown.values()}  # of every picture, one
     with ThreadPoolExecutor(num_threads) as threads:
-        faults = [fault for _, fault in threads.map(Question.pictures, readers.values()) if fault]
+        faults = [fault for _, fault in threads.map(pictures, readers.values()) if fault]
     if faults:
         problems.append(f"{len(faults)} images cannot be read: {'; '.join(faults[:5])}")
     known = (benchmark.num_questions, *benchmark.other_counts)
