@@ -171,7 +171,7 @@ def transformers_note(parts: Parts) -> str:
     config = parts.stock.config
     tower, text = vision_config(config).model_type, text_config(config).model_type
     if tower in TOWERS_OF_4 and text in LANGUAGES_OF_4:
-        return "transformers: version 5 reads it, and 4.57 gives the same answers"
+        return "transformers: version 5 reads it, and 4.57 loads it whole, with the same settings"
     return f"transformers: needs version 5; nobody has tried {tower!r} with {text!r} under transformers 4"
 
 
