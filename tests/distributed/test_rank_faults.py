@@ -52,7 +52,7 @@ def test_the_death_of_a_rank_ends_the_others_with_a_clear_line(stage) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_every_rank_and_names_its_records(stage) -> None:
-    run, output = start(stage("run", lr=1e12, **LONG))
+    run, output = start(stage("run", lr=1e12, **LONG), "--optim.weight_decay=1e12")
     ended = run.wait(SOON)
     assert ended.codes == (2, 2), ended.log
     assert all("not finite" in log and "this rank's records: " in log for log in ended.logs)
