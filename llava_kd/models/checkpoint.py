@@ -247,7 +247,7 @@ def save_stock(
         for path in scratch.iterdir():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
-    except BaseException:
+    except BaseException:  # Ctrl-C too leaves nothing half-written; it is raised again
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     if directory.exists():
