@@ -250,8 +250,9 @@ def test_ranks_and_launcher_end_when_the_script_or_the_launcher_is_killed(bin_di
 
 
 def test_a_rank_that_comes_after_its_script_was_killed_ends(bin_dir: Path) -> None:
-    late = "while kill -0 $PPID 2>/dev/null; do sleep 0.05; done\nexec python $RANK_PY"
-    script = Script(bin_dir, f"bash -c '{late}' & echo \"late $!\"; wait $!")
+    # The launcher is named, not asked for: one that dies before its child's first line leaves another parent.
+    late = "while read -r _ _ _ parent _ </proc/$$/stat && [ $parent = $0 ]; do sleep 0.05; done\nexec python $RANK_PY"
+    script = Script(bin_dir, f"bash -c '{late}' $$ & echo \"late $!\"; wait $!")
     late_rank = script.pid_of("late")
     script.process.kill()
     script.process.wait()
