@@ -18,14 +18,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, BaseImageProcessor
 
-from llava_kd.data.device_decode import Decoder
-from llava_kd.data.images import MAX_PIXELS, ImageTransform
-from llava_kd.data.loader import Loader
-from llava_kd.data.micro_batches import MicroBatches
-from llava_kd.data.plan import Plan
-from llava_kd.data.records import LlavaJson
-from llava_kd.data.side import Side
-from llava_kd.data.template_table import TEMPLATES
+from llava_kd.data.batches.loader import Loader
+from llava_kd.data.batches.micro_batches import MicroBatches
+from llava_kd.data.batches.model_side import Side
+from llava_kd.data.batches.plan import Plan
+from llava_kd.data.pixels.device_decode import Decoder
+from llava_kd.data.pixels.images import MAX_PIXELS, ImageTransform
+from llava_kd.data.sources.llava_json import LlavaJson
+from llava_kd.data.text.template_table import TEMPLATES
 
 TOKENIZER = Path(__file__).parents[1] / "scripts/quickstart/backbones/teacher"
 BATCH = 32

@@ -13,8 +13,8 @@ import numpy as np
 from _common import Row, meta, parser, print_table, write_json
 from loader import NUM_RECORDS, llava_like
 
-from llava_kd.data.packing import Packing
-from llava_kd.data.plan import Plan
+from llava_kd.data.batches.packing import Packing
+from llava_kd.data.batches.plan import Plan
 
 
 def simulated(num_ranks: int, max_tokens: int | None, rows_of_rank: int) -> Row:

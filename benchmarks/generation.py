@@ -16,9 +16,9 @@ from _common import Row, meta, parser, print_table, write_json
 from PIL import Image
 
 from llava_kd.evaluation.answers import read_all
-from llava_kd.evaluation.generate import Generator, generate
-from llava_kd.evaluation.prompt import render_prompt
-from llava_kd.evaluation.questions import Question, read_llava_json
+from llava_kd.evaluation.generation.generate import Generator, generate
+from llava_kd.evaluation.generation.prompt import render_prompt
+from llava_kd.evaluation.generation.questions import Question, read_llava_json
 
 
 def one_at_a_time(generator: Generator, questions: Sequence[Question]) -> dict[str, str]:

@@ -29,13 +29,13 @@ from PIL import Image
 from transformers import SiglipImageProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llava_kd.data.collate import RawImages
-from llava_kd.data.device_decode import plain_jpeg_size
-from llava_kd.data.images import ImageTransform, decode
-from llava_kd.data.packing import Packing, Sizes, pack
-from llava_kd.data.plan import Plan, permutation
-from llava_kd.data.records import LlavaJson
-from llava_kd.data.resize import resize_by_products, resize_fast, taps
+from llava_kd.data.batches.collate import RawImages
+from llava_kd.data.batches.packing import Packing, Sizes, pack
+from llava_kd.data.batches.plan import Plan, permutation
+from llava_kd.data.pixels.device_decode import plain_jpeg_size
+from llava_kd.data.pixels.images import ImageTransform, decode
+from llava_kd.data.pixels.resize import resize_by_products, resize_fast, taps
+from llava_kd.data.sources.llava_json import LlavaJson
 
 try:
     import simplejpeg

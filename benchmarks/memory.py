@@ -1,4 +1,4 @@
-"""Peak memory of a distillation step against what `llava-kd check` estimates (llava_kd/build/estimate.py).
+"""Peak memory of a distillation step against what `llava-kd check` estimates (llava_kd/assembly/estimate.py).
 
 Random weights; every row is full, two micro-batches make a step, and the peak is that of the second step,
 where moments exist. On a GPU it is what its allocator held in tensors; on a CPU what PyTorch's allocator did,
@@ -19,10 +19,10 @@ from _common import Row, meta, parser, print_table, write_json
 from step import CASES, Case, random_batch, random_model
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from llava_kd.build.engine import make_engine
-from llava_kd.build.estimate import Sizes, memory
-from llava_kd.build.models import DTYPES, place, student_dtypes
-from llava_kd.build.objective import HEAD_LOSSES, RELATIONS
+from llava_kd.assembly.estimate import Sizes, memory
+from llava_kd.assembly.parts.engine import make_engine
+from llava_kd.assembly.parts.models import DTYPES, place, student_dtypes
+from llava_kd.assembly.parts.objective import HEAD_LOSSES, RELATIONS
 from llava_kd.config import (
     CrossEntropyConfig,
     DataConfig,
@@ -37,9 +37,9 @@ from llava_kd.config import (
 )
 from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
 from llava_kd.distill.student import Student
-from llava_kd.distill.teacher import Teacher
+from llava_kd.distill.teaching.live import Teacher
 from llava_kd.models.mllm import MLLM, PARTS
-from llava_kd.models.vision_tower import tokens_per_image
+from llava_kd.models.towers.vision_tower import tokens_per_image
 from llava_kd.parallel.world import World, join, leave
 
 ENGINES = {

@@ -20,10 +20,10 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
 from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
 from llava_kd.distill.student import Student
-from llava_kd.distill.teacher import Teacher
+from llava_kd.distill.teaching.live import Teacher
 from llava_kd.losses import head_loss, reference, relation
 from llava_kd.models.mllm import MLLM
-from llava_kd.models.vision_tower import text_config, tokens_per_image, vision_config
+from llava_kd.models.towers.vision_tower import text_config, tokens_per_image, vision_config
 from llava_kd.parallel.engine import AdamWSettings, ParameterGroup
 from llava_kd.parallel.torch_engine import TorchEngine
 from llava_kd.parallel.world import World

@@ -24,16 +24,16 @@ import torch
 from _common import Row, meta, parser, print_table, write_json
 from transformers import LlavaForConditionalGeneration
 
+from llava_kd.assembly.cache_teacher import cache_teacher
+from llava_kd.assembly.parts.data import make_loader
+from llava_kd.assembly.parts.models import student_parts
+from llava_kd.assembly.parts.teacher import teacher_parts
+from llava_kd.assembly.train import assemble
 from llava_kd.batch import Batch
-from llava_kd.build.cache_teacher import cache_teacher
-from llava_kd.build.data import make_loader
-from llava_kd.build.models import student_parts
-from llava_kd.build.teacher import teacher_parts
-from llava_kd.build.train import assemble
 from llava_kd.config import TrainConfig, load
-from llava_kd.data.shapes import write_shapes
-from llava_kd.data.teacher_cache import MANIFEST
-from llava_kd.models.checkpoint import Parts, load_stock, save_stock
+from llava_kd.data.shapes.writing import write_shapes
+from llava_kd.data.teacher_store.store import MANIFEST
+from llava_kd.models.files.checkpoint import Parts, load_stock, save_stock
 from llava_kd.parallel.world import World
 from llava_kd.training.trainer import Trainer
 

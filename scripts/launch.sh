@@ -27,7 +27,7 @@ launch() {
     torchrun)
       # Runs on one machine each find a free port, unless MASTER_PORT names one.
       if [ "$nnodes" -eq 1 ] && [ -z "${MASTER_PORT:-}" ]; then address=(--standalone); fi
-      exec python -m llava_kd.build.supervise torchrun --nnodes "$nnodes" --node-rank "${NODE_RANK:-0}" \
+      exec python -m llava_kd.assembly.runs.supervise torchrun --nnodes "$nnodes" --node-rank "${NODE_RANK:-0}" \
         --nproc-per-node "$nproc" "${address[@]}" -m llava_kd.cli train "$@"
       ;;
     deepspeed)
@@ -38,7 +38,7 @@ launch() {
       else
         address=(--num_gpus "$nproc" --master_port "${MASTER_PORT:-29500}")
       fi
-      exec python -m llava_kd.build.supervise deepspeed "${address[@]}" --no_local_rank --module llava_kd.cli train "$@"
+      exec python -m llava_kd.assembly.runs.supervise deepspeed "${address[@]}" --no_local_rank --module llava_kd.cli train "$@"
       ;;
     *) echo "LAUNCHER must be torchrun or deepspeed; got $LAUNCHER" >&2; return 2 ;;
   esac

@@ -14,7 +14,7 @@ import torch
 from tiny_llava import make_tiny_llava
 from tiny_runs import write_stage
 
-from llava_kd.data.shapes import write_shapes
+from llava_kd.data.shapes.writing import write_shapes
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -11,9 +11,9 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llava_kd.data.images import ImageTransform
-from llava_kd.data.side import Side
-from llava_kd.data.template_table import TEMPLATES
+from llava_kd.data.batches.model_side import Side
+from llava_kd.data.pixels.images import ImageTransform
+from llava_kd.data.text.template_table import TEMPLATES
 
 IMAGE_TOKEN = "<image>"
 CORPUS = [

@@ -26,7 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llava_kd.models import mllm, probe
+from llava_kd.models import mllm
+from llava_kd.models.attention import probe
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)

@@ -20,7 +20,8 @@ from loss_inputs import make_inputs, result_and_gradients
 from torch import Tensor
 
 from llava_kd.losses import head_loss as fast
-from llava_kd.losses import reference, row_triton
+from llava_kd.losses import reference
+from llava_kd.losses.kernels import row_triton
 from llava_kd.losses.reference import Divergence
 
 ROWS, WIDTH = 8, 150

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llava_kd import tensor_files
-from llava_kd.build import train as build_train
+from llava_kd.assembly import train as build_train
 from llava_kd.training import trainer
 
 _POINTS = (

@@ -20,7 +20,7 @@ from tiny_towers import make_language_model, make_tower
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llava_kd.models.checkpoint import Parts, compose
+from llava_kd.models.files.checkpoint import Parts, compose
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

@@ -73,7 +73,7 @@ BUGS = (
     ),
     Bug(
         5,
-        "distill/teacher.py",
+        "distill/teaching/live.py",
         "class Teacher:",
         "class Teacher(torch.nn.Module):\n    def __new__(cls, *_: object, **__: object) -> Teacher:\n"
         "        self = super().__new__(cls)\n        torch.nn.Module.__init__(self)\n        return self\n",
@@ -81,7 +81,7 @@ BUGS = (
     ),
     Bug(
         6,
-        "distill/teacher.py",
+        "distill/teaching/live.py",
         "self._mllm.stock.eval()",
         "self._mllm.stock.train()",
         "test_distill_teacher.py::test_the_teacher_says_the_same_twice_even_after_the_student_trains",
@@ -95,28 +95,28 @@ BUGS = (
     ),
     Bug(
         7,
-        "data/encoder.py",
+        "data/text/encoder.py",
         "labels = torch.where(is_target, ids",
         "labels = torch.where(is_target.roll(1), ids",
         "test_data_template.py::test_labels_are_the_answers_and_their_end_tokens",
     ),
     Bug(
         8,
-        "distill/teacher.py",
+        "distill/teaching/live.py",
         "inputs = batch.teacher_inputs",
         "inputs = batch.student",
         "test_distill_teacher.py::test_the_teacher_reads_its_own_side",
     ),
     Bug(
         9,
-        "data/alignment.py",
+        "data/text/alignment.py",
         "if torch.equal(ids[0], ids[1]):",
         "if True:",
         "test_data_loader.py::test_sides_that_answer_in_different_tokens_are_named",
     ),
     Bug(
         9,
-        "data/alignment.py",
+        "data/text/alignment.py",
         "return _only(student, keeps[0]), _only(teacher, keeps[1])",
         "return encoded",
         "test_data_loader.py::test_truncation_on_one_side_takes_the_targets_of_both",
@@ -146,14 +146,14 @@ BUGS = (
     ),
     Bug(
         12,
-        "data/encoder.py",
+        "data/text/encoder.py",
         "if is_truncated and bool(visual[end:].any()):",
         "if False:",
         "test_data_template.py::test_truncation_never_drops_a_later_image",
     ),
     Bug(
         12,
-        "data/encoder.py",
+        "data/text/encoder.py",
         "if not bool(is_target.any()):",
         "if False:",
         "test_data_template.py::test_truncation_keeps_images_and_targets_or_names_the_record",
@@ -230,7 +230,7 @@ BUGS = (
     ),
     Bug(
         20,
-        "data/encoder.py",
+        "data/text/encoder.py",
         "repeats = torch.where(is_image, self.tokens_per_image, 1)",
         "repeats = torch.where(is_image, 9, 1)",
         "test_data_template.py::test_each_image_fills_its_places",

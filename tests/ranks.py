@@ -21,7 +21,7 @@ ENGINES = {
     "fsdp2": ["--engine.kind=fsdp2"],
     **{f"zero{n}": ["--engine.kind=deepspeed", f"--engine.zero_stage={n}"] for n in (1, 2, 3)},
 }
-_PRELOAD = ["llava_kd.build.train", "llava_kd.parallel.deepspeed_engine", "kill_points"]
+_PRELOAD = ["llava_kd.assembly.train", "llava_kd.parallel.deepspeed_engine", "kill_points"]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when the forkserver starts, as is the path
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 
@@ -45,7 +45,7 @@ def _main(
     os.dup2(descriptor, 2)
     import kill_points
 
-    from llava_kd.build import data as build_data
+    from llava_kd.assembly.parts import data as build_data
     from llava_kd.cli import main
 
     if kill_at is not None:

@@ -22,12 +22,42 @@ ROOMS = {
     "distill": {"batch", "losses", "models"},
     "training": {"batch", "checksums", "distill", "parallel", "tensor_files"},
     "evaluation": {"batch", "data", "models"},
-    "build": {
+    "assembly": {
         *("batch", "config", "data", "distill", "evaluation", "losses", "models", "parallel", "training"),
         *("checksums", "tensor_files"),
     },
-    "cli": {"build", "config", "data", "evaluation"},
+    "cli": {"assembly", "config", "data", "evaluation"},
 }
+# Inside a room the arrows go down; "" are the files that stand in it beside its sub-rooms.
+FLOORS: dict[str, dict[str, set[str]]] = {
+    "data": {
+        "pixels": set(),
+        "sources": {"pixels"},
+        "shapes": set(),
+        "text": {"sources"},
+        "teacher_store": {"text"},
+        "batches": {"pixels", "sources", "teacher_store", "text"},
+        "": {"batches", "pixels", "sources", "text"},
+    },
+    "distill": {"teaching": {""}, "": {"teaching"}},
+    "models": {
+        "attention": {""},
+        "projectors": {"", "files", "towers"},
+        "towers": {""},
+        "": {"attention", "projectors", "towers"},
+        "files": {"", "projectors", "towers"},
+    },
+    "evaluation": {
+        "scorers": {""},
+        "generation": {""},
+        "report": {"", "generation", "scorers"},
+        "": {"generation", "scorers"},
+        "benchmarks": {"", "generation", "report", "scorers"},
+    },
+    "losses": {"kernels": {""}, "": {"kernels"}},
+    "assembly": {"parts": {"", "runs"}, "runs": set(), "": {"parts", "runs"}},
+}
+MAX_FILES = 12
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -86,6 +116,32 @@ def test_a_file_keeps_the_house_rules(path: Path) -> None:
         if room == "losses":
             known = {"torch", "triton", "llava_kd", *sys.stdlib_module_names}
             assert top in known, f"{path}:{line}: losses import only torch and triton, not {top}"
+
+
+def sub_room_of(module: str, room: str) -> str:
+    """Of `llava_kd.room.sub_room.file`; "" for a file that stands in the room itself."""
+    parts = module.split(".")[2:]
+    return parts[0] if parts and parts[0] in FLOORS[room] else ""
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_arrows_inside_a_room_go_down(room: str) -> None:
+    found = {p.name for p in (PACKAGE / room).iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert found == FLOORS[room].keys() - {""}
+    for path in sorted((PACKAGE / room).rglob("*.py")):
+        own = sub_room_of(".".join(path.relative_to(ROOT).parts), room)
+        for module, line in imports(ast.parse(path.read_text())):
+            if module.startswith(f"llava_kd.{room}."):
+                other = sub_room_of(module, room)
+                allowed = FLOORS[room][own] | {own}
+                where = f"{path}:{line} imports from {other or room}"
+                assert other in allowed, f"{where}; {own or room} may from {allowed}"
+
+
+def test_a_folder_is_no_heap() -> None:
+    for folder in {path.parent for path in FILES}:
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= MAX_FILES, f"{folder} has {len(files)} files; give some a room of their own"
 
 
 @pytest.mark.parametrize("folder", ["data", "eval"])

@@ -12,13 +12,13 @@ import pytest
 import torch
 from data_samples import entry, write_dataset
 
-from llava_kd.build.provenance import read_run
+from llava_kd.assembly.runs.provenance import read_run
 from llava_kd.checksums import sealed
 from llava_kd.cli import main
-from llava_kd.data.cache import build_once
-from llava_kd.data.records import LlavaJson
-from llava_kd.data.teacher_cache import INDEX, MANIFEST, Manifest, TeacherCache
-from llava_kd.data.teacher_shards import DamagedShardError, Shard, StoredRecord, write_shard
+from llava_kd.data.sources.cache import build_once
+from llava_kd.data.sources.llava_json import LlavaJson
+from llava_kd.data.teacher_store.shards import DamagedShardError, Shard, StoredRecord, write_shard
+from llava_kd.data.teacher_store.store import INDEX, MANIFEST, Manifest, TeacherCache
 
 HEAD = "head.safetensors"
 

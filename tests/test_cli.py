@@ -12,8 +12,8 @@ from tiny_llava import make_tiny_llava
 from tokenizers import Tokenizer
 from transformers import LlavaProcessor
 
-from llava_kd.build import check as build_check
-from llava_kd.build import train as build_train
+from llava_kd.assembly import check as build_check
+from llava_kd.assembly import train as build_train
 from llava_kd.cli import main
 
 Stage = Callable[..., Path]

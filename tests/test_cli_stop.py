@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_kd.build import train as build_train
+from llava_kd.assembly import train as build_train
 from llava_kd.cli import main
 from llava_kd.parallel.world import World
 

@@ -48,7 +48,7 @@ def test_a_stage_runs_to_its_end(shapes_dir: Path, tmp_path: Path) -> None:
 
 
 def test_what_an_extra_adds_names_the_extra(tmp_path: Path) -> None:
-    towers = "from llava_kd.models.towers import load_tower\nimport torch\n"
+    towers = "from llava_kd.models.towers.loading import load_tower\nimport torch\n"
     name = "timm:vit_tiny_patch16_224?pretrained=false"
     load = f"load_tower({name!r}, feature_layer=-2, dtype=torch.float32, seed=0)"
     done = run_without_extras(towers + load)

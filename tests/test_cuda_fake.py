@@ -22,19 +22,19 @@ from torch import Tensor
 pytest.importorskip("triton")
 from fake_cuda import CUDA, Watch, fake_cuda, on_fake_cuda, without_values
 
+from llava_kd.assembly.cache_teacher import largest
+from llava_kd.assembly.parts.models import student_parts
+from llava_kd.assembly.parts.teacher import teacher_parts
+from llava_kd.assembly.train import assemble
 from llava_kd.batch import Batch
-from llava_kd.build.cache_teacher import largest
-from llava_kd.build.models import student_parts
-from llava_kd.build.teacher import teacher_parts
-from llava_kd.build.train import assemble
 from llava_kd.config import load
-from llava_kd.data import images, resize
-from llava_kd.data.device_stage import tensors_of, to_batch
-from llava_kd.data.micro_batches import MicroBatches
-from llava_kd.data.plan import Plan
-from llava_kd.data.records import LlavaJson
-from llava_kd.evaluation.generate import Generator
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.data.batches.device_stage import tensors_of, to_batch
+from llava_kd.data.batches.micro_batches import MicroBatches
+from llava_kd.data.batches.plan import Plan
+from llava_kd.data.pixels import images, resize
+from llava_kd.data.sources.llava_json import LlavaJson
+from llava_kd.evaluation.generation.generate import Generator
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.parallel.world import World
 from llava_kd.training.trainer import StepResult
 

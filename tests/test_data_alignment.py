@@ -16,17 +16,17 @@ from tiny_batches import inputs, record
 from tiny_llava import make_tiny_llava
 from transformers import PreTrainedTokenizerFast
 
+from llava_kd.assembly.parts.data import make_loader
+from llava_kd.assembly.parts.models import student_parts
+from llava_kd.assembly.train import train
 from llava_kd.batch import IGNORE_INDEX, Batch
-from llava_kd.build.data import make_loader
-from llava_kd.build.models import student_parts
-from llava_kd.build.train import train
 from llava_kd.config import load
-from llava_kd.data.alignment import matched
-from llava_kd.data.encoder import Encoded, Encoder
-from llava_kd.data.records import Record, Turn
-from llava_kd.data.template_table import TEMPLATES
+from llava_kd.data.sources.llava_json import Record, Turn
+from llava_kd.data.text.alignment import matched
+from llava_kd.data.text.encoder import Encoded, Encoder
+from llava_kd.data.text.template_table import TEMPLATES
 from llava_kd.distill.objective import KL, CrossEntropy, Objective
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import Prediction
 from llava_kd.parallel.world import World
 

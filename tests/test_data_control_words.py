@@ -11,10 +11,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from llava_kd.batch import IGNORE_INDEX
-from llava_kd.data.alignment import matched
-from llava_kd.data.encoder import Encoder
-from llava_kd.data.records import Record, Turn
-from llava_kd.data.template_table import TEMPLATES
+from llava_kd.data.sources.llava_json import Record, Turn
+from llava_kd.data.text.alignment import matched
+from llava_kd.data.text.encoder import Encoder
+from llava_kd.data.text.template_table import TEMPLATES
 
 TURN_TOKENS = {
     "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_kd.data.tables import Tables
+from llava_kd.data.sources.tables import Tables
 
 pa = pytest.importorskip("pyarrow", reason="tables need the optional package pyarrow")
 pq = pytest.importorskip("pyarrow.parquet", reason="tables need the optional package pyarrow")

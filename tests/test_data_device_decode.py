@@ -10,13 +10,13 @@ import torch
 from data_samples import encoded_image, entry, pixels, side, write_dataset
 from PIL import Image
 
-from llava_kd.data.device_decode import decode_jpegs, plain_jpeg_size
-from llava_kd.data.device_stage import to_batch
-from llava_kd.data.images import decode
-from llava_kd.data.loader import Loader
-from llava_kd.data.micro_batches import MicroBatches
-from llava_kd.data.plan import Plan
-from llava_kd.data.records import LlavaJson
+from llava_kd.data.batches.device_stage import to_batch
+from llava_kd.data.batches.loader import Loader
+from llava_kd.data.batches.micro_batches import MicroBatches
+from llava_kd.data.batches.plan import Plan
+from llava_kd.data.pixels.device_decode import decode_jpegs, plain_jpeg_size
+from llava_kd.data.pixels.images import decode
+from llava_kd.data.sources.llava_json import LlavaJson
 
 SIDE = side()
 CPU = torch.device("cpu")

@@ -13,12 +13,12 @@ import torch
 from data_samples import entry, side, write_dataset
 
 from llava_kd.batch import Batch
-from llava_kd.data.collate import RawImages
-from llava_kd.data.device_stage import Ahead, tensors_of, to_batch
-from llava_kd.data.loader import Loader
-from llava_kd.data.micro_batches import Micro, MicroBatches
-from llava_kd.data.plan import Plan
-from llava_kd.data.records import LlavaJson
+from llava_kd.data.batches.collate import RawImages
+from llava_kd.data.batches.device_stage import Ahead, tensors_of, to_batch
+from llava_kd.data.batches.loader import Loader
+from llava_kd.data.batches.micro_batches import Micro, MicroBatches
+from llava_kd.data.batches.plan import Plan
+from llava_kd.data.sources.llava_json import LlavaJson
 
 STUDENT = side()
 TEACHER = side(tokenizer=STUDENT.tokenizer, tokens_per_image=9, size=30)

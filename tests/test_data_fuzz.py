@@ -9,11 +9,11 @@ from pathlib import Path
 
 from data_samples import entry, llama_like, qwen_like, side, write_dataset
 
-from llava_kd.data.bad_records import BadRecord
-from llava_kd.data.conversation import read_record
-from llava_kd.data.loader import Loader
-from llava_kd.data.records import LlavaJson
+from llava_kd.data.batches.bad_records import BadRecord
+from llava_kd.data.batches.loader import Loader
 from llava_kd.data.sound import write_sound_entries
+from llava_kd.data.sources.conversation import read_record
+from llava_kd.data.sources.llava_json import LlavaJson
 from llava_kd.data.verify import verify_file
 
 COUNT = 1500

@@ -10,8 +10,8 @@ import pytest
 from data_samples import pixels
 from PIL import Image, PngImagePlugin
 
-from llava_kd.data.image_modes import to_rgb
-from llava_kd.data.images import FORMATS, decode
+from llava_kd.data.pixels.images import FORMATS, decode
+from llava_kd.data.pixels.modes import to_rgb
 
 GREY = pixels(30, 41)[..., 0]
 GREY[0, :2] = 0, 255

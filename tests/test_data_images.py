@@ -14,8 +14,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llava_kd.data import images
-from llava_kd.data.images import ImageTransform, decode
+from llava_kd.data.pixels import images
+from llava_kd.data.pixels.images import ImageTransform, decode
 
 LAB = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
 # No tall ones: Pillow 13 resizes some of them in another order than the checkpoints were trained with.

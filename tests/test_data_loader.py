@@ -16,8 +16,8 @@ import torch
 from data_samples import encoded_image, entry, llama_like, qwen_like, side, write_dataset
 
 from llava_kd.batch import IGNORE_INDEX, Batch
-from llava_kd.data.loader import Loader, Side
-from llava_kd.data.records import LlavaJson
+from llava_kd.data.batches.loader import Loader, Side
+from llava_kd.data.sources.llava_json import LlavaJson
 
 SIDE = side()
 

@@ -11,14 +11,14 @@ from data_samples import entry, llama_like, qwen_like, side, write_dataset
 from tiny_llava import IMAGE_TOKEN, make_tiny_llava
 
 from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
-from llava_kd.data.device_stage import tensors_of
-from llava_kd.data.images import ImageTransform
-from llava_kd.data.lengths import record_sizes
-from llava_kd.data.loader import Loader, Side
-from llava_kd.data.packing import Packing
-from llava_kd.data.records import LlavaJson
-from llava_kd.data.template_table import TEMPLATES
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.data.batches.device_stage import tensors_of
+from llava_kd.data.batches.lengths import record_sizes
+from llava_kd.data.batches.loader import Loader, Side
+from llava_kd.data.batches.packing import Packing
+from llava_kd.data.pixels.images import ImageTransform
+from llava_kd.data.sources.llava_json import LlavaJson
+from llava_kd.data.text.template_table import TEMPLATES
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 
 SIDE = side(max_length=120)
@@ -204,7 +204,7 @@ def test_lengths_are_kept_under_the_hash_of_source_and_tokens(
     other = record_sizes(source, (replace(reading, tokens_per_image=9),), cache=cache)
     assert len([folder for folder in cache.iterdir() if folder.is_dir()]) == 2
     assert (other.tokens - first.tokens == 5 * first.images).all()
-    monkeypatch.setattr("llava_kd.data.lengths._compute", None)  # must not be computed again
+    monkeypatch.setattr("llava_kd.data.batches.lengths._compute", None)  # must not be computed again
     assert (record_sizes(source, (reading,), cache=cache).tokens == first.tokens).all()
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_kd.data.packing import Packing, Sizes, pack
-from llava_kd.data.plan import Plan, permutation
+from llava_kd.data.batches.packing import Packing, Sizes, pack
+from llava_kd.data.batches.plan import Plan, permutation
 
 cases = st.fixed_dictionaries(
     {

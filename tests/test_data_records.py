@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from data_samples import encoded_image, entry, write_dataset
 
-from llava_kd.data.records import LlavaJson, Turn, canonical, parse_record
+from llava_kd.data.sources.llava_json import LlavaJson, Turn, canonical, parse_record
 
 
 def test_reads_image_multi_image_and_text_only_records(tmp_path: Path) -> None:

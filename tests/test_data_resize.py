@@ -11,8 +11,8 @@ import torch
 from data_samples import encoded_image, pixels
 from PIL import Image
 
-from llava_kd.data.images import ImageTransform, decode
-from llava_kd.data.resize import BICUBIC, BILINEAR, resize, resize_by_products, resize_fast
+from llava_kd.data.pixels.images import ImageTransform, decode
+from llava_kd.data.pixels.resize import BICUBIC, BILINEAR, resize, resize_by_products, resize_fast
 
 PILLOW_MAJOR = int(PIL.__version__.split(".")[0])
 

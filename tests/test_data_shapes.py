@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_kd.data.shapes import MANIFEST, make_examples, write_shapes
-from llava_kd.data.shapes_questions import TYPES, Picker, Question, blind_accuracy, caption, questions
-from llava_kd.data.shapes_scene import CELLS, COLOURS, SHAPES, SIZES, Scene, draw, random_scene
+from llava_kd.data.shapes.questions import TYPES, Picker, Question, blind_accuracy, caption, questions
+from llava_kd.data.shapes.scenes import CELLS, COLOURS, SHAPES, SIZES, Scene, draw, random_scene
+from llava_kd.data.shapes.writing import MANIFEST, make_examples, write_shapes
 
 SIZES_OF_SPLITS = {"num_train": 40, "num_validation": 12, "num_test": 18}
 
@@ -281,7 +281,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("llava_kd.data.shapes.encode_picture", fail)
+        patch.setattr("llava_kd.data.shapes.writing.encode_picture", fail)
         with pytest.raises(KeyboardInterrupt):
             write_shapes(tmp_path / "data", **SIZES_OF_SPLITS, progress=False)
     assert not (tmp_path / "data").exists()

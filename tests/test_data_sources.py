@@ -13,17 +13,17 @@ import pytest
 import torch
 from data_samples import encoded_image, entry, side, write_dataset
 
-from llava_kd.build.data import make_source
+from llava_kd.assembly.parts.data import make_source
 from llava_kd.config import DataConfig
-from llava_kd.data.conversation import Source
-from llava_kd.data.device_stage import tensors_of
-from llava_kd.data.loader import Loader
-from llava_kd.data.mixture import Mixture
-from llava_kd.data.packed import PackedRecords
-from llava_kd.data.packing import Packing
-from llava_kd.data.records import LlavaJson
-from llava_kd.data.tables import Tables
-from llava_kd.data.tar_shards import TarShards
+from llava_kd.data.batches.device_stage import tensors_of
+from llava_kd.data.batches.loader import Loader
+from llava_kd.data.batches.packing import Packing
+from llava_kd.data.sources.conversation import Source
+from llava_kd.data.sources.llava_json import LlavaJson
+from llava_kd.data.sources.mixture import Mixture
+from llava_kd.data.sources.packed import PackedRecords
+from llava_kd.data.sources.tables import Tables
+from llava_kd.data.sources.tar_shards import TarShards
 
 SIDE = side()
 ENTRIES = [entry(i, images=i % 3, rounds=1 + i % 2) for i in range(12)]

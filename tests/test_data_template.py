@@ -10,10 +10,10 @@ from data_samples import IMAGE_TOKEN, llama_like, qwen_like
 from transformers import PreTrainedTokenizerFast
 
 from llava_kd.batch import IGNORE_INDEX
-from llava_kd.data.encoder import Encoder
-from llava_kd.data.records import Record, Turn, parse_record
-from llava_kd.data.template import Template
-from llava_kd.data.template_table import TEMPLATES
+from llava_kd.data.sources.llava_json import Record, Turn, parse_record
+from llava_kd.data.text.encoder import Encoder
+from llava_kd.data.text.template import Template
+from llava_kd.data.text.template_table import TEMPLATES
 
 TOKENIZERS = {"qwen": qwen_like(), "llama": llama_like()}
 TURNS = {

@@ -11,10 +11,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from llava_kd.batch import IGNORE_INDEX
-from llava_kd.data.encoder import Encoder
-from llava_kd.data.records import Record, Turn
-from llava_kd.data.template_choice import Choice, choose, family_template, recognised
-from llava_kd.data.template_table import TEMPLATES
+from llava_kd.data.sources.llava_json import Record, Turn
+from llava_kd.data.text.encoder import Encoder
+from llava_kd.data.text.template_choice import Choice, choose, family_template, recognised
+from llava_kd.data.text.template_table import TEMPLATES
 
 # What the families' own tokenizers carry, put down in the shortest form that gives their text.
 PUBLISHED = {

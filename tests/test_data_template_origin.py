@@ -6,11 +6,11 @@ import pytest
 from data_samples import llama_like, qwen_like
 from other_layouts import SYSTEM, asked
 
-from llava_kd.data.conversation import Turn
-from llava_kd.data.template import Template
-from llava_kd.data.template_choice import Choice
-from llava_kd.data.template_origin import original_template
-from llava_kd.data.template_table import TEMPLATES
+from llava_kd.data.sources.conversation import Turn
+from llava_kd.data.text.template import Template
+from llava_kd.data.text.template_choice import Choice
+from llava_kd.data.text.template_origin import original_template
+from llava_kd.data.text.template_table import TEMPLATES
 
 QWEN, LLAMA = qwen_like(), llama_like()
 TALK = ["<image>\nWhat?", "A cat.", "Sure?"]

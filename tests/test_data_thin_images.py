@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_kd.data import images
-from llava_kd.data.images import MAX_SIDE, ImageTransform, check_size
-from llava_kd.data.resize import _taps_on
+from llava_kd.data.pixels import images
+from llava_kd.data.pixels.images import MAX_SIDE, ImageTransform, check_size
+from llava_kd.data.pixels.resize import _taps_on
 
 PEAK = """
 import sys, torch
-from llava_kd.data.images import ImageTransform
+from llava_kd.data.pixels.images import ImageTransform
 height, width, aspect = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 transform = ImageTransform(size=(336, 336), mean=(0.5,) * 3, std=(0.5,) * 3, aspect=aspect, shortest_edge=336)
 pixels = torch.zeros(height, width, 3, dtype=torch.uint8)
@@ -46,8 +46,8 @@ def test_the_part_that_is_made_is_that_of_the_whole(aspect: str, monkeypatch: py
             patch.setattr(images, "_MADE", 1 << 40)
             whole = transform.resize(image)
             patch.setattr(images, "_MADE", -(1 << 40))
-            patch.setattr("llava_kd.data.resize._BLOCK", 1 << 8)
-            patch.setattr("llava_kd.data.resize._COLUMNS", 16)
+            patch.setattr("llava_kd.data.pixels.resize._BLOCK", 1 << 8)
+            patch.setattr("llava_kd.data.pixels.resize._COLUMNS", 16)
             inner = (max(height, width),) * 2 if aspect == "pad" else (height, width)
             part = transform._resize_part(image, inner, transform._whole_size(height, width))
         assert torch.equal(part, whole), (height, width, transform)

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from data_samples import encoded_image, entry, side, write_dataset
 
-from llava_kd.build.data import open_source
-from llava_kd.build.data import side as side_of_parts
+from llava_kd.assembly.parts.data import open_source
+from llava_kd.assembly.parts.data import side as side_of_parts
 from llava_kd.cli import main
 from llava_kd.config import DataConfig
-from llava_kd.data.records import LlavaJson, parse_record
 from llava_kd.data.sound import write_sound_entries, write_whole
+from llava_kd.data.sources.llava_json import LlavaJson, parse_record
 from llava_kd.data.verify import verify, verify_file
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.models.files.checkpoint import load_stock
 
 
 @pytest.fixture

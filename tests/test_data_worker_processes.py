@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from llava_kd.data.worker_processes import Guarded, Refusal, end_with_parent, worker_context
+from llava_kd.data.batches.worker_processes import Guarded, Refusal, end_with_parent, worker_context
 
 # A trainer that notes signals, as in its loop, and still wants its batches.
 TRAINER = """
 import os, signal, sys, time
 from torch.utils.data import DataLoader
 from test_data_worker_processes import Numbers
-from llava_kd.data.worker_processes import end_with_parent, worker_context
+from llava_kd.data.batches.worker_processes import end_with_parent, worker_context
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

@@ -19,13 +19,13 @@ from llava_kd.batch import Batch
 from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
 from llava_kd.distill.options import Attention, DBiLD, Switch
 from llava_kd.distill.student import Student
-from llava_kd.distill.teacher import Teacher
+from llava_kd.distill.teaching.live import Teacher
 from llava_kd.losses import dbild, head_loss, reference, relation
 from llava_kd.losses.reference import Divergence
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM, PARTS
-from llava_kd.models.visual_grid import VisualGrid, resample
-from llava_kd.models.width_map import width_map
+from llava_kd.models.projectors.width_map import width_map
+from llava_kd.models.towers.visual_grid import VisualGrid, resample
 
 COMMON = 260
 SMALL, LARGE = VisualGrid(rows=4, columns=4), VisualGrid(rows=5, columns=5)

@@ -19,9 +19,9 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 from llava_kd.batch import Batch
 from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
 from llava_kd.distill.student import Student
-from llava_kd.distill.teacher import Teacher
+from llava_kd.distill.teaching.live import Teacher
 from llava_kd.losses.reference import Divergence
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 
 COMMON = 260

@@ -11,7 +11,7 @@ from tiny_batches import inputs, record
 from llava_kd.batch import Batch
 from llava_kd.distill.objective import CrossEntropy, Objective
 from llava_kd.distill.student import Student
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 
 BATCH = Batch(student=inputs(record(1), record(2)), record_ids=("a", "b"))

@@ -11,8 +11,8 @@ from tiny_batches import inputs, record
 from llava_kd.batch import Batch
 from llava_kd.distill.objective import KL, CrossEntropy, Objective
 from llava_kd.distill.student import Student
-from llava_kd.distill.teacher import Teacher
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.distill.teaching.live import Teacher
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 
 

@@ -17,15 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llava_kd.batch import Batch, Inputs
 from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
 from llava_kd.distill.student import Student
-from llava_kd.distill.teacher import Teacher
+from llava_kd.distill.teaching.live import Teacher
 from llava_kd.losses import head_loss, relation
 from llava_kd.losses.checks import check_targets
+from llava_kd.losses.kernels.row_torch import torch_rows
 from llava_kd.losses.reference import Divergence
-from llava_kd.losses.row_torch import torch_rows
-from llava_kd.models import packed_attention
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.models.attention import packed as packed_attention
+from llava_kd.models.attention.packed import BY_RECORD
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
-from llava_kd.models.packed_attention import BY_RECORD
 
 aten = torch.ops.aten
 WAITS = {

@@ -13,10 +13,10 @@ from tiny_llava import make_tiny_llava
 from tiny_towers import make_language_model
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-from llava_kd.build.train import train as run
+from llava_kd.assembly.train import train as run
 from llava_kd.cli import main
 from llava_kd.config import load
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.models.files.checkpoint import load_stock
 
 
 def train(config: Path, *overrides: str) -> list[dict]:

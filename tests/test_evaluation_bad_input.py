@@ -13,14 +13,14 @@ from tiny_towers import make_language_model, make_tower
 from transformers import LlavaProcessor
 
 from llava_kd.cli import main
-from llava_kd.data.template_table import TEMPLATES
+from llava_kd.data.text.template_table import TEMPLATES
 from llava_kd.evaluation.answers import read_lines
 from llava_kd.evaluation.benchmarks.base import Quirks
 from llava_kd.evaluation.benchmarks.catalogue import BENCHMARKS
 from llava_kd.evaluation.benchmarks.run import describe, verify
-from llava_kd.evaluation.prompt import model_inputs, render_talk
-from llava_kd.evaluation.questions import read_llava_json
-from llava_kd.models.checkpoint import compose, save_stock
+from llava_kd.evaluation.generation.prompt import model_inputs, render_talk
+from llava_kd.evaluation.generation.questions import read_llava_json
+from llava_kd.models.files.checkpoint import compose, save_stock
 
 TEN = "vqav2, gqa, vizwiz, scienceqa, textvqa, mme, mmbench, mmbench_cn, pope, mmmu"
 

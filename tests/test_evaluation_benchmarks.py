@@ -14,6 +14,7 @@ from tiny_llava import make_tiny_llava
 
 from llava_kd.evaluation.benchmarks.base import Quirks, Score
 from llava_kd.evaluation.benchmarks.catalogue import BENCHMARKS, PAPER, find
+from llava_kd.evaluation.benchmarks.published import AVG7, AVG10, PUBLISHED, average
 from llava_kd.evaluation.benchmarks.run import (
     evaluate_benchmarks,
     match_answers,
@@ -22,7 +23,6 @@ from llava_kd.evaluation.benchmarks.run import (
     write_tables,
 )
 from llava_kd.evaluation.benchmarks.table import markdown_table
-from llava_kd.evaluation.published import AVG7, AVG10, PUBLISHED, average
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ from PIL import Image
 from tiny_towers import make_language_model, make_tower
 from transformers import AutoProcessor
 
-from llava_kd.build.models import student_parts
+from llava_kd.assembly.parts.models import student_parts
 from llava_kd.cli import main
 from llava_kd.config import StudentConfig
-from llava_kd.data.conversation import Record, Turn
-from llava_kd.data.encoder import Encoder
-from llava_kd.data.template_table import TEMPLATES
-from llava_kd.evaluation.chat import Chat
-from llava_kd.models.checkpoint import load_stock, save_stock
+from llava_kd.data.sources.conversation import Record, Turn
+from llava_kd.data.text.encoder import Encoder
+from llava_kd.data.text.template_table import TEMPLATES
+from llava_kd.evaluation.generation.chat import Chat
+from llava_kd.models.files.checkpoint import load_stock, save_stock
 
 # As stock LLaVA-1.5 directories have it: lists of parts only.
 PARTS_ONLY = (

@@ -15,13 +15,13 @@ from PIL import Image
 from tiny_llava import make_tiny_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
-from llava_kd.data.conversation import Record, Turn
-from llava_kd.data.encoder import Encoder
-from llava_kd.data.template_table import TEMPLATES
+from llava_kd.data.sources.conversation import Record, Turn
+from llava_kd.data.text.encoder import Encoder
+from llava_kd.data.text.template_table import TEMPLATES
 from llava_kd.evaluation.answers import answers_file, read_lines
-from llava_kd.evaluation.generate import Generator, evaluation_mode, generate
-from llava_kd.evaluation.prompt import model_inputs, render_prompt
-from llava_kd.evaluation.questions import Question, read_llava_json
+from llava_kd.evaluation.generation.generate import Generator, evaluation_mode, generate
+from llava_kd.evaluation.generation.prompt import model_inputs, render_prompt
+from llava_kd.evaluation.generation.questions import Question, read_llava_json
 from llava_kd.evaluation.runner import evaluate
 
 WORDS = ("What colour is it?", "How many?", "Is there a red circle to the left of the blue square?", "Shape?")

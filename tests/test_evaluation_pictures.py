@@ -16,11 +16,12 @@ from PIL import Image
 from tiny_llava import tiny_processor
 from transformers import LlavaImageProcessor, LlavaProcessor
 
-from llava_kd.data.images import decode
-from llava_kd.evaluation import chat, generate, report
-from llava_kd.evaluation.pictures import thin_pixels
-from llava_kd.evaluation.prompt import model_inputs
-from llava_kd.evaluation.questions import Question
+from llava_kd.data.pixels.images import decode
+from llava_kd.evaluation.generation import chat, generate
+from llava_kd.evaluation.generation.pictures import thin_pixels
+from llava_kd.evaluation.generation.prompt import model_inputs
+from llava_kd.evaluation.generation.questions import Question
+from llava_kd.evaluation.report import page as report
 
 RAMP = np.tile(np.linspace(1000, 60000, 64).astype(np.uint16), (48, 1))
 

@@ -15,8 +15,8 @@ from PIL import Image
 from tiny_llava import make_tiny_llava
 
 from llava_kd.evaluation.answers import answers_file, read_lines
-from llava_kd.evaluation.generate import Generator, generate
-from llava_kd.evaluation.ranks import Ranks
+from llava_kd.evaluation.generation.generate import Generator, generate
+from llava_kd.evaluation.generation.ranks import Ranks
 from llava_kd.evaluation.runner import evaluate
 from llava_kd.evaluation.slices import Slice, read_slice, score_slices
 
@@ -24,8 +24,8 @@ TWO_RANKS = """
 import json, sys
 import torch
 torch.set_num_threads(1)
-from llava_kd.evaluation.generate import Generator
-from llava_kd.evaluation.ranks import join_ranks
+from llava_kd.evaluation.generation.generate import Generator
+from llava_kd.evaluation.generation.ranks import join_ranks
 from llava_kd.evaluation.runner import evaluate
 from llava_kd.evaluation.slices import read_slice, score_slices
 model, data, out = sys.argv[1:]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_kd.evaluation.charts import Line, dot_rows, line_chart, nice_ticks, smooth, thin
-from llava_kd.evaluation.report import report
-from llava_kd.evaluation.results import (
+from llava_kd.evaluation.report.charts import Line, dot_rows, line_chart, nice_ticks, smooth, thin
+from llava_kd.evaluation.report.page import report
+from llava_kd.evaluation.report.results import (
     collect_results,
     difference,
     paired_bootstrap,

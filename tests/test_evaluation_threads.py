@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from tiny_llava import make_tiny_llava
 
-from llava_kd.build.data import make_source, side
-from llava_kd.build.slices import read_slices, slice_scorer
-from llava_kd.build.train import assemble
+from llava_kd.assembly.parts.data import make_source, side
+from llava_kd.assembly.parts.slices import read_slices, slice_scorer
+from llava_kd.assembly.train import assemble
 from llava_kd.config import load
 from llava_kd.evaluation.answers import answers_file, read_lines
-from llava_kd.evaluation.generate import Generator, generate
-from llava_kd.evaluation.questions import Question
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.evaluation.generation.generate import Generator, generate
+from llava_kd.evaluation.generation.questions import Question
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.parallel.world import World
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llava import make_tiny_llava
 
-from llava_kd.build import teacher as build_teacher
-from llava_kd.build import train as build_train
+from llava_kd.assembly import train as build_train
+from llava_kd.assembly.parts import teacher as build_teacher
 from llava_kd.cli import main
 from llava_kd.parallel.world import World
 from llava_kd.training import checkpoint
@@ -137,7 +137,7 @@ def test_an_output_dir_that_cannot_be_written_is_refused_before_any_model(
 def test_a_world_that_does_not_divide_the_batch_is_refused_before_any_model(
     stage, no_models, monkeypatch
 ) -> None:
-    from llava_kd.build.run_dir import check_world
+    from llava_kd.assembly.runs.run_dir import check_world
     from llava_kd.config import load
 
     world = World(rank=0, size=3, device=torch.device("cpu"))

@@ -24,7 +24,7 @@ echo "launcher $$"
 """
 RANK = """
 import os, signal, time
-from llava_kd.build import stopping
+from llava_kd.assembly.runs import stopping
 told = []
 with stopping.stoppable():
     for number in stopping.STOPS:
@@ -86,7 +86,7 @@ def test_several_machines_meet_at_the_first(bin_dir: Path) -> None:
 def test_the_deepspeed_launcher_is_a_choice(bin_dir: Path, tmp_path: Path) -> None:
     line = said(bin_dir, "train.sh", "x.yaml", "--seed=1", NPROC="2", LAUNCHER="deepspeed")
     start = "deepspeed --num_gpus 2 --master_port 29500 --no_local_rank --module llava_kd.cli train"
-    assert line == f"python -m llava_kd.build.supervise {start} x.yaml --seed=1"
+    assert line == f"python -m llava_kd.assembly.runs.supervise {start} x.yaml --seed=1"
     more = {
         "NPROC": "8",
         "NNODES": "2",
@@ -251,7 +251,8 @@ def test_ranks_and_launcher_end_when_the_script_or_the_launcher_is_killed(bin_di
 
 def test_a_rank_that_comes_after_its_script_was_killed_ends(bin_dir: Path) -> None:
     # The launcher is named, not asked for: one that dies before its child's first line leaves another parent.
-    late = "while read -r _ _ _ parent _ </proc/$$/stat && [ $parent = $0 ]; do sleep 0.05; done\nexec python $RANK_PY"
+    parent_stays = "read -r _ _ _ parent _ </proc/$$/stat && [ $parent = $0 ]"
+    late = f"while {parent_stays}; do sleep 0.05; done\nexec python $RANK_PY"
     script = Script(bin_dir, f"bash -c '{late}' $$ & echo \"late $!\"; wait $!")
     late_rank = script.pid_of("late")
     script.process.kill()

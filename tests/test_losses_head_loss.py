@@ -30,8 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llava_kd.losses import head_loss as fast
 from llava_kd.losses import reference
+from llava_kd.losses.kernels.rows import MAX_CHUNK_ROWS, chunk_size
 from llava_kd.losses.reference import Divergence, Kind
-from llava_kd.losses.rows import MAX_CHUNK_ROWS, chunk_size
 
 BOTH = pytest.mark.parametrize("path", [reference, fast], ids=["reference", "fast"])
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llava_kd.losses import reference, row_torch
+from llava_kd.losses import reference
+from llava_kd.losses.kernels import row_torch
 from llava_kd.losses.reference import Divergence, HeadLoss, Kind, divergence_rows, head_loss, relation_rows
 
 KINDS = ("forward", "reverse", "jsd", "skewed_forward", "skewed_reverse")

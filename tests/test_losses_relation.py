@@ -15,7 +15,8 @@ from loss_inputs import needs_mixed_products
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llava_kd.losses import gemm, reference, relation
+from llava_kd.losses import reference, relation
+from llava_kd.losses.kernels import gemm
 from llava_kd.losses.relation import head_gram
 
 IMAGES, N, D, E, V, U = 3, 11, 16, 24, 50, 60

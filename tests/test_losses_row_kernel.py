@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
-from llava_kd.losses import row_kernel, row_triton  # noqa: E402
+from llava_kd.losses.kernels import row_kernel, row_triton  # noqa: E402
 
 HERE = Path(__file__).parent
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llava_kd.build.cache_teacher import largest
+from llava_kd.assembly.cache_teacher import largest
 from llava_kd.losses import reference, reference_top_k, top_k
 from llava_kd.losses.reference import Divergence, Kind
 from llava_kd.losses.reference_top_k import TopK

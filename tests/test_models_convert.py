@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny_towers import make_language_model, make_tower
 from transformers import AutoModel, LlavaForConditionalGeneration
 
-from llava_kd.models.checkpoint import Parts, compose, load_stock, save_stock
-from llava_kd.models.convert.converting import convert
-from llava_kd.models.export import export, llama_cpp_notes, vllm_notes
-from llava_kd.models.portable import make_portable
+from llava_kd.models.files.checkpoint import Parts, compose, load_stock, save_stock
+from llava_kd.models.files.convert.converting import convert
+from llava_kd.models.files.export import export, llama_cpp_notes, vllm_notes
+from llava_kd.models.files.older_tools import make_portable
 
 
 @pytest.fixture(scope="module")

@@ -31,13 +31,13 @@ from tiny_llava import END_TOKEN
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
 
-from llava_kd.build.checkpoints import convert_to
-from llava_kd.data.images import ImageTransform
-from llava_kd.evaluation.prompt import render_prompt, render_talk
-from llava_kd.models.checkpoint import Parts, load_stock, save_stock
-from llava_kd.models.convert.converting import convert
-from llava_kd.models.convert.pixels import padding
-from llava_kd.models.convert.weights import read_state
+from llava_kd.assembly.checkpoints import convert_to
+from llava_kd.data.pixels.images import ImageTransform
+from llava_kd.evaluation.generation.prompt import render_prompt, render_talk
+from llava_kd.models.files.checkpoint import Parts, load_stock, save_stock
+from llava_kd.models.files.convert.converting import convert
+from llava_kd.models.files.convert.pixels import padding
+from llava_kd.models.files.convert.weights import read_state
 
 PICTURE = Image.fromarray((np.mgrid[:30, :47].sum(0)[..., None] * np.array([3, 5, 7]) % 256).astype(np.uint8))
 TALL = PICTURE.rotate(90, expand=True)

@@ -17,17 +17,17 @@ from safetensors import safe_open
 from tiny_llava import make_tiny_llava
 from tiny_towers import make_language_model, make_tower
 
-from llava_kd.build.models import student_parts
-from llava_kd.build.train import train
+from llava_kd.assembly.parts.models import student_parts
+from llava_kd.assembly.train import train
 from llava_kd.config import StudentConfig, load
-from llava_kd.models.card import public, reading_notes
-from llava_kd.models.checkpoint import load_stock, save_stock
-from llava_kd.models.export import export
-from llava_kd.models.portable import rope_of_transformers_4, tokenizer_of_transformers_4
+from llava_kd.models.files.card import public, reading_notes
+from llava_kd.models.files.checkpoint import load_stock, save_stock
+from llava_kd.models.files.export import export
+from llava_kd.models.files.older_tools import rope_of_transformers_4, tokenizer_of_transformers_4
 
 KILLED = """
 import os, sys
-from llava_kd.models import export as it
+from llava_kd.models.files import export as it
 def killed(*words): os._exit(9)
 setattr(it, sys.argv[3], killed)
 it.export(sys.argv[1], sys.argv[2])

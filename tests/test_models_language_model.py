@@ -15,7 +15,7 @@ from tiny_towers import LANGUAGE_MODELS, make_language_model, make_tower
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from llava_kd.batch import Inputs
-from llava_kd.models.checkpoint import Parts, compose, save_stock
+from llava_kd.models.files.checkpoint import Parts, compose, save_stock
 from llava_kd.models.language_model import load_language_model
 from llava_kd.models.mllm import MLLM
 

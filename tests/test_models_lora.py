@@ -21,12 +21,12 @@ pytest.importorskip("peft", reason="the lora extra is not installed")
 
 import ranks
 
+from llava_kd.assembly.estimate import Sizes, memory
+from llava_kd.assembly.parts.models import place
 from llava_kd.batch import Batch
-from llava_kd.build.estimate import Sizes, memory
-from llava_kd.build.models import place
 from llava_kd.cli import main
 from llava_kd.config import load
-from llava_kd.models.checkpoint import load_stock, save_stock
+from llava_kd.models.files.checkpoint import load_stock, save_stock
 from llava_kd.models.lora import add_adapters, chosen_layers, is_adapter, linear_layers, merge_adapters
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.quantize import check_quantization, quantize_linears

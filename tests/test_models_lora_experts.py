@@ -16,7 +16,7 @@ pytest.importorskip("peft", reason="the lora extra is not installed")
 from peft import LoraConfig, inject_adapter_in_model
 
 from llava_kd.cli import main
-from llava_kd.models.checkpoint import Parts, save_stock
+from llava_kd.models.files.checkpoint import Parts, save_stock
 from llava_kd.models.lora import adapted_share, add_adapters, is_adapter, merge_adapters, try_merge
 from llava_kd.models.mllm import MLLM
 

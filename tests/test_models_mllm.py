@@ -15,9 +15,9 @@ from tiny_llava import make_tiny_llava
 from torch import Tensor
 
 from llava_kd.batch import Inputs
-from llava_kd.models.checkpoint import Parts, load_stock
+from llava_kd.models.files.checkpoint import Parts, load_stock
 from llava_kd.models.mllm import MLLM, Prediction
-from llava_kd.models.vision_tower import tokens_per_image
+from llava_kd.models.towers.vision_tower import tokens_per_image
 
 
 def predict(model: MLLM, batch: Inputs) -> Prediction:

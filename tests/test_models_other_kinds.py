@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llava import make_tiny_llava
 
-from llava_kd.evaluation.model_directory import model_directory
-from llava_kd.models.checkpoint import compose, load_stock
+from llava_kd.evaluation.generation.model_directory import model_directory
+from llava_kd.models.files.checkpoint import compose, load_stock
 from llava_kd.models.other_kinds import refuse_other_kinds
 
 

@@ -19,11 +19,11 @@ from transformers import Qwen2Config, Qwen2Model
 from transformers.masking_utils import find_packed_sequence_indices
 
 from llava_kd.batch import Inputs
-from llava_kd.models import packed_attention
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.models.attention import packed as packed_attention
+from llava_kd.models.attention.packed import BY_RECORD, FLASH, MASKED, VARLEN, Circumstances, choose, use
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.language_model import checkpoint_activations
 from llava_kd.models.mllm import MLLM
-from llava_kd.models.packed_attention import BY_RECORD, FLASH, MASKED, VARLEN, Circumstances, choose, use
 
 H200 = Circumstances(
     device_type="cuda",

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from llava_kd.models.attention.packed import BY_RECORD, MASKED, read_rows
+from llava_kd.models.attention.probe import choose_kernel, rows_of
+from llava_kd.models.attention.row_limits import check_rows
 from llava_kd.models.language_model import prepare_language_model
-from llava_kd.models.packed_attention import BY_RECORD, MASKED, read_rows
-from llava_kd.models.probe import choose_kernel, rows_of
-from llava_kd.models.row_limits import check_rows
 
 CPU = torch.device("cpu")
 STATEFUL = ["qwen3_5_text", "qwen3_next", "lfm2", "falcon_h1", "granitemoehybrid", "jamba", "minimax"]

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_kd.batch import Inputs
-from llava_kd.models.packed_attention import read_rows
-from llava_kd.models.probe import rows_of
-from llava_kd.models.row_limits import check_rows
+from llava_kd.models.attention.packed import read_rows
+from llava_kd.models.attention.probe import rows_of
+from llava_kd.models.attention.row_limits import check_rows
 
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 8.0}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, **FACTORS}

@@ -16,18 +16,18 @@ from tiny_llava import make_tiny_llava
 from tiny_towers import make_language_model, make_tower
 from transformers import AutoProcessor, GenerationConfig, PreTrainedTokenizerFast
 
-from llava_kd.build.checkpoints import export_to
-from llava_kd.build.data import same_tower, served
-from llava_kd.build.train import train
+from llava_kd.assembly.checkpoints import export_to
+from llava_kd.assembly.parts.data import same_tower, served
+from llava_kd.assembly.train import train
 from llava_kd.config import StudentConfig, TrainConfig, load
-from llava_kd.data.conversation import Record, parse_record
-from llava_kd.data.encoder import Encoder
-from llava_kd.data.images import ImageTransform, decode
-from llava_kd.data.template_table import TEMPLATES
-from llava_kd.evaluation.generate import Generator
-from llava_kd.evaluation.questions import Question
-from llava_kd.models.checkpoint import load_stock, save_stock
-from llava_kd.models.served import end_of_answer
+from llava_kd.data.pixels.images import ImageTransform, decode
+from llava_kd.data.sources.conversation import Record, parse_record
+from llava_kd.data.text.encoder import Encoder
+from llava_kd.data.text.template_table import TEMPLATES
+from llava_kd.evaluation.generation.generate import Generator
+from llava_kd.evaluation.generation.questions import Question
+from llava_kd.models.files.checkpoint import load_stock, save_stock
+from llava_kd.models.files.served import end_of_answer
 
 SAMPLED = {"do_sample": True, "temperature": 2.0, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
 # By template: a tower that crops or stretches, a language model, and its tokenizer, whose own end is another

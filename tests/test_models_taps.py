@@ -13,8 +13,8 @@ from tiny_batches import inputs, record
 from torch import Tensor
 
 from llava_kd.batch import Inputs
-from llava_kd.models import packed_attention
-from llava_kd.models.checkpoint import Parts, load_stock
+from llava_kd.models.attention import packed as packed_attention
+from llava_kd.models.files.checkpoint import Parts, load_stock
 from llava_kd.models.language_model import checkpoint_activations
 from llava_kd.models.lora import add_adapters
 from llava_kd.models.mllm import MLLM

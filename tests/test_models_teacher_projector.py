@@ -14,12 +14,12 @@ from tiny_llava import make_tiny_llava
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-from llava_kd.evaluation.generate import Generator
-from llava_kd.models.checkpoint import Parts, load_stock, save_stock
-from llava_kd.models.export import export
+from llava_kd.evaluation.generation.generate import Generator
+from llava_kd.models.files.checkpoint import Parts, load_stock, save_stock
+from llava_kd.models.files.export import export
 from llava_kd.models.mllm import MLLM
-from llava_kd.models.reused_projector import ReusedProjectorLlava
-from llava_kd.models.teacher_projector import folded, with_teacher_projector
+from llava_kd.models.projectors.from_teacher import folded, with_teacher_projector
+from llava_kd.models.projectors.reused import ReusedProjectorLlava
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,16 @@ from tiny_llava import make_tiny_llava
 from tiny_towers import TOWERS, make_language_model, make_tower
 from torch import Tensor
 
+from llava_kd.assembly.estimate import Sizes
+from llava_kd.assembly.train import frozen_fingerprints, train
 from llava_kd.batch import Batch
-from llava_kd.build.estimate import Sizes
-from llava_kd.build.train import frozen_fingerprints, train
 from llava_kd.config import load
 from llava_kd.distill.objective import CrossEntropy, Objective
 from llava_kd.distill.student import Student
-from llava_kd.models.checkpoint import Parts, compose, load_stock
+from llava_kd.models.files.checkpoint import Parts, compose, load_stock
 from llava_kd.models.mllm import MLLM
-from llava_kd.models.tower_layers import last_layers, read_parameters
-from llava_kd.models.vision_tower import input_size
+from llava_kd.models.towers.layers import last_layers, read_parameters
+from llava_kd.models.towers.vision_tower import input_size
 
 NO_LIST = ("open-clip-resnet",)
 

@@ -14,11 +14,11 @@ from tiny_towers import PATCH, SIZE, TOWERS, WIDTH, make_language_model, make_to
 from torch import Tensor
 from transformers import AutoModel, LlavaForConditionalGeneration
 
-from llava_kd.models.adapted_tower import AdaptedTower, tokens_of
-from llava_kd.models.checkpoint import Parts, compose, load_stock, save_stock
+from llava_kd.models.files.checkpoint import Parts, compose, load_stock, save_stock
 from llava_kd.models.tower_source import tower_source
-from llava_kd.models.towers import LoadedTower, load_tower
-from llava_kd.models.vision_tower import feature_layer, image_features, input_size, num_prefix_tokens
+from llava_kd.models.towers.adapted import AdaptedTower, tokens_of
+from llava_kd.models.towers.loading import LoadedTower, load_tower
+from llava_kd.models.towers.vision_tower import feature_layer, image_features, input_size, num_prefix_tokens
 
 GRID = (SIZE // PATCH) ** 2
 # Tokens and width at layer -2.

@@ -13,8 +13,13 @@ from tiny_llava import make_tiny_llava
 from transformers import LlavaConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
-from llava_kd.models.checkpoint import Parts, load_stock
-from llava_kd.models.vision_tower import feature_layer, image_features, tokens_per_image, tower_fingerprint
+from llava_kd.models.files.checkpoint import Parts, load_stock
+from llava_kd.models.towers.vision_tower import (
+    feature_layer,
+    image_features,
+    tokens_per_image,
+    tower_fingerprint,
+)
 
 CASES: list[tuple[Literal["siglip", "clip"], Literal["full", "default"], int]] = [
     ("siglip", "full", 16),

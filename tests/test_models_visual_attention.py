@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from llava_kd.batch import Inputs
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.models.attention.visual import VisualMaps, check_maps, middle_layers, watchable
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.language_model import checkpoint_activations
 from llava_kd.models.mllm import MLLM
-from llava_kd.models.visual_attention import VisualMaps, check_maps, middle_layers, watchable
-from llava_kd.models.width_map import width_map
+from llava_kd.models.projectors.width_map import width_map
 
 LAYERS = range(1, 3)
 RECORDS = [record(1), record(2, images=0, answer=9), record(3, images=2), record(4, prompt=11)]

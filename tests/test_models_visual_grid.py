@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
 from llava_kd.batch import Batch
 from llava_kd.distill.objective import KL, Objective, Relation
 from llava_kd.models.mllm import Prediction
-from llava_kd.models.visual_grid import VisualGrid, check_resample, resample, visual_grid
+from llava_kd.models.towers.visual_grid import VisualGrid, check_resample, resample, visual_grid
 
 
 def plane(grid: VisualGrid) -> Tensor:

@@ -10,8 +10,8 @@ from tiny_batches import inputs, record
 
 from llava_kd.batch import Batch
 from llava_kd.cli import main
-from llava_kd.distill.teacher import Teacher
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.distill.teaching.live import Teacher
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 from llava_kd.parallel.teacher_placement import offload_layers
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2ForCausalLM, SiglipVisionModel
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # see llava_kd.models.towers
+from transformers.models.auto.image_processing_auto import (
+    AutoImageProcessor,  # see llava_kd.models.towers.loading
+)
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "quickstart"
 SHIPPED = SCRIPTS / "backbones"

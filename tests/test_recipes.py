@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_kd.build.pipeline import read_pipeline
+from llava_kd.assembly.pipeline import read_pipeline
 from llava_kd.config import dump, load
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

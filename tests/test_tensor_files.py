@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from tiny_llava import make_tiny_llava
 
 from llava_kd import tensor_files
-from llava_kd.models.checkpoint import load_stock, save_stock
-from llava_kd.models.export import export
+from llava_kd.models.files.checkpoint import load_stock, save_stock
+from llava_kd.models.files.export import export
 from llava_kd.tensor_files import write_tensors
 from llava_kd.training.checkpoint import Checkpoints, Saved
 
 FULL = """
 import json, resource, sys
-from llava_kd.build.checkpoints import export_to
-from llava_kd.models.checkpoint import load_stock, save_stock
+from llava_kd.assembly.checkpoints import export_to
+from llava_kd.models.files.checkpoint import load_stock, save_stock
 source, out, what = sys.argv[1:4]
 parts = load_stock(source)
 said = []

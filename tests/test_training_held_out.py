@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from llava_kd.build.data import side
+from llava_kd.assembly.parts.data import side
 from llava_kd.cli import main
 from llava_kd.config import load
-from llava_kd.data.records import LlavaJson
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.data.sources.llava_json import LlavaJson
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.training.checkpoint import Checkpoints, Saved
 
 ENGINES = {

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from llava_kd.cli import main
 from llava_kd.evaluation.slices import read_slice, score_slices
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.training.checkpoint import Checkpoints, Saved
 
 ENGINES = {
@@ -46,7 +46,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *values: float) -> list[float]:
         asked.append(values[len(asked)])
         return {"slice/val": asked[-1], "slice/seconds": 0.0}
 
-    monkeypatch.setattr("llava_kd.build.slices.score_slices", score)
+    monkeypatch.setattr("llava_kd.assembly.parts.slices.score_slices", score)
     return asked
 
 
@@ -65,7 +65,7 @@ def test_questions_are_asked_beside_training_and_change_nothing_in_it(
         states.append(torch.equal(before, torch.get_rng_state()))
         return figures
 
-    monkeypatch.setattr("llava_kd.build.slices.score_slices", spy)
+    monkeypatch.setattr("llava_kd.assembly.parts.slices.score_slices", spy)
     assert main(["train", str(plain)]) == main(["train", str(asked)]) == 0
     plain, asked = plain.with_suffix(""), asked.with_suffix("")
     assert states == [True] * 3
@@ -80,7 +80,7 @@ def test_the_figure_is_that_of_the_student_as_it_stands(stage, shapes_dir: Path,
     assert main(["train", str(first)]) == 0
     done = load_stock(str(first.with_suffix("") / "model"))
     records = json.loads((shapes_dir / "validation.json").read_text())[:4]
-    from llava_kd.evaluation.generate import Generator
+    from llava_kd.evaluation.generation.generate import Generator
 
     generator = Generator(done.stock.eval(), done.processor, max_new_tokens=3)
     texts = generator.answer(read_slice("all", shapes_dir / "validation.json", count=4).questions)
@@ -109,7 +109,7 @@ def test_a_line_is_written_where_questions_were_asked_and_their_time_is_in_no_ra
         time.sleep(30 * 0.1)
         return {"slice/val": 0.5, "slice/seconds": 3.0}
 
-    monkeypatch.setattr("llava_kd.build.slices.score_slices", slow)
+    monkeypatch.setattr("llava_kd.assembly.parts.slices.score_slices", slow)
     config = stage("run", distilled=False, max_steps=3, evaluate=slices(shapes_dir, every=2))
     assert main(["train", str(config), "--log.every=100"]) == 0
     logged = lines(config.with_suffix(""))
@@ -162,7 +162,7 @@ def test_the_best_so_far_survives_a_stop(stage, shapes_dir: Path, monkeypatch, c
             os.kill(os.getpid(), signal.SIGTERM)
         return {"slice/val": values[-1]}
 
-    monkeypatch.setattr("llava_kd.build.slices.score_slices", stops)
+    monkeypatch.setattr("llava_kd.assembly.parts.slices.score_slices", stops)
     assert main(["train", str(config)]) == 0
     output = config.with_suffix("")
     assert not (output / "model").exists()
@@ -201,7 +201,7 @@ def test_every_engine_gives_the_figures_and_weights_of_one_rank(
     own = tmp_path / "own.json"
     records = json.loads((shapes_dir / "validation.json").read_text())[:5]
     model = load_stock(str(tmp_path / "plain" / "model"))
-    from llava_kd.evaluation.generate import Generator
+    from llava_kd.evaluation.generation.generate import Generator
 
     generator = Generator(model.stock.eval(), model.processor, max_new_tokens=3)
     texts = generator.answer(read_slice("all", shapes_dir / "validation.json", count=5).questions)
@@ -239,7 +239,7 @@ def test_slices_that_cannot_be_asked_are_refused_before_any_model(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("llava_kd.build.train.student_parts", refuse)
+    monkeypatch.setattr("llava_kd.assembly.train.student_parts", refuse)
     part = {"data": str(shapes_dir / "validation.json"), "images": str(tmp_path)}
     if missing == "file":
         part = {"data": str(tmp_path / "none.json")}

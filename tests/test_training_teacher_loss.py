@@ -13,9 +13,9 @@ from tiny_llava import make_tiny_llava
 
 from llava_kd.batch import Batch, TeacherRows
 from llava_kd.distill.objective import KL, CrossEntropy, Objective
-from llava_kd.distill.teacher import Teacher
+from llava_kd.distill.teaching.live import Teacher
 from llava_kd.losses import head_loss
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 
 WARNING = "the teacher's own cross-entropy on the responses"

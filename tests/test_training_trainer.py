@@ -25,8 +25,8 @@ from llava_kd.batch import Batch
 from llava_kd.cli import main
 from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
 from llava_kd.distill.student import Student
-from llava_kd.distill.teacher import Teacher
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.distill.teaching.live import Teacher
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 from llava_kd.parallel.engine import AdamWSettings, ParameterGroup
 from llava_kd.parallel.torch_engine import TorchEngine

@@ -20,11 +20,11 @@ from stock_answers import stock_answers as answers_here
 from test_models_served import ours, questions_of, trained
 from tiny_towers import TOWERS, make_language_model, make_tower
 
-from llava_kd.build.checkpoints import export_to
-from llava_kd.build.models import student_parts
+from llava_kd.assembly.checkpoints import export_to
+from llava_kd.assembly.parts.models import student_parts
 from llava_kd.config import StudentConfig
-from llava_kd.models.checkpoint import save_stock
-from llava_kd.models.export import LANGUAGES_OF_4, TOWERS_OF_4
+from llava_kd.models.files.checkpoint import save_stock
+from llava_kd.models.files.export import LANGUAGES_OF_4, TOWERS_OF_4
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ import tarfile
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from llava_kd.data.conversation import Record, Source
-from llava_kd.data.entries import read_entries
+from llava_kd.data.sources.conversation import Record, Source
+from llava_kd.data.sources.entries import read_entries
 
 _SPEAKERS = {"user": "human", "assistant": "gpt"}
 _ROWS = 100

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from llava_kd.batch import Batch, Counts
-from llava_kd.distill.cached_teacher import TopKPrediction
 from llava_kd.distill.options import Attention, DBiLD, attention_term, dbild_term, touch
 from llava_kd.distill.rows import Rows, Tap, fill, response_rows, targets_of_rows, visual_features
+from llava_kd.distill.teaching.cached import TopKPrediction
 from llava_kd.losses.reference import Divergence, HeadLoss, RowsLoss, dbild_loss, head_loss, relation_rows
 from llava_kd.losses.reference_top_k import top_k_head_loss
 from llava_kd.models.mllm import Prediction

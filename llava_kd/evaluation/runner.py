@@ -16,11 +16,11 @@ from typing import TypedDict
 import torch
 
 from llava_kd.evaluation.answers import ERROR, answers_file, claim, mend, merge, read_all, write_atomic
-from llava_kd.evaluation.generate import Generator, generate, pictures
-from llava_kd.evaluation.model_directory import model_directory
-from llava_kd.evaluation.prompt import check_template
-from llava_kd.evaluation.questions import Question, check_images, fingerprint, read_llava_json
-from llava_kd.evaluation.ranks import Ranks, join_ranks
+from llava_kd.evaluation.generation.generate import Generator, generate, pictures
+from llava_kd.evaluation.generation.model_directory import model_directory
+from llava_kd.evaluation.generation.prompt import check_template
+from llava_kd.evaluation.generation.questions import Question, check_images, fingerprint, read_llava_json
+from llava_kd.evaluation.generation.ranks import Ranks, join_ranks
 from llava_kd.evaluation.scorers.exact import score_exact
 from llava_kd.evaluation.stopwatch import counted, seconds_spent
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from llava_kd.evaluation.generate import Generator, batches_by_length, evaluation_mode
-from llava_kd.evaluation.questions import Question, read_llava_json
+from llava_kd.evaluation.generation.generate import Generator, batches_by_length, evaluation_mode
+from llava_kd.evaluation.generation.questions import Question, read_llava_json
 from llava_kd.evaluation.scorers.exact import is_correct
 
 

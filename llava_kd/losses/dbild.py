@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from llava_kd.losses import gemm, reference
+from llava_kd.losses import reference
 from llava_kd.losses.checks import check_dbild_inputs
+from llava_kd.losses.kernels import gemm
 from llava_kd.losses.reference import RowsLoss, accumulation_dtype
 
 _CHUNK_ROWS = 256

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from llava_kd.losses import gemm
 from llava_kd.losses.checks import check_head_inputs, check_targets
+from llava_kd.losses.kernels import gemm
+from llava_kd.losses.kernels.row_torch import torch_rows
+from llava_kd.losses.kernels.rows import Rows
 from llava_kd.losses.reference import FORWARD, Divergence, HeadLoss, accumulation_dtype
-from llava_kd.losses.row_torch import torch_rows
-from llava_kd.losses.rows import Rows
 
 try:
-    from llava_kd.losses.row_triton import triton_rows
+    from llava_kd.losses.kernels.row_triton import triton_rows
 except ImportError:  # no Triton on this platform
     triton_rows = torch_rows
 

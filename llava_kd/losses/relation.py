@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from llava_kd.losses import gemm
 from llava_kd.losses.checks import check_relation_inputs
+from llava_kd.losses.kernels import gemm
 from llava_kd.losses.reference import accumulation_dtype, cosine_distance_rows, root_or_one
 
 

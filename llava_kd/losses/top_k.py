@@ -14,12 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_kd.losses import gemm
 from llava_kd.losses.checks import check_head_inputs, check_targets, check_top_k
 from llava_kd.losses.head_loss import _Gradients, _HeadLoss, _Side
+from llava_kd.losses.kernels import gemm
+from llava_kd.losses.kernels.rows import Rows
 from llava_kd.losses.reference import FORWARD, Divergence, HeadLoss, accumulation_dtype
 from llava_kd.losses.reference_top_k import TopK
-from llava_kd.losses.rows import Rows
 
 _COPIES = 3  # of a chunk's common columns: the logits of q, and what they are made from
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from llava_kd.batch import Inputs
-from llava_kd.models import packed_attention
+from llava_kd.models.attention import packed as packed_attention
+from llava_kd.models.attention.visual import VisualMaps, check_maps, watchable
 from llava_kd.models.lora import is_adapter
-from llava_kd.models.reused_projector import ReusedProjector
-from llava_kd.models.tower_layers import last_layers, read_parameters
-from llava_kd.models.vision_tower import feature_layer, image_features, vision_config
-from llava_kd.models.visual_attention import VisualMaps, check_maps, watchable
+from llava_kd.models.projectors.reused import ReusedProjector
+from llava_kd.models.towers.layers import last_layers, read_parameters
+from llava_kd.models.towers.vision_tower import feature_layer, image_features, vision_config
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 

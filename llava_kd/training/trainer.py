@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from llava_kd.batch import Batch, Counts
-from llava_kd.distill.cached_teacher import CachedTeacher
 from llava_kd.distill.student import Student
-from llava_kd.distill.teacher import Teacher
+from llava_kd.distill.teaching.cached import CachedTeacher
+from llava_kd.distill.teaching.live import Teacher
 from llava_kd.parallel.engine import STATE_KINDS, Engine
 from llava_kd.training.checkpoint import Best, Checkpoints, Saved
 from llava_kd.training.metrics import Metrics

@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from llava_kd.data.shapes_questions import TYPES, Picker, caption, questions
-from llava_kd.data.shapes_scene import random_scene
+from llava_kd.data.shapes.questions import TYPES, Picker, caption, questions
+from llava_kd.data.shapes.scenes import random_scene
 
 IGNORE = -100
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
-from llava_kd.data.shapes_scene import COLOURS, GRID, SHAPES, SIZES, Scene, draw, random_scene
+from llava_kd.data.shapes.scenes import COLOURS, GRID, SHAPES, SIZES, Scene, draw, random_scene
 
 IMAGE_SIZE = 48
 PATCH_SIZE = 8

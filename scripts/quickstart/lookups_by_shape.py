@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from llava_kd.data.shapes_scene import COLOURS, SHAPES, SIZES
+from llava_kd.data.shapes.scenes import COLOURS, SHAPES, SIZES
 
 FORM = f"({'|'.join(SHAPES)})"
 COLOUR = f"({'|'.join(COLOURS)})"

@@ -16,7 +16,7 @@ from tiny_batches import inputs, record
 from torch import Tensor, nn
 
 from llava_kd.batch import Inputs
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.language_model import checkpoint_activations
 from llava_kd.models.mllm import MLLM
 from llava_kd.models.taps import Tap, Taps

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 
 pytestmark = pytest.mark.distributed

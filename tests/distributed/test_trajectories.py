@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import write_stage
 
-from llava_kd.build.data import side
+from llava_kd.assembly.parts.data import side
 from llava_kd.config import DataConfig
-from llava_kd.data.lengths import record_sizes
-from llava_kd.data.packing import Packing
-from llava_kd.data.plan import Plan
-from llava_kd.data.records import LlavaJson
-from llava_kd.models.checkpoint import load_stock
+from llava_kd.data.batches.lengths import record_sizes
+from llava_kd.data.batches.packing import Packing
+from llava_kd.data.batches.plan import Plan
+from llava_kd.data.sources.llava_json import LlavaJson
+from llava_kd.models.files.checkpoint import load_stock
 
 pytestmark = pytest.mark.distributed
 

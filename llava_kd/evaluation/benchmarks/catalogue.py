@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava_kd.evaluation.benchmarks import (
+from llava_kd.evaluation.benchmarks.base import Benchmark
+from llava_kd.evaluation.benchmarks.paper import (
     gqa,
     mmbench,
     mme,
@@ -15,7 +16,6 @@ from llava_kd.evaluation.benchmarks import (
     vizwiz,
     vqav2,
 )
-from llava_kd.evaluation.benchmarks.base import Benchmark
 
 # The ten of the paper, in the order of its table.
 PAPER = (

@@ -12,12 +12,12 @@ from typing import TypedDict
 from llava_kd.evaluation.answers import write_atomic
 from llava_kd.evaluation.benchmarks.base import Benchmark, Quirks, Score, read_jsonl
 from llava_kd.evaluation.benchmarks.catalogue import BENCHMARKS, find
+from llava_kd.evaluation.benchmarks.published import AVG7, AVG10, average
 from llava_kd.evaluation.benchmarks.table import html_table, markdown_table
-from llava_kd.evaluation.generate import pictures
-from llava_kd.evaluation.model_directory import model_directory, run_name
-from llava_kd.evaluation.published import AVG7, AVG10, average
-from llava_kd.evaluation.questions import Question, check_questions
-from llava_kd.evaluation.ranks import join_ranks
+from llava_kd.evaluation.generation.generate import pictures
+from llava_kd.evaluation.generation.model_directory import model_directory, run_name
+from llava_kd.evaluation.generation.questions import Question, check_questions
+from llava_kd.evaluation.generation.ranks import join_ranks
 from llava_kd.evaluation.runner import Model, answer_questions, unreadable, versions
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from llava_kd.evaluation.benchmarks.catalogue import BENCHMARKS
-from llava_kd.evaluation.published import AVG7, AVG10, PUBLISHED, average
-from llava_kd.evaluation.report_style import CSS
+from llava_kd.evaluation.benchmarks.published import AVG7, AVG10, PUBLISHED, average
+from llava_kd.evaluation.report.style import CSS
 
 Trials = Mapping[str, tuple[float, int]]  # figure of the first so many questions alone: no result
 

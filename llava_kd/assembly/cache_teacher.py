@@ -1,0 +1,310 @@
+"""`llava-kd cache-teacher`: run a teacher once over the data and keep what the losses read of it.
+
+Shape legend: B rows, T tokens, M places with a stored prediction, E width of the teacher, U rows of its head,
+C columns that the top k are taken from, K stored columns, I images, N tokens of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llava_kd.assembly.parts.data import make_source, side
+from llava_kd.assembly.parts.models import DTYPES
+from llava_kd.assembly.parts.stored_teacher import (
+    HEAD,
+    beyond_top_k,
+    identity,
+    places_read,
+    reads_projector,
+    refuse_other,
+    temperatures,
+)
+from llava_kd.assembly.parts.teacher import teacher_template
+from llava_kd.assembly.runs.run_dir import locked
+from llava_kd.assembly.train import placed_teacher, speaker
+from llava_kd.batch import Batch
+from llava_kd.checksums import checksum
+from llava_kd.config import TrainConfig
+from llava_kd.data.batches.loader import Loader, Side
+from llava_kd.data.sources.conversation import Source
+from llava_kd.data.teacher_store.shards import (
+    SUFFIX,
+    DamagedShardError,
+    Shard,
+    StoredRecord,
+    places_to_store,
+    sync,
+    text_crc,
+    write_shard,
+)
+from llava_kd.data.teacher_store.store import INDEX, MANIFEST, SHARDS, Contents, Manifest, Mode, write_index
+from llava_kd.data.text.encoder import Encoded
+from llava_kd.losses.kernels import gemm
+from llava_kd.models.files.checkpoint import Parts, load_stock
+from llava_kd.models.mllm import Prediction
+from llava_kd.parallel.world import World, join, peers
+from llava_kd.tensor_files import write_tensors
+from llava_kd.training.checkpoint import sweep
+
+_LOGIT_ROWS = 1024
+
+
+def cache_teacher(
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    mode: Mode = "hidden",
+    top_k: int | None = None,
+    shard_mb: int = 512,
+) -> None:
+    """Write the cache `out` for this stage, or go on with it. Every rank of a launch takes its share.
+
+    Raises ValueError for settings without a teacher, and if `out` holds a cache of something else.
+    """
+    if config.teacher is None:
+        raise ValueError("`teacher` is null: there is nothing to cache; set teacher.checkpoint")
+    with peers(), ExitStack() as held:
+        world = join(config.engine.device, timeout_minutes=config.engine.timeout_minutes)
+        say = speaker(world)
+        directory = Path(out)
+        with world.together():
+            if world.is_main:
+                held.enter_context(locked(directory, "--out"))
+        teacher = load_stock(config.teacher.checkpoint, dtype=DTYPES[config.teacher.dtype])
+        say(f"template of the teacher: {teacher_template(config, teacher)}")
+        source = make_source(config.data, seed=config.seed)
+        reader = side(teacher, config.data, config.teacher.template)
+        manifest = Manifest(
+            identity=identity(config, reader, source),
+            contents=_contents(config, mode, top_k, teacher),
+            num_records=len(source),
+        )
+        with world.together():
+            if world.is_main:
+                _begin(directory, manifest, teacher, say)
+        todo = _missing(directory, manifest)
+        say(f"{directory}: {len(source) - len(todo)} of {len(source)} records are there")
+        if todo:
+            run = _Run(config, world, teacher, directory, manifest.contents, shard_mb * 2**20)
+            with world.together():
+                run.write(todo, source, reader)
+        with world.together():
+            if world.is_main:
+                _finish(directory, manifest, say)
+
+
+def _contents(config: TrainConfig, mode: Mode, top_k: int | None, teacher: Parts) -> Contents:
+    """What to keep for the terms of the settings. Raises ValueError where the mode cannot serve them."""
+    places = places_read(config.objective)
+    if not config.objective.needs_teacher:
+        raise ValueError("no term of `objective` reads the teacher: there is nothing to cache")
+    if mode == "hidden":
+        if top_k is not None:
+            raise ValueError("--topk belongs to --mode topk")
+        return Contents(mode=mode, places=places, projected=reads_projector(config.objective))
+    if terms := beyond_top_k(config.objective):
+        raise ValueError(
+            f"{terms} compares more than the largest k logits give; use --mode hidden, or set that to null"
+        )
+    if len(found := temperatures(config.objective)) != 1:
+        raise ValueError(f"--mode topk needs one temperature for both KL terms; got {sorted(found)}")
+    columns = max(teacher.processor.tokenizer.get_vocab().values()) + 1
+    if top_k is None or not 1 <= top_k < columns:
+        raise ValueError(f"--topk must lie in 1..{columns - 1}, below the vocabulary's size; got {top_k}")
+    return Contents(mode=mode, places=places, k=top_k, columns=columns, temperature=found.pop())
+
+
+def _begin(directory: Path, manifest: Manifest, teacher: Parts, say: Callable[[str], None]) -> None:
+    """Make the folder ready to go on: nothing of another cache, no damaged shard, no finished manifest."""
+    if (directory / MANIFEST).is_file():
+        before = Manifest.read(directory)
+        refuse_other(before.identity, manifest.identity, directory)
+        if before.contents != manifest.contents:
+            raise ValueError(
+                f"{directory} holds a cache of another kind: {before.contents} there, {manifest.contents} "
+                "here; write into a new directory"
+            )
+    elif any(not path.name.startswith(".") for path in directory.iterdir()):
+        raise ValueError(f"{directory} is not empty and holds no teacher cache; choose a new directory")
+    shards = directory / SHARDS
+    shards.mkdir(exist_ok=True)
+    sweep(directory)
+    sweep(shards)
+    manifest.write(directory)
+    for path in sorted(shards.glob(f"*{SUFFIX}")):
+        try:
+            Shard(path).check()
+        except DamagedShardError as error:
+            say(f"{error}: written anew")
+            path.unlink()
+    head = teacher.stock.lm_head
+    tensors = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
+    scratch = directory / f".{HEAD}.partial"
+    write_tensors(tensors, scratch)
+    sync(scratch)
+    scratch.replace(directory / HEAD)
+
+
+def _missing(directory: Path, manifest: Manifest) -> list[int]:
+    """Numbers of the records that no shard holds."""
+    is_there = torch.zeros(manifest.num_records, dtype=torch.bool)
+    for path in (directory / SHARDS).glob(f"*{SUFFIX}"):
+        is_there[Shard(path).table["number_R"]] = True
+    return (~is_there).nonzero().squeeze(1).tolist()
+
+
+def _finish(directory: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
+    """Write the index, then the manifest that makes the cache complete."""
+    paths = sorted((directory / SHARDS).glob(f"*{SUFFIX}"))
+    if not paths:
+        raise ValueError(f"every record is bad: nothing was cached; {directory}/bad_records.jsonl says why")
+    num_bad = write_index(directory, map(Shard, paths), manifest.num_records)
+    sizes = {path.name: path.stat().st_size for path in paths}
+    checksums = {name: checksum(directory / name) for name in (HEAD, INDEX)}
+    done = replace(manifest, is_complete=True, num_bad=num_bad, shards=sizes, checksums=checksums)
+    done.write(directory)
+    good = manifest.num_records - num_bad
+    total = sum(sizes.values()) + (directory / INDEX).stat().st_size
+    bad = f", {num_bad} bad" if num_bad else ""
+    say(
+        f"done: {good} records{bad}, {total / 1e6:.1f} MB, {total / good:.0f} bytes a record; train with "
+        f"--teacher.cache={directory}"
+    )
+
+
+@dataclass
+class _Run:
+    """One rank's share of the work."""
+
+    config: TrainConfig
+    world: World
+    teacher: Parts
+    directory: Path
+    contents: Contents
+    shard_bytes: int
+    _pending: list[StoredRecord] = field(default_factory=list)
+    _pending_bytes: int = 0
+
+    def write(self, todo: Sequence[int], source: Source, reader: Side) -> None:
+        """Predict and store the records of `todo` in every world-size-th batch.
+
+        A batch is `micro_batch_size` records that follow each other in the data, also where some of them are
+        stored already: what is cached rounds with the company that it is in, and so does not depend on kills
+        or on the number of ranks. Each rank makes as many calls as the others, which a teacher that is spread
+        over them needs: one that has a batch less repeats the first, and does not store it again.
+        """
+        predict = placed_teacher(self.config, self.world, self.teacher, shares_tower=False)
+        rows = self.config.micro_batch_size
+        batches = sorted({number // rows for number in todo})
+        own = batches[self.world.rank :: self.world.size]
+        repeated = batches[:1] * (-(-len(batches) // self.world.size) - len(own))
+        # The last batch of the data may be short, so it stays last.
+        order = [n for b in (*repeated, *own) for n in range(b * rows, min((b + 1) * rows, len(source)))]
+        loader = self._loader(order, source, reader)
+        left = set(todo) & {number for number in order if number // rows in own}
+        for step, batches in enumerate(loader.batches(0, loader.steps_per_epoch)):
+            batch = batches[0]
+            numbers = order[step * rows : (step + 1) * rows]
+            for record in self._stored(batch, predict(batch), numbers):
+                if record.number in left:
+                    left.remove(record.number)
+                    self._add(record)
+        self._flush()
+
+    def _loader(self, order: Sequence[int], source: Source, reader: Side) -> Loader:
+        return Loader(
+            source=source,
+            student=reader,
+            teacher=None,
+            seed=0,
+            global_batch_size=self.config.micro_batch_size,
+            micro_batch_size=self.config.micro_batch_size,
+            rank=0,
+            world_size=1,
+            device=self.world.device,
+            num_workers=self.config.data.num_workers,
+            max_bad_rate=self.config.data.max_bad_rate,
+            bad_records_path=self.directory / "bad_records.jsonl",
+            records=order,
+        )
+
+    def _stored(self, batch: Batch, prediction: Prediction, numbers: Sequence[int]) -> Iterator[StoredRecord]:
+        """What to keep of each record that is not bad."""
+        inputs = batch.student.to("cpu")
+        length = inputs.input_ids_BT.shape[1]
+        per_image = self.teacher.tokens_per_image
+        encoded, positions, images = [], [], []
+        for b in range(len(numbers)):
+            tokens = slice(0, int((inputs.segment_ids_BT[b] == 1).sum()))
+            tensors = (inputs.input_ids_BT, inputs.labels_BT, inputs.visual_BT)
+            ids, labels, visual = (tensor_BT[b, tokens] for tensor_BT in tensors)
+            encoded.append(Encoded(ids=ids, labels=labels, visual=visual))
+            positions.append(places_to_store(encoded[-1], self.contents.places))
+            first = images[-1].stop if images else 0
+            images.append(slice(first, first + int(visual.sum()) // per_image))
+        places_M = torch.cat([b * length + of_row.long() for b, of_row in enumerate(positions)])
+        hidden_ME = prediction.hidden_BTD.flatten(0, 1)[places_M.to(prediction.hidden_BTD.device)]
+        kept = {name: tensor.cpu() for name, tensor in self._kept(hidden_ME, prediction).items()}
+        counts = [len(of_row) for of_row in positions]
+        parts = {name: tensor.split(counts) for name, tensor in kept.items()}
+        for b, number in enumerate(numbers):
+            is_valid = bool(inputs.image_is_valid_I[images[b]].all())
+            if len(encoded[b].ids) == 1 or not is_valid:
+                continue  # a stand-in, or an image that could not be read: named in bad_records.jsonl
+            tensors = {name: of_rows[b] for name, of_rows in parts.items()}
+            if self.contents.projected:
+                of_record = prediction.projected_IND[images[b]]
+                tensors["projected_INE"] = of_record.reshape(-1, per_image, of_record.shape[2]).cpu()
+            crc = text_crc(batch.record_ids[b], encoded[b])
+            yield StoredRecord(number=number, text_crc=crc, positions_M=positions[b], tensors=tensors)
+
+    def _kept(self, hidden_ME: Tensor, prediction: Prediction) -> dict[str, Tensor]:
+        contents = self.contents
+        if contents.mode == "hidden":
+            return {"hidden_ME": hidden_ME}
+        assert contents.k is not None
+        assert contents.columns is not None
+        assert contents.temperature is not None
+        bias_U = prediction.bias_V
+        chunks = [
+            largest(
+                hidden_CE,
+                prediction.head_VD[: contents.columns],
+                None if bias_U is None else bias_U[: contents.columns],
+                k=contents.k,
+                temperature=contents.temperature,
+            )
+            for hidden_CE in hidden_ME.split(_LOGIT_ROWS)
+        ]
+        logits, columns, rest = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        return {"top_logits_MK": logits, "top_columns_MK": columns, "rest_M": rest}
+
+    def _add(self, record: StoredRecord) -> None:
+        self._pending.append(record)
+        self._pending_bytes += record.num_bytes
+        if self._pending_bytes >= self.shard_bytes:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            write_shard(self.directory / SHARDS, self._pending)
+            self._pending, self._pending_bytes = [], 0
+
+
+def largest(
+    hidden_ME: Tensor, head_CE: Tensor, bias_C: Tensor | None, *, k: int, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest fp32 logits of each row, their columns, and log of sum(exp(z / T)) over the others."""
+    logits_MC = hidden_ME.new_empty((len(hidden_ME), len(head_CE)), dtype=torch.float32)
+    gemm.write_logits(hidden_ME, head_CE, logits_MC)
+    if bias_C is not None:
+        logits_MC = logits_MC + bias_C.float()
+    top_MK, columns_MK = logits_MC.topk(k, dim=1)
+    others_MC = logits_MC.scatter(1, columns_MK, -torch.inf)
+    return top_MK, columns_MK.to(torch.int32), (others_MC / temperature).logsumexp(1)

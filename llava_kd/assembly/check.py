@@ -1,0 +1,106 @@
+"""A look before a long run: vocabulary, towers, template and labels, a sample of the data, and the plan."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from llava_kd.assembly.dry_run import plan
+from llava_kd.assembly.parts.data import make_source, same_tower, side
+from llava_kd.assembly.parts.lending import with_projector
+from llava_kd.assembly.parts.models import choose_attention, student_parts
+from llava_kd.assembly.parts.objective import objective
+from llava_kd.assembly.parts.slices import read_slices
+from llava_kd.assembly.parts.stored_teacher import open_cache
+from llava_kd.assembly.parts.teacher import is_cached, teacher_parts, teacher_template
+from llava_kd.assembly.throughput import Network
+from llava_kd.batch import IGNORE_INDEX
+from llava_kd.config import TrainConfig
+from llava_kd.data.pixels.images import MAX_PIXELS, decode
+from llava_kd.data.sources.conversation import Source
+from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.mllm import MLLM
+from llava_kd.models.vocabulary import left_out
+
+
+def check(
+    config: TrainConfig,
+    *,
+    ranks: int,
+    num_records: int,
+    measured: str | None = None,
+    network: Network | None = None,
+) -> str:
+    """Lines about the models, a sample of the records and the plan.
+
+    Raises ValueError for what `train` would refuse, and if more of the sample is bad than it would allow.
+    """
+    read_slices(config)
+    source = make_source(config.data, seed=config.seed)
+    lines = []
+    student = student_parts(
+        config.student,
+        template=config.data.template,
+        seed=config.seed,
+        say=lambda line: lines.append(f"template         of the student: {line}"),
+    )
+    teacher = teacher_parts(config)
+    student = with_projector(config, student, teacher)
+    _keeps_records_apart(config, student, "student")
+    if teacher is not None and not is_cached(config):
+        _keeps_records_apart(config, teacher, "teacher")
+    terms = objective(config.objective, student, teacher, config.data.visual_alignment)
+    if teacher is not None:
+        lines.append(f"template         of the teacher: {teacher_template(config, teacher)}")
+        lines.append(f"towers           {_towers(config, student, teacher)}")
+        lines.append(
+            f"visual tokens    student {student.tokens_per_image}, teacher {teacher.tokens_per_image}"
+        )
+        if terms.num_common is not None:
+            extra = left_out(student.processor.tokenizer, teacher.processor.tokenizer)
+            without = "" if extra is None else f"; left out are {extra}"
+            lines.append(f"vocabulary       {terms.num_common} shared columns{without}")
+    lines += _sample(config, student, source, num_records)
+    return "\n".join([*lines, plan(config, ranks, measured, network)])
+
+
+def _keeps_records_apart(config: TrainConfig, parts: Parts, whose: str) -> None:
+    """ValueError for a language model that reads records of a batch or a row otherwise than alone."""
+    model, is_packed = MLLM(parts.stock), config.data.packing is not None
+    choose_attention(model, torch.device("cpu"), parts.stock.dtype, whose=whose, is_packed=is_packed)
+
+
+def _towers(config: TrainConfig, student: Parts, teacher: Parts) -> str:
+    if config.teacher is not None and config.teacher.cache is not None:
+        reader = side(teacher, config.data, config.teacher.template)
+        cache = open_cache(config, reader, make_source(config.data, seed=config.seed))
+        return f"the student's alone: the teacher's predictions come from {cache.directory}"
+    return "the same: it runs once" if same_tower(config, student, teacher) else "different: both run"
+
+
+def _sample(config: TrainConfig, student: Parts, source: Source, num_records: int) -> list[str]:
+    reader = side(student, config.data, config.student.template)
+    encode = reader.encoder()
+    chosen = np.linspace(0, len(source) - 1, min(num_records, len(source))).astype(int).tolist()
+    lengths, bad, shown = [], [], ""
+    for i in chosen:
+        record = source.record(i)
+        try:
+            encoded = encode(record)
+            for k in range(len(record.images)):
+                decode(source.image_bytes(i, k), max_pixels=MAX_PIXELS)
+        except (ValueError, OSError) as error:
+            bad.append(f"{record.id}: {error}")
+            continue
+        lengths.append(len(encoded.ids))
+        answers: torch.Tensor = encoded.ids[encoded.labels != IGNORE_INDEX]
+        shown = shown or f"record {record.id} is trained on {reader.tokenizer.decode(answers)!r}"
+    if len(bad) > max(3, config.data.max_bad_rate * len(chosen)):
+        raise ValueError(f"{len(bad)} of {len(chosen)} sampled records are bad:\n  " + "\n  ".join(bad[:20]))
+    longest, mean = (max(lengths), float(np.mean(lengths))) if lengths else (0, 0.0)
+    counts = f"{len(chosen)} records, {len(bad)} bad"
+    return [
+        f"sample           {counts}; tokens: {mean:.0f} on average, {longest} at most",
+        *(f"  bad            {line}" for line in bad),
+        f"labels           {shown}",
+    ]

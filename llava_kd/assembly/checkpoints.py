@@ -1,0 +1,47 @@
+"""Checkpoints of other layouts in, stock checkpoints out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_kd.assembly.parts.models import DTYPES, speak
+from llava_kd.data.text.template_choice import AUTO
+from llava_kd.data.text.template_origin import original_template
+from llava_kd.models.files.checkpoint import save_stock
+from llava_kd.models.files.convert.converting import convert
+from llava_kd.models.files.export import export
+from llava_kd.models.towers.vision_tower import text_config
+
+
+def convert_to(source: str, out: str, *, vision_tower: str | None = None, template: str = AUTO) -> list[str]:
+    """Write the stock form of `source` into a new `out`; what a user should know of it, in lines.
+
+    Its chat template becomes the one that it was trained on, as its files tell, or the one that is named.
+    """
+    if Path(out).exists():
+        raise ValueError(f"{out} exists; give a new directory")
+    parts, origin = convert(source, vision_tower=vision_tower)
+    choice = original_template(
+        template,
+        is_tiny=origin.is_tiny,
+        conversation=origin.conversation,
+        names=origin.names,
+        model_type=text_config(parts.stock.config).model_type,
+        tokenizer=parts.processor.tokenizer,
+        chat_template=parts.processor.chat_template,
+        image_marks=origin.image_marks,
+    )
+    speak(parts, choice.template)
+    save_stock(parts, out)
+    lines = [f"template: {choice}; --template chooses another"]
+    if origin.has_frozen_language_model:
+        lines.append(
+            "its language model was frozen: if this is a first stage, it has learned captions, and no prompt"
+        )
+    return lines
+
+
+def export_to(source: str, out: str, *, dtype: str | None, scores: Sequence[str]) -> list[str]:
+    """Notes on other tools; see `export`."""
+    return export(source, out, dtype=None if dtype is None else DTYPES[dtype], scores=scores)

@@ -1,0 +1,121 @@
+"""What a stage would do: `--dry_run`. Models are read on the CPU, or only their shapes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from llava_kd.assembly.estimate import GB, Sizes, accumulation, engine_kind, memory, refuse_too_large, traffic
+from llava_kd.assembly.parts.data import make_source, side_of
+from llava_kd.assembly.parts.held_out import read_held_out
+from llava_kd.assembly.parts.models import student_parts
+from llava_kd.assembly.parts.slices import read_slices
+from llava_kd.assembly.runs.provenance import checked_parent
+from llava_kd.assembly.runs.run_dir import check_world, refuse_other_run
+from llava_kd.assembly.throughput import Network, Rate, throughput
+from llava_kd.assembly.train import num_steps
+from llava_kd.config import TrainConfig
+from llava_kd.models.files.checkpoint import load_config, load_processor
+from llava_kd.parallel.world import World
+
+
+def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: Network | None = None) -> str:
+    """Lines that say what `train` would do on so many ranks.
+
+    `measured` is the directory of a run on one machine, to foretell samples per second from.
+    Raises ValueError for what it would refuse: the ranks, the models, the data, or too small a device.
+    """
+    check_world(config, World(rank=0, size=ranks, device=torch.device("cpu")))
+    _check_output(Path(config.output_dir))
+    refuse_other_run(config)
+    checked_parent(config.student.checkpoint)
+    read_slices(config)
+    read_held_out(config)
+    _check_sides(config)
+    rate = None if measured is None else Rate.of(measured)
+    student, teacher = sizes(config)
+    records = len(make_source(config.data, seed=config.seed))
+    per_epoch = -(-records // config.global_batch_size)
+    steps = num_steps(config, per_epoch)
+    found = memory(config, ranks, student, teacher)
+    output = Path(config.output_dir)
+    trained = student.trained
+    lines = [
+        f"ranks            {ranks}, engine {engine_kind(config, ranks)}, {config.engine.precision}",
+        f"global batch     {config.global_batch_size} = {ranks} ranks x {accumulation(config, ranks)} "
+        f"micro-batches of up to {config.micro_batch_size}",
+        f"steps            {steps} ({per_epoch} an epoch of {records} records)",
+        f"student          {_parts(student)}; trained: {', '.join(config.trainable)} ({trained / 1e6:.2f} M)",
+        f"teacher          {'none' if teacher is None else _parts(teacher)}",
+        f"memory of a rank {sum(found.values()) / GB:.2f} GB estimated",
+        *(f"  {what:<14} {size / GB:8.2f} GB" for what, size in found.items() if size),
+        f"sent by a rank   {traffic(config, ranks, student, teacher) / GB:.2f} GB a step",
+        f"output           {output}: {_state(output)}",
+        f"checkpoints      every {config.checkpoint.every} steps, {config.checkpoint.keep} kept, "
+        f"{12 * trained / GB:.2f} GB each; {_free(output) / GB:.0f} GB free there",
+    ]
+    if torch.cuda.is_available() and config.engine.device != "cpu":
+        available = torch.cuda.get_device_properties(0).total_memory
+        lines.append(f"device           {available / GB:.1f} GB")
+        refuse_too_large(found, available)
+    if rate is not None:
+        lines += throughput(config, ranks, rate, network or Network(), student, teacher)
+    return "\n".join(lines)
+
+
+def sizes(config: TrainConfig) -> tuple[Sizes, Sizes | None]:
+    """Of student and teacher; a student that is still to be composed is composed on the CPU."""
+    if config.student.checkpoint is not None:
+        student = Sizes.of_directory(config.student.checkpoint, config)
+    else:
+        parts = student_parts(config.student, template=config.data.template, seed=config.seed)
+        student = Sizes.of(parts.stock, config)
+    teacher = None if config.teacher is None else Sizes.of_directory(config.teacher.checkpoint)
+    return student, teacher
+
+
+def _check_sides(config: TrainConfig) -> None:
+    """Raises ValueError for a processor or template with which no record can be read."""
+    sides = [(config.student.checkpoint, config.student.template)]
+    if config.teacher is not None:
+        sides.append((config.teacher.checkpoint, config.teacher.template))
+    for checkpoint, template in sides:
+        if checkpoint is not None:
+            model = load_config(checkpoint)
+            side_of(load_processor(checkpoint), model, config.data, template).encoder()
+
+
+def ranks_from_environment() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _parts(found: Sizes) -> str:
+    listed = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in found.parameters.items())
+    return f"{sum(found.parameters.values()) / 1e6:.2f} M parameters ({listed})"
+
+
+def _state(output: Path) -> str:
+    if (output / "run.json").is_file():
+        return "complete, nothing to do"
+    return "goes on from what is there" if (output / "checkpoints").is_dir() else "new"
+
+
+def _check_output(output: Path) -> None:
+    there = _existing(output)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "may not be written" if there.is_dir() else "is a file"
+        raise ValueError(
+            f"output_dir {output} cannot be made: {there} {reason}; name a directory that this user may write"
+        )
+
+
+def _existing(output: Path) -> Path:
+    """The directory itself, or the nearest above it that is there."""
+    return next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+
+
+def _free(output: Path) -> int:
+    return shutil.disk_usage(_existing(output)).free

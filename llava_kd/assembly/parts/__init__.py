@@ -1,0 +1,1 @@
+"""The objects of a stage, each from its settings."""

@@ -1,0 +1,52 @@
+"""Adapters and weights in few bits, as the settings ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from llava_kd.config import StudentConfig, TeacherConfig, TrainConfig
+from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.lora import adapted_share, add_adapters, try_merge
+from llava_kd.models.quantize import check_quantization, quantize_linears
+
+
+def check_bits(config: TrainConfig, device: torch.device) -> None:
+    """ValueError where the device, or a missing package, does not let the settings be."""
+    if config.student.quantize is not None:
+        check_quantization("student.quantize", config.student.quantize, device)
+    if config.teacher is not None and config.teacher.quantize is not None:
+        check_quantization("teacher.quantize", config.teacher.quantize, device)
+
+
+def adapt_student(
+    student: Parts,
+    config: StudentConfig,
+    *,
+    compute_dtype: torch.dtype,
+    seed: int,
+    say: Callable[[str], None],
+) -> None:
+    """Quantize the decoder and put adapters into it, where that is asked for and they can be merged again."""
+    if (lora := config.lora) is not None:
+        say(adapted_share(student.stock, lora.targets))
+        try_merge(student.stock, rank=lora.rank, targets=lora.targets)
+    if config.quantize is not None:
+        layers = student.stock.model.language_model.layers
+        quantize_linears(layers, config.quantize, compute_dtype=compute_dtype)
+    if lora is not None:
+        add_adapters(
+            student.stock,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            targets=lora.targets,
+            seed=seed,
+        )
+
+
+def quantize_teacher(teacher: Parts, config: TeacherConfig, *, compute_dtype: torch.dtype) -> None:
+    if config.quantize is not None:
+        layers = teacher.stock.model.language_model.layers
+        quantize_linears(layers, config.quantize, compute_dtype=compute_dtype)

@@ -1,0 +1,224 @@
+"""The loader, and how each model reads records."""
+
+from __future__ import annotations
+
+import copy
+import glob
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import LlavaConfig, LlavaImageProcessor, LlavaImageProcessorPil, LlavaProcessor
+from transformers.utils.import_utils import is_torchvision_available
+
+from llava_kd.assembly.parts.stored_teacher import open_cache
+from llava_kd.config import DataConfig, PackingConfig, TrainConfig
+from llava_kd.data.batches.bad_records import BadRecord, refuse_faults
+from llava_kd.data.batches.loader import Loader, Side
+from llava_kd.data.batches.packing import Packing
+from llava_kd.data.pixels.images import ImageTransform
+from llava_kd.data.sources.conversation import Source
+from llava_kd.data.sources.llava_json import LlavaJson
+from llava_kd.data.sources.mixture import Mixture
+from llava_kd.data.sources.tar_shards import TarShards
+from llava_kd.data.text.template_choice import choose
+from llava_kd.models.attention.row_limits import check_rows
+from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.towers.vision_tower import input_size, text_config, tokens_per_image, tower_fingerprint
+from llava_kd.parallel.world import World
+
+if TYPE_CHECKING:
+    from llava_kd.data.sources.tables import Tables
+
+    FileSource = LlavaJson | TarShards | Tables
+
+BAD_RECORDS = "bad_records.jsonl"
+TABLES_AND_SHARDS = (".tar", ".parquet", ".arrow")
+
+
+def side(parts: Parts, config: DataConfig, template: str | None = None) -> Side:
+    """How one model reads records; `template` is its own where it has one."""
+    return side_of(parts.processor, parts.stock.config, config, template)
+
+
+def side_of(
+    processor: LlavaProcessor, model: LlavaConfig, config: DataConfig, template: str | None = None
+) -> Side:
+    """The same from what needs no weights. ValueError for longer rows than the language model can read."""
+    max_tokens = None if config.packing is None else config.packing.max_tokens
+    check_rows(text_config(model), max_length=config.max_length, max_tokens=max_tokens)
+    return Side(
+        tokenizer=processor.tokenizer,
+        template=choose(
+            template or config.template,
+            tokenizer=processor.tokenizer,
+            model_type=text_config(model).model_type,
+            chat_template=processor.chat_template,
+        ).template,
+        image_token_id=model.image_token_id,
+        tokens_per_image=tokens_per_image(model, input_size(processor.image_processor)),
+        transform=ImageTransform.from_processor(
+            processor.image_processor, config.image_aspect, exact=config.resize == "exact"
+        ),
+        max_length=config.max_length,
+    )
+
+
+def served(parts: Parts, config: DataConfig) -> Parts:
+    """The model with a processor of its own that makes the pixels of `config`, for whoever loads it later.
+
+    Stock LLaVA's image processor is the one that pads to a square, as `image_aspect: pad` does.
+    """
+    processor = copy.copy(parts.processor)
+    if config.image_aspect == "pad":
+        transform = ImageTransform.from_processor(processor.image_processor, config.image_aspect)
+        size = {"height": transform.size[0], "width": transform.size[1]}
+        kind = LlavaImageProcessor if is_torchvision_available() else LlavaImageProcessorPil
+        processor.image_processor = kind(
+            do_pad=True,
+            size=size,
+            do_center_crop=False,
+            crop_size=size,
+            resample=transform.resample,
+            rescale_factor=transform.rescale,
+            image_mean=list(transform.mean),
+            image_std=list(transform.std),
+        )
+    return Parts(stock=parts.stock, processor=processor)
+
+
+def bad_records(output: Path) -> int:
+    """How many records a run found bad, each counted once."""
+    path = output / BAD_RECORDS
+    if not path.is_file():
+        return 0
+    return len(set(path.read_text(encoding="utf-8").splitlines()))
+
+
+def make_source(config: DataConfig, *, seed: int = 0) -> Source:
+    """The records, read and checked; `seed` draws what a mixture reads of a source that it reads in part.
+
+    Raises ValueError for a pattern that matches nothing, and for more unusable records than a run allows.
+    """
+    sources = [
+        open_source(part.path, part.images, follow_symlinks=config.follow_symlinks) for part in config.parts
+    ]
+    faults = [
+        BadRecord(id=source.record(i).id, source=source.name_of(i), reason=source.record(i).fault)
+        for source in sources
+        for i in source.faults
+    ]
+    refuse_faults(faults, num_records=sum(map(len, sources)), max_rate=config.max_bad_rate)
+    if len(sources) == 1 and not config.sources:
+        return sources[0]
+    files = [Path(part.path).name for part in config.sources]
+    names = [
+        file if files.count(file) == 1 else part.path
+        for file, part in zip(files, config.sources, strict=True)
+    ]
+    return Mixture(sources, [part.weight for part in config.sources], names=names, seed=seed)
+
+
+def open_source(path: str, images: str | None, *, follow_symlinks: bool = False) -> FileSource:
+    """The records of a file or a pattern. Raises ValueError for a pattern that matches nothing."""
+    suffix = Path(path).suffix
+    if suffix not in TABLES_AND_SHARDS:
+        return LlavaJson(path, images or Path(path).parent, follow_symlinks=follow_symlinks)
+    if images is not None:
+        raise ValueError(f"{path} holds its images; remove `images` ({images})")
+    paths = sorted(glob.glob(path))
+    if not paths:
+        raise ValueError(f"`data.path` {path} matches no file")
+    if suffix == ".tar":
+        return TarShards(paths)
+    from llava_kd.data.sources.tables import Tables  # needs the optional package pyarrow
+
+    return Tables(paths)
+
+
+def make_packing(config: PackingConfig | None) -> Packing | None:
+    if config is None:
+        return None
+    return Packing(
+        max_tokens=config.max_tokens, max_images=config.max_images, packs_per_step=config.packs_per_step
+    )
+
+
+def make_loader(
+    config: TrainConfig, world: World, student: Parts, teacher: Parts | None, source: Source | None = None
+) -> tuple[Loader, bool]:
+    """The loader, and whether both models have the same tower, so that it runs once.
+
+    `source` is the records, where they are read already.
+    """
+    data = config.data
+    if data.resize == "quick" and world.device.type != "cpu":
+        raise ValueError(
+            f"`data.resize` quick is a kernel of the CPU, but this run resizes on {world.device.type}, where "
+            "the exact one costs the CPU nothing; set it to exact"
+        )
+    if source is None:
+        source = make_source(data, seed=config.seed)
+    student_side = side(student, data, config.student.template)
+    teacher_side, shares_tower, cache = None, False, None
+    if teacher is not None:
+        assert config.teacher is not None
+        teacher_side = side(teacher, data, config.teacher.template)
+        reads_alike = teacher_side.reads_as(student_side)
+        if config.teacher.cache is not None:
+            if teacher_side.template != student_side.template:
+                raise ValueError(
+                    "`teacher.cache` holds predictions at the teacher's own tokens: both sides must have one "
+                    f"template; the student's is {student_side.template.name}, the teacher's "
+                    f"{teacher_side.template.name}; set data.template, or teacher.cache to null"
+                )
+            cache = open_cache(config, teacher_side, source)
+            if cache.manifest.contents.mode == "topk" and teacher.visual_grid != student.visual_grid:
+                raise ValueError(
+                    f"{cache.directory} holds logits, which cannot be resampled to the grid of the student; "
+                    "write one with --mode hidden, or use the tower of the teacher"
+                )
+            reads_alike = teacher.tokens_per_image == student.tokens_per_image  # the cache checks the tokens
+        else:
+            shares_tower = same_tower(config, student, teacher)
+            reads_alike = reads_alike and shares_tower
+        if reads_alike:
+            teacher_side = None
+    loader = Loader(
+        source=source,
+        student=student_side,
+        teacher=teacher_side,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        num_workers=data.num_workers,
+        decoder=data.decode,
+        packing=make_packing(data.packing),
+        image_cache_bytes=data.image_cache_mb * 2**20,
+        teacher_cache=cache,
+        progress=config.log.progress and world.is_main,
+        max_bad_rate=data.max_bad_rate,
+        bad_records_path=Path(config.output_dir) / BAD_RECORDS,
+    )
+    return loader, shares_tower
+
+
+def same_tower(config: TrainConfig, student: Parts, teacher: Parts) -> bool:
+    """By hash, never by name: weights in the computing type, preprocessing, layer and strategy."""
+    if "vision_tower" in config.trainable:
+        return False
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    aspect = config.data.image_aspect
+    prints = [
+        tower_fingerprint(
+            parts.stock.model.vision_tower,
+            parts.stock.config,
+            {"pixels": repr(ImageTransform.from_processor(parts.processor.image_processor, aspect))},
+            dtype=dtype,
+        )
+        for parts in (student, teacher)
+    ]
+    return prints[0] == prints[1]

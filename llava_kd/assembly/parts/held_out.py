@@ -1,0 +1,149 @@
+"""The student's loss on records that it is not trained on, while it trains."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from llava_kd.assembly.parts.data import open_source, served, side
+from llava_kd.assembly.parts.slices import read_slices, slice_scorer
+from llava_kd.batch import Batch, Counts
+from llava_kd.config import EvaluateConfig, TrainConfig
+from llava_kd.data.batches.loader import Loader
+from llava_kd.distill.objective import CrossEntropy, Objective
+from llava_kd.distill.student import Student
+from llava_kd.evaluation.generation.generate import evaluation_mode
+from llava_kd.models.files.checkpoint import Parts
+from llava_kd.parallel.engine import Engine
+
+if TYPE_CHECKING:
+    from llava_kd.assembly.parts.data import FileSource
+
+Figures = Mapping[str, float]
+
+
+def read_held_out(config: TrainConfig) -> dict[str, FileSource]:
+    """Raises ValueError for a file that cannot be read, or that holds no record that could be."""
+    parts = {} if config.evaluate is None else config.evaluate.losses
+    follow = config.data.follow_symlinks
+    sources: dict[str, FileSource] = {
+        name: open_source(part.path, part.images, follow_symlinks=follow) for name, part in parts.items()
+    }
+    for name, source in sources.items():
+        chosen = range(len(source))[: parts[name].max_records]
+        if set(chosen) <= set(source.faults):
+            raise ValueError(
+                f"`evaluate.losses.{name}`: none of the first {len(chosen)} records of "
+                f"{parts[name].path} can be read; mend them, or raise max_records"
+            )
+    return sources
+
+
+def evaluator(
+    config: TrainConfig, evaluate: EvaluateConfig, student: Parts, module: Student, engine: Engine
+) -> Callable[[], Figures]:
+    """A call gives every figure of the student as it is now; every rank must make it."""
+    scorers: list[Callable[[], Figures]] = []
+    if evaluate.slices:
+        model = served(student, config.data)
+        scorers.append(slice_scorer(evaluate, read_slices(config), model, engine))
+    if evaluate.losses:
+        scorers.append(_loss_scorer(config, evaluate, student, module, engine))
+    return lambda: {name: value for score in scorers for name, value in score().items()}
+
+
+def _loss_scorer(
+    config: TrainConfig, evaluate: EvaluateConfig, student: Parts, module: Student, engine: Engine
+) -> Callable[[], Figures]:
+    # Its own processor: the training loader's thread reads ahead with the student's.
+    own = Parts(stock=student.stock, processor=copy.deepcopy(student.processor))
+    reader = side(own, config.data, config.student.template)
+    size = config.micro_batch_size
+    loaders = {
+        name: Loader(
+            source=source,
+            student=reader,
+            teacher=None,
+            seed=config.seed,
+            global_batch_size=size,
+            micro_batch_size=size,
+            rank=0,  # what a rank reads is chosen below, by batch
+            world_size=1,
+            device=engine.world.device,
+            max_bad_rate=1.0,
+            records=range(len(source))[: evaluate.losses[name].max_records],
+        )
+        for name, source in read_held_out(config).items()
+    }
+    alone = _cross_entropy_alone(module.objective)
+
+    def score() -> Figures:
+        start = time.perf_counter()
+        figures: dict[str, float] = {}
+        with engine.inference(), evaluation_mode(student.stock):
+            for name, loader in loaders.items():
+                total, tokens, bad = _summed(loader, module, alone, engine)
+                if tokens == 0:
+                    raise ValueError(
+                        f"`evaluate.losses.{name}`: all {bad:.0f} records are bad; mend the file"
+                    )
+                figures |= {f"loss/{name}": total / tokens, f"loss/{name}/bad_records": bad}
+        return {**figures, "loss/seconds": time.perf_counter() - start}
+
+    return score
+
+
+def _cross_entropy_alone(objective: Objective) -> Objective:
+    """The same formulas, none of the teacher's terms."""
+    return replace(
+        objective,
+        cross_entropy=CrossEntropy(),
+        response_kl=None,
+        visual_kl=None,
+        relation=None,
+        response_dbild=None,
+        visual_switch=None,
+        attention=None,
+    )
+
+
+def _summed(
+    loader: Loader, module: Student, objective: Objective, engine: Engine
+) -> tuple[float, float, float]:
+    """Sum of the loss over all ranks' batches, answer tokens, and bad records.
+
+    Ranks take turns by batch, so that a batch is the same with any number of ranks. Where weights are
+    gathered on use, a rank without a batch reads the first again, for nothing.
+    """
+    world = engine.world
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+    last = loader.steps_per_epoch
+    for first in range(0, last, world.size):
+        step = first + world.rank
+        is_counted = step < last
+        if not is_counted and not engine.is_sharded:
+            continue
+        step = step if is_counted else 0
+        for batch in next(loader.batches(step, step + 1)):
+            loss = _loss(batch, module, objective)
+            if is_counted:
+                sums[0] += loss
+                sums[1] += len(batch.student.places.response_N)
+        bad = loader.telemetry()["bad_records"]
+        sums[2] += bad if is_counted else 0.0
+    total, tokens, bad = world.sum(sums).tolist()
+    return total, tokens, bad
+
+
+def _loss(batch: Batch, module: Student, objective: Objective) -> torch.Tensor:
+    """Sum over the answers' tokens."""
+    one = torch.ones((), dtype=torch.float64, device=batch.student.input_ids_BT.device)
+    counts = Counts(response_tokens=one, visual_tokens=one, images=one)
+    features_INE = None if module.mllm.train_tower else module.mllm.image_features(batch.student)
+    _, means = module(batch, counts, features_INE, objective=objective)
+    return means["cross_entropy"].double()

@@ -1,0 +1,112 @@
+"""What the terms of other methods need of both models, as the settings ask for it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llava_kd.assembly.parts.models import DTYPES, compute_dtype
+from llava_kd.config import DBiLDConfig, ObjectiveConfig, TrainConfig
+from llava_kd.distill.options import Align, DBiLD, Switch
+from llava_kd.models.attention.visual import middle_layers
+from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.mllm import MLLM
+from llava_kd.models.projectors.from_teacher import with_teacher_projector
+from llava_kd.models.projectors.width_map import width_map
+from llava_kd.models.towers.vision_tower import vision_config
+from llava_kd.models.towers.visual_grid import check_resample, resample
+from llava_kd.models.vocabulary import num_common_columns
+
+
+def dbild(config: DBiLDConfig | None) -> DBiLD | None:
+    if config is None:
+        return None
+    return DBiLD(weight=config.weight, temperature=config.temperature, candidates=config.candidates)
+
+
+def with_projector(config: TrainConfig, student: Parts, teacher: Parts | None) -> Parts:
+    """The student, with the teacher's projector where the settings ask for it."""
+    if config.student.projector == "own" or teacher is None:
+        return student
+    return with_teacher_projector(student, teacher, seed=config.seed)
+
+
+def lend(
+    config: TrainConfig, student: Parts, teacher: Parts, student_mllm: MLLM, teacher_mllm: MLLM
+) -> Switch | None:
+    """Let both placed models show what the terms compare, and give the switch where the settings ask for it.
+
+    To be called before an engine shards the student, and after the kernels of attention are chosen.
+    """
+    assert config.teacher is not None
+    _watch(config.objective, student_mllm, compute_dtype(config))
+    _watch(config.objective, teacher_mllm, DTYPES[config.teacher.dtype])
+    return _switch(config.objective, student, teacher, teacher_mllm, config.data.visual_alignment)
+
+
+def _watch(config: ObjectiveConfig, model: MLLM, dtype: torch.dtype) -> None:
+    if config.attention is None:
+        return
+    num_layers = len(model.language_model.layers)
+    model.watch_attention(middle_layers(num_layers, config.attention.first, config.attention.last), dtype)
+
+
+def _switch(
+    config: ObjectiveConfig,
+    student: Parts,
+    teacher: Parts,
+    teacher_mllm: MLLM,
+    visual_alignment: Literal["refuse", "resample"],
+) -> Switch | None:
+    """Raises ValueError where the student's visual output cannot stand in the teacher's places."""
+    if config.visual_switch is None:
+        return None
+    source, map_DE = config.visual_switch.source, None
+    if source == "tower":
+        widths = [vision_config(parts.stock.config).hidden_size for parts in (student, teacher)]
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"the student's tower is {widths[0]} wide and the teacher's projector reads {widths[1]}: set "
+                "objective.visual_switch.source to projector, or take a tower of that width"
+            )
+    else:
+        common = num_common_columns(
+            student.processor.tokenizer,
+            teacher.processor.tokenizer,
+            student_rows=student.stock.lm_head.weight.shape[0],
+            teacher_rows=teacher.stock.lm_head.weight.shape[0],
+        )
+        map_DE = width_map(_embeddings(student, common), _embeddings(teacher, common))
+        map_DE = map_DE.to(teacher.stock.lm_head.weight.device)
+    return Switch(
+        teacher=teacher_mllm,
+        source=source,
+        align=_to_the_teacher(student, teacher, visual_alignment),
+        width_map_DE=map_DE,
+    )
+
+
+@torch.no_grad()
+def _embeddings(parts: Parts, num_tokens: int) -> Tensor:
+    """What the language model reads for each of the first tokens, as its own scale makes it."""
+    table = parts.stock.get_input_embeddings()
+    return table(torch.arange(num_tokens, device=parts.stock.lm_head.weight.device))
+
+
+def _to_the_teacher(
+    student: Parts, teacher: Parts, visual_alignment: Literal["refuse", "resample"]
+) -> Align | None:
+    source, target = student.visual_grid, teacher.visual_grid
+    if source == target:
+        return None
+    if visual_alignment == "refuse":
+        raise ValueError(
+            f"visual_switch puts the student's {source} in the places of the teacher's {target}; set "
+            "data.visual_alignment to resample, use the teacher's tower, layer and "
+            "vision_feature_select_strategy, or drop the term"
+        )
+    check_resample(source, target, onto="teacher")
+    return functools.partial(resample, source=source, target=target)

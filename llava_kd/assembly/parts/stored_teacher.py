@@ -1,0 +1,105 @@
+"""What a cache of a teacher must agree with, and hold, to stand in for it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from llava_kd.config import ObjectiveConfig, TrainConfig
+from llava_kd.data.batches.model_side import Side
+from llava_kd.data.sources.conversation import Source
+from llava_kd.data.teacher_store.store import Contents, TeacherCache
+from llava_kd.models.files.teacher_head import checkpoint_fingerprint, config_fingerprint
+
+HEAD = "head.safetensors"
+
+
+def open_cache(config: TrainConfig, reader: Side, source: Source) -> TeacherCache:
+    """The cache that the settings name. `reader`: how the teacher reads these data.
+
+    Raises ValueError naming all in which it was written for something else, or that it does not hold.
+    """
+    assert config.teacher is not None
+    assert config.teacher.cache is not None
+    cache = TeacherCache(config.teacher.cache, places_read(config.objective))
+    refuse_other(cache.manifest.identity, identity(config, reader, source), config.teacher.cache)
+    _refuse_missing(cache.manifest.contents, config.objective, config.teacher.cache)
+    return cache
+
+
+def identity(config: TrainConfig, reader: Side, source: Source) -> dict[str, str]:
+    """Everything that decides what a teacher says of which record, by name."""
+    assert config.teacher is not None
+    checkpoint = config.teacher.checkpoint
+    return {
+        "weights of the teacher": checkpoint_fingerprint(checkpoint),
+        "configuration of the teacher": config_fingerprint(checkpoint),
+        "teacher.dtype": config.teacher.dtype,
+        "teacher.quantize": str(config.teacher.quantize),
+        "image processor": _sha(repr(reader.transform)),
+        "tokenizer": _sha(reader.tokenizer.backend_tokenizer.to_str()),
+        "data.template": f"{reader.template.name}, {_sha(repr(reader.template))}",
+        "visual tokens": f"{reader.tokens_per_image} an image, id {reader.image_token_id}",
+        "data.max_length": str(reader.max_length),
+        "data": source.fingerprint,
+    }
+
+
+def refuse_other(there: Mapping[str, str], here: Mapping[str, str], directory: str | Path) -> None:
+    """ValueError naming every entry that differs."""
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if names:
+        shown = [f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} here" for name in names]
+        raise ValueError(
+            f"the teacher cache {directory} was written for something else ({'; '.join(shown)}); give that "
+            "back, or write another cache with `llava-kd cache-teacher` into a new directory"
+        )
+
+
+def places_read(objective: ObjectiveConfig) -> tuple[str, ...]:
+    """Where in a record the teacher is read. Its own cross-entropy, at the response, is always logged."""
+    relation = objective.relation is not None and objective.relation.tap != "projector"
+    return ("response", "visual") if relation or objective.visual_kl is not None else ("response",)
+
+
+def reads_projector(objective: ObjectiveConfig) -> bool:
+    return objective.relation is not None and objective.relation.tap == "projector"
+
+
+def beyond_top_k(objective: ObjectiveConfig) -> str:
+    """The terms that the largest logits cannot serve."""
+    terms = {"relation": objective.relation, "response_dbild": objective.response_dbild}
+    return " and ".join(name for name, term in terms.items() if term is not None)
+
+
+def temperatures(objective: ObjectiveConfig) -> set[float]:
+    """Of the terms that compare logits."""
+    return {term.temperature for term in (objective.response_kl, objective.visual_kl) if term is not None}
+
+
+def _refuse_missing(contents: Contents, objective: ObjectiveConfig, directory: str) -> None:
+    """ValueError if a term reads what is not kept."""
+    lacking = ""
+    if missing := [place for place in places_read(objective) if place not in contents.places]:
+        lacking = f"the teacher at {' and '.join(missing)} places, which the terms of `objective` read"
+    if contents.mode == "hidden" and reads_projector(objective) and not contents.projected:
+        lacking = "the projector's output, which relation.tap projector reads"
+    if contents.mode == "topk" and (terms := beyond_top_k(objective)):
+        lacking = f"what {terms} compares: it has the largest logits alone; set that to null"
+    if contents.mode == "topk" and temperatures(objective) != {contents.temperature}:
+        found = ", ".join(f"{t:g}" for t in sorted(temperatures(objective)))
+        lacking = f"the rest's mass at temperature {found}; it was written for {contents.temperature:g}"
+    if lacking:
+        raise ValueError(
+            f"the teacher cache {directory} does not hold {lacking}. Or write one with these terms, with "
+            "`llava-kd cache-teacher` into a new directory"
+        )
+
+
+def _short(value: str | None) -> str:
+    return "nothing" if value is None else value if len(value) < 48 else f"{value[:40]}..."
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,172 @@
+"""Stages one after the other: finished ones are skipped, a broken one goes on."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from llava_kd.assembly.runs.run_dir import differences
+from llava_kd.assembly.runs.stopping import INTERRUPTED, STOPS
+from llava_kd.assembly.runs.supervise import end_with_parent
+from llava_kd.config import TrainConfig, load
+
+_COMMAND = f"{shlex.quote(sys.executable)} -m llava_kd.cli train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage file, what is changed in it, and the settings that result."""
+
+    path: Path
+    overrides: tuple[str, ...]
+    config: TrainConfig
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.output / "run.json").is_file()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """`command` starts one stage: the words before the stage file and its overrides."""
+
+    command: tuple[str, ...]
+    stages: tuple[Stage, ...]
+
+
+def read_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
+    """Read `path` and every stage in it; `overrides` go to all stages.
+
+    Raises ValueError if a stage does not load, or two of them write into the same directory.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no pipeline file {path}; an example is scripts/pipeline.yaml")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict) or not set(tree) <= {"stages", "command"} or not tree.get("stages"):
+        raise ValueError(f"{path} must hold `stages`, a list, and at most `command` beside it; got {tree!r}")
+    stages = tuple(_stage(entry, path, overrides) for entry in tree["stages"])
+    outputs = [stage.output.absolute() for stage in stages]
+    if doubled := {str(output) for output in outputs if outputs.count(output) > 1}:
+        raise ValueError(f"{path}: every stage needs its own output_dir; {sorted(doubled)} comes twice")
+    return Pipeline(command=_command(tree.get("command") or _COMMAND, path), stages=stages)
+
+
+def _command(text: object, path: Path) -> tuple[str, ...]:
+    """Its words; scripts among them are found beside the pipeline file, like stage files."""
+    words = shlex.split(str(text))
+    for i, word in enumerate(words):
+        beside = path.parent / word
+        if word.endswith(".sh") and beside.is_file():
+            words[i] = str(beside)
+        elif word.endswith(".sh") and not Path(word).is_file():
+            raise ValueError(f"{path}: `command` names the script {word}, which {path.parent} does not hold")
+    return tuple(words)
+
+
+def _stage(entry: object, path: Path, overrides: Sequence[str]) -> Stage:
+    if not isinstance(entry, dict) or "config" not in entry or not set(entry) <= {"config", "overrides"}:
+        raise ValueError(
+            f"{path}: a stage has `config`, a file, and `overrides`, `key: value` lines; got {entry!r}"
+        )
+    config = path.parent / str(entry["config"])
+    own = entry.get("overrides") or {}
+    if not isinstance(own, dict):
+        raise ValueError(
+            f"{path}: the overrides of {entry['config']} must be `key: value` lines; got {own!r}"
+        )
+    words = (*(f"--{key}={_text(value)}" for key, value in own.items()), *overrides)
+    return Stage(path=config, overrides=words, config=load(config, words))
+
+
+def _text(value: object) -> str:
+    """One line of YAML."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).replace("\n...\n", "").strip()
+
+
+def run_pipeline(pipeline: Pipeline, say: Callable[[str], None] = print) -> int:
+    """Run what is not complete, in order. 0, or 130 where Ctrl-C stopped it; the same call then goes on.
+
+    Raises ValueError if a stage fails, or a complete one was run with other settings.
+    """
+    with Forwarding() as stops:
+        return _run_stages(pipeline, say, stops)
+
+
+def _run_stages(pipeline: Pipeline, say: Callable[[str], None], stops: Forwarding) -> int:
+    for number, stage in enumerate(pipeline.stages, start=1):
+        name = f"stage {number} of {len(pipeline.stages)}, {stage.path.name} into {stage.output}"
+        if stage.is_complete:
+            if changes := differences(load(stage.output / "config.yaml"), stage.config):
+                raise ValueError(f"{name} is complete with other settings: {'; '.join(changes)}")
+            say(f"{name}: complete, skipped")
+            continue
+        say(f"{name}: starts")
+        status = _run([*pipeline.command, str(stage.path), *stage.overrides], stops)
+        if stop := stops.explained(status):
+            say(f"{name}: stopped by {stop.name}; the same command goes on")
+            return INTERRUPTED if stop == signal.SIGINT else 0
+        if status != 0:
+            raise ValueError(f"{name} failed with status {status}; mend it, and the same command goes on")
+        if not stage.is_complete:
+            say(f"{name}: stopped after a checkpoint; the same command goes on")
+            return 0
+    return 0
+
+
+class Forwarding:
+    """Signals that ask for a stop go to the stage that runs, which saves first, and no other one starts."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self._process: subprocess.Popen | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Forwarding:
+        self._previous = {number: signal.signal(number, self._receive) for number in STOPS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self.asked.append(number)
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def run(self, command: Sequence[str]) -> int:
+        """Exit status; 0 without a start where a stop has been asked for."""
+        if self.asked:
+            return 0
+        with subprocess.Popen(command, preexec_fn=end_with_parent()) as self._process:
+            if self.asked:  # while it started
+                self._process.send_signal(self.asked[0])
+            return self._process.wait()
+
+    def explained(self, status: int) -> signal.Signals | None:
+        """The signal that ended a stage, which may have been too young to answer it; None if none did."""
+        if status == INTERRUPTED and not self.asked:
+            return signal.SIGINT  # it was sent to the stage alone
+        ends = {0, INTERRUPTED, *(-number for number in STOPS), *(128 + number for number in STOPS)}
+        return signal.Signals(self.asked[0]) if self.asked and status in ends else None
+
+
+def _run(command: Sequence[str], stops: Forwarding) -> int:
+    return stops.run(command)

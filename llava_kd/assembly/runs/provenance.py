@@ -1,0 +1,154 @@
+"""Where a student comes from: what a finished run says of itself, and what the next stage makes sure of."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llava_kd import __version__
+from llava_kd.checksums import meta_checksum, sealed
+from llava_kd.config import TrainConfig, dump
+from llava_kd.models.files.card import provenance
+from llava_kd.training.checkpoint import Best, write_text
+
+VERSIONED = ("torch", "transformers", "numpy", "pillow")
+_UNSEALED = {
+    *("completed", "steps", "exported", "commit", "versions", "fingerprints", "parent", "config", "model")
+}
+CARD = "README.md"  # prose that a user may edit; not part of the hashes
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    return {"llava_kd": __version__, **{name: importlib.metadata.version(name) for name in VERSIONED}}
+
+
+def commit() -> str | None:
+    """Commit of the source tree that runs, with `-dirty` if it was changed; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file of a model directory, by name."""
+    hashes = {}
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and path.name != CARD:
+            with path.open("rb") as stream:
+                hashes[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
+
+
+def checked_parent(checkpoint: str | None) -> dict[str, object] | None:
+    """The run that `checkpoint` is the model of, or None if it is not the model of a run.
+
+    Raises ValueError if that run is not complete, or its model is no longer what it wrote.
+    """
+    if checkpoint is None:
+        return None
+    if not Path(checkpoint).is_dir():
+        if Path(checkpoint).name == "model" and checkpoint.count("/") != 1:
+            raise ValueError(
+                f"`student.checkpoint` {checkpoint} does not exist: a stage writes it at its end; run that "
+                "stage first, or to its end"
+            )
+        return None
+    model = Path(checkpoint).resolve()
+    run = model.parent
+    if model.name != "model" or not (run / "config.yaml").is_file() or not (run / "metrics.jsonl").is_file():
+        return None
+    if not (run / "run.json").is_file():
+        raise ValueError(
+            f"{checkpoint} belongs to the run {run}, which is not complete; finish that stage first"
+        )
+    record = read_run(run / "run.json")
+    written, found = record.get("model", {}), file_hashes(model)
+    changed = sorted(name for name in {**written, **found} if written.get(name) != found.get(name))
+    if changed:
+        raise ValueError(
+            f"{checkpoint} is no longer what its run wrote: {', '.join(changed)} changed. Copy a model "
+            f"that you edit out of {run}, or remove run.json and run that stage again to export it anew"
+        )
+    return {"run": str(Path(checkpoint).parent), "model": found, "parent": record.get("parent")}
+
+
+def finish(
+    config: TrainConfig,
+    *,
+    num_steps: int,
+    identity: Mapping[str, str],
+    parent: Mapping[str, object] | None,
+    exported: Best | None = None,
+    reading: Sequence[str] = (),
+) -> None:
+    """Write the model card, then `run.json`, which makes the run complete.
+
+    `exported` is the checkpoint that the model was taken from, None for the last weights. `reading` is what
+    the card says of the processor.
+    """
+    output = Path(config.output_dir)
+    record = {
+        "completed": True,
+        "steps": num_steps,
+        "exported": None if exported is None else dataclasses.asdict(exported),
+        "commit": commit(),
+        "versions": versions(),
+        "fingerprints": dict(identity),
+        "parent": parent,
+        "config": dump(config),
+    }
+    write_text(output / "model" / CARD, card(output.name, record, reading))
+    model = file_hashes(output / "model")
+    write_text(output / "run.json", json.dumps(sealed({**record, "model": model}), indent=2))
+
+
+def read_run(path: Path) -> dict:
+    """What a finished run wrote of itself. ValueError where that has changed since.
+
+    A file of a version without a checksum, which had these entries alone, is trusted.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+        is_sealed = "checksum" in record
+        is_whole = record["checksum"] == meta_checksum(record) if is_sealed else set(record) <= _UNSEALED
+    except (ValueError, TypeError, AttributeError):
+        is_whole, record = False, {}
+    if not is_whole:
+        raise ValueError(
+            f"{path} is damaged: it has another checksum than when it was written; remove it, and the same "
+            "command finishes that run again from its last checkpoint"
+        )
+    return record
+
+
+def card(name: str, record: Mapping[str, object], reading: Sequence[str]) -> str:
+    """Model card: how to load the student, and where it comes from."""
+    notes = "".join(f"\n{note}\n" for note in reading)
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+# {name}
+
+A stock LLaVA student, trained by llava_kd. transformers 5 reads it; `llava-kd export` writes it for others
+too.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("PATH")
+processor = AutoProcessor.from_pretrained("PATH")
+```
+{notes}
+{provenance(record)}"""

@@ -1,0 +1,54 @@
+"""The check of a dataset before a run, as a model would read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava_kd.assembly.parts.data import TABLES_AND_SHARDS, open_source, side_of
+from llava_kd.config import DataConfig
+from llava_kd.data.sound import write_sound_entries, write_sound_records
+from llava_kd.data.verify import Report, verify, verify_file
+from llava_kd.models.files.checkpoint import load_config, load_processor
+
+
+def verify_data(
+    config: DataConfig, *, model: str | None = None, sound: str | None = None, num_threads: int = 1
+) -> Report:
+    """Check the records of `data.path`; with a `model` directory their lengths too, read by its template.
+
+    `sound` is a new file for the records without a fault: a LLaVA file where they are of one, and a .tar or
+    .parquet file, with the images, where they are of tables or shards. Raises ValueError for what cannot be
+    read.
+    """
+    assert config.path is not None
+    is_embedded = Path(config.path).suffix in TABLES_AND_SHARDS
+    if sound is not None:
+        _check_new(Path(sound), (".tar", ".parquet") if is_embedded else (".json", ".jsonl"))
+    side = None if model is None else side_of(load_processor(model), load_config(model), config)
+    if is_embedded:
+        source = open_source(config.path, config.images)
+        report = verify(source, side=side, num_threads=num_threads, progress=True)
+        if sound is not None:
+            write_sound_records(source, Path(sound), report.unsound)
+        return report
+    report = verify_file(
+        config.path,
+        config.images or Path(config.path).parent,
+        side=side,
+        follow_symlinks=config.follow_symlinks,
+        num_threads=num_threads,
+        progress=True,
+    )
+    if sound is not None:
+        write_sound_entries(Path(config.path), Path(sound), report.unsound)
+    return report
+
+
+def _check_new(sound: Path, suffixes: tuple[str, ...]) -> None:
+    """Before the long look, not after it."""
+    if sound.exists():
+        raise ValueError(f"{sound} exists; give a new file for the sound records")
+    if not sound.parent.is_dir():
+        raise ValueError(f"no folder {sound.parent} for the sound records")
+    if sound.suffix not in suffixes:
+        raise ValueError(f"name the file for the sound records {' or '.join(suffixes)}; got {sound}")

@@ -1,0 +1,8 @@
+"""`python -m llava_kd.cli`, for launchers that start modules."""
+
+import sys
+
+from llava_kd.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Commands that make data, and look at them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from llava_kd.cli.words import Commands, command, count
+
+
+def add(commands: Commands) -> None:
+    data = commands.add_parser("data", help="make and check data").add_subparsers(
+        dest="command", required=True
+    )
+    verify = command(
+        data, "verify", _verify, "find bad records, or missing files of benchmarks, before a run"
+    )
+    verify.add_argument("--benchmark", help="names joined by commas, or `all`")
+    verify.add_argument("--data", required=True, help="as data.path, or the root of the benchmarks")
+    verify.add_argument("--images", help="image root of the file (default: its folder)")
+    verify.add_argument("--threads", type=count, default=4)
+    verify.add_argument("--follow_symlinks", action="store_true", help="links may leave the image root")
+    verify.add_argument("--model", help="stock LLaVA directory: check the lengths of its tokens too")
+    verify.add_argument("--template", default="auto", help="of the lengths: data.template of the run")
+    verify.add_argument("--max_length", type=count, default=2048, help="of the lengths: data.max_length")
+    verify.add_argument("--write_sound", metavar="FILE", help="copy the records without a fault to FILE")
+    verify.add_argument("--report", metavar="FILE", help="write everything that was found, as JSON")
+    shapes = command(data, "shapes", _shapes, "generate pictures of shapes with captions and questions")
+    shapes.add_argument("--out", required=True)
+    shapes.add_argument("--num_train", type=int, default=4000, help="training scenes")
+    shapes.add_argument("--num_validation", type=int, default=200)
+    shapes.add_argument("--num_test", type=int, default=200)
+    shapes.add_argument("--seed", type=int, default=0)
+
+
+# Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    """Exit status 1 where something is wrong, so that a script stops before a GPU is touched."""
+    if arguments.benchmark:
+        from llava_kd.evaluation.benchmarks.run import describe, verify
+
+        found = verify(arguments.benchmark, arguments.data, num_threads=arguments.threads)
+        print(describe(found))
+        return int(any(verification.problems for verification in found.values()))
+    from llava_kd.assembly.verify import verify_data
+    from llava_kd.config import DataConfig
+
+    config = DataConfig(
+        path=arguments.data,
+        images=arguments.images,
+        follow_symlinks=arguments.follow_symlinks,
+        template=arguments.template,
+        max_length=arguments.max_length,
+    )
+    report = verify_data(
+        config, model=arguments.model, sound=arguments.write_sound, num_threads=arguments.threads
+    )
+    print(report.summary())
+    if arguments.report:
+        report.save(arguments.report)
+    if arguments.write_sound:
+        print(f"{len(report.unsound)} records left out of {arguments.write_sound}")
+    return int(not report.is_sound)
+
+
+def _shapes(arguments: argparse.Namespace) -> int:
+    from llava_kd.data.shapes.writing import write_shapes
+
+    blind = write_shapes(
+        Path(arguments.out),
+        num_train=arguments.num_train,
+        num_validation=arguments.num_validation,
+        num_test=arguments.num_test,
+        seed=arguments.seed,
+    )
+    print(f"accuracy without looking: {json.dumps(dict(blind))}")
+    return 0

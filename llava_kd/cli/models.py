@@ -1,0 +1,67 @@
+"""Commands that take models in, hand them out, and talk with them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from llava_kd.cli.words import Commands, command, count
+
+
+def add(commands: Commands) -> None:
+    convert = command(commands, "convert", _convert, "make a stock directory of a TinyLLaVA or LLaVA-1.5 one")
+    convert.add_argument("source")
+    convert.add_argument("--out", required=True)
+    tower = (
+        "the tower, if not the one that it names; its image processor alone where it has weights of its own"
+    )
+    convert.add_argument("--vision_tower", help=tower)
+    prompt = "the conversation it was trained on, if not the one that its files point to"
+    convert.add_argument("--template", default="auto", help=prompt)
+
+    export = command(commands, "export", _export, "write a checked stock directory with a model card")
+    export.add_argument("source", help="stock LLaVA directory, such as a run's model/")
+    export.add_argument("--out", required=True)
+    export.add_argument("--format", choices=["hf"], default="hf")
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    export.add_argument("--scores", nargs="*", default=[], help="summary.json files of `llava-kd eval`")
+
+    chat = command(commands, "chat", _chat, "talk about images, answer by answer")
+    chat.add_argument("--model", required=True, help="stock LLaVA directory")
+    chat.add_argument("--image", action="append", default=[], help="may be given several times")
+    chat.add_argument("--max_new_tokens", type=count, default=256)
+    chat.add_argument("question", nargs="?", help="one question; without it, questions are read line by line")
+
+
+# Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.checkpoints import convert_to
+
+    for line in convert_to(
+        arguments.source, arguments.out, vision_tower=arguments.vision_tower, template=arguments.template
+    ):
+        print(f"note: {line}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.checkpoints import export_to
+
+    for note in export_to(arguments.source, arguments.out, dtype=arguments.dtype, scores=arguments.scores):
+        print(f"note: {note}")
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from llava_kd.evaluation.generation.chat import Chat
+
+    chat = Chat.load(arguments.model, arguments.image, max_new_tokens=arguments.max_new_tokens)
+    for question in sys.stdin if arguments.question is None else [arguments.question]:
+        if arguments.question is None and not question.strip():
+            continue
+        for piece in chat.stream(question.strip()):
+            print(piece, end="", flush=True)
+        print()
+    return 0

@@ -1,0 +1,80 @@
+"""Commands that score models, and show what came out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from llava_kd.cli.words import Commands, command, count
+
+
+def add(commands: Commands) -> None:
+    evaluate = command(commands, "eval", _eval, "answer and score a test file, or benchmarks")
+    evaluate.add_argument("--model", required=True, help="stock LLaVA directory")
+    evaluate.add_argument(
+        "--benchmark", help="names joined by commas, or `all`; without it, a LLaVA JSON file"
+    )
+    evaluate.add_argument("--data", required=True, help="the LLaVA JSON file, or the root of the benchmarks")
+    evaluate.add_argument("--out", required=True, help="directory for answers and scores")
+    evaluate.add_argument("--images", help="image root of the file (default: its folder)")
+    evaluate.add_argument("--follow_symlinks", action="store_true", help="links may leave the image root")
+    evaluate.add_argument("--batch_size", type=count, default=32)
+    evaluate.add_argument("--max_new_tokens", type=count, help="default: 32, or each benchmark's own")
+    evaluate.add_argument("--limit", type=count, help="ask the first questions of each benchmark only")
+
+    report = command(commands, "report", _report, "write results.json and report.html of a comparison run")
+    report.add_argument("--run", required=True, dest="directory")
+
+
+# Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    if arguments.benchmark:
+        from llava_kd.evaluation.benchmarks.run import evaluate_benchmarks
+
+        evaluate_benchmarks(
+            arguments.model,
+            arguments.benchmark,
+            arguments.data,
+            arguments.out,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+            limit=arguments.limit,
+        )
+        if _is_first_rank():
+            print((Path(arguments.out) / "table.md").read_text())
+        return 0
+    if arguments.limit is not None:
+        raise ValueError("--limit goes with --benchmark; of a LLaVA JSON file every question is asked")
+    from llava_kd.evaluation.runner import evaluate
+
+    summary = evaluate(
+        arguments.model,
+        arguments.data,
+        arguments.out,
+        image_root=arguments.images,
+        follow_symlinks=arguments.follow_symlinks,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens or 32,
+    )
+    if _is_first_rank():
+        shown = {name: summary[name] for name in ("accuracy", "count", "unreadable", "by_type")}
+        print(json.dumps(shown, indent=2))
+    return 0
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from llava_kd.evaluation.report.page import report
+    from llava_kd.evaluation.report.results import read_run, table
+
+    written = report(arguments.directory)
+    print(table(read_run(arguments.directory)))
+    print(f"open {written}")
+    return 0

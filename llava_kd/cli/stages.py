@@ -1,0 +1,110 @@
+"""Commands that run a stage, or several, or foretell one."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from functools import partial
+
+from llava_kd.assembly.runs.stopping import status_after, stoppable
+from llava_kd.cli.words import Commands, add_rates, command, count, network
+
+
+def add(commands: Commands) -> None:
+    train = command(commands, "train", _train, "run one stage from its YAML file", takes_settings=True)
+    train.add_argument("config", help="YAML file; any setting may follow as --a.b=value")
+    train.add_argument("--dry_run", action="store_true", help="say what it would do, and need, and stop")
+    train.add_argument("--ranks", type=count, help="for --dry_run: how many (default: those of this launch)")
+    add_rates(train, "for --dry_run: ")
+
+    run = command(
+        commands,
+        "run",
+        _run,
+        "run the stages of a pipeline file; skip finished ones, go on with others",
+        takes_settings=True,
+    )
+    run.add_argument("pipeline", help="YAML file; overrides that follow go to every stage")
+
+    check = command(
+        commands,
+        "check",
+        _check,
+        "look at a stage's models, data and needs before a long run",
+        takes_settings=True,
+    )
+    check.add_argument("config", help="YAML file; any setting may follow as --a.b=value")
+    check.add_argument("--ranks", type=count, default=1, help="how many the run will have")
+    check.add_argument("--records", type=count, default=64, help="how many to read and encode")
+    add_rates(check)
+
+    cache = command(
+        commands,
+        "cache-teacher",
+        _cache_teacher,
+        "run a stage's teacher once, and keep what it says",
+        takes_settings=True,
+    )
+    cache.add_argument("config", help="YAML file of the stage; any setting may follow as --a.b=value")
+    cache.add_argument("--out", required=True, help="directory; a cache that was broken off there goes on")
+    cache.add_argument("--mode", choices=["hidden", "topk"], default="hidden", help="states, or logits")
+    cache.add_argument("--topk", type=count, help="how many logits, for --mode topk")
+    size = "of a file, what a kill may cost; 0 gives every record its own"
+    cache.add_argument("--shard_mb", type=partial(count, least=0), default=512, help=size)
+
+
+# Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from llava_kd.config import load
+
+    if arguments.dry_run:
+        config = load(arguments.config, arguments.overrides)
+        from llava_kd.assembly.dry_run import plan, ranks_from_environment
+
+        ranks = arguments.ranks or ranks_from_environment()
+        print(plan(config, ranks, arguments.measured, network(arguments)))
+        return 0
+    with stoppable():
+        config = load(arguments.config, arguments.overrides)
+        from llava_kd.assembly.train import train
+
+        stopped = train(config)
+        return 0 if stopped is None else status_after(signal.Signals[stopped])
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.pipeline import read_pipeline, run_pipeline
+
+    return run_pipeline(read_pipeline(arguments.pipeline, arguments.overrides))
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.check import check
+    from llava_kd.config import load
+
+    config = load(arguments.config, arguments.overrides)
+
+    print(
+        check(
+            config,
+            ranks=arguments.ranks,
+            num_records=arguments.records,
+            measured=arguments.measured,
+            network=network(arguments),
+        )
+    )
+    return 0
+
+
+def _cache_teacher(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.cache_teacher import cache_teacher
+    from llava_kd.config import load
+
+    config = load(arguments.config, arguments.overrides)
+
+    cache_teacher(
+        config, arguments.out, mode=arguments.mode, top_k=arguments.topk, shard_mb=arguments.shard_mb
+    )
+    return 0

@@ -1,0 +1,47 @@
+"""What the commands share: whole numbers, a command with its function, rates."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llava_kd.assembly.throughput import Network
+
+Commands = argparse._SubParsersAction
+
+
+def count(text: str, *, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}; got {text}")
+    return int(text)
+
+
+def command(
+    group: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    what: str,
+    *,
+    takes_settings: bool = False,
+) -> argparse.ArgumentParser:
+    """`takes_settings`: words that it does not know are settings such as --optim.lr=1e-4."""
+    parser = group.add_parser(name, help=what, description=what)
+    parser.set_defaults(run=run, command=name, takes_settings=takes_settings)
+    return parser
+
+
+def add_rates(command: argparse.ArgumentParser, when: str = "") -> None:
+    """What samples per second on several machines are foretold from."""
+    command.add_argument("--measured", metavar="RUN", help=f"{when}output_dir of a run on one whole machine")
+    for name, ranks in (("inside", "of one machine"), ("between", "on several machines")):
+        what = f"{when}GB/s of busbw that all_reduce_perf of nccl-tests gives for ranks {ranks}"
+        command.add_argument(f"--{name}", type=float, help=what)
+
+
+def network(arguments: argparse.Namespace) -> Network:
+    from llava_kd.assembly.throughput import Network
+
+    given = {name: getattr(arguments, name) for name in ("inside", "between")}
+    return Network(**{name: value for name, value in given.items() if value is not None})

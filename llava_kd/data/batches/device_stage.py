@@ -1,0 +1,133 @@
+"""The last stage of loading: from a worker's micro-batch to a `Batch` on the device, ahead of its use.
+
+Shape legend: H height, W width, C channels, I images.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from llava_kd.batch import Batch, Inputs
+from llava_kd.data.batches.collate import RawImages, Rows
+from llava_kd.data.batches.micro_batches import Micro
+from llava_kd.data.batches.model_side import Side
+from llava_kd.data.pixels.images import ImageTransform
+
+_DEPTH = 2
+_Made = tuple[Micro, Batch, torch.cuda.Event | None]
+
+
+def to_batch(micro: Micro, sides: tuple[Side, ...], device: torch.device) -> Batch:
+    """Move a micro-batch, decode and resize its images if the worker left them raw, and normalise them.
+
+    ValueError, naming the records, if an image that was left encoded cannot be decoded.
+    """
+    raw = None if micro.raw is None else _on_device(micro.raw, micro.record_ids, device)
+    inputs = [
+        _inputs(rows, side.transform, raw, device) for rows, side in zip(micro.rows, sides, strict=True)
+    ]
+    stored = micro.teacher_rows
+    return Batch(
+        student=inputs[0],
+        teacher=inputs[1] if len(inputs) > 1 else None,
+        record_ids=micro.record_ids,
+        teacher_rows=None if stored is None else stored.map(lambda t: t.to(device, non_blocking=True)),
+        num_shared_targets=_num_shared_targets(micro.rows),
+    )
+
+
+def _on_device(raw: RawImages, record_ids: tuple[str, ...], device: torch.device) -> list[Tensor]:
+    try:
+        return raw.images(device)
+    except ValueError as error:
+        raise ValueError(
+            f"an image of the records {', '.join(record_ids)} is damaged ({error}): find it with "
+            "`llava-kd data verify`, or set data.decode to cpu, where a bad record is masked and counted"
+        ) from error
+
+
+def _num_shared_targets(sides: tuple[Rows, ...]) -> int | None:
+    """Counted on the host; None with one side, or with sides that do not line up."""
+    targets = [rows.labels_BT.flatten()[rows.places.response_N + 1] for rows in sides]
+    if len(targets) < 2 or len(targets[0]) != len(targets[1]):
+        return None
+    return int((targets[0] == targets[1]).sum())
+
+
+def _inputs(rows: Rows, transform: ImageTransform, raw: list[Tensor] | None, device: torch.device) -> Inputs:
+    if raw is None:
+        images_IHWC = rows.images_IHWC.to(device, non_blocking=True)
+    else:
+        resized = [transform.resize(image_HWC) for image_HWC in raw]
+        images_IHWC = (
+            torch.stack(resized) if resized else torch.zeros(0, *transform.size, 3, dtype=torch.uint8)
+        ).to(device)
+    return Inputs(
+        input_ids_BT=rows.input_ids_BT.to(device, non_blocking=True),
+        labels_BT=rows.labels_BT.to(device, non_blocking=True),
+        position_ids_BT=rows.position_ids_BT.to(device, non_blocking=True),
+        segment_ids_BT=rows.segment_ids_BT.to(device, non_blocking=True),
+        visual_BT=rows.visual_BT.to(device, non_blocking=True),
+        pixels_ICHW=transform.normalise(images_IHWC),
+        image_is_valid_I=rows.image_is_valid_I.to(device, non_blocking=True),
+        is_packed=rows.is_packed,
+        known_places=rows.places.map(lambda t: t.to(device, non_blocking=True)),
+    )
+
+
+class Ahead:
+    """Makes batches on a thread, a few ahead of their use; on a CUDA device also on a stream of its own.
+
+    Made once and kept: a stream per epoch would strand the memory that was allocated on it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def run(self, micros: Iterator[Micro], sides: tuple[Side, ...]) -> Iterator[tuple[Micro, Batch]]:
+        """The batches in order, each with its micro-batch; an error comes where its batch would have."""
+        consumer = None if self._stream is None else torch.cuda.current_stream(self._device)
+        pending: deque[Future[_Made | None]] = deque()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="device-stage") as thread:
+            try:
+                for _ in range(_DEPTH):
+                    pending.append(thread.submit(self._next, micros, sides, consumer))
+                while (made := pending.popleft().result()) is not None:
+                    micro, batch, event = made
+                    pending.append(thread.submit(self._next, micros, sides, consumer))
+                    if consumer is not None and event is not None:
+                        consumer.wait_event(event)
+                        for tensor in tensors_of(batch):
+                            tensor.record_stream(consumer)  # its memory is the side stream's
+                    yield micro, batch
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _next(
+        self, micros: Iterator[Micro], sides: tuple[Side, ...], consumer: torch.cuda.Stream | None
+    ) -> _Made | None:
+        micro = next(micros, None)
+        if micro is None:
+            return None
+        if self._stream is None or consumer is None:
+            return micro, to_batch(micro, sides, self._device), None
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            self._stream.wait_stream(consumer)
+            batch = to_batch(micro.pinned(), sides, self._device)
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return micro, batch, event
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    sides = [side for side in (batch.student, batch.teacher) if side is not None]
+    holders = (*sides, *(side.known_places for side in sides), batch.teacher_rows)
+    values = [value for holder in holders if holder is not None for value in vars(holder).values()]
+    return [value for value in values if isinstance(value, Tensor)]

@@ -1,0 +1,203 @@
+"""Records in, micro-batches on the device out, in an order that only the seed sets.
+
+A bad record (unreadable image, text that cannot be encoded) keeps its place: its labels are off, its images
+are grey and not valid, it is counted, and it is named in a file. `BadRecords` says when the run stops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from llava_kd.batch import Batch
+from llava_kd.data.batches.bad_records import BadRecords
+from llava_kd.data.batches.device_stage import Ahead
+from llava_kd.data.batches.lengths import record_sizes
+from llava_kd.data.batches.listed_plan import Listing
+from llava_kd.data.batches.micro_batches import Micro, MicroBatches
+from llava_kd.data.batches.model_side import Side
+from llava_kd.data.batches.packing import Packing, Sizes
+from llava_kd.data.batches.plan import Plan
+from llava_kd.data.batches.worker_processes import Guarded, Refusal, end_with_parent, worker_context
+from llava_kd.data.pixels.device_decode import Decoder, check_decoder
+from llava_kd.data.pixels.images import MAX_PIXELS
+from llava_kd.data.sources.conversation import Source
+from llava_kd.data.sources.mixture import Mixture
+from llava_kd.data.teacher_store.store import TeacherCache
+
+
+class Loader:
+    """Micro-batches of optimiser steps. `teacher` is None where it reads exactly what the student reads.
+
+    Epochs follow each other without a seam (see `Plan`); a step of the same number holds the same records
+    with any number of workers, and over all ranks with any number of ranks. With `packing` a row holds
+    several records, and `micro_batch_size` counts rows; `one_record_per_row` lays the same records out
+    unpacked, as the oracle of the packed layout. The telemetry counts the parts of a `Mixture` apart.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Source,
+        student: Side,
+        teacher: Side | None,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device | str,
+        num_workers: int = 0,
+        max_bad_rate: float = 0.001,
+        bad_records_path: str | Path | None = None,
+        max_pixels: int = MAX_PIXELS,
+        decoder: Decoder = "cpu",
+        packing: Packing | None = None,
+        one_record_per_row: bool = False,
+        cache: str | Path | None = None,
+        image_cache_bytes: int = 0,
+        teacher_cache: TeacherCache | None = None,
+        records: Sequence[int] | None = None,
+        progress: bool = False,
+    ) -> None:
+        """`image_cache_bytes`: memory for resized images, in each worker, for data that come again.
+
+        `teacher_cache` gives batches their `teacher_rows`. `records`, on one rank: these once, in this order.
+        """
+        self._device = torch.device(device)
+        check_decoder(decoder, self._device)
+        self._ahead = Ahead(self._device)
+        self._sides = sides = (student,) if teacher is None else (student, teacher)
+        if records is not None:
+            plan = Listing(records, rows_per_step=global_batch_size)
+        else:
+            plan = Plan(
+                num_records=len(source), seed=seed, global_batch_size=global_batch_size,
+                world_size=world_size, packing=packing,
+                sizes=_sizes(source, sides, packing, cache=cache, progress=progress),
+            )  # fmt: skip
+        self._dataset = MicroBatches(
+            source=source, sides=sides, plan=plan, micro_batch_size=micro_batch_size, rank=rank,
+            max_pixels=max_pixels, leaves_raw=self._device.type == "cuda", decoder=decoder,
+            one_record_per_row=one_record_per_row, image_cache_bytes=image_cache_bytes,
+            teacher_cache=teacher_cache,
+        )  # fmt: skip
+        self._micros_per_step = -(-(plan.rows_per_step // world_size) // micro_batch_size)
+        self._num_workers = num_workers
+        bad_path = None if bad_records_path is None else Path(bad_records_path)
+        per_epoch = len(source) / world_size
+        self._bad_records = BadRecords(max_rate=max_bad_rate, records_per_epoch=per_epoch, path=bad_path)
+        self._parts = source.names if isinstance(source, Mixture) else ()
+        self._since_last_call = _zero_telemetry(self._parts)
+        self.steps_per_epoch = plan.steps_per_epoch
+        order = repr((seed, plan.rows_per_step, packing))
+        parts = (source.fingerprint, *(side.fingerprint for side in sides), order)
+        self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each of the steps `first_step`, ..., `last_step - 1`; steps count from 0."""
+        keys = ((step, m) for step in range(first_step, last_step) for m in range(self._micros_per_step))
+        batches = self._batches(self._micros(keys))
+        for _ in range(first_step, last_step):
+            started = time.perf_counter()
+            group = [next(batches) for _ in range(self._micros_per_step)]
+            self._since_last_call["data_wait_s"] += time.perf_counter() - started
+            yield group
+
+    def telemetry(self) -> dict[str, float]:
+        """Seconds waited for data, and counts, since the last call."""
+        result, self._since_last_call = self._since_last_call, _zero_telemetry(self._parts)
+        return result
+
+    def _micros(self, keys: Iterator[tuple[int, int]]) -> Generator[Micro, None, None]:
+        if self._num_workers == 0:
+            for key in keys:
+                yield self._dataset[key]
+            return
+        workers = DataLoader(
+            Guarded(self._dataset),
+            batch_size=None,
+            sampler=keys,
+            num_workers=self._num_workers,
+            multiprocessing_context=worker_context("llava_kd.data.batches.micro_batches"),
+            worker_init_fn=end_with_parent,
+            prefetch_factor=4,
+        )
+        refusal = None
+        try:
+            for micro in workers:
+                if isinstance(micro, Refusal):
+                    refusal = micro
+                    break
+                yield micro
+        except (RuntimeError, EOFError, OSError) as error:  # a batch on its way may break off in several ways
+            if "Caught" in str(error):  # raised by the worker, which lives
+                raise
+            raise RuntimeError(
+                f"a data worker died ({error}); the machine may be out of memory: use fewer data.num_workers"
+            ) from error
+        if refusal is not None:
+            raise refusal.error()
+
+    def _batches(self, micros: Generator[Micro, None, None]) -> Iterator[Batch]:
+        try:
+            for micro, batch in self._ahead.run(micros, self._sides):
+                self._count(micro)
+                yield batch
+        finally:
+            micros.close()  # ends the workers
+
+    def _count(self, micro: Micro) -> None:
+        """Add up what came; ValueError if the run must stop for its bad records."""
+        counts = self._since_last_call
+        segments_BT = micro.rows[0].segment_ids_BT
+        counts["records"] += len(micro.record_ids)
+        counts["images"] += micro.num_images
+        counts["tokens"] += int((segments_BT > 0).sum())
+        counts["token_places"] += segments_BT.numel()
+        counts["truncated_records"] += micro.num_truncated
+        counts["bad_records"] += len(micro.bad)
+        for name in set(micro.sources).intersection(self._parts):
+            counts[f"records/{name}"] += micro.sources.count(name)
+        for record in micro.bad:
+            name = f"bad_records/{record.source}"
+            counts[name] = counts.get(name, 0.0) + 1.0
+        self._bad_records.add(micro.bad, num_read=len(micro.record_ids))
+
+
+def _sizes(
+    source: Source,
+    sides: tuple[Side, ...],
+    packing: Packing | None,
+    *,
+    cache: str | Path | None,
+    progress: bool,
+) -> Sizes | None:
+    if packing is None:
+        return None
+    longest = max(side.max_length for side in sides)
+    if packing.max_tokens < longest:
+        raise ValueError(
+            f"a pack must have room for one record of max_length {longest}, got packing.max_tokens "
+            f"{packing.max_tokens}"
+        )
+    sizes = record_sizes(source, sides, cache=cache, progress=progress)
+    if over := (sizes.images > packing.max_images).nonzero()[0].tolist():
+        first, most = source.record(over[0]).id, int(sizes.images.max())
+        raise ValueError(
+            f"a pack may hold {packing.max_images} images, but record {first} alone has "
+            f"{sizes.images[over[0]]} ({len(over)} such records); raise data.packing.max_images to {most}, "
+            "or leave these records out"
+        )
+    return sizes
+
+
+def _zero_telemetry(parts: tuple[str, ...]) -> dict[str, float]:
+    names = ("data_wait_s", "records", "images", "tokens", "token_places", "truncated_records", "bad_records")
+    by_part = [f"{what}/{part}" for part in parts for what in ("records", "bad_records")]
+    return dict.fromkeys((*names, *by_part), 0.0)

@@ -1,0 +1,1 @@
+"""Encoded image bytes to the pixels that a tower reads."""

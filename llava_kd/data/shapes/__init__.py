@@ -1,0 +1,1 @@
+"""The embedded data: generated pictures of shapes, captions and questions."""

@@ -1,0 +1,1 @@
+"""Records and image bytes out of files of every layout: no pixel is decoded here."""

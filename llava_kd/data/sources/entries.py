@@ -1,0 +1,71 @@
+"""The entries of a JSON or JSON Lines file, whatever it is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from llava_kd.data.sources.conversation import TALKS, Broken
+
+_BOM = b"\xef\xbb\xbf"
+
+
+def loads(data: bytes) -> object:
+    """The JSON value of some bytes. ValueError says why there is none."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("is nested too deeply; write it again, or mend it there") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"must be UTF-8 text, but byte {error.start} is not: {error.reason}; save it as UTF-8"
+        ) from None
+    except ValueError as error:  # also a number of too many digits
+        raise ValueError(f"is not JSON: {error}; write it again, or mend it there") from None
+
+
+def read_entries(path: Path) -> Iterator[object]:
+    """Entries of a JSON list, or of JSON Lines, where a line that cannot be read is a `Broken` one.
+
+    A list is one by its first character. JSON Lines may be named .json, and a lone record is read too.
+    """
+    if not path.is_file():
+        raise ValueError(f"no data file {path}; give a LLaVA .json or .jsonl file")
+    with path.open("rb") as stream:
+        is_list = stream.read(1024).removeprefix(_BOM).lstrip()[:1] == b"["
+    if path.suffix == ".jsonl" and not is_list:
+        yield from _lines(path)
+        return
+    try:
+        whole = loads(path.read_bytes())
+    except ValueError as error:
+        if path.suffix == ".jsonl" or "Extra data" in str(error):
+            yield from _lines(path)
+            return
+        raise ValueError(f"{path} {error}") from None
+    if isinstance(whole, list):
+        yield from whole
+    elif isinstance(whole, dict) and any(key in whole for key in TALKS):
+        yield whole
+    else:
+        raise ValueError(f"{path} must hold a list of records, got {_described(whole)}")
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, dict):
+        return type(value).__name__
+    lists = [key for key, part in value.items() if isinstance(part, list)]
+    where = f"; write the list of {lists[0]!r} alone" if lists else ""
+    return f"an object with the keys {list(value)[:10]}{where}"
+
+
+def _lines(path: Path) -> Iterator[object]:
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip() or line.strip() == _BOM:
+                continue
+            try:
+                yield loads(line)
+            except ValueError as error:
+                yield Broken(f"line {number} {error}")

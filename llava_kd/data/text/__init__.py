@@ -1,0 +1,1 @@
+"""Records to tokens: templates, label masks, and the two sides in step."""

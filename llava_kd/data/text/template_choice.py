@@ -1,0 +1,137 @@
+"""Which template a model speaks: the one that its directory has, or that of its language model's family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+from llava_kd.data.text.template import Template
+from llava_kd.data.text.template_reading import Reading, asked, asks_alike, before_question, derived, gives
+from llava_kd.data.text.template_table import TEMPLATES
+
+AUTO = "auto"
+# By the tokens that only this family's turns are made of; the first that a tokenizer has all of.
+MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("gemma", ("<start_of_turn>", "<end_of_turn>")),
+    ("llama3", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    ("phi4", ("<|im_start|>", "<|im_sep|>", "<|im_end|>")),
+    ("chatml", ("<|im_start|>", "<|im_end|>")),
+    ("phi3", ("<|user|>", "<|assistant|>", "<|end|>")),
+)
+# Families whose turns are made of plain words, by the start of their model type. Others get `vicuna`.
+WORDS = (("olmo", "tulu"),)
+_SHOWN = 160
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_SENTENCE = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A template, and in words why it is this one."""
+
+    template: Template
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.template.name}, {self.reason}: it asks {_short(asked(self.template))!r}"
+
+
+def choose(
+    name: str,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    model_type: str,
+    chat_template: str | Mapping[str, str] | None,
+    where: str = "data.template",
+    is_trained: bool = True,
+) -> Choice:
+    """The template of that name; `auto` is the model's own, else its family's.
+
+    A model's own that forgets the question (`plain`) was left by a first stage and is not taken. Of several
+    that a model has, its own is the one named `default`. `is_trained` says that it has learned its prompt
+    with pictures: then one of its own that is none of the table is kept too, and ValueError is raised where
+    it cannot be and has a system sentence that the family's would lose.
+    """
+    if isinstance(chat_template, Mapping):
+        chat_template = chat_template.get("default")
+    reading = None if chat_template is None else Reading(chat_template, tokenizer)
+    if name != AUTO:
+        if name not in TEMPLATES:
+            raise ValueError(f"`{where}` must be {AUTO} or one of {', '.join(TEMPLATES)}; got {name!r}")
+        return Choice(template=TEMPLATES[name], reason=_as_set(TEMPLATES[name], reading, is_trained))
+    if reading is not None and (own := _own(reading, is_trained)) is not None:
+        return own
+    family = family_template(tokenizer, model_type)
+    if reading is None:
+        return Choice(template=family, reason="that of its family, for its directory has none")
+    if is_trained:
+        _refuse_loss(reading, family, where)
+    start = before_question(reading)
+    if start is None:
+        why = "for that of its directory loses the question, as a first stage's does"
+        return Choice(template=family, reason=f"that of its family, {why}")
+    return Choice(template=family, reason=f"that of its family, without its directory's {_short(start)!r}")
+
+
+def recognised(chat_template: str, tokenizer: PreTrainedTokenizerFast) -> Template | None:
+    """The one of the table, but for `plain`, that renders what this one does; None without one."""
+    reading = Reading(chat_template, tokenizer)
+    named = (template for template in TEMPLATES.values() if not template.images_only)
+    return next((template for template in named if gives(template, reading)), None)
+
+
+def _own(reading: Reading, is_trained: bool) -> Choice | None:
+    """The directory's own: of the table, or read from it, or one of the table that asks in the same words."""
+    template = recognised(reading.chat_template, reading.tokenizer)
+    if template is None and is_trained:
+        template = derived(reading)
+    if template is not None:
+        return Choice(template=template, reason="its directory's own")
+    alike = next((t for t in TEMPLATES.values() if not t.images_only and asks_alike(t, reading)), None)
+    if alike is None:
+        return None
+    return Choice(template=alike, reason="which asks as its directory's own does, and ends answers")
+
+
+def _as_set(template: Template, reading: Reading | None, is_trained: bool) -> str:
+    """Says so where the model has learned another prompt."""
+    own = _own(reading, True) if reading is not None and is_trained else None
+    if own is None or reading is None or asks_alike(template, reading):
+        return "as set"
+    return f"as set, not its directory's own, which asks {_short(asked(own.template))!r}"
+
+
+def _refuse_loss(reading: Reading, family: Template, where: str) -> None:
+    """ValueError where the words before a first question are a sentence that the family's has not."""
+    if not reading.renders:
+        raise ValueError(
+            f"`{where}` is {AUTO}, but the directory's own chat template fails on a plain question; name the "
+            f"template that the model was trained on, one of {', '.join(TEMPLATES)}"
+        )
+    ours, start = set(_WORD.findall(asked(family))), before_question(reading) or ""
+    if len([word for word in _WORD.findall(start) if word not in ours]) < _SENTENCE:
+        return
+    raise ValueError(
+        f"`{where}` is {AUTO}, but a directory's own chat template puts {_short(start)!r} before a question, "
+        f"which no template here renders, and that of its family, {family.name}, has not; name the template "
+        f"that the model was trained on, one of {', '.join(TEMPLATES)}, or change chat_template.jinja"
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
+
+
+def family_template(tokenizer: PreTrainedTokenizerFast, model_type: str) -> Template:
+    """By the tokens that a tokenizer has for turns, then by the type of its language model."""
+    vocabulary = tokenizer.get_vocab()
+    for name, tokens in MARKS:
+        if all(token in vocabulary for token in tokens):
+            return TEMPLATES[name]
+    for start, name in WORDS:
+        if model_type.startswith(start):
+            return TEMPLATES[name]
+    return TEMPLATES["vicuna"]

@@ -1,0 +1,1 @@
+"""Who teaches, and what a step asks of it."""

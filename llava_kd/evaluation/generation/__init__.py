@@ -1,0 +1,1 @@
+"""Questions in, answers of a stock LLaVA out."""

@@ -1,0 +1,137 @@
+"""A conversation as the text, and the tensors, that a stock LLaVA reads.
+
+Words of a conversation that look like control tokens are covered in a prompt, and read as text: see
+`ControlWords`, which training reads its records by.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from weakref import WeakKeyDictionary
+
+from PIL import Image
+from transformers import BatchFeature, LlavaProcessor, PreTrainedTokenizerFast
+
+from llava_kd.data.sources.conversation import HALF_OF_A_PAIR, IMAGE_PLACEHOLDER
+from llava_kd.data.text.control_words import ControlWords
+from llava_kd.evaluation.generation.pictures import thin_pixels
+
+Content = str | list[dict[str, str]]
+_known: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[object, ControlWords]] = WeakKeyDictionary()
+
+
+def render_prompt(processor: LlavaProcessor, text: str, *, has_images: bool = True) -> str:
+    """The chat template around one user message, ready for the answer."""
+    return render_talk(processor, [{"role": "user", "content": text}], has_images=has_images)
+
+
+def check_template(processor: LlavaProcessor, talks: Iterable[Sequence[Mapping[str, str]]]) -> None:
+    """ValueError if the template drops the words of the first talk that has any."""
+    for messages in talks:
+        if any(message["content"].replace(IMAGE_PLACEHOLDER, "").strip() for message in messages):
+            render_talk(processor, messages)
+            return
+
+
+def render_talk(
+    processor: LlavaProcessor, messages: Sequence[Mapping[str, str]], *, has_images: bool = True
+) -> str:
+    """The chat template around messages of role and content, ready for the answer.
+
+    A template that prints string content gets the text as it is, placeholders in place; one that only
+    takes lists of parts gets the images of a message first, as the LLaVA data have them. "<image>" is a word
+    in a talk that has no images, and in an answer.
+    """
+    texts = [message["content"] for message in messages]
+    if any(map(HALF_OF_A_PAIR.search, texts)):
+        raise ValueError("a question holds half of a surrogate pair: its text was cut inside a character")
+    places = [has_images and message["role"] == "user" for message in messages]
+    texts = _control(processor).covered(list(zip(texts, places, strict=True))) or texts
+    prompt = _apply(processor, messages, texts)
+    if _holds(prompt, texts):
+        return prompt
+    words = [text.replace(IMAGE_PLACEHOLDER, "").strip() for text in texts]
+    counts = [text.count(IMAGE_PLACEHOLDER) for text in texts]
+    parts = [
+        [{"type": "image"}] * count + [{"type": "text", "text": text}]
+        for count, text in zip(counts, words, strict=True)
+    ]
+    prompt = _apply(processor, messages, parts)
+    is_complete = prompt.count(IMAGE_PLACEHOLDER) == sum(counts)
+    if is_complete and any(words) and not any(text in prompt for text in words if text):
+        raise ValueError(
+            "the chat template of this model keeps the pictures and drops the words: it was trained on "
+            "captions alone, as in a first stage, and answers no question; take a model of a later stage"
+        )
+    if not _holds(prompt, words) or not is_complete:
+        raise ValueError(
+            f"the chat template lost a question, an answer or an image: {texts!r} became {prompt!r}"
+        )
+    return prompt
+
+
+def model_inputs(
+    processor: LlavaProcessor, texts: Sequence[str], images: Sequence[Image.Image]
+) -> BatchFeature:
+    """Left-padded ids and pixel values of rendered texts, on the CPU.
+
+    A text that a template began with the beginning-of-sequence token gets no second one. Pictures for which
+    stock code would take gigabytes become the same pixels by the transform of training.
+    """
+    bos = processor.tokenizer.bos_token
+    control = _control(processor)
+    renamed = list(texts)
+    if any(map(control.is_covered, texts)):
+        renamed = [control.renamed(text) for text in texts]
+        processor = copy.copy(processor)
+        processor.image_token = control.renamed(processor.image_token)
+        processor.tokenizer = control.reader
+    thin = thin_pixels(processor.image_processor, images)
+    shown = [Image.new("RGB", (32, 32)) if k in thin else image for k, image in enumerate(images)]
+    inputs = processor(
+        text=renamed,
+        images=shown or None,
+        text_kwargs={
+            "padding": True,
+            "return_tensors": "pt",
+            "padding_side": "left",
+            "add_special_tokens": not (bos and texts[0].startswith(bos)),
+        },
+        images_kwargs={"return_tensors": "pt"},
+    )
+    for k, pixels_CHW in thin.items():
+        inputs["pixel_values"][k] = pixels_CHW
+    return inputs
+
+
+def _control(processor: LlavaProcessor) -> ControlWords:
+    """Of the processor as it is: found once for its tokenizer and chat template."""
+    tokenizer, template = processor.tokenizer, processor.chat_template
+    known = _known.get(tokenizer)
+    if known is None or known[0] != template:
+        talk = [{"role": "user"}, {"role": "assistant"}]
+        known = template, ControlWords(tokenizer, _apply(processor, talk, ["-", "-"]))
+        _known[tokenizer] = known
+    return known[1]
+
+
+def _apply(
+    processor: LlavaProcessor, messages: Sequence[Mapping[str, str]], contents: Sequence[Content]
+) -> str:
+    filled = [
+        {"role": message["role"], "content": content}
+        for message, content in zip(messages, contents, strict=True)
+    ]
+    return processor.apply_chat_template(filled, add_generation_prompt=True, tokenize=False)
+
+
+def _holds(prompt: str, texts: Sequence[str]) -> bool:
+    """Whether all texts stand in the prompt, one after the other."""
+    place = 0
+    for text in texts:
+        found = prompt.find(text, place)
+        if found < 0:
+            return False
+        place = found + len(text)
+    return True

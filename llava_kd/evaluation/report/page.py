@@ -1,0 +1,312 @@
+"""One self-contained report.html of a comparison run: no script, no font, no picture from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER
+from llava_kd.evaluation.answers import write_atomic
+from llava_kd.evaluation.generation.pictures import open_picture
+from llava_kd.evaluation.report.charts import Line, dot_rows, line_chart, smooth
+from llava_kd.evaluation.report.results import (
+    Difference,
+    Evaluated,
+    Run,
+    collect_results,
+    difference,
+    mean_by_type,
+    read_run,
+)
+from llava_kd.evaluation.report.style import CSS
+from llava_kd.evaluation.scorers.exact import is_correct
+
+TERMS = {
+    "cross_entropy": "next response token, against the data; nats a token",
+    "response_kl": "response tokens, against the teacher; nats a token",
+    "visual_kl": "visual tokens, against the teacher; nats a token",
+    "relation": "similarities between visual tokens, against the teacher; 1 - cosine, a mean over images",
+    "response_dbild": "differences of response logits, against the teacher; nats a token",
+    "visual_switch": "the teacher behind the student's visual tokens; nats a token",
+    "attention": "between visual tokens, against the teacher; sum of 1 - cosine over layers",
+}
+NAMES = {"teacher": "Teacher", "baseline": "Undistilled", "distilled": "Distilled"}
+
+
+def report(run_dir: str | Path, *, distilled: str = "kd") -> Path:
+    """Write RUN/results.json and RUN/report.html from a run directory (layout: see `results`)."""
+    run = read_run(run_dir, distilled=distilled)
+    results = collect_results(run)
+    write_atomic(run.directory / "results.json", json.dumps(results, indent=2) + "\n")
+    return write_report(run, run.directory / "report.html")
+
+
+def write_report(run: Run, out_html: str | Path, *, title: str = "Distillation report") -> Path:
+    """Write the page of one run; its path."""
+    sections = [
+        _headline(run, title),
+        _by_type(run),
+        _seeds(run),
+        _curves(run),
+        _examples(run),
+        _facts(run),
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{CSS}</style></head><body><main>{''.join(sections)}</main></body></html>\n"
+    )
+    out_html = Path(out_html)
+    out_html.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out_html, page)
+    return out_html
+
+
+def _models(run: Run) -> dict[str, list[Evaluated]]:
+    """Models by role, one per seed (one teacher)."""
+    models = {"teacher": [run.teacher]} if run.teacher is not None else {}
+    models["baseline"] = [seed[run.baseline] for seed in run.seeds.values()]
+    models["distilled"] = [seed[run.distilled] for seed in run.seeds.values()]
+    return models
+
+
+def _accuracy(models: Sequence[Evaluated]) -> float:
+    return sum(m.accuracy for m in models) / len(models)
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "&minus;")
+
+
+def _headline(run: Run, title: str) -> str:
+    models = _models(run)
+    gap = difference(run)
+    count = models["distilled"][0].count
+    seeds = len(run.seeds)
+    tiles = []
+    for role, name in NAMES.items():
+        if role in models:
+            who = "one model" if role == "teacher" else f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+            tiles.append(
+                f'<div class="tile {role}"><small>{name}</small>'
+                f"<strong>{100 * _accuracy(models[role]):.1f}&thinsp;%</strong><small>{who}</small></div>"
+            )
+    reach, note = _interval(gap)
+    tiles.append(
+        f'<div class="tile gain"><small>Gain from the teacher</small><strong>{_points(gap["mean"])}</strong>'
+        f"<small>points{reach}</small></div>"
+    )
+    lead = (
+        f"The distilled student answers <b>{100 * _accuracy(models['distilled']):.1f} %</b> of {count:,} "
+        "held-out questions, the same student trained without a teacher "
+        f"<b>{100 * _accuracy(models['baseline']):.1f} %</b>."
+    )
+    if "teacher" in models:
+        distance = _accuracy(models["teacher"]) - _accuracy(models["baseline"])
+        if gap["mean"] <= 0:
+            lead += " The teacher did not help here."
+        elif distance > 0:
+            lead += f" That closes {100 * gap['mean'] / distance:.0f} % of the distance to the teacher."
+    note += escape(run.settings.get("note", ""))
+    return (
+        f'<h1>{escape(title)}</h1><p class="lead">{lead}</p><div class="tiles">{"".join(tiles)}</div>'
+        f'<p class="note">{note}</p>'
+    )
+
+
+def _interval(gap: Difference) -> tuple[str, str]:
+    """The interval beside the gain, and what a reader may conclude from it."""
+    low, high = gap["low"], gap["high"]
+    if low is None or high is None:
+        return "", ""
+    note = f"Interval: {gap['interval']}. "
+    if low <= 0 <= high:
+        note += "It holds zero: this run alone does not show that the teacher changes the score. "
+    return f"; 95 % {_points(low)} to {_points(high)}", note
+
+
+def _legend(roles: Sequence[str]) -> str:
+    return '<div class="legend">' + "".join(f'<span class="{r}">{NAMES[r]}</span>' for r in roles) + "</div>"
+
+
+def _by_type(run: Run) -> str:
+    models = _models(run)
+    scores = {role: mean_by_type(group) for role, group in models.items()}
+    kinds = sorted(scores["distilled"], key=lambda k: scores["baseline"][k] - scores["distilled"][k])
+    dots = {kind: {role: scores[role][kind] for role in models} for kind in kinds}
+    rows = [_score_row(kind, dots[kind]) for kind in kinds]
+    total = {role: _accuracy(group) for role, group in models.items()}
+    rows.append(_score_row("all questions", total, style="total"))
+    head = "".join(f"<th>{NAMES[role]}</th>" for role in models)
+    return (
+        f"<h2>By question type</h2>{_legend(list(models))}"
+        f'<div class="pair"><div class="card">{dot_rows(dots, title="Accuracy by question type")}</div>'
+        f'<div class="card"><table><tr><th>%</th>{head}<th>gain, points</th></tr>{"".join(rows)}</table>'
+        "</div></div>"
+    )
+
+
+def _score_row(name: str, scores: Mapping[str, float], style: str = "") -> str:
+    cells = "".join(f"<td>{100 * value:.1f}</td>" for value in scores.values())
+    gain = scores["distilled"] - scores["baseline"]
+    sign = "up" if gain > 0 else "down" if gain < 0 else ""
+    return f'<tr class="{style}"><td>{escape(name)}</td>{cells}<td class="{sign}">{_points(gain)}</td></tr>'
+
+
+def _seeds(run: Run) -> str:
+    if len(run.seeds) == 1:
+        return ""
+    rows = []
+    for seed, models in run.seeds.items():
+        scores = {
+            "baseline": models[run.baseline].accuracy,
+            "distilled": models[run.distilled].accuracy,
+        }
+        rows.append(_score_row(f"seed {seed}", scores))
+    head = f"<th>{NAMES['baseline']}</th><th>{NAMES['distilled']}</th><th>gain, points</th>"
+    table = f"<table><tr><th>%</th>{head}</tr>{''.join(rows)}</table>"
+    return f'<h2>By seed</h2><div class="card narrow">{table}</div>'
+
+
+def _curves(run: Run) -> str:
+    """A row of charts per term, a column per stage; every seed is a line."""
+    roles = {run.baseline: "baseline", run.distilled: "distilled"}
+    stages = sorted({stage for arms in run.logs.values() for arm in arms.values() for stage in arm})
+    if not stages:
+        return ""
+    cells = [f'<div class="head"><b>{escape(stage)}</b>, optimiser steps</div>' for stage in stages]
+    for term, meaning in TERMS.items():
+        charts = [line_chart(_lines(run, roles, stage, term), title=f"{term}, {stage}") for stage in stages]
+        if not any(charts):
+            continue
+        cells.append(f'<div class="term">{term}<small>{meaning}</small></div>')
+        cells += [
+            f'<div class="chart" data-stage="{escape(stage)}">{chart}</div>'
+            if chart
+            else '<div class="none">not a term here</div>'
+            for stage, chart in zip(stages, charts, strict=True)
+        ]
+    seeds = "One line a seed; r" if len(run.seeds) > 1 else "R"
+    note = f"{seeds}unning means over the training batches, before weighting; each axis has its own range."
+    return (
+        f'<h2>Losses</h2><p class="note">{note}</p>{_legend(["baseline", "distilled"])}'
+        '<div class="card"><div class="curves" '
+        f'style="grid-template-columns:repeat({len(stages)},minmax(0,1fr))">'
+        f"{''.join(cells)}</div></div>"
+    )
+
+
+def _lines(run: Run, roles: Mapping[str, str], stage: str, term: str) -> list[Line]:
+    lines = []
+    for arms in run.logs.values():
+        for arm, role in roles.items():
+            rows = [row for row in arms.get(arm, {}).get(stage, []) if term in row]
+            values = smooth([row[term] for row in rows], window=max(1, len(rows) // 40))
+            if any(values):
+                lines.append(Line(role, tuple(row["step"] for row in rows), values))
+    return lines
+
+
+def _examples(run: Run, count: int = 9) -> str:
+    """Questions of the first seed: where the students differ, in both directions, and where they do not."""
+    seed, models = next(iter(run.seeds.items()))
+    baseline, distilled = models[run.baseline].answers, models[run.distilled].answers
+    groups: dict[tuple[bool, bool], list[str]] = {(d, b): [] for d in (True, False) for b in (True, False)}
+    for name, answer in distilled.items():
+        if name in baseline:
+            groups[_is_right(answer), _is_right(baseline[name])].append(name)
+    if not any(groups.values()):
+        return ""
+    shares = {(True, False): 4, (False, True): 2, (False, False): 2, (True, True): 1}
+    chosen = [name for key, share in shares.items() for name in _spread(groups[key], distilled, share)][
+        :count
+    ]
+    cards = [_card(run, name, distilled[name], baseline[name]) for name in chosen]
+    words = (
+        f"Seed {seed}. Only the distilled student is right {len(groups[True, False]):,} times, only the "
+        f"undistilled one {len(groups[False, True]):,} times, both {len(groups[True, True]):,} and neither "
+        f"{len(groups[False, False]):,} times. Below are the first few of each kind, spread over the types."
+    )
+    return (
+        f'<h2>Some test questions</h2><p class="note">{words}</p><div class="examples">{"".join(cards)}</div>'
+    )
+
+
+def _is_right(answer: Mapping[str, str]) -> bool:
+    return is_correct(answer["answer"], answer["truth"])
+
+
+def _spread(names: Sequence[str], answers: Mapping[str, Mapping[str, str]], count: int) -> list[str]:
+    """The first names of each question type in turn, `count` in all."""
+    by_kind: dict[str, list[str]] = {}
+    for name in names:
+        by_kind.setdefault(answers[name]["type"], []).append(name)
+    turns = [(k, name) for kind in by_kind.values() for k, name in enumerate(kind[:count])]
+    return [name for _, name in sorted(turns, key=lambda turn: turn[0])][:count]
+
+
+def _card(run: Run, name: str, distilled: Mapping[str, str], baseline: Mapping[str, str]) -> str:
+    given = {"baseline": baseline, "distilled": distilled}
+    if run.teacher is not None and name in run.teacher.answers:
+        given = {"teacher": run.teacher.answers[name], **given}
+    rows = [f"<dt>Truth</dt><dd>{escape(distilled['truth'])}</dd>"]
+    for role, answer in given.items():
+        mark = "right" if _is_right(answer) else "wrong"
+        rows.append(
+            f'<dt>{NAMES[role]}</dt><dd class="{mark}">{escape(answer["answer"]) or "(nothing)"}</dd>'
+        )
+    question = distilled["question"].replace(IMAGE_PLACEHOLDER, "").strip()
+    return (
+        f'<div class="example">{_thumbnail(run.directory, distilled["image"])}'
+        f"<div><p>{escape(question)}</p><dl>{''.join(rows)}</dl></div></div>"
+    )
+
+
+def _thumbnail(run_dir: Path, name: str, side: int = 224) -> str:
+    """An <img> with the picture inside; nothing where the file is gone."""
+    path = _picture(run_dir, Path(name))
+    if path is None:
+        return ""
+    try:
+        image = open_picture(path)
+    except (ValueError, OSError):
+        return ""
+    style = ' class="tiny"' if max(image.size) < 112 else ""
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    if style:
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, "JPEG", quality=85)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    kind = "png" if style else "jpeg"
+    return f'<img{style} alt="test image" src="data:image/{kind};base64,{data}">'
+
+
+def _picture(run_dir: Path, name: Path) -> Path | None:
+    """The file as named, or, from another directory or after a move, where the run still has it."""
+    parts = name.parts
+    inside = [run_dir / Path(*parts[k:]) for k in range(1, len(parts))]
+    beside = [parent / name for parent in run_dir.resolve().parents]
+    return next((path for path in (name, run_dir / name, *inside, *beside) if path.is_file()), None)
+
+
+def _facts(run: Run) -> str:
+    models = _models(run)
+    facts = {f"seconds, {name}": f"{value:,.0f}" for name, value in run.seconds.items()}
+    facts |= {f"seconds to answer, {NAMES[r].lower()}": f"{m[0].seconds:,.1f}" for r, m in models.items()}
+    facts |= {name: value for name, value in run.settings.items() if name != "note"}
+    facts |= {name: value for name, value in models["distilled"][0].versions.items()}
+    rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in facts.items())
+    first = run.directory / f"seed{next(iter(run.seeds))}" / run.distilled
+    recipes = sorted(first.glob("*/config.yaml"))
+    shown = "".join(
+        f"<details><summary>{escape(p.parent.name)}: the resolved settings of the distilled student</summary>"
+        f"<pre>{escape(p.read_text(encoding='utf-8'))}</pre></details>"
+        for p in recipes
+    )
+    return f'<h2>Settings, versions, time</h2><div class="card facts"><table>{rows}</table></div>{shown}'

@@ -1,0 +1,1 @@
+"""The row kernels of the fast forms, and the products around them."""

@@ -1,0 +1,1 @@
+"""Stock directories in and out, and other layouts converted."""

@@ -1,0 +1,1 @@
+"""Projectors that are not a new one: taken over from a teacher, or reused."""

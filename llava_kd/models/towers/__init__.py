@@ -1,0 +1,1 @@
+"""Vision towers of every library, and where their visual tokens lie."""
