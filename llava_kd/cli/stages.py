@@ -26,25 +26,15 @@ def add(commands: Commands) -> None:
     )
     run.add_argument("pipeline", help="YAML file; overrides that follow go to every stage")
 
-    check = command(
-        commands,
-        "check",
-        _check,
-        "look at a stage's models, data and needs before a long run",
-        takes_settings=True,
-    )
+    look = "look at a stage's models, data and needs before a long run"
+    check = command(commands, "check", _check, look, takes_settings=True)
     check.add_argument("config", help="YAML file; any setting may follow as --a.b=value")
     check.add_argument("--ranks", type=count, default=1, help="how many the run will have")
     check.add_argument("--records", type=count, default=64, help="how many to read and encode")
     add_rates(check)
 
-    cache = command(
-        commands,
-        "cache-teacher",
-        _cache_teacher,
-        "run a stage's teacher once, and keep what it says",
-        takes_settings=True,
-    )
+    once = "run a stage's teacher once, and keep what it says"
+    cache = command(commands, "cache-teacher", _cache_teacher, once, takes_settings=True)
     cache.add_argument("config", help="YAML file of the stage; any setting may follow as --a.b=value")
     cache.add_argument("--out", required=True, help="directory; a cache that was broken off there goes on")
     cache.add_argument("--mode", choices=["hidden", "topk"], default="hidden", help="states, or logits")
