@@ -1,13 +1,12 @@
-"""One update of a student whose loss is of tapped states, under a named engine: what test_taps.py launches.
+"""One update of a student whose loss is of tapped states, under a named engine: what test_taps.py starts.
 
-Usage: tap_ranks.py ENGINE STUDENT OUT. Rank 0 writes the weights after it, and the tapped states' mean.
+Rank 0 writes the weights after it, and the loss.
 
 Shape legend: I images, N tokens of an image, E tower width.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -78,7 +77,3 @@ def main(kind: str, student: str, out: str) -> None:
     weights = engine.parameters()
     if world.is_main:
         save_file({n: t.float().contiguous() for n, t in weights.items()} | {"loss": total}, Path(out))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
