@@ -46,6 +46,12 @@ def _call(
     function(*words)
 
 
+def execute(text: str, *words: str) -> None:
+    """`python -c text words`, as the `function` of `Ranks`."""
+    sys.argv = ["-c", *words]
+    exec(compile(text, "<code of a test>", "exec"), {"__name__": "__main__"})
+
+
 def _main(
     words: Sequence[str],
     environment: Mapping[str, str],

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from PIL import Image
 from tiny_llava import make_tiny_llava
@@ -95,21 +93,9 @@ def test_two_ranks_give_the_answers_of_one(model_dir: Path, data_json: Path, tmp
     (out / "run.json").write_text((tmp_path / "one" / "run.json").read_text())
     (out / "answers.jsonl").write_text(whole[5])
     (out / "answers.rank2.jsonl").write_text(whole[1] + whole[2][:15])
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    words = [str(model_dir), str(data_json), str(out)]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = [TWO_RANKS, str(model_dir), str(data_json), str(out)]
+    ended = ranks.Ranks(words, tmp_path / "logs", ranks=2, function=ranks.execute).wait()
+    assert ended.codes == (0, 0), ended.log
     assert (out / "answers.jsonl").read_text().splitlines(keepends=True) == whole
     assert not list(out.glob("answers.rank*"))
     for rank in (0, 1):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 import yaml
 from data_samples import llama_like
@@ -39,8 +39,10 @@ def test_an_export_that_is_killed_leaves_nothing_and_the_same_command_makes_it(
     tmp_path: Path, student_dir: Path, moment: str
 ) -> None:
     out = tmp_path / "out"
-    words = [sys.executable, "-c", KILLED, str(student_dir), str(out), moment]
-    assert subprocess.run(words, capture_output=True, timeout=300, check=False).returncode == 9
+    words = [KILLED, str(student_dir), str(out), moment]
+    killed = ranks.Ranks(words, tmp_path / "logs", function=ranks.execute).wait()
+    assert killed.codes == (9,), killed.log
+    shutil.rmtree(tmp_path / "logs")
     assert not out.exists()
     export(student_dir, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -15,14 +15,19 @@ pytestmark = pytest.mark.distributed
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 0, signal.SIGUSR1: 0, signal.SIGKILL: -9}
 # Ranks, workers of each, signal: more micro-batches a step than are prefetched, in all of them.
 CASES = [
-    (1, 0, signal.SIGTERM),
     (1, 1, signal.SIGINT),
-    (1, 4, signal.SIGUSR1),
     (1, 2, signal.SIGKILL),
     (2, 2, signal.SIGINT),
     (2, 1, signal.SIGKILL),
 ]
-MORE = [(2, 0, signal.SIGTERM), (2, 4, signal.SIGUSR1), (1, 3, signal.SIGINT), (1, 2, signal.SIGTERM)]
+MORE = [
+    (1, 0, signal.SIGTERM),
+    (1, 2, signal.SIGTERM),
+    (1, 3, signal.SIGINT),
+    (1, 4, signal.SIGUSR1),
+    (2, 0, signal.SIGTERM),
+    (2, 4, signal.SIGUSR1),
+]
 
 
 @pytest.mark.parametrize(
