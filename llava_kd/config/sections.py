@@ -107,7 +107,7 @@ class DataConfig:
     a mixture of several, in its place. `follow_symlinks` lets links lead out of an image root.
     `template`: `auto` is the one of a model's own directory, or else of its language model's family.
     `image_aspect`: `square` as the image processor does, `pad` to a square of the mean colour first, which
-    the student's saved processor then does too.
+    the student's saved processor then does too; one that crops then keeps all of the square.
     `resize`: `exact` as Pillow does, or the CPU's `quick` kernel, which differs by 1 in some pixels.
     `decode`: `nvjpeg` decodes baseline JPEGs on the GPU, with the pixels of another chroma filter than every
     CPU decoder's; a damaged one then stops the run.
