@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from script_runs import PATIENCE, Run
@@ -30,6 +31,52 @@ MORE = [
 ]
 
 
+# Where the flag is, the next file that a rank makes safe takes longer than torchrun waits for its ranks.
+SLOW_SAVE = """
+import os, time
+
+def fsync(number, really=os.fsync):
+    if "RANK" in os.environ and os.path.exists(os.environ["SLOW_SAVE"]):
+        os.unlink(os.environ["SLOW_SAVE"])
+        time.sleep(45)
+    really(number)
+
+os.fsync = fsync
+"""
+
+
+def wait_for_a_step(run: Run, output: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not (output / "metrics.jsonl").is_file() and run.process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_checkpoint_of_two_ranks_may_take_longer_than_their_launcher_waits(
+    stage, tmp_path: Path, number: signal.Signals
+) -> None:
+    """45 s, where torchrun kills its ranks 30 s after it has heard a signal itself."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SLOW_SAVE)
+    flag = tmp_path / "slow"
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "SLOW_SAVE": str(flag)}
+    config = stage("run", distilled=False, engine="auto", global_batch_size=4, max_steps=10_000)
+    output = config.with_suffix("")
+    run = Run(config, output, num_ranks=2, num_workers=0, environment=environment)
+    wait_for_a_step(run, output)
+    flag.touch()
+    began = time.monotonic()
+    os.killpg(run.process.pid, number)
+    said = run.end()
+    assert not flag.exists()
+    assert time.monotonic() - began > 45
+    assert run.process.returncode == STATUS[number], said
+    last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step-{last:08d}"], said
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "num_workers", "number"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
@@ -42,10 +89,7 @@ def test_a_signal_to_the_group_costs_nothing_and_leaves_nobody(
     )
     output = config.with_suffix("")
     run = Run(config, output, num_ranks=num_ranks, num_workers=num_workers)
-    deadline = time.monotonic() + PATIENCE
-    while not (output / "metrics.jsonl").is_file() and run.process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_a_step(run, output)
     os.killpg(run.process.pid, number)
     said = run.end()
     assert run.process.returncode == STATUS[number], said
