@@ -29,10 +29,9 @@ def _check(value: object, kind: object, where: str, metadata: tuple[object, ...]
             _check(value, held, where, metadata)
     elif get_origin(kind) is Literal:
         choices = [str(choice) for choice in get_args(kind)]
-        near = _nearest(str(value), choices)
-        require(
-            value in get_args(kind), f"`{where}` must be one of {', '.join(choices)}; got {value!r}{near}"
-        )
+        near = nearest(str(value), choices)
+        is_choice = any(value == choice and type(value) is type(choice) for choice in get_args(kind))
+        require(is_choice, f"`{where}` must be one of {', '.join(choices)}; got {value!r}{near}")
     elif get_origin(kind) in (list, tuple):
         _check_list(value, kind, where)
         check_length(cast(list, value), metadata, where)
@@ -78,7 +77,7 @@ def check_section(value: object, section: type, where: str) -> None:
     for key, item in value.items():
         if key not in known:
             of = f" in `{where}`" if where else ""
-            near = _nearest(str(key), known)
+            near = nearest(str(key), known)
             raise ValueError(f"no setting `{key}`{of}{near}; the settings are {', '.join(known)}")
         _check(item, kinds[key], f"{where}.{key}" if where else key)
     required = [f.name for f in fields(section) if f.default is MISSING and f.default_factory is MISSING]
@@ -86,7 +85,7 @@ def check_section(value: object, section: type, where: str) -> None:
         raise ValueError(f"`{where}.{missing[0]}` is missing" if where else f"`{missing[0]}` is missing")
 
 
-def _nearest(word: str, choices: Sequence[str]) -> str:
+def nearest(word: str, choices: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, choices, n=1)
     return f" (did you mean `{near[0]}`?)" if near else ""
 

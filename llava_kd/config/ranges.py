@@ -15,7 +15,7 @@ NotNegativeFloat = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 
 # Where a type names no end of its own: what fp32 can compute with.
-MOST = 1e12
+MOST = 10**12
 
 
 class _Sized(Protocol):
