@@ -52,7 +52,9 @@ class DataConfig:
     max_length: Annotated[PositiveInt, Doc("Most tokens of a sequence; the rest is cut off.")] = 2048
     image_aspect: Annotated[
         Literal["square", "pad"],
-        Doc("`square` as the image processor does, `pad` to a square of the mean colour first."),
+        Doc(
+            "`square` as the image processor does; `pad` with the mean colour first, as the saved one then does."
+        ),
     ] = "square"
     decode: Annotated[
         Literal["cpu", "nvjpeg"],
@@ -67,9 +69,13 @@ class DataConfig:
         Doc("Where visual tokens differ; `resample`: the teacher's final states to the student's grid."),
     ] = "refuse"
     num_workers: Annotated[int, Ge(0), Le(1024), Doc("Worker processes of each rank's loader.")] = 4
-    image_cache_mb: Annotated[NotNegativeInt, Doc("Memory for decoded images of each rank.")] = 0
+    image_cache_mb: Annotated[
+        NotNegativeInt, Doc("Memory of each worker for resized images, where data come again.")
+    ] = 0
     packing: Annotated[PackingConfig | None, Doc("Several records a row; null is one.")] = None
-    max_bad_rate: Annotated[Share, Doc("Share of bad records from which on a run stops.")] = 0.001
+    max_bad_rate: Annotated[Share, Doc("A run stops where more than this share of the records is bad.")] = (
+        0.001
+    )
 
     def __post_init__(self) -> None:
         require(

@@ -60,7 +60,7 @@ class StudentConfig:
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     checkpoint: Annotated[str, Doc("Stock LLaVA directory.")]
-    dtype: Annotated[Dtype, Doc("Of its weights and activations.")] = "bfloat16"
+    dtype: Annotated[Dtype, Doc("Of its weights.")] = "bfloat16"
     quantize: Annotated[Literal["8bit"] | None, Doc("Few bits for the weights of its language model.")] = None
     placement: Annotated[
         Literal["replicated", "fsdp", "cpu_offload"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import draccus
@@ -78,8 +78,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def plain(value: object) -> object:
     """Settings as mappings, lists and scalars, as YAML has them; draccus cannot write annotated types."""
-    if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -25,7 +25,9 @@ _Beta = Annotated[float, Interval(ge=0, lt=1)]
 class OptimConfig:
     """AdamW with a cosine schedule."""
 
-    lr: Annotated[PositiveFloat, Doc("Highest learning rate, which the schedule starts from.")]
+    lr: Annotated[
+        PositiveFloat, Doc("Highest learning rate, after the warm-up; then a half cosine down to 0.")
+    ]
     lr_by_part: Annotated[dict[str, PositiveFloat], Doc("Other rates than `lr`, by the name of a part.")] = (
         field(default_factory=dict)
     )

@@ -67,7 +67,7 @@ def _table(rows: Iterable[Setting]) -> str:
 def _lines(section: object, indent: str) -> Iterator[str]:
     assert is_dataclass(section)
     for field in fields(section):
-        value = getattr(section, field.name)
+        value = vars(section)[field.name]
         yield from _entry(field.name, value, indent, _mark(field, value))
 
 
