@@ -52,9 +52,7 @@ class DataConfig:
     max_length: Annotated[PositiveInt, Doc("Most tokens of a sequence; the rest is cut off.")] = 2048
     image_aspect: Annotated[
         Literal["square", "pad"],
-        Doc(
-            "`square` as the image processor does; `pad` with the mean colour first, as the saved one then does."
-        ),
+        Doc("`square` as the image processor does; `pad` with the mean colour first, as the saved one does."),
     ] = "square"
     decode: Annotated[
         Literal["cpu", "nvjpeg"],
