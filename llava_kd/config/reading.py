@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import draccus
@@ -76,8 +76,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ValueError(f"{path}: {_messages(error)}") from error
 
 
+def plain(value: object) -> object:
+    """Settings as mappings, lists and scalars, as YAML has them; draccus cannot write annotated types."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def dump(config: TrainConfig) -> str:
     """YAML text that `load` reads back into an equal tree."""
-    stream = io.StringIO()
-    draccus.dump(config, stream)
-    return stream.getvalue()
+    return yaml.dump(plain(config))

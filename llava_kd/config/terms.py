@@ -4,47 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
-from llava_kd.config.checks import require
+from annotated_types import Ge
+from typing_extensions import Doc
+
+from llava_kd.config.ranges import NotNegativeFloat, PositiveFloat, Share, require
+
+_Weight = Annotated[NotNegativeFloat, Doc("What the term is multiplied by.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DBiLDConfig:
-    """Differences of logits among each side's own largest, up to the knee of the `candidates` largest."""
-
-    weight: float = 1.0
-    temperature: float = 3.0
-    candidates: int = 64
-
-    def __post_init__(self) -> None:
-        require(
-            self.candidates >= 4, f"`candidates` of a DBiLD term must be at least 4; got {self.candidates}"
-        )
+    weight: _Weight = 1.0
+    temperature: Annotated[PositiveFloat, Doc("What differences of logits are divided by.")] = 3.0
+    candidates: Annotated[int, Ge(4), Doc("Largest logits among which the knee is looked for.")] = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisualSwitchConfig(DBiLDConfig):
-    """The same between the teacher and its own language path over the student's visual output.
-
-    `source`: `tower`, through the teacher's projector, as in Switch-KD; or `projector`, through a fixed map
-    between the text embeddings of both models, for students whose tower is frozen.
-    """
-
-    source: Literal["tower", "projector"] = "tower"
+    source: Annotated[
+        Literal["tower", "projector"],
+        Doc("Into the teacher: the `tower`'s features, or the `projector`'s through a fixed map."),
+    ] = "tower"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Visual attention in decoder layers, from the share `first` of the depth to below the share `last`.
-
-    `drop_sinks` leaves out entries above mean + standard deviation of either side.
-    """
-
-    weight: float = 1.0
-    first: float = 0.3
-    last: float = 0.7
-    drop_sinks: bool = True
+    weight: _Weight = 1.0
+    first: Annotated[Share, Doc("Share of the decoder's depth where its layers begin.")] = 0.3
+    last: Annotated[Share, Doc("Share of the decoder's depth below which they end.")] = 0.7
+    drop_sinks: Annotated[bool, Doc("Leave out entries above mean + standard deviation of either side.")] = (
+        True
+    )
 
     def __post_init__(self) -> None:
         require(
