@@ -2,7 +2,7 @@
 
 from llava_kd.config.adapters import LoraConfig
 from llava_kd.config.evaluate import EvaluateConfig, HeldOutConfig, SliceConfig
-from llava_kd.config.objective import ObjectiveConfig, stage_type
+from llava_kd.config.objective import ObjectiveConfig, objective_type, stage_type
 from llava_kd.config.reading import dump, load
 from llava_kd.config.sections import (
     PARTS,
@@ -39,5 +39,6 @@ __all__ = [
     "TrainConfig",
     "dump",
     "load",
+    "objective_type",
     "stage_type",
 ]

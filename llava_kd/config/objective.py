@@ -38,7 +38,7 @@ class TermSettings(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """A term that is absent is off. `of_terms` adds a setting for each term of a table."""
+    """A term that is absent is off. `objective_type` adds a setting for each term of a table."""
 
     losses: Annotated[
         Literal["fast", "reference"],
@@ -112,23 +112,33 @@ class ObjectiveConfig:
             )
 
 
+def objective_type(terms: Table) -> type[ObjectiveConfig]:
+    """The section with a setting for each term; the same type for the same table."""
+    return _objective_type(tuple(terms.items()))
+
+
 def stage_type(stage: type[TrainConfig], terms: Table) -> type[TrainConfig]:
-    """The settings `stage` with those of the terms; the same type for the same table."""
-    return _stage_type(stage, tuple(terms.items()))
+    """The settings `stage` with those of the terms."""
+    return _stage_type(stage, objective_type(terms))
 
 
 @functools.cache
-def _stage_type(stage: type[TrainConfig], terms: tuple[tuple[str, type], ...]) -> type[TrainConfig]:
+def _objective_type(terms: tuple[tuple[str, type], ...]) -> type[ObjectiveConfig]:
     taken = {f.name for f in fields(ObjectiveConfig)}
     require(not taken & {name for name, _ in terms}, f"a term may not be named {sorted(taken)}")
-    objective = make_dataclass(
+    made = make_dataclass(
         ObjectiveConfig.__name__,
         [(name, kind | None, None) for name, kind in terms],
         bases=(ObjectiveConfig,),
         frozen=True,
         kw_only=True,
     )
-    objective.__doc__ = ObjectiveConfig.__doc__
+    made.__doc__ = ObjectiveConfig.__doc__
+    return made
+
+
+@functools.cache
+def _stage_type(stage: type[TrainConfig], objective: type[ObjectiveConfig]) -> type[TrainConfig]:
     made = make_dataclass(
         stage.__name__, [("objective", objective)], bases=(stage,), frozen=True, kw_only=True
     )

@@ -30,11 +30,11 @@ class Reads:
 
     `teacher`: `nothing` of it; its `logits`, for which a cache of the largest ones serves; its `states`,
     hidden or projected, which a cache of hidden states holds; or the `model` itself. `places`: whose rows, of
-    student and teacher. `projector`: its output. `vocabulary`: tokens are compared by their number in it. `grids`:
-    visual tokens are compared one by one. `head_gram`: the Gram matrix of a head, computed once for a frozen
-    one. `attention`: in layers from one share of the depth to another. `switched`: the teacher over the
-    student's visual output, of its tower or projector. `before_decoder`: no gradient of the term reaches the
-    language model.
+    student and teacher. `projector`: its output. `vocabulary`: tokens are compared by their number in it.
+    `grids`: visual tokens are compared one by one. `head_gram`: the Gram matrix of a head, computed once for
+    a frozen one. `attention`: in layers from one share of the depth to another. `switched`: the teacher over
+    the student's visual output, of its tower or projector. `before_decoder`: no gradient of the term reaches
+    the language model.
     """
 
     teacher: Need = "nothing"
