@@ -250,14 +250,16 @@ def mixture(
                 student_part = p_s * (s - m)
                 divergence += share * p_t * (t - m) + (1 - share) * student_part
                 mean_slope += student_part
-            if KIND == "skewed_forward":
+            elif KIND == "skewed_forward":
                 m = _log_mixture(t, s, log_share, log_rest)
                 divergence += p_t * (t - m)
                 mean_slope += p_s * tl.exp(t - m)
-            if KIND == "skewed_reverse":
+            elif KIND == "skewed_reverse":
                 m = _log_mixture(s, t, log_share, log_rest)
                 divergence += p_s * (s - m)
                 mean_slope += p_s * (s - m - tl.exp(s + log_share - m))
+            else:
+                tl.static_assert(False, "mixture lacks this kind of divergence")
         tl.store(statistics_row + 3, tl.sum(mean_slope))
         tl.store(kl_ptr + row, _finite_or_nan(tl.sum(divergence) * squared_temperature))
 
@@ -266,19 +268,20 @@ def mixture(
 def _slope(s, t, mean_slope, share, log_share, log_rest, KIND: tl.constexpr):
     """d divergence / d (z / T) of some columns, from the two log-softmaxes."""
     p_s = tl.exp(s)
-    slope = p_s
     if KIND == "forward":
         slope = p_s - tl.exp(t)
-    if KIND == "reverse":
+    elif KIND == "reverse":
         slope = p_s * (s - t - mean_slope)
-    if KIND == "jsd":
+    elif KIND == "jsd":
         slope = (1 - share) * p_s * (s - _log_mixture(t, s, log_share, log_rest) - mean_slope)
-    if KIND == "skewed_forward":
+    elif KIND == "skewed_forward":
         m = _log_mixture(t, s, log_share, log_rest)
         slope = (1 - share) * p_s * (mean_slope - tl.exp(t - m))
-    if KIND == "skewed_reverse":
+    elif KIND == "skewed_reverse":
         m = _log_mixture(s, t, log_share, log_rest)
         slope = p_s * (s - m - tl.exp(s + log_share - m) - mean_slope)
+    else:
+        tl.static_assert(False, "_slope lacks this kind of divergence")
     return slope
 
 
