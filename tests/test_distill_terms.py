@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_
 
 import pytest
 import torch
+from extra_terms import Mapped
 from safetensors.torch import load_file
 from tiny_batches import inputs, record
 from tiny_objectives import objective_of
@@ -35,7 +36,7 @@ from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.distill.terms.relation import Relation
 from llava_kd.distill.terms.response_kl import ResponseKL
 from llava_kd.distill.terms.seen import Seen
-from llava_kd.distill.terms.term import VISUAL_TOKENS, Denominator, Reads, Term, Widths
+from llava_kd.distill.terms.term import VISUAL_TOKENS, Denominator, Reads, Term
 from llava_kd.distill.terms.visual_kl import VisualKL
 from llava_kd.losses.reference import HeadLoss
 from llava_kd.models.files.checkpoint import load_stock
@@ -292,27 +293,6 @@ def test_a_request_for_rows_that_are_not_declared_is_refused() -> None:
 
 
 # Weights of a term's own ----
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mapped(Term):
-    """1 - cosine between visual states, the student's through a map that is trained with it."""
-
-    label: ClassVar[str] = "visual states through a trained map; 1 - cosine"
-    denominator: ClassVar[Denominator] = VISUAL_TOKENS
-
-    @property
-    def reads(self) -> Reads:
-        return Reads(teacher="states", places=("visual",), grids=True)
-
-    def module(self, widths: Widths) -> nn.Module:
-        assert widths.teacher is not None
-        return nn.Linear(widths.student, widths.teacher)
-
-    def total(self, seen: Seen) -> Tensor:
-        student_IND, teacher_INE = seen.features("hidden")
-        rows_IN = 1 - cosine_similarity(seen.module(student_IND), teacher_INE, dim=-1)
-        return (rows_IN * seen.is_valid_I.unsqueeze(1)).sum()
 
 
 def state(run: Path, step: int) -> dict[str, Tensor]:
