@@ -85,7 +85,7 @@ def test_a_term_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", TERMS)
 def test_a_term_is_set_by_its_name(name: str) -> None:
-    config = objective_type(TERMS)(**{name: TERMS[name]()})
+    config = objective_type(TERMS)(**{name: TERMS[name]()})  # pyright: ignore[reportArgumentType]
     assert list(config.terms) == [name]
     assert config.needs_teacher == (name != "cross_entropy")
 
@@ -118,7 +118,7 @@ def test_a_cache_of_what_terms_declare_gives_the_live_loss(
     student: MLLM, teacher: Teacher, name: str, term: Term
 ) -> None:
     """Everything else of the teacher is zero there, or is not there."""
-    objective = objective_of(num_common=260, **{name: term})
+    objective = objective_of(num_common=260, **{name: term})  # pyright: ignore[reportArgumentType]
     live = teacher(MIXED)
     where = {"response": MIXED.student.places.response_N, "visual": MIXED.student.places.visual_N}
     places_M = torch.cat([where[place] for place in places_read(objective.terms)])
