@@ -35,8 +35,8 @@ BUGS = (
     Bug(
         1,
         "distill/objective.py",
-        "share = 1.0 / counts.response_tokens.clamp_min(1), 1.0",
-        "share = 1.0 / batch.counts().response_tokens.clamp_min(1), 1.0",
+        'share = 1.0 / counts["response_tokens"].clamp_min(1), 1.0',
+        'share = 1.0 / batch.counts()["response_tokens"].clamp_min(1), 1.0',
         "test_distill_objective.py::test_a_step_does_not_depend_on_the_split",
     ),
     Bug(
@@ -131,8 +131,8 @@ BUGS = (
     Bug(
         11,
         "distill/objective.py",
-        "share = 1.0 / counts.response_tokens.clamp_min(1), 1.0 / counts.visual_tokens.clamp_min(1)",
-        "share = 1.0 / counts.response_tokens, 1.0 / counts.visual_tokens",
+        'share = 1.0 / counts["response_tokens"].clamp_min(1), 1.0 / counts["visual_tokens"].clamp_min(1)',
+        'share = 1.0 / counts["response_tokens"], 1.0 / counts["visual_tokens"]',
         "test_distill_objective.py::test_a_batch_without_rows_is_finite_and_reaches_every_weight",
     ),
     Bug(
@@ -209,9 +209,9 @@ BUGS = (
     ),
     Bug(
         18,
-        "distill/objective.py",
-        "return result.ce_N.sum() / counts.response_tokens.clamp_min(1).float()",
-        "return result.ce_N.sum() / counts.visual_tokens.clamp_min(1).float()",
+        "distill/teaching/from_teacher.py",
+        'return result.ce_N.sum() / counts["response_tokens"].clamp_min(1).float()',
+        'return result.ce_N.sum() / counts["visual_tokens"].clamp_min(1).float()',
         "test_training_teacher_loss.py::test_it_is_what_transformers_says_of_the_teacher",
     ),
     Bug(

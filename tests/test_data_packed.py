@@ -164,7 +164,7 @@ def test_bad_record_in_a_pack_keeps_its_place_and_spares_the_others(
     assert int((~valid).sum()) == 1
     lost = len(good.student.places.distilled_N) - len(bad.student.places.distilled_N)
     assert lost == SIDE.tokens_per_image
-    assert good.counts().images - bad.counts().images == 1
+    assert good.counts()["images"] - bad.counts()["images"] == 1
 
 
 def test_pack_smaller_than_max_length_is_an_error(source: LlavaJson) -> None:

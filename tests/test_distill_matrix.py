@@ -17,9 +17,12 @@ from torch import Tensor
 
 from llava_kd.batch import Batch
 from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
-from llava_kd.distill.options import Attention, DBiLD, Switch
+from llava_kd.distill.options import Attention, DBiLD
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
+from llava_kd.distill.teaching.from_teacher import FromTeacher
 from llava_kd.distill.teaching.live import Teacher
+from llava_kd.distill.teaching.switch import Switch
 from llava_kd.losses import dbild, head_loss, reference, relation
 from llava_kd.losses.reference import Divergence
 from llava_kd.models.files.checkpoint import load_stock
@@ -119,16 +122,15 @@ class Sides:
         objective = Objective(num_common=COMMON, align=align, **TERMS[term], **FORMS[form])  # type: ignore[arg-type]
         source = "tower" if self.student.train_tower and "projector" not in term else "projector"
         switch = self.switch(source) if objective.visual_switch is not None else None
-        module = Student(self.student, objective, switch)
+        module = Student(self.student, objective, FromTeacher(self.teacher, switch))
         module.zero_grad()
         counts = batches[0].counts()
         for batch in batches[1:]:
             counts = counts + batch.counts()
         total = torch.zeros(())
         for batch in batches:
-            loss, means = module(
-                batch, counts, teacher=self.teacher(batch) if objective.needs_teacher else None
-            )
+            taught = Taught(prediction=self.teacher(batch) if objective.needs_teacher else None)
+            loss, means = module(batch, counts, taught=taught)
             assert all(bool(mean.isfinite()) for mean in means.values()), means
             loss.backward()
             total = total + loss.detach()

@@ -19,6 +19,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 from llava_kd.batch import Batch
 from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.losses.reference import Divergence
 from llava_kd.models.files.checkpoint import load_stock
@@ -79,7 +80,7 @@ def run(batches: list[Batch], objective: Objective, student: MLLM, teacher: Teac
     means: dict[str, Tensor] = {}
     for batch in batches:
         prediction = teacher(batch) if objective.needs_teacher else None
-        loss, partial = module(batch, counts, teacher=prediction)
+        loss, partial = module(batch, counts, taught=Taught(prediction=prediction))
         loss.backward()
         for name, value in {"loss": loss.detach(), **partial}.items():
             means[name] = means.get(name, torch.zeros(())) + value

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llava_kd.batch import Batch, Inputs
 from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.losses import head_loss, relation
 from llava_kd.losses.checks import check_targets
@@ -112,7 +113,9 @@ def callers_of_a_step(models: tuple[MLLM, MLLM], objective: Objective, batch: Ba
     waits = Waits()
     with waits:
         prediction = frozen(batch) if objective.needs_teacher else None
-        loss, _ = module(batch, batch.counts(), student.image_features(batch.student), prediction)
+        loss, _ = module(
+            batch, batch.counts(), student.image_features(batch.student), Taught(prediction=prediction)
+        )
         loss.backward()
     assert bool(torch.isfinite(loss))  # active rows that were not as stated make it NaN
     return set(waits.callers)
@@ -158,7 +161,7 @@ def test_the_reference_gives_the_same_step(models: tuple[MLLM, MLLM]) -> None:
     ):
         student, teacher = models
         loss, means = Student(student, objective)(
-            batch, batch.counts(), teacher=Teacher(teacher, shares_tower=False)(batch)
+            batch, batch.counts(), taught=Taught(prediction=Teacher(teacher, shares_tower=False)(batch))
         )
         losses.append({"loss": loss, **means})
     for name, value in losses[0].items():

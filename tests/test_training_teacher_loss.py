@@ -11,10 +11,11 @@ from test_training_trainer import Run, TinyLoader
 from tiny_batches import inputs, record
 from tiny_llava import make_tiny_llava
 
-from llava_kd.batch import Batch, TeacherRows
-from llava_kd.distill.objective import KL, CrossEntropy, Objective
+from llava_kd.batch import Batch
+from llava_kd.distill.taught import Taught, TopKPrediction
+from llava_kd.distill.teaching.from_teacher import OWN, FromTeacher
 from llava_kd.distill.teaching.live import Teacher
-from llava_kd.losses import head_loss
+from llava_kd.losses import head_loss, reference
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 
@@ -26,31 +27,29 @@ def test_it_is_what_transformers_says_of_the_teacher(teacher_dir: Path, fast: bo
     stock = load_stock(str(teacher_dir)).stock.eval()
     rows = [record(i, answer=3 + i) for i in range(3)]
     batch = Batch(student=inputs(*rows), record_ids=("a", "b", "c"))
-    objective = Objective(cross_entropy=CrossEntropy(), response_kl=KL(), num_common=260)
-    if fast:
-        objective = Objective(response_kl=KL(), num_common=260, head_loss=head_loss.head_loss)
-    prediction = Teacher(MLLM(stock), shares_tower=False)(batch)
-    own = objective.teacher_cross_entropy(prediction, batch, batch.counts())
+    formula = head_loss.head_loss if fast else reference.head_loss
+    teaching = FromTeacher(Teacher(MLLM(stock), shares_tower=False), head_loss=formula)
+    own = teaching.figures(batch, teaching.outside(batch, None), batch.counts())["teacher_cross_entropy"]
     total = count = 0.0
     with torch.no_grad():
         for row in rows:
             output = stock(input_ids=row.ids[None], pixel_values=row.pixels_ICHW, labels=row.labels[None])
             number = int((row.labels != -100).sum())
             total, count = total + float(output.loss) * number, count + number
-    assert own is not None
     assert float(own) == pytest.approx(total / count, rel=1e-5)
 
 
 def test_it_is_unknown_where_no_prediction_of_the_responses_is_stored(teacher_dir: Path) -> None:
     student = inputs(record(1))
-    rows = TeacherRows(places_M=torch.zeros(1, dtype=torch.long), hidden_ME=torch.zeros(1, 48))
-    stored = Batch(student=student, record_ids=("a",), teacher_rows=rows)
-    live = Batch(student=student, record_ids=("a",))
-    prediction = Teacher(MLLM(load_stock(str(teacher_dir)).stock), shares_tower=False)(live)
-    without, with_responses = Objective(visual_kl=KL()), Objective(response_kl=KL())
-    assert without.teacher_cross_entropy(prediction, live, live.counts()) is not None
-    assert without.teacher_cross_entropy(prediction, stored, live.counts()) is None
-    assert with_responses.teacher_cross_entropy(prediction, stored, live.counts()) is not None
+    batch = Batch(student=student, record_ids=("a",))
+    teacher = Teacher(MLLM(load_stock(str(teacher_dir)).stock), shares_tower=False)
+    for knows in (True, False):
+        teaching = FromTeacher(teacher, knows_responses=knows)
+        found = teaching.figures(batch, teaching.outside(batch, None), batch.counts())
+        assert (OWN in found) == knows
+    largest_BTK = torch.zeros(1, 1, 2)
+    stored = TopKPrediction(logits_BTK=largest_BTK, columns_BTK=largest_BTK.long(), rest_BT=torch.zeros(1, 1))
+    assert not FromTeacher(teacher).figures(batch, Taught(prediction=stored), batch.counts())
 
 
 def test_the_same_model_on_both_sides_has_one_cross_entropy(tmp_path: Path, teacher_dir: Path) -> None:

@@ -26,7 +26,7 @@ from llava_kd.assembly.parts.models import (
     student_parts,
     wholly_trained,
 )
-from llava_kd.assembly.parts.objective import objective, wants_head_gram
+from llava_kd.assembly.parts.objective import HEAD_LOSSES, objective, wants_head_gram
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.teacher import (
     cached_teacher,
@@ -40,9 +40,9 @@ from llava_kd.assembly.runs.provenance import checked_parent, finish
 from llava_kd.assembly.runs.run_dir import check_world, claim
 from llava_kd.config import TrainConfig, dump
 from llava_kd.data.sources.conversation import Source
-from llava_kd.distill.options import Switch
 from llava_kd.distill.student import Student
-from llava_kd.distill.teaching.cached import CachedTeacher
+from llava_kd.distill.teaching.door import Teaching
+from llava_kd.distill.teaching.from_teacher import FromTeacher
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.models.files.card import reading_notes
 from llava_kd.models.files.checkpoint import Parts, save_stock
@@ -56,8 +56,8 @@ from llava_kd.parallel.teacher_placement import offload_layers, shard_layers
 from llava_kd.parallel.world import World, join, peers
 from llava_kd.training.checkpoint import Checkpoints
 from llava_kd.training.metrics import Metrics, TensorBoardTracker, Tracker, WandbTracker
-from llava_kd.training.schedule import cosine_with_warmup
-from llava_kd.training.trainer import Trainer
+from llava_kd.training.schedule import Cadence, Schedule, cosine_with_warmup
+from llava_kd.training.trainer import Output, Trainer
 
 
 def train(config: TrainConfig) -> str | None:
@@ -116,7 +116,11 @@ def _train(config: TrainConfig, world: World) -> str | None:
             if config.checkpoint.export == "best":
                 best, moved = trainer.best_weights()
                 weights |= moved
-            trained = {name.removeprefix("mllm."): tensor for name, tensor in weights.items()}
+            trained = {
+                name.removeprefix("mllm."): tensor
+                for name, tensor in weights.items()
+                if name.startswith("mllm.")
+            }
             if config.student.lora is not None:
                 trained = merge_adapters(student.stock, trained)
             finished = served(student, config.data)
@@ -158,11 +162,11 @@ def assemble(
     if config.engine.activation_checkpointing:
         checkpoint_activations(student.stock)
     loader, shares_tower = make_loader(config, world, student, teacher, source)
-    frozen_teacher, switched = _teaching(config, world, student, teacher, mllm, say, shares_tower)
+    teaching = _teaching(config, world, student, teacher, mllm, say, shares_tower)
     terms = objective(config.objective, student, teacher, config.data.visual_alignment)
     if teacher is not None and terms.num_common is not None:
         say_left_out(config, student, teacher, terms.num_common, say)
-    module = Student(mllm, terms, switched).train()
+    module = Student(mllm, terms, teaching).train()
     total = num_steps(config, loader.steps_per_epoch)
     engine = make_engine(config, world, module)
     say(f"attention of the student: {kernel}")
@@ -172,24 +176,34 @@ def assemble(
     trainer = Trainer(
         engine=engine,
         student=module,
-        teacher=frozen_teacher,
         loader=loader,
-        checkpoints=_checkpoints(config, {**(identity or {}), "data or tokenizer": loader.fingerprint}),
-        metrics=_metrics(config, world, total),
-        lr_multiplier=lambda step: cosine_with_warmup(
-            step, num_steps=total, warmup_ratio=config.optim.warmup_ratio
+        schedule=_schedule(config, total),
+        cadence=Cadence(
+            save_every=config.checkpoint.every,
+            log_every=config.log.every,
+            evaluate_every=0 if config.evaluate is None else config.evaluate.every,
         ),
-        base_lr=config.optim.lr,
-        num_steps=total,
-        max_grad_norm=config.optim.max_grad_norm,
-        save_every=config.checkpoint.every,
-        log_every=config.log.every,
-        seed=config.seed,
+        output=Output(
+            checkpoints=_checkpoints(config, {**(identity or {}), "data or tokenizer": loader.fingerprint}),
+            metrics=_metrics(config, world, total),
+            say=say,
+        ),
         evaluate=evaluate,
-        evaluate_every=0 if config.evaluate is None else config.evaluate.every,
-        say=say,
+        seed=config.seed,
     )
     return trainer, engine
+
+
+def _schedule(config: TrainConfig, total: int) -> Schedule:
+    optim = config.optim
+    rates = {part: optim.lr_by_part.get(part, optim.lr) for part in config.trainable}
+    return Schedule(
+        num_steps=total,
+        base_lr=optim.lr,
+        lr_multiplier=lambda step: cosine_with_warmup(step, num_steps=total, warmup_ratio=optim.warmup_ratio),
+        max_grad_norm=optim.max_grad_norm,
+        lr_of_part=rates if optim.lr_by_part else {},
+    )
 
 
 def _checkpoints(config: TrainConfig, identity: Mapping[str, str]) -> Checkpoints:
@@ -210,16 +224,19 @@ def _teaching(
     mllm: MLLM,
     say: Callable[[str], None],
     shares_tower: bool,
-) -> tuple[Teacher | CachedTeacher | None, Switch | None]:
-    """What predicts as the teacher, and its path for the student's visual output."""
+) -> Teaching | None:
+    """Whoever teaches, behind its door."""
     if teacher is None:
-        return None, None
+        return None
+    formula = HEAD_LOSSES[config.objective.losses]
     if is_cached(config):
-        return cached_teacher(config, teacher, world.device, say), None
+        stored = cached_teacher(config, teacher, world.device, say)
+        knows = config.objective.response_kl is not None
+        return FromTeacher(stored, head_loss=formula, knows_responses=knows)
     is_packed = config.data.packing is not None
     frozen = placed_teacher(config, world, teacher, shares_tower=shares_tower, is_packed=is_packed)
     say("the tower runs once for both models" if shares_tower else "each model runs its own tower")
-    return frozen, lend(config, student, teacher, mllm, frozen.mllm)
+    return FromTeacher(frozen, lend(config, student, teacher, mllm, frozen.mllm), head_loss=formula)
 
 
 def placed_teacher(

@@ -15,13 +15,11 @@ from torch import Tensor
 
 from llava_kd.batch import Batch, Counts
 from llava_kd.distill.options import Attention, DBiLD, attention_term, dbild_term, touch
-from llava_kd.distill.rows import Rows, Tap, fill, response_rows, targets_of_rows, visual_features
-from llava_kd.distill.teaching.cached import TopKPrediction
+from llava_kd.distill.rows import Rows, Tap, fill, visual_features
+from llava_kd.distill.taught import AnyPrediction, TopKPrediction
 from llava_kd.losses.reference import Divergence, HeadLoss, RowsLoss, dbild_loss, head_loss, relation_rows
 from llava_kd.losses.reference_top_k import top_k_head_loss
 from llava_kd.models.mllm import Prediction
-
-AnyPrediction = Prediction | TopKPrediction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,28 +119,6 @@ class Objective:
             means |= mean
         return Losses(loss=loss, means=means)
 
-    @torch.no_grad()
-    def teacher_cross_entropy(self, teacher: AnyPrediction, batch: Batch, counts: Counts) -> Tensor | None:
-        """The teacher's own mean over the response targets, as `cross_entropy` is the student's.
-
-        None where it is not known: of a cache of the largest logits, or of none at the responses.
-        """
-        if isinstance(teacher, TopKPrediction) or (
-            batch.teacher_rows is not None and self.response_kl is None
-        ):
-            return None
-        inputs = batch.teacher_inputs
-        rows_N = response_rows(inputs)
-        result = self.head_loss(
-            teacher.hidden_BTD.flatten(0, 1)[rows_N],
-            teacher.head_VD,
-            targets_of_rows(inputs, rows_N),
-            student_bias_V=teacher.bias_V,
-            ce_weight_N=torch.ones(len(rows_N), device=rows_N.device),
-            active_rows=(0, len(rows_N)),
-        )
-        return result.ce_N.sum() / counts.response_tokens.clamp_min(1).float()
-
     def _lent_terms(
         self,
         student: Prediction,
@@ -173,7 +149,7 @@ class Objective:
         self, student: Prediction, teacher: AnyPrediction | None, batch: Batch, counts: Counts
     ) -> Losses | None:
         """CE and both KLs; terms of equal temperature and divergence go through the head together."""
-        share = 1.0 / counts.response_tokens.clamp_min(1), 1.0 / counts.visual_tokens.clamp_min(1)
+        share = 1.0 / counts["response_tokens"].clamp_min(1), 1.0 / counts["visual_tokens"].clamp_min(1)
         groups: dict[tuple[float, Divergence] | None, list[str]] = {}
         if self.response_kl is not None:
             groups.setdefault(_kind(self.response_kl), []).append("response")
@@ -286,7 +262,7 @@ class Objective:
         if self.relation is None or teacher is None:
             return None
         if batch.student.num_images == 0:  # the two sides' sizes of nothing need not agree
-            zero = torch.zeros_like(counts.images, dtype=torch.float32)
+            zero = torch.zeros_like(counts["images"], dtype=torch.float32)
             return Losses(loss=zero, means={"relation": zero})
         valid_I = batch.student.image_is_valid_I
         heads = {}
@@ -301,7 +277,7 @@ class Objective:
             normalise=self.relation.normalise,
             **heads,
         )
-        mean = (rows_I * valid_I).sum() / counts.images.clamp_min(1).float()
+        mean = (rows_I * valid_I).sum() / counts["images"].clamp_min(1).float()
         return Losses(loss=self.relation.weight * mean, means={"relation": mean.detach()})
 
 

@@ -1,4 +1,4 @@
-"""Terms of other methods than LLaVA-KD's: differences of logits, the visual switch, visual attention.
+"""Terms of other methods than LLaVA-KD's: differences of logits, visual attention.
 
 Each gives its weighted share of the loss and the unweighted mean for the log, over the counts of the step.
 
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from llava_kd.batch import Batch, Counts
 from llava_kd.losses.reference import RowsLoss, attention_rows
-from llava_kd.models.mllm import MLLM, Prediction
+from llava_kd.models.mllm import Prediction
 
 Align = Callable[[Tensor], Tensor]
 
@@ -37,34 +36,6 @@ class Attention:
 
     weight: float = 1.0
     drop_sinks: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Switch:
-    """The teacher's language path over the student's visual output; gradient flows through it to the student.
-
-    `source`: `tower` sends the student's features through the teacher's projector (Switch-KD); `projector`
-    sends the student's projected features through `width_map_DE` into the teacher's embedding space. `align`
-    carries [I, M, width] from the student's grid to the teacher's, None where both have the same.
-    """
-
-    teacher: MLLM
-    source: Literal["tower", "projector"] = "tower"
-    align: Align | None = None
-    width_map_DE: Tensor | None = None
-
-    def __call__(self, batch: Batch, student: Prediction, features_INE: Tensor) -> Prediction:
-        inputs = batch.teacher_inputs
-        weight = self.teacher.language_model.get_input_embeddings().weight
-        # As the teacher itself is run, so that equal visual output gives equal logits.
-        with torch.autocast(weight.device.type, enabled=False):
-            visual_INE = features_INE if self.source == "tower" else student.projected_IND
-            visual_INE = visual_INE if self.align is None else self.align(visual_INE)
-            if self.width_map_DE is None:
-                visual_INE = self.teacher.project(visual_INE.to(weight.dtype))
-            else:
-                visual_INE = visual_INE.to(self.width_map_DE.dtype) @ self.width_map_DE
-            return self.teacher.read(inputs, visual_INE.to(weight.dtype))
 
 
 def dbild_term(
@@ -92,7 +63,7 @@ def dbild_term(
         candidates=term.candidates,
         num_common=num_common,
     )
-    share = (1.0 / counts.response_tokens.clamp_min(1)).float()
+    share = (1.0 / counts["response_tokens"].clamp_min(1)).float()
     return term.weight * share * result.loss, {name: share * result.rows_N.sum()}
 
 
@@ -108,13 +79,13 @@ def attention_term(
     if student.attention_LINN is None or teacher.attention_LINN is None:
         raise ValueError("the attention term needs predictions of models whose attention is watched")
     if batch.student.num_images == 0:  # the two sides' sizes of nothing need not agree
-        zero = torch.zeros_like(counts.images, dtype=torch.float32)
+        zero = torch.zeros_like(counts["images"], dtype=torch.float32)
         return zero, {"attention": zero}
     teacher_LINN = teacher.attention_LINN
     if align is not None:
         teacher_LINN = _aligned(teacher_LINN, align)
     rows_I = attention_rows(student.attention_LINN, teacher_LINN, drop_sinks=term.drop_sinks)
-    mean = (rows_I * batch.student.image_is_valid_I).sum() / counts.images.clamp_min(1).float()
+    mean = (rows_I * batch.student.image_is_valid_I).sum() / counts["images"].clamp_min(1).float()
     return term.weight * mean, {"attention": mean.detach()}
 
 

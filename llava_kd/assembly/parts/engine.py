@@ -38,7 +38,7 @@ def make_engine(config: TrainConfig, world: World, module: Student) -> Engine:
 
 
 def parameter_groups(config: TrainConfig, module: Student) -> list[ParameterGroup]:
-    """One group a trained part, each with its own learning rate."""
+    """One group a trained part, each with its own learning rate, and one of what is trained beside them."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups = []
     for part, modules in module.mllm.parts(config.trainable).items():
@@ -46,4 +46,8 @@ def parameter_groups(config: TrainConfig, module: Student) -> list[ParameterGrou
         owned = dict.fromkeys(names[id(p)] for p in trained)
         lr = config.optim.lr_by_part.get(part, config.optim.lr)
         groups.append(ParameterGroup(names=tuple(owned), lr=lr))
+    taken = {name for group in groups for name in group.names}
+    others = [name for name, p in module.named_parameters() if p.requires_grad and name not in taken]
+    if others:  # of what teaches
+        groups.append(ParameterGroup(names=tuple(others), lr=config.optim.lr))
     return groups

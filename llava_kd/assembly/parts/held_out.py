@@ -143,7 +143,7 @@ def _summed(
 def _loss(batch: Batch, module: Student, objective: Objective) -> torch.Tensor:
     """Sum over the answers' tokens."""
     one = torch.ones((), dtype=torch.float64, device=batch.student.input_ids_BT.device)
-    counts = Counts(response_tokens=one, visual_tokens=one, images=one)
+    counts = Counts(dict.fromkeys(module.counts(batch), one))
     features_INE = None if module.mllm.train_tower else module.mllm.image_features(batch.student)
     _, means = module(batch, counts, features_INE, objective=objective)
     return means["cross_entropy"].double()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from llava_kd.assembly.parts.models import DTYPES, compute_dtype
 from llava_kd.config import DBiLDConfig, ObjectiveConfig, TrainConfig
-from llava_kd.distill.options import Align, DBiLD, Switch
+from llava_kd.distill.options import Align, DBiLD
+from llava_kd.distill.teaching.switch import Switch
 from llava_kd.models.attention.visual import middle_layers
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.mllm import MLLM
