@@ -168,7 +168,7 @@ BUGS = (
     Bug(
         14,
         "models/mllm.py",
-        "with torch.set_grad_enabled(self.train_tower and torch.is_grad_enabled()):",
+        "with torch.set_grad_enabled(has_gradient and torch.is_grad_enabled()):",
         "with torch.no_grad():",
         "test_models_mllm.py::test_gradients_reach_the_trained_parts_and_no_other",
     ),

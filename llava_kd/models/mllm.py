@@ -110,20 +110,21 @@ class MLLM(nn.Module):
         return {name: modules[name] for name in PARTS if name in set(names)}
 
     def image_features(self, inputs: Inputs) -> Tensor:
-        """[I, N, E] features of the batch's images; no gradient where the tower is frozen.
+        """[I, N, E] features of the batch's images; no gradient where tower and pixels have none.
 
-        A batch without images has those of one blank image where the tower is trained, for engines wait
-        for its gradient; `forward` multiplies them by zero.
+        A batch without images has those of one blank image where there is one, for engines wait for it;
+        `forward` multiplies them by zero.
         """
         config = self.stock.config
         tower = self.stock.model.vision_tower
         pixels_ICHW = inputs.pixels_ICHW
-        if inputs.num_images == 0 and not self.train_tower:
+        has_gradient = self.train_tower or pixels_ICHW.requires_grad
+        if inputs.num_images == 0 and not has_gradient:
             width = vision_config(config).hidden_size
             return torch.zeros(0, 1, width, device=pixels_ICHW.device, dtype=self.stock.dtype)
         if inputs.num_images == 0:
-            pixels_ICHW = pixels_ICHW.new_zeros(1, *pixels_ICHW.shape[1:])
-        with torch.set_grad_enabled(self.train_tower and torch.is_grad_enabled()):
+            pixels_ICHW = pixels_ICHW.new_zeros(1, *pixels_ICHW.shape[1:]) + pixels_ICHW.sum()
+        with torch.set_grad_enabled(has_gradient and torch.is_grad_enabled()):
             return image_features(
                 tower,
                 pixels_ICHW,
