@@ -20,6 +20,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
 from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.losses import head_loss, reference, relation
 from llava_kd.models.mllm import MLLM
@@ -178,8 +179,8 @@ class Ours:
     def step(self) -> Tensor:
         counts = self.batch.counts()
         features = self.student.mllm.image_features(self.batch.student)
-        teacher = self.teacher(self.batch, features)
-        loss, _ = self.engine.forward(self.batch, counts, features, teacher, is_last=True)
+        taught = Taught(prediction=self.teacher(self.batch, features))
+        loss, _ = self.engine.forward(self.batch, counts, features, taught, is_last=True)
         self.engine.backward(loss, is_last=True)
         self.engine.step(lr_multiplier=1.0, max_grad_norm=1.0)
         return loss.detach()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_samples import encoded_image, entry, llama_like, qwen_like, side, write_dataset
+from data_samples import encoded_image, entry, llama_like, loader_of, qwen_like, side, write_dataset
 
 from llava_kd.batch import IGNORE_INDEX, Batch
 from llava_kd.data.batches.loader import Loader, Side
@@ -40,7 +40,7 @@ def make_loader(source: LlavaJson, **changes: object) -> Loader:
         "world_size": 1,
         "device": "cpu",
     }
-    return Loader(**(settings | changes))
+    return loader_of(**(settings | changes))
 
 
 def ids(groups: list[list[Batch]]) -> list[list[tuple[str, ...]]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_samples import entry, llama_like, qwen_like, side, write_dataset
+from data_samples import entry, llama_like, loader_of, qwen_like, side, write_dataset
 from tiny_llava import IMAGE_TOKEN, make_tiny_llava
 
 from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
@@ -44,7 +44,7 @@ def make_loader(source: LlavaJson, **changes: object) -> Loader:
         "device": "cpu",
         "packing": PACKING,
     }
-    return Loader(**(settings | changes))
+    return loader_of(**(settings | changes))
 
 
 def segments(inputs: Inputs) -> list[dict[str, list]]:

@@ -15,6 +15,7 @@ from llava_kd.assembly.parts.stored_teacher import open_cache
 from llava_kd.config import DataConfig, PackingConfig, TrainConfig
 from llava_kd.data.batches.bad_records import BadRecord, refuse_faults
 from llava_kd.data.batches.loader import Loader, Side
+from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.batches.packing import Packing
 from llava_kd.data.pixels.images import ImageTransform
 from llava_kd.data.sources.conversation import Source
@@ -188,20 +189,24 @@ def make_loader(
         source=source,
         student=student_side,
         teacher=teacher_side,
-        seed=config.seed,
-        global_batch_size=config.global_batch_size,
-        micro_batch_size=config.micro_batch_size,
-        rank=world.rank,
-        world_size=world.size,
+        order=Order(
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            packing=make_packing(data.packing),
+        ),
+        reading=Reading(
+            num_workers=data.num_workers,
+            decoder=data.decode,
+            image_cache_bytes=data.image_cache_mb * 2**20,
+            progress=config.log.progress and world.is_main,
+            max_bad_rate=data.max_bad_rate,
+            bad_records_path=Path(config.output_dir) / BAD_RECORDS,
+        ),
         device=world.device,
-        num_workers=data.num_workers,
-        decoder=data.decode,
-        packing=make_packing(data.packing),
-        image_cache_bytes=data.image_cache_mb * 2**20,
         teacher_cache=cache,
-        progress=config.log.progress and world.is_main,
-        max_bad_rate=data.max_bad_rate,
-        bad_records_path=Path(config.output_dir) / BAD_RECORDS,
     )
     return loader, shares_tower
 

@@ -19,18 +19,20 @@ def make_engine(config: TrainConfig, world: World, module: Student) -> Engine:
     )
     bf16 = config.engine.precision == "bf16"
     if kind == "deepspeed":
-        from llava_kd.parallel.deepspeed_engine import DeepSpeedEngine
+        from llava_kd.parallel.deepspeed_engine import DeepSpeedEngine, Zero
 
         return DeepSpeedEngine(
             module,
             groups,
             world=world,
-            zero_stage=config.engine.zero_stage or 3,
+            zero=Zero(
+                stage=config.engine.zero_stage or 3,
+                max_grad_norm=config.optim.max_grad_norm,
+                micro_batch_size=config.micro_batch_size,
+                accumulation=-(-config.global_batch_size // (config.micro_batch_size * world.size)),
+            ),
             adamw=adamw,
             bf16=bf16,
-            max_grad_norm=config.optim.max_grad_norm,
-            micro_batch_size=config.micro_batch_size,
-            accumulation=-(-config.global_batch_size // (config.micro_batch_size * world.size)),
         )
     mllm = module.mllm
     units = [*mllm.language_model.layers, mllm.multi_modal_projector]
