@@ -22,6 +22,7 @@ from llava_kd.data.sources.conversation import Source
 from llava_kd.data.sources.llava_json import LlavaJson
 from llava_kd.data.sources.mixture import Mixture
 from llava_kd.data.sources.tar_shards import TarShards
+from llava_kd.data.teacher_store.store import TeacherCache
 from llava_kd.data.text.template_choice import choose
 from llava_kd.models.attention.row_limits import check_rows
 from llava_kd.models.files.checkpoint import Parts
@@ -163,28 +164,7 @@ def make_loader(
     student_side = side(student, data, config.student.template)
     teacher_side, shares_tower, cache = None, False, None
     if teacher is not None:
-        assert config.teacher is not None
-        teacher_side = side(teacher, data, config.teacher.template)
-        reads_alike = teacher_side.reads_as(student_side)
-        if config.teacher.cache is not None:
-            if teacher_side.template != student_side.template:
-                raise ValueError(
-                    "`teacher.cache` holds predictions at the teacher's own tokens: both sides must have one "
-                    f"template; the student's is {student_side.template.name}, the teacher's "
-                    f"{teacher_side.template.name}; set data.template, or teacher.cache to null"
-                )
-            cache = open_cache(config, teacher_side, source)
-            if cache.manifest.contents.mode == "topk" and teacher.visual_grid != student.visual_grid:
-                raise ValueError(
-                    f"{cache.directory} holds logits, which cannot be resampled to the grid of the student; "
-                    "write one with --mode hidden, or use the tower of the teacher"
-                )
-            reads_alike = teacher.tokens_per_image == student.tokens_per_image  # the cache checks the tokens
-        else:
-            shares_tower = same_tower(config, student, teacher)
-            reads_alike = reads_alike and shares_tower
-        if reads_alike:
-            teacher_side = None
+        teacher_side, shares_tower, cache = _teacher_side(config, student, teacher, student_side, source)
     loader = Loader(
         source=source,
         student=student_side,
@@ -209,6 +189,32 @@ def make_loader(
         teacher_cache=cache,
     )
     return loader, shares_tower
+
+
+def _teacher_side(
+    config: TrainConfig, student: Parts, teacher: Parts, student_side: Side, source: Source
+) -> tuple[Side | None, bool, TeacherCache | None]:
+    """How the teacher reads, None where as the student does; whether they share a tower; what is stored."""
+    assert config.teacher is not None
+    own = side(teacher, config.data, config.teacher.template)
+    reads_alike = own.reads_as(student_side)
+    if config.teacher.cache is None:
+        shares_tower = same_tower(config, student, teacher)
+        return (None if reads_alike and shares_tower else own), shares_tower, None
+    if own.template != student_side.template:
+        raise ValueError(
+            "`teacher.cache` holds predictions at the teacher's own tokens: both sides must have one "
+            f"template; the student's is {student_side.template.name}, the teacher's "
+            f"{own.template.name}; set data.template, or teacher.cache to null"
+        )
+    cache = open_cache(config, own, source)
+    if cache.manifest.contents.mode == "topk" and teacher.visual_grid != student.visual_grid:
+        raise ValueError(
+            f"{cache.directory} holds logits, which cannot be resampled to the grid of the student; "
+            "write one with --mode hidden, or use the tower of the teacher"
+        )
+    # The cache checks the tokens.
+    return (None if teacher.tokens_per_image == student.tokens_per_image else own), False, cache
 
 
 def same_tower(config: TrainConfig, student: Parts, teacher: Parts) -> bool:
