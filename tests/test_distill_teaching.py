@@ -170,14 +170,15 @@ def test_the_gradient_of_a_change_of_the_pictures_is_that_of_finite_differences(
 
     run.student.objective = replace(run.student.objective, response_kl=None, visual_kl=None, relation=None)
     loss().backward()
-    assert frame.grad is not None
-    step = 1e-3 * frame.grad / frame.grad.norm()
+    gradient = frame.grad
+    assert gradient is not None
+    step = 1e-3 * gradient / gradient.norm()
     with torch.no_grad():
         frame += step
         above = loss()
         frame -= 2 * step
         below = loss()
-    assert float(above - below) == pytest.approx(float(2 * (step * frame.grad).sum()), rel=1e-3)
+    assert float(above - below) == pytest.approx(float(2 * (step * gradient).sum()), rel=1e-3)
 
 
 def test_a_second_pass_on_other_pictures(run: Run, teacher_dir: Path) -> None:
