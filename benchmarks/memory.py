@@ -35,6 +35,7 @@ from llava_kd.config import (
 from llava_kd.distill.formulas import FAST, Common
 from llava_kd.distill.objective import Objective
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.distill.terms import TERMS
 from llava_kd.models.mllm import MLLM, PARTS
@@ -128,8 +129,8 @@ class Run:
         for batch in self.batches:
             is_last = batch is self.batches[-1]
             features_INE = self.mllm.image_features(batch.student)
-            prediction = self.teacher(batch, features_INE)
-            loss, _ = self.engine.forward(batch, counts, features_INE, prediction, is_last=is_last)
+            taught = Taught(prediction=self.teacher(batch, features_INE))
+            loss, _ = self.engine.forward(batch, counts, features_INE, taught, is_last=is_last)
             self.engine.backward(loss, is_last=is_last)
         self.engine.step(lr_multiplier=1.0, max_grad_norm=1.0)
 

@@ -21,6 +21,7 @@ from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
 from llava_kd.distill.formulas import FAST, Common
 from llava_kd.distill.objective import Objective
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.distill.terms import TERMS
 from llava_kd.losses import reference
@@ -177,8 +178,8 @@ class Ours:
     def step(self) -> Tensor:
         counts = self.batch.counts()
         features = self.student.mllm.image_features(self.batch.student)
-        teacher = self.teacher(self.batch, features)
-        loss, _ = self.engine.forward(self.batch, counts, features, teacher, is_last=True)
+        taught = Taught(prediction=self.teacher(self.batch, features))
+        loss, _ = self.engine.forward(self.batch, counts, features, taught, is_last=True)
         self.engine.backward(loss, is_last=True)
         self.engine.step(lr_multiplier=1.0, max_grad_norm=1.0)
         return loss.detach()

@@ -131,8 +131,8 @@ BUGS = (
     Bug(
         11,
         "distill/rows.py",
-        "return found[name].clamp_min(1)",
-        "return found[name]",
+        "return counts[name].clamp_min(1)",
+        "return counts[name]",
         "test_distill_objective.py::test_a_batch_without_rows_is_finite_and_reaches_every_weight",
     ),
     Bug(
@@ -168,7 +168,7 @@ BUGS = (
     Bug(
         14,
         "models/mllm.py",
-        "with torch.set_grad_enabled(self.train_tower and torch.is_grad_enabled()):",
+        "with torch.set_grad_enabled(has_gradient and torch.is_grad_enabled()):",
         "with torch.no_grad():",
         "test_models_mllm.py::test_gradients_reach_the_trained_parts_and_no_other",
     ),
@@ -209,9 +209,9 @@ BUGS = (
     ),
     Bug(
         18,
-        "distill/objective.py",
-        'return result.ce_N.sum() / count(counts, "response_tokens").float()',
-        'return result.ce_N.sum() / count(counts, "visual_tokens").float()',
+        "distill/teaching/from_teacher.py",
+        'return result.ce_N.sum() / counts["response_tokens"].clamp_min(1).float()',
+        'return result.ce_N.sum() / counts["visual_tokens"].clamp_min(1).float()',
         "test_training_teacher_loss.py::test_it_is_what_transformers_says_of_the_teacher",
     ),
     Bug(

@@ -72,7 +72,7 @@ def _main(
     if "STOP_AFTER" in environment:
         kill_points.stop_after(int(environment["STOP_AFTER"]))
     if "ONE_RECORD_PER_ROW" in environment:  # the oracle of packing is no setting of the config
-        build_data.Loader = partial(build_data.Loader, one_record_per_row=True)  # type: ignore[misc]
+        build_data.Order = partial(build_data.Order, one_record_per_row=True)  # type: ignore[misc]
     code = main(words)
     print(f"kill points passed: {kill_points.passed}", flush=True)
     sys.exit(code)

@@ -53,12 +53,11 @@ def main(kind: str, student: str, out: str) -> None:
     module = Watched(mllm).train()
     group = ParameterGroup(names=tuple(n for n, p in module.named_parameters() if p.requires_grad), lr=1e-2)
     if kind == "zero3":
-        from llava_kd.parallel.deepspeed_engine import DeepSpeedEngine
+        from llava_kd.parallel.deepspeed_engine import DeepSpeedEngine, Zero
 
-        sizes = {"max_grad_norm": 1.0, "micro_batch_size": 1, "accumulation": len(RECORDS) // world.size}
-        engine = DeepSpeedEngine(
-            module, [group], world=world, zero_stage=3, adamw=AdamWSettings(), bf16=False, **sizes
-        )
+        accumulation = len(RECORDS) // world.size
+        zero = Zero(stage=3, max_grad_norm=1.0, micro_batch_size=1, accumulation=accumulation)
+        engine = DeepSpeedEngine(module, [group], world=world, zero=zero, adamw=AdamWSettings(), bf16=False)
     else:
         units = [*mllm.language_model.layers, mllm.multi_modal_projector]
         engine = TorchEngine(

@@ -26,7 +26,7 @@ from llava_kd.data.sources.llava_json import Record, Turn
 from llava_kd.data.text.alignment import matched
 from llava_kd.data.text.encoder import Encoded, Encoder
 from llava_kd.data.text.template_table import TEMPLATES
-from llava_kd.distill.teaching.taught import Taught
+from llava_kd.distill.taught import Taught
 from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.distill.terms.response_kl import ResponseKL
 from llava_kd.models.files.checkpoint import load_stock

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import product
+from operator import add
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -20,9 +21,11 @@ from tiny_objectives import objective_of
 from torch import Tensor
 
 from llava_kd.batch import Batch
-from llava_kd.distill.options import Switch
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
+from llava_kd.distill.teaching.from_teacher import FromTeacher
 from llava_kd.distill.teaching.live import Teacher
+from llava_kd.distill.teaching.switch import Switch
 from llava_kd.distill.terms import TERMS
 from llava_kd.distill.terms.term import Term
 from llava_kd.distill.terms.visual_kl import VisualKL
@@ -102,15 +105,14 @@ class Sides:
         align = partial(resample, source=SMALL, target=LARGE) if self.is_resampled else None
         objective = objective_of(num_common=COMMON, align=align, losses=losses, **terms)
         source = source_of(terms)
-        module = Student(self.student, objective, None if source is None else self.switch(source))
+        switch = None if source is None else self.switch(source)
+        module = Student(self.student, objective, FromTeacher(self.teacher, switch))
         module.zero_grad()
-        counted = [objective.counts(batch) for batch in batches]
-        counts = {name: sum(each[name] for each in counted) for name in counted[0]}
+        counts = reduce(add, map(objective.counts, batches))
         total = torch.zeros(())
         for batch in batches:
-            loss, means = module(
-                batch, counts, teacher=self.teacher(batch) if objective.needs_teacher else None
-            )
+            taught = Taught(prediction=self.teacher(batch) if objective.needs_teacher else None)
+            loss, means = module(batch, counts, taught=taught)
             assert means.keys() == terms.keys()
             assert all(bool(mean.isfinite()) for mean in means.values()), means
             loss.backward()

@@ -20,8 +20,8 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 from llava_kd.batch import Batch
 from llava_kd.distill.objective import Objective
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
 from llava_kd.distill.teaching.live import Teacher
-from llava_kd.distill.teaching.taught import Taught
 from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.distill.terms.relation import Relation
 from llava_kd.distill.terms.response_kl import ResponseKL
@@ -84,7 +84,7 @@ def run(batches: list[Batch], objective: Objective, student: MLLM, teacher: Teac
     means: dict[str, Tensor] = {}
     for batch in batches:
         prediction = teacher(batch) if objective.needs_teacher else None
-        loss, partial = module(batch, counts, teacher=prediction)
+        loss, partial = module(batch, counts, taught=Taught(prediction=prediction))
         loss.backward()
         for name, value in {"loss": loss.detach(), **partial}.items():
             means[name] = means.get(name, torch.zeros(())) + value

@@ -22,10 +22,11 @@ from torch import Tensor
 from llava_kd.batch import Batch
 from llava_kd.distill.formulas import REFERENCE, Align
 from llava_kd.distill.objective import Objective
-from llava_kd.distill.options import Switch
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
+from llava_kd.distill.teaching.from_teacher import FromTeacher
 from llava_kd.distill.teaching.live import Teacher
-from llava_kd.distill.teaching.taught import Taught
+from llava_kd.distill.teaching.switch import Switch
 from llava_kd.distill.terms.attention import Attention
 from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.distill.terms.response_dbild import ResponseDBiLD
@@ -111,12 +112,13 @@ def cut(sizes: list[int], *, packed: bool = False) -> list[Batch]:
 def run(
     batches: list[Batch], objective: Objective, student: MLLM, teacher: Teacher, switch: Switch | None
 ) -> Result:
-    module = Student(student, objective, switch if "visual_switch" in objective.terms else None)
+    lent = switch if "visual_switch" in objective.terms else None
+    module = Student(student, objective, FromTeacher(teacher, lent))
     module.zero_grad()
     counts = reduce(add, (batch.counts() for batch in batches))
     means: dict[str, Tensor] = {}
     for batch in batches:
-        loss, partial_means = module(batch, counts, teacher=teacher(batch))
+        loss, partial_means = module(batch, counts, taught=Taught(prediction=teacher(batch)))
         loss.backward()
         for name, value in {"loss": loss.detach(), **partial_means}.items():
             means[name] = means.get(name, torch.zeros(())) + value
@@ -197,9 +199,9 @@ def test_both_differences_of_logits_are_what_their_definitions_say(pair, teacher
 def run_without_gradient(
     batches: list[Batch], student: MLLM, teacher: Teacher, switch: Switch
 ) -> tuple[dict[str, Tensor], Tensor]:
-    module = Student(student, ALL, switch)
+    module = Student(student, ALL, FromTeacher(teacher, switch))
     counts = reduce(add, (batch.counts() for batch in batches))
-    loss, means = module(batches[0], counts, teacher=teacher(batches[0]))
+    loss, means = module(batches[0], counts, taught=Taught(prediction=teacher(batches[0])))
     return means, loss
 
 
@@ -243,9 +245,9 @@ def test_the_switch_moves_the_students_visual_side_alone_and_never_the_teacher(
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.mllm.stock.state_dict().items())
 
 
-def test_the_teacher_is_no_part_of_the_students_tree(pair) -> None:
+def test_the_teacher_is_no_part_of_the_students_tree(pair, teacher: Teacher) -> None:
     student, switch = pair
-    module = Student(student, ALL, switch).train()
+    module = Student(student, ALL, FromTeacher(teacher, switch)).train()
     assert {name.split(".")[0] for name, _ in module.named_modules() if name} == {"mllm"}
     assert not any(child.training for child in switch.teacher.stock.modules())
 

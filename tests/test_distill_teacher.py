@@ -11,6 +11,7 @@ from tiny_objectives import objective_of
 
 from llava_kd.batch import Batch
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.distill.terms.response_kl import ResponseKL
@@ -51,7 +52,7 @@ def test_no_gradient_reaches_the_teacher(teacher: Teacher, student: Student) -> 
     prediction = shared(BATCH, teacher.mllm.image_features(BATCH.student).requires_grad_())
     assert not prediction.hidden_BTD.requires_grad
     assert not prediction.projected_IND.requires_grad
-    loss, _ = student(BATCH, BATCH.counts(), teacher=prediction)
+    loss, _ = student(BATCH, BATCH.counts(), taught=Taught(prediction=prediction))
     loss.backward()
     for parameter in teacher.mllm.stock.parameters():
         assert parameter.grad is None
@@ -59,7 +60,7 @@ def test_no_gradient_reaches_the_teacher(teacher: Teacher, student: Student) -> 
 
 
 def test_the_teacher_is_not_in_the_students_tree(teacher: Teacher, student: Student) -> None:
-    loss, _ = student(BATCH, BATCH.counts(), teacher=teacher(BATCH))
+    loss, _ = student(BATCH, BATCH.counts(), taught=Taught(prediction=teacher(BATCH)))
     loss.backward()
     theirs = {id(tensor) for tensor in teacher.mllm.stock.state_dict(keep_vars=True).values()}
     assert not theirs & {id(tensor) for tensor in student.state_dict(keep_vars=True).values()}

@@ -28,9 +28,9 @@ from llava_kd.config import objective_type
 from llava_kd.distill.formulas import REFERENCE, Common
 from llava_kd.distill.head_terms import blocks, head_requests
 from llava_kd.distill.objective import Objective, places_read
+from llava_kd.distill.taught import Taught
 from llava_kd.distill.teaching.cached import CachedTeacher
 from llava_kd.distill.teaching.live import Teacher
-from llava_kd.distill.teaching.taught import Taught
 from llava_kd.distill.terms import TERMS
 from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.distill.terms.relation import Relation

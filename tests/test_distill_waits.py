@@ -19,6 +19,7 @@ from llava_kd.batch import Batch, Inputs
 from llava_kd.distill.formulas import REFERENCE
 from llava_kd.distill.objective import Objective
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.distill.terms.relation import Relation
@@ -128,7 +129,9 @@ def callers_of_a_step(models: tuple[MLLM, MLLM], objective: Objective, batch: Ba
     waits = Waits()
     with waits:
         prediction = frozen(batch) if objective.needs_teacher else None
-        loss, _ = module(batch, batch.counts(), student.image_features(batch.student), prediction)
+        loss, _ = module(
+            batch, batch.counts(), student.image_features(batch.student), Taught(prediction=prediction)
+        )
         loss.backward()
     assert bool(torch.isfinite(loss))  # active rows that were not as stated make it NaN
     return set(waits.callers)
@@ -170,7 +173,7 @@ def test_the_reference_gives_the_same_step(models: tuple[MLLM, MLLM]) -> None:
     for objective in (fast, replace(fast, common=replace(fast.common, formulas=REFERENCE))):
         student, teacher = models
         loss, means = Student(student, objective)(
-            batch, batch.counts(), teacher=Teacher(teacher, shares_tower=False)(batch)
+            batch, batch.counts(), taught=Taught(prediction=Teacher(teacher, shares_tower=False)(batch))
         )
         losses.append({"loss": loss, **means})
     for name, value in losses[0].items():

@@ -15,7 +15,7 @@ from tiny_llava import make_tiny_llava
 from llava_kd.evaluation.answers import answers_file, read_lines
 from llava_kd.evaluation.generation.generate import Generator, generate
 from llava_kd.evaluation.generation.ranks import Ranks
-from llava_kd.evaluation.runner import evaluate
+from llava_kd.evaluation.runner import Asking, evaluate
 from llava_kd.evaluation.slices import Slice, read_slice, score_slices
 
 TWO_RANKS = """
@@ -24,10 +24,10 @@ import torch
 torch.set_num_threads(1)
 from llava_kd.evaluation.generation.generate import Generator
 from llava_kd.evaluation.generation.ranks import join_ranks
-from llava_kd.evaluation.runner import evaluate
+from llava_kd.evaluation.runner import Asking, evaluate
 from llava_kd.evaluation.slices import read_slice, score_slices
 model, data, out = sys.argv[1:]
-summary = evaluate(model, data, out, batch_size=2, max_new_tokens=6, progress=False)
+summary = evaluate(model, data, out, asking=Asking(batch_size=2, max_new_tokens=6, progress=False))
 ranks = join_ranks()
 live = Generator.load(model, device=torch.device("cpu"))
 part = read_slice("all", data)
@@ -84,7 +84,7 @@ def test_the_parts_of_the_ranks_are_disjoint_and_whole(
 
 @pytest.mark.distributed
 def test_two_ranks_give_the_answers_of_one(model_dir: Path, data_json: Path, tmp_path: Path) -> None:
-    one = evaluate(model_dir, data_json, tmp_path / "one", max_new_tokens=6, progress=False)
+    one = evaluate(model_dir, data_json, tmp_path / "one", asking=Asking(max_new_tokens=6, progress=False))
     assert one["accuracy"] == pytest.approx(3 / 7)
     whole = (tmp_path / "one" / "answers.jsonl").read_text().splitlines(keepends=True)
     out = tmp_path / "two"

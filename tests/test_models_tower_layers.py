@@ -17,8 +17,9 @@ from tiny_towers import TOWERS, make_language_model, make_tower
 from torch import Tensor
 
 from llava_kd.assembly.estimate import Sizes
+from llava_kd.assembly.parts.identity import frozen_fingerprints
 from llava_kd.assembly.settings import load
-from llava_kd.assembly.train import frozen_fingerprints, train
+from llava_kd.assembly.train import train
 from llava_kd.batch import Batch
 from llava_kd.distill.student import Student
 from llava_kd.distill.terms.cross_entropy import CrossEntropy

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
 
 from llava_kd.batch import Batch
-from llava_kd.distill.teaching.taught import Taught
+from llava_kd.distill.taught import Taught
 from llava_kd.distill.terms.relation import Relation
 from llava_kd.distill.terms.visual_kl import VisualKL
 from llava_kd.models.mllm import Prediction

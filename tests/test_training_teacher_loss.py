@@ -11,17 +11,17 @@ from safetensors.torch import load_file, save_file
 from test_training_trainer import Run, TinyLoader
 from tiny_batches import inputs, record
 from tiny_llava import make_tiny_llava
-from tiny_objectives import objective_of
 
 from llava_kd.batch import Batch, TeacherRows
 from llava_kd.distill.objective import places_read
-from llava_kd.distill.teaching.cached import CachedTeacher, TopKPrediction
+from llava_kd.distill.taught import Taught, TopKPrediction
+from llava_kd.distill.teaching.cached import CachedTeacher
+from llava_kd.distill.teaching.from_teacher import OWN, FromTeacher
 from llava_kd.distill.teaching.live import Teacher
-from llava_kd.distill.terms.cross_entropy import CrossEntropy
-from llava_kd.distill.terms.response_kl import ResponseKL
 from llava_kd.distill.terms.visual_kl import VisualKL
+from llava_kd.losses import head_loss, reference
 from llava_kd.models.files.checkpoint import load_stock
-from llava_kd.models.mllm import MLLM
+from llava_kd.models.mllm import MLLM, Prediction
 
 WARNING = "the teacher's own cross-entropy on the responses"
 
@@ -31,37 +31,36 @@ def test_it_is_what_transformers_says_of_the_teacher(teacher_dir: Path, fast: bo
     stock = load_stock(str(teacher_dir)).stock.eval()
     rows = [record(i, answer=3 + i) for i in range(3)]
     batch = Batch(student=inputs(*rows), record_ids=("a", "b", "c"))
-    objective = objective_of(cross_entropy=CrossEntropy(), response_kl=ResponseKL(), num_common=260)
-    if fast:
-        objective = objective_of(response_kl=ResponseKL(), num_common=260, losses="fast")
-    prediction = Teacher(MLLM(stock), shares_tower=False)(batch)
-    own = objective.teacher_cross_entropy(prediction, batch, batch.counts())
+    formula = head_loss.head_loss if fast else reference.head_loss
+    teaching = FromTeacher(Teacher(MLLM(stock), shares_tower=False), head_loss=formula)
+    own = teaching.figures(batch, teaching.outside(batch, None), batch.counts())["teacher_cross_entropy"]
     total = count = 0.0
     with torch.no_grad():
         for row in rows:
             output = stock(input_ids=row.ids[None], pixel_values=row.pixels_ICHW, labels=row.labels[None])
             number = int((row.labels != -100).sum())
             total, count = total + float(output.loss) * number, count + number
-    assert own is not None
     assert float(own) == pytest.approx(total / count, rel=1e-5)
 
 
 def test_it_is_known_of_stored_states_whatever_the_terms_read(teacher_dir: Path) -> None:
     """A cache holds the responses for it, as `places_read` says; the largest logits do not give it."""
     batch = Batch(student=inputs(record(1)), record_ids=("a",))
-    prediction = Teacher(MLLM(load_stock(str(teacher_dir)).stock), shares_tower=False)(batch)
+    live = FromTeacher(Teacher(MLLM(load_stock(str(teacher_dir)).stock), shares_tower=False))
+    taught = live.outside(batch, None)
+    prediction = taught.prediction
+    assert isinstance(prediction, Prediction)
     places_M = batch.student.places.response_N
     rows = TeacherRows(places_M=places_M, hidden_ME=prediction.hidden_BTD.flatten(0, 1)[places_M])
     stored = replace(batch, teacher_rows=rows)
-    objective = objective_of(visual_kl=VisualKL())
-    assert "response" in places_read(objective.terms)
-    own = objective.teacher_cross_entropy(prediction, batch, batch.counts())
-    cached = CachedTeacher(prediction.head_VD, prediction.bias_V)(stored)
-    assert own is not None
-    torch.testing.assert_close(objective.teacher_cross_entropy(cached, stored, batch.counts()), own)
+    assert "response" in places_read({"visual_kl": VisualKL()})
+    cached = FromTeacher(CachedTeacher(prediction.head_VD, prediction.bias_V))
+    own = live.figures(batch, taught, batch.counts())[OWN]
+    of_cache = cached.figures(stored, cached.outside(stored, None), batch.counts())[OWN]
+    torch.testing.assert_close(of_cache, own)
     flat_BTK = torch.zeros(*batch.student.input_ids_BT.shape, 2)
     top = TopKPrediction(logits_BTK=flat_BTK, columns_BTK=flat_BTK.int(), rest_BT=flat_BTK[..., 0])
-    assert objective.teacher_cross_entropy(top, stored, batch.counts()) is None
+    assert not live.figures(stored, Taught(prediction=top), batch.counts())
 
 
 def test_the_same_model_on_both_sides_has_one_cross_entropy(tmp_path: Path, teacher_dir: Path) -> None:

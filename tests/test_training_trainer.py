@@ -24,7 +24,10 @@ from torch import Tensor
 
 from llava_kd.batch import Batch
 from llava_kd.cli import main
+from llava_kd.distill.objective import Objective
 from llava_kd.distill.student import Student
+from llava_kd.distill.teaching.door import Teaching
+from llava_kd.distill.teaching.from_teacher import FromTeacher
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.distill.terms.relation import Relation
@@ -37,8 +40,9 @@ from llava_kd.parallel.torch_engine import TorchEngine
 from llava_kd.parallel.world import World
 from llava_kd.training.checkpoint import Checkpoints
 from llava_kd.training.metrics import Metrics
-from llava_kd.training.schedule import cosine_with_warmup
-from llava_kd.training.trainer import StopRequest, Trainer
+from llava_kd.training.schedule import Cadence, Schedule, cosine_with_warmup
+from llava_kd.training.stopping import StopRequest
+from llava_kd.training.trainer import Output, Trainer
 
 STEPS = 5
 OBJECTIVE = objective_of(
@@ -84,12 +88,14 @@ class Run:
     teacher_dir: Path
     trainable: tuple[str, ...] = ("multi_modal_projector", "language_model")
     save_every: int = 2
+    objective: Objective = OBJECTIVE
+    teaching: Callable[[Teacher], Teaching] = FromTeacher
     said: list[str] = field(default_factory=list)
 
     def trainer(self, loader: TinyLoader, *, log_every: int = 10) -> Trainer:
         mllm = MLLM(load_stock(str(self.student_dir)).stock, trainable=self.trainable)
-        self.student = Student(mllm, OBJECTIVE).train()
         self.teacher = Teacher(MLLM(load_stock(str(self.teacher_dir)).stock), shares_tower=True)
+        self.student = Student(mllm, self.objective, self.teaching(self.teacher)).train()
         names = tuple(name for name, p in self.student.named_parameters() if p.requires_grad)
         self.engine = TorchEngine(
             self.student,
@@ -103,16 +109,18 @@ class Run:
         return Trainer(
             engine=self.engine,
             student=self.student,
-            teacher=self.teacher,
             loader=loader,
-            checkpoints=Checkpoints(self.directory / "checkpoints", keep=2),
-            metrics=Metrics(self.directory, num_steps=STEPS, every=1, progress=False),
-            lr_multiplier=lambda step: cosine_with_warmup(step, num_steps=STEPS, warmup_ratio=0.2),
-            base_lr=1e-3,
-            num_steps=STEPS,
-            save_every=self.save_every,
-            log_every=log_every,
-            say=self.said.append,
+            schedule=Schedule(
+                num_steps=STEPS,
+                base_lr=1e-3,
+                lr_multiplier=lambda step: cosine_with_warmup(step, num_steps=STEPS, warmup_ratio=0.2),
+            ),
+            cadence=Cadence(save_every=self.save_every, log_every=log_every),
+            output=Output(
+                checkpoints=Checkpoints(self.directory / "checkpoints", keep=2),
+                metrics=Metrics(self.directory, num_steps=STEPS, every=1, progress=False),
+                say=self.said.append,
+            ),
         )
 
     def fit(self, loader: TinyLoader | None = None) -> str | None:

@@ -24,13 +24,14 @@ from llava_kd.assembly.parts.stored_teacher import (
     refuse_other,
     temperatures,
 )
-from llava_kd.assembly.parts.teacher import teacher_template
+from llava_kd.assembly.parts.teacher import placed_teacher, teacher_template
 from llava_kd.assembly.runs.run_dir import locked
-from llava_kd.assembly.train import placed_teacher, speaker
+from llava_kd.assembly.train import speaker
 from llava_kd.batch import Batch
 from llava_kd.checksums import checksum
 from llava_kd.config import TrainConfig
 from llava_kd.data.batches.loader import Loader, Side
+from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.sources.conversation import Source
 from llava_kd.data.teacher_store.shards import (
     SUFFIX,
@@ -224,16 +225,18 @@ class _Run:
             source=source,
             student=reader,
             teacher=None,
-            seed=0,
-            global_batch_size=self.config.micro_batch_size,
-            micro_batch_size=self.config.micro_batch_size,
-            rank=0,
-            world_size=1,
+            order=Order(
+                seed=0,
+                global_batch_size=self.config.micro_batch_size,
+                micro_batch_size=self.config.micro_batch_size,
+                records=order,
+            ),
+            reading=Reading(
+                num_workers=self.config.data.num_workers,
+                max_bad_rate=self.config.data.max_bad_rate,
+                bad_records_path=self.directory / "bad_records.jsonl",
+            ),
             device=self.world.device,
-            num_workers=self.config.data.num_workers,
-            max_bad_rate=self.config.data.max_bad_rate,
-            bad_records_path=self.directory / "bad_records.jsonl",
-            records=order,
         )
 
     def _stored(self, batch: Batch, prediction: Prediction, numbers: Sequence[int]) -> Iterator[StoredRecord]:

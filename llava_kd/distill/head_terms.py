@@ -16,7 +16,7 @@ from torch import Tensor
 from llava_kd.batch import Batch, Counts
 from llava_kd.distill.formulas import Common
 from llava_kd.distill.rows import Place, Rows, count, fill, visual_features
-from llava_kd.distill.teaching.cached import TopKPrediction
+from llava_kd.distill.taught import TopKPrediction
 from llava_kd.distill.terms.term import HeadRequest, Term
 from llava_kd.losses.reference import Divergence, HeadLoss
 from llava_kd.models.mllm import Prediction
@@ -75,7 +75,7 @@ class HeadTerms:
     student: Prediction
     teacher: Prediction | TopKPrediction | None
     batch: Batch
-    counts: Counts | Mapping[str, Tensor]
+    counts: Counts
 
     def __call__(self) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Their weighted sum and each one's mean; None where there is none of them."""

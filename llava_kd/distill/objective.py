@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from llava_kd.batch import Batch, Counts
 from llava_kd.distill.formulas import Common
 from llava_kd.distill.head_terms import HeadTerms, head_requests
-from llava_kd.distill.rows import Place, by_name, count, response_rows, targets_of_rows
-from llava_kd.distill.teaching.cached import TopKPrediction
-from llava_kd.distill.teaching.taught import AnyPrediction, Taught
+from llava_kd.distill.rows import Place, count
+from llava_kd.distill.taught import Taught, TopKPrediction
 from llava_kd.distill.terms.seen import Seen
 from llava_kd.distill.terms.term import IMAGES, Term
 from llava_kd.models.mllm import Prediction
@@ -60,17 +59,15 @@ class Objective:
     def needs_teacher(self) -> bool:
         return any(term.reads.teacher != "nothing" for term in self.terms.values())
 
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
+    def counts(self, batch: Batch) -> Counts:
         """What a micro-batch adds to each denominator: what it counts itself, and what terms bring."""
         own = {t.denominator.name: t.denominator.count for t in self.terms.values()}
-        counted = dict(by_name(batch.counts()))
+        counted = batch.counts()
         if taken := [name for name, ask in own.items() if ask is not None and name in counted]:
             raise ValueError(f"a term counts {taken[0]!r} by itself, which a batch counts already; rename it")
-        return counted | {name: ask(batch) for name, ask in own.items() if ask is not None}
+        return Counts({**counted, **{name: ask(batch) for name, ask in own.items() if ask is not None}})
 
-    def __call__(
-        self, student: Prediction, taught: Taught, batch: Batch, counts: Counts | Mapping[str, Tensor]
-    ) -> Losses:
+    def __call__(self, student: Prediction, taught: Taught, batch: Batch, counts: Counts) -> Losses:
         """Raises ValueError if a term needs a prediction that is not there, or the sides do not line up."""
         states = self._states(taught)
         loss = touch(student)
@@ -113,28 +110,6 @@ class Objective:
             raise ValueError(f"the largest logits cannot serve {' and '.join(beyond)}; drop these terms")
         return None
 
-    @torch.no_grad()
-    def teacher_cross_entropy(
-        self, teacher: AnyPrediction, batch: Batch, counts: Counts | Mapping[str, Tensor]
-    ) -> Tensor | None:
-        """The teacher's own mean over the response targets, as `cross_entropy` is the student's.
-
-        None of a cache of the largest logits.
-        """
-        if isinstance(teacher, TopKPrediction):
-            return None
-        inputs = batch.teacher_inputs
-        rows_N = response_rows(inputs)
-        result = self.common.formulas.head_loss(
-            teacher.hidden_BTD.flatten(0, 1)[rows_N],
-            teacher.head_VD,
-            targets_of_rows(inputs, rows_N),
-            student_bias_V=teacher.bias_V,
-            ce_weight_N=torch.ones(len(rows_N), device=rows_N.device),
-            active_rows=(0, len(rows_N)),
-        )
-        return result.ce_N.sum() / count(counts, "response_tokens").float()
-
 
 def beyond_top_k(terms: Mapping[str, Term]) -> list[str]:
     """The terms that read more of a teacher than its largest logits."""
@@ -150,7 +125,7 @@ def places_read(terms: Mapping[str, Term]) -> tuple[Place, ...]:
     return tuple(place for place in every if place in read or place in OWN_PLACES)
 
 
-def _weighted(term: Term, seen: Seen, counts: Counts | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _weighted(term: Term, seen: Seen, counts: Counts) -> tuple[Tensor, Tensor]:
     """A term's share of the loss, and its unweighted mean."""
     denominator = term.denominator
     number = count(counts, denominator.name)

@@ -5,7 +5,6 @@ Shape legend: B rows, T tokens, N selected rows, M visual tokens of an image, I 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,16 +18,11 @@ Place = Literal["response", "visual"]
 Tap = Literal["logits", "hidden", "projector"]
 
 
-def by_name(counts: Counts | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return counts if isinstance(counts, Mapping) else vars(counts)
-
-
-def count(counts: Counts | Mapping[str, Tensor], name: str) -> Tensor:
+def count(counts: Counts, name: str) -> Tensor:
     """A denominator of the step, at least 1. ValueError where the step has none of that name."""
-    found = by_name(counts)
-    if name not in found:
-        raise ValueError(f"the step counts no {name!r}; it counts {', '.join(found)}")
-    return found[name].clamp_min(1)
+    if name not in counts:
+        raise ValueError(f"the step counts no {name!r}; it counts {', '.join(counts)}")
+    return counts[name].clamp_min(1)
 
 
 def targets_of_rows(inputs: Inputs, rows_N: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from llava_kd.assembly.parts.models import DTYPES, compute_dtype
 from llava_kd.assembly.parts.objective import terms_of
 from llava_kd.config import TrainConfig
 from llava_kd.distill.formulas import Align
-from llava_kd.distill.options import Switch
+from llava_kd.distill.teaching.switch import Switch
 from llava_kd.distill.terms.term import Term
 from llava_kd.models.attention.visual import middle_layers
 from llava_kd.models.files.checkpoint import Parts

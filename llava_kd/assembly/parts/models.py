@@ -79,7 +79,12 @@ def place(mllm: MLLM, device: torch.device, dtypes: Mapping[str, torch.dtype]) -
 
 
 def choose_attention(
-    mllm: MLLM, device: torch.device, dtype: torch.dtype, *, whose: str, is_packed: bool = False
+    language_model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    whose: str,
+    is_packed: bool = False,
 ) -> str:
     """Let the language model, which computes in `dtype`, take the best kernel for its rows; its name.
 
@@ -87,7 +92,7 @@ def choose_attention(
     these hold several, otherwise than alone. To be called before an engine shards the student.
     """
     return choose_kernel(
-        mllm.language_model, device=device, dtype=dtype, is_packed=is_packed, whose=f"the {whose}"
+        language_model, device=device, dtype=dtype, is_packed=is_packed, whose=f"the {whose}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The teacher's language path over the student's visual output (Switch-KD).
+"""The teacher's language path over the student's visual output.
 
 Shape legend: I images, M and N visual tokens of an image on the teacher's and the student's side, D student
 width, E width of the teacher or of its tower.
@@ -6,6 +6,7 @@ width, E width of the teacher or of its tower.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from llava_kd.batch import Batch
-from llava_kd.distill.formulas import Align
 from llava_kd.models.mllm import MLLM, Prediction
 
 
@@ -28,7 +28,7 @@ class Switch:
 
     teacher: MLLM
     source: Literal["tower", "projector"] = "tower"
-    align: Align | None = None
+    align: Callable[[Tensor], Tensor] | None = None
     width_map_DE: Tensor | None = None
 
     def __call__(self, batch: Batch, student: Prediction, features_INE: Tensor) -> Prediction:
