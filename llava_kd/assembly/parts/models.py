@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llava_kd.config import StudentConfig, TrainConfig
 from llava_kd.data.text.template import Template
@@ -79,7 +80,7 @@ def place(mllm: MLLM, device: torch.device, dtypes: Mapping[str, torch.dtype]) -
 
 
 def choose_attention(
-    language_model: nn.Module,
+    language_model: PreTrainedModel,
     device: torch.device,
     dtype: torch.dtype,
     *,
