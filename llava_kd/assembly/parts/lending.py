@@ -71,9 +71,8 @@ def _switch(
     visual_alignment: Literal["refuse", "resample"],
 ) -> Switch | None:
     """Raises ValueError where the student's visual output cannot stand in the teacher's places."""
-    source: Literal["tower", "projector"] | None = _agreed(
-        {name: term.reads.switched for name, term in terms.items()}, "the switch from the"
-    )
+    asked: dict[str, Literal["tower", "projector"] | None] = {n: t.reads.switched for n, t in terms.items()}
+    source = _agreed(asked, "the switch from the")
     if source is None:
         return None
     map_DE = None

@@ -278,6 +278,7 @@ def mixture(
 def _slope(s, t, mean_slope, share, KIND: tl.constexpr):
     """d divergence / d (z / T) of some columns, from the two log-softmaxes."""
     p_s = tl.exp(s)
+    slope = p_s  # for type checkers: one of the branches below is taken, or nothing compiles
     if KIND == "forward":
         slope = p_s - tl.exp(t)
     elif KIND == "reverse":
