@@ -36,7 +36,7 @@ from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.distill.terms.relation import Relation
 from llava_kd.distill.terms.response_kl import ResponseKL
 from llava_kd.distill.terms.seen import Seen
-from llava_kd.distill.terms.term import VISUAL_TOKENS, Denominator, Reads, Term
+from llava_kd.distill.terms.term import IMAGES, VISUAL_TOKENS, Denominator, Reads, Term
 from llava_kd.distill.terms.visual_kl import VisualKL
 from llava_kd.losses.reference import HeadLoss
 from llava_kd.models.files.checkpoint import load_stock
