@@ -12,7 +12,7 @@ from tiny_llava import make_tiny_llava
 
 from llava_kd.assembly.estimate import Sizes
 from llava_kd.assembly.parts.identity import frozen_fingerprints
-from llava_kd.config import load
+from llava_kd.assembly.settings import load
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 from llava_kd.models.trained import PARTS, trained_names, trained_of

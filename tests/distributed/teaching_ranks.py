@@ -13,13 +13,15 @@ import torch
 from outside_teachings import Framed, MeanOfLogits, Peer, Uneven
 from safetensors.torch import save_file
 from tiny_batches import inputs, record
+from tiny_objectives import objective_of
 
 from llava_kd.batch import Batch
-from llava_kd.distill.objective import KL, CrossEntropy, Objective
 from llava_kd.distill.student import Student
 from llava_kd.distill.teaching.door import Teaching
 from llava_kd.distill.teaching.from_teacher import FromTeacher
 from llava_kd.distill.teaching.live import Teacher
+from llava_kd.distill.terms.cross_entropy import CrossEntropy
+from llava_kd.distill.terms.response_kl import ResponseKL
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 from llava_kd.parallel.engine import AdamWSettings, ParameterGroup
@@ -59,7 +61,7 @@ def main(name: str, kind: str, student: str, teacher: str, out: str) -> None:
     world = join("cpu", timeout_minutes=2)
     frozen = Teacher(MLLM(load_stock(teacher).stock), shares_tower=True)
     mllm = MLLM(load_stock(student).stock, trainable=TRAINED)
-    objective = Objective(cross_entropy=CrossEntropy(), response_kl=KL(), num_common=260)
+    objective = objective_of(cross_entropy=CrossEntropy(), response_kl=ResponseKL(), num_common=260)
     module = Student(mllm, objective, teaching_of(name, world, student, frozen)).train()
     group = ParameterGroup(names=tuple(n for n, p in module.named_parameters() if p.requires_grad), lr=1e-2)
     engine = TorchEngine(
