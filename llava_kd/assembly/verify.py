@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava_kd.assembly.parts.data import TABLES_AND_SHARDS, open_source, side_of
+from llava_kd.assembly.parts.data import side_of
 from llava_kd.config import DataConfig
 from llava_kd.data.sound import write_sound_entries, write_sound_records
+from llava_kd.data.sources.kinds import Place, kind_of, open_source
 from llava_kd.data.verify import Report, verify, verify_file
 from llava_kd.models.files.checkpoint import load_config, load_processor
 
@@ -21,26 +22,27 @@ def verify_data(
     read.
     """
     assert config.path is not None
-    is_embedded = Path(config.path).suffix in TABLES_AND_SHARDS
+    place = Place(path=config.path, images=config.images, follow_symlinks=config.follow_symlinks)
+    kind = kind_of(place.path)
     if sound is not None:
-        _check_new(Path(sound), (".tar", ".parquet") if is_embedded else (".json", ".jsonl"))
+        _check_new(Path(sound), (".json", ".jsonl") if kind.is_llava else (".tar", ".parquet"))
     side = None if model is None else side_of(load_processor(model), load_config(model), config)
-    if is_embedded:
-        source = open_source(config.path, config.images)
+    if not kind.is_llava:
+        source = open_source(place)
         report = verify(source, side=side, num_threads=num_threads, progress=True)
         if sound is not None:
             write_sound_records(source, Path(sound), report.unsound)
         return report
     report = verify_file(
-        config.path,
-        config.images or Path(config.path).parent,
+        place.path,
+        place.image_root,
         side=side,
-        follow_symlinks=config.follow_symlinks,
+        follow_symlinks=place.follow_symlinks,
         num_threads=num_threads,
         progress=True,
     )
     if sound is not None:
-        write_sound_entries(Path(config.path), Path(sound), report.unsound)
+        write_sound_entries(Path(place.path), Path(sound), report.unsound)
     return report
 
 

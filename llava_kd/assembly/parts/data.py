@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import LlavaConfig, LlavaImageProcessor, LlavaImageProcessorPil, LlavaProcessor
@@ -18,22 +16,15 @@ from llava_kd.data.batches.loader import Loader, Side
 from llava_kd.data.batches.packing import Packing
 from llava_kd.data.pixels.images import ImageTransform
 from llava_kd.data.sources.conversation import Source
-from llava_kd.data.sources.llava_json import LlavaJson
+from llava_kd.data.sources.kinds import Place, open_source
 from llava_kd.data.sources.mixture import Mixture
-from llava_kd.data.sources.tar_shards import TarShards
 from llava_kd.data.text.template_choice import choose
 from llava_kd.models.attention.row_limits import check_rows
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.towers.vision_tower import input_size, text_config, tokens_per_image, tower_fingerprint
 from llava_kd.parallel.world import World
 
-if TYPE_CHECKING:
-    from llava_kd.data.sources.tables import Tables
-
-    FileSource = LlavaJson | TarShards | Tables
-
 BAD_RECORDS = "bad_records.jsonl"
-TABLES_AND_SHARDS = (".tar", ".parquet", ".arrow")
 
 
 def side(parts: Parts, config: DataConfig, template: str | None = None) -> Side:
@@ -101,7 +92,8 @@ def make_source(config: DataConfig, *, seed: int = 0) -> Source:
     Raises ValueError for a pattern that matches nothing, and for more unusable records than a run allows.
     """
     sources = [
-        open_source(part.path, part.images, follow_symlinks=config.follow_symlinks) for part in config.parts
+        open_source(Place(path=part.path, images=part.images, follow_symlinks=config.follow_symlinks))
+        for part in config.parts
     ]
     faults = [
         BadRecord(id=source.record(i).id, source=source.name_of(i), reason=source.record(i).fault)
@@ -117,23 +109,6 @@ def make_source(config: DataConfig, *, seed: int = 0) -> Source:
         for file, part in zip(files, config.sources, strict=True)
     ]
     return Mixture(sources, [part.weight for part in config.sources], names=names, seed=seed)
-
-
-def open_source(path: str, images: str | None, *, follow_symlinks: bool = False) -> FileSource:
-    """The records of a file or a pattern. Raises ValueError for a pattern that matches nothing."""
-    suffix = Path(path).suffix
-    if suffix not in TABLES_AND_SHARDS:
-        return LlavaJson(path, images or Path(path).parent, follow_symlinks=follow_symlinks)
-    if images is not None:
-        raise ValueError(f"{path} holds its images; remove `images` ({images})")
-    paths = sorted(glob.glob(path))
-    if not paths:
-        raise ValueError(f"`data.path` {path} matches no file")
-    if suffix == ".tar":
-        return TarShards(paths)
-    from llava_kd.data.sources.tables import Tables  # needs the optional package pyarrow
-
-    return Tables(paths)
 
 
 def make_packing(config: PackingConfig | None) -> Packing | None:
