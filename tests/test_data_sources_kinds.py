@@ -37,7 +37,7 @@ def test_the_page_of_data_names_every_suffix() -> None:
 
 @pytest.mark.parametrize("suffix", SOURCES)
 def test_a_pattern_that_matches_nothing_is_refused_by_every_kind(suffix: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="matches no file|no data file"):
+    with pytest.raises(ValueError, match=r"matches no file|no data file"):
         open_source(Place(path=str(tmp_path / f"none{suffix}")))
 
 
