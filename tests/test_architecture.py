@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from llava_kd.moved import MOVED
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_kd"
 ROOMS = {
@@ -15,6 +17,7 @@ ROOMS = {
     "checksums": set(),
     "config": set(),
     "losses": set(),
+    "moved": set(),
     "tensor_files": set(),
     "models": {"batch", "tensor_files"},
     "data": {"batch", "checksums", "tensor_files"},
@@ -107,6 +110,7 @@ def test_a_file_keeps_the_house_rules(path: Path) -> None:
     if room == "__init__":
         return
     for module, line in imports(tree):
+        assert module not in MOVED, f"{path}:{line}: {module} is now {MOVED[module]}"
         if module.startswith("llava_kd."):
             other = module.split(".")[1]
             allowed = ROOMS[room] | {room}
