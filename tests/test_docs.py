@@ -13,8 +13,9 @@ import pytest
 import torch
 import yaml
 
+from llava_kd.assembly.settings import load
 from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
-from llava_kd.config import TrainConfig, load
+from llava_kd.config import TrainConfig
 from llava_kd.models.mllm import Prediction
 
 ROOT = Path(__file__).parents[1]

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from llava_kd.config.adapters import LoraConfig, check_adapters, check_teacher_bits
 from llava_kd.config.checks import require
 from llava_kd.config.evaluate import EvaluateConfig, check_best
-from llava_kd.config.terms import (
-    AttentionConfig,
-    DBiLDConfig,
-    VisualSwitchConfig,
-    Weighted,
-    check_moves,
-    check_needs_the_model,
-    check_switch,
-)
+from llava_kd.config.objective import ObjectiveConfig
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Bits = Literal["4bit", "8bit"]
-Divergence = Literal["forward", "reverse", "jsd", "skewed_forward", "skewed_reverse"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,70 +150,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossEntropyConfig:
-    weight: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class KLConfig:
-    """`mix` is the beta of `jsd` and the alpha of the skewed forms; the others ignore it."""
-
-    weight: float = 1.0
-    temperature: float = 1.0
-    divergence: Divergence = "forward"
-    mix: float = 0.5
-
-    def __post_init__(self) -> None:
-        require(
-            0 < self.mix < 1,
-            f"`mix` of a KL term must be between 0 and 1, got {self.mix:g}: at the ends, set "
-            "divergence to forward or reverse",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RelationConfig:
-    """`tap`: where the visual tokens are compared; LM-head logits, hidden states, or projector output."""
-
-    weight: float = 0.5
-    tap: Literal["logits", "hidden", "projector"] = "logits"
-    centre: bool = False
-    normalise: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """A term that is absent is off. `losses`: `fast`, or `reference` for the plain formulas."""
-
-    cross_entropy: CrossEntropyConfig | None = None
-    response_kl: KLConfig | None = None
-    visual_kl: KLConfig | None = None
-    relation: RelationConfig | None = None
-    response_dbild: DBiLDConfig | None = None
-    visual_switch: VisualSwitchConfig | None = None
-    attention: AttentionConfig | None = None
-    losses: Literal["fast", "reference"] = "fast"
-
-    def __post_init__(self) -> None:
-        require(bool(self.terms), "`objective` has no term; give it at least one")
-        require(
-            any(term.weight > 0 for term in self.terms.values()),
-            f"the weights of `objective` are all 0 ({', '.join(self.terms)}): nothing would be learned; set "
-            "one of them to more",
-        )
-
-    @property
-    def terms(self) -> dict[str, Weighted]:
-        """Those that are on, by name."""
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "losses"}
-        return {name: term for name, term in found.items() if term is not None}
-
-    @property
-    def needs_teacher(self) -> bool:
-        return bool(self.terms.keys() - {"cross_entropy"})
-
-
-@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with a cosine schedule. `lr_by_part` overrides `lr` for the named parts."""
 
@@ -331,30 +258,18 @@ class TrainConfig:
             self.teacher is not None or not reuses_teacher,
             "`student.projector` is teacher but `teacher` is null; set teacher.checkpoint",
         )
+        self.objective.check_stage(
+            self.trainable,
+            placement=None if self.teacher is None else self.teacher.placement,
+            cache=None if self.teacher is None else self.teacher.cache,
+            others={"student.projector": reuses_teacher},
+        )
+        self.objective.check_teacher(has_teacher=self.teacher is not None, is_used=reuses_teacher)
         if self.teacher is not None:
-            needs = {
-                "objective.visual_switch": self.objective.visual_switch,
-                "objective.attention": self.objective.attention,
-                "student.projector": reuses_teacher,
-            }
-            check_needs_the_model(needs, self.teacher.cache)
             require(
                 self.teacher.cache is None or self.data.decode == "cpu",
                 f"`teacher.cache` ({self.teacher.cache}) holds predictions for the pixels of a CPU decoder; "
                 f"`data.decode` {self.data.decode} makes others: set it to cpu",
-            )
-        if self.objective.visual_switch is not None and self.teacher is not None:
-            check_switch(self.objective.visual_switch, self.trainable, self.teacher.placement)
-        check_moves(self.objective.terms, self.trainable)
-        if self.objective.needs_teacher and self.teacher is None:
-            raise ValueError(
-                "`objective` has distillation terms but `teacher` is null; set teacher.checkpoint, or remove "
-                "response_kl, visual_kl and relation"
-            )
-        if self.teacher is not None and not self.objective.needs_teacher and not reuses_teacher:
-            raise ValueError(
-                "`teacher` is set but no term of `objective` uses it; add response_kl, visual_kl or "
-                "relation, or set teacher to null"
             )
         require(
             self.global_batch_size % self.micro_batch_size == 0,

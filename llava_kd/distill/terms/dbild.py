@@ -1,0 +1,45 @@
+"""What both terms of Switch-KD share: differences of logits among each side's own largest.
+
+Shape legend: N rows, D and E widths of who learns and who teaches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from annotated_types import Gt
+from torch import Tensor
+from typing_extensions import Doc
+
+from llava_kd.distill.terms.seen import Head, Seen
+from llava_kd.distill.terms.term import Term
+
+
+@dataclass(frozen=True, kw_only=True)
+class DBiLD(Term):
+    temperature: Annotated[float, Gt(0), Doc("differences of logits are divided by it")] = 3.0
+    candidates: Annotated[int, Doc("how many of the largest logits are looked at; at least 4")] = 64
+
+    paper: ClassVar[str] = "Switch-KD, arXiv 2604.14629"
+
+    def __post_init__(self) -> None:
+        if self.candidates < 4:
+            raise ValueError(f"`candidates` of a DBiLD term must be at least 4; got {self.candidates}")
+
+    def difference(self, seen: Seen, states: tuple[Tensor, Tensor], heads: tuple[Head, Head]) -> Tensor:
+        """Summed over the rows: who learns [N, D], who teaches [N, E]."""
+        student_ND, teacher_NE = states
+        student, teacher = heads
+        result = seen.formulas.dbild_loss(
+            student_ND,
+            student.head_VD,
+            teacher_NE,
+            teacher.head_VD,
+            student_bias_V=student.bias_V,
+            teacher_bias_U=teacher.bias_V,
+            temperature=self.temperature,
+            candidates=self.candidates,
+            num_common=seen.num_common,
+        )
+        return result.loss
