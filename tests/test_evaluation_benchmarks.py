@@ -16,6 +16,7 @@ from llava_kd.evaluation.benchmarks.base import Quirks, Score
 from llava_kd.evaluation.benchmarks.catalogue import BENCHMARKS, PAPER, find
 from llava_kd.evaluation.benchmarks.published import AVG7, AVG10, PUBLISHED, average
 from llava_kd.evaluation.benchmarks.run import (
+    Asking,
     evaluate_benchmarks,
     match_answers,
     score_file,
@@ -367,7 +368,7 @@ def test_all_benchmarks_run_with_a_stock_model(root: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     short = {name: out / name / "answers.jsonl" for name in BENCHMARKS}
     summaries = evaluate_benchmarks(
-        model, list(BENCHMARKS), root, out, limit=3, max_new_tokens=4, progress=False
+        model, list(BENCHMARKS), root, out, asking=Asking(limit=3, max_new_tokens=4, progress=False)
     )
     assert all(path.is_file() for path in short.values())
     assert summaries["vqav2"]["value"] is None

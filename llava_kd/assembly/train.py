@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from llava_kd.assembly.estimate import Sizes, memory, refuse_too_large
 from llava_kd.assembly.parts.adapters import adapt_student, check_bits, quantize_teacher
-from llava_kd.assembly.parts.data import BAD_RECORDS, bad_records, make_loader, make_source, served
+from llava_kd.assembly.parts.data import BAD_RECORDS, bad_records, make_loader, served, source_in
 from llava_kd.assembly.parts.engine import make_engine
 from llava_kd.assembly.parts.held_out import evaluator, read_held_out
 from llava_kd.assembly.parts.lending import lend, with_projector
@@ -23,7 +23,7 @@ from llava_kd.assembly.parts.models import (
     compute_dtype,
     place,
     student_dtypes,
-    student_parts,
+    student_in,
     wholly_trained,
 )
 from llava_kd.assembly.parts.objective import objective, wants_head_gram
@@ -38,6 +38,7 @@ from llava_kd.assembly.parts.teacher import (
 )
 from llava_kd.assembly.runs.provenance import checked_parent, finish
 from llava_kd.assembly.runs.run_dir import check_world, claim
+from llava_kd.assembly.settings import tables_of
 from llava_kd.config import TrainConfig, dump
 from llava_kd.data.sources.conversation import Source
 from llava_kd.distill.options import Switch
@@ -86,17 +87,12 @@ def _train(config: TrainConfig, world: World) -> str | None:
         # What is wrong with these is said before a model is read.
         read_slices(config)
         read_held_out(config)
-        source = make_source(config.data, seed=config.seed)
+        source = source_in(config)
         if config.teacher is not None and config.teacher.checkpoint is not None:
             existing(config.teacher.checkpoint, "the LLaVA checkpoint")
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
-    student = student_parts(
-        config.student,
-        template=config.data.template,
-        seed=config.seed,
-        say=lambda line: say(f"template of the student: {line}"),
-    )
+    student = student_in(config, lambda line: say(f"template of the student: {line}"))
     teacher = teacher_parts(config)
     if teacher is not None:
         say(f"template of the teacher: {teacher_template(config, teacher)}")
@@ -260,7 +256,7 @@ def frozen_fingerprints(config: TrainConfig, student: Parts, teacher: Parts | No
         if not tensor.requires_grad
     }
     prints = {"frozen part of the student": weights_fingerprint(weights)}
-    return prints | teacher_fingerprints(config, teacher)
+    return prints | teacher_fingerprints(config, teacher) | tables_of(config).fingerprints
 
 
 def num_steps(config: TrainConfig, steps_per_epoch: int) -> int:

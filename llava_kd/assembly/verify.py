@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llava_kd.assembly.parts.data import side_of
+from llava_kd.assembly.plugins import OURS, Tables
 from llava_kd.config import DataConfig
 from llava_kd.data.sound import write_sound_entries, write_sound_records
 from llava_kd.data.sources.kinds import Place, kind_of, open_source
@@ -13,7 +14,12 @@ from llava_kd.models.files.checkpoint import load_config, load_processor
 
 
 def verify_data(
-    config: DataConfig, *, model: str | None = None, sound: str | None = None, num_threads: int = 1
+    config: DataConfig,
+    *,
+    model: str | None = None,
+    sound: str | None = None,
+    num_threads: int = 1,
+    tables: Tables = OURS,
 ) -> Report:
     """Check the records of `data.path`; with a `model` directory their lengths too, read by its template.
 
@@ -23,12 +29,14 @@ def verify_data(
     """
     assert config.path is not None
     place = Place(path=config.path, images=config.images, follow_symlinks=config.follow_symlinks)
-    kind = kind_of(place.path)
+    kind = kind_of(place.path, tables.sources)
     if sound is not None:
         _check_new(Path(sound), (".json", ".jsonl") if kind.is_llava else (".tar", ".parquet"))
-    side = None if model is None else side_of(load_processor(model), load_config(model), config)
+    side = None
+    if model is not None:
+        side = side_of(load_processor(model), load_config(model), config, templates=tables.templates)
     if not kind.is_llava:
-        source = open_source(place)
+        source = open_source(place, tables.sources)
         report = verify(source, side=side, num_threads=num_threads, progress=True)
         if sound is not None:
             write_sound_records(source, Path(sound), report.unsound)

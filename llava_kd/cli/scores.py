@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from llava_kd.cli.words import Commands, command, count
+from llava_kd.cli.words import Commands, add_plugins, command, count, plugins
 
 
 def add(commands: Commands) -> None:
@@ -22,27 +22,33 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--follow_symlinks", action="store_true", help="links may leave the image root")
     evaluate.add_argument("--batch_size", type=count, default=32)
     evaluate.add_argument("--max_new_tokens", type=count, help="default: 32, or each benchmark's own")
+    add_plugins(evaluate, "benchmarks, or the tower of the model")
     evaluate.add_argument("--limit", type=count, help="ask the first questions of each benchmark only")
 
     report = command(commands, "report", _report, "write results.json and report.html of a comparison run")
     report.add_argument("--run", required=True, dest="directory")
+    add_plugins(report, "terms that its stages were trained with")
 
 
 # Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    tables = plugins(arguments)
     if arguments.benchmark:
-        from llava_kd.evaluation.benchmarks.run import evaluate_benchmarks
+        from llava_kd.evaluation.benchmarks.run import Asking, evaluate_benchmarks
 
         evaluate_benchmarks(
             arguments.model,
             arguments.benchmark,
             arguments.data,
             arguments.out,
-            batch_size=arguments.batch_size,
-            max_new_tokens=arguments.max_new_tokens,
-            limit=arguments.limit,
+            asking=Asking(
+                batch_size=arguments.batch_size,
+                max_new_tokens=arguments.max_new_tokens,
+                limit=arguments.limit,
+            ),
+            table=tables.benchmarks,
         )
         if _is_first_rank():
             print((Path(arguments.out) / "table.md").read_text())
@@ -75,7 +81,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from llava_kd.evaluation.report.page import report
     from llava_kd.evaluation.report.results import read_run, table
 
-    written = report(arguments.directory, terms=labels())
+    written = report(arguments.directory, terms=labels(arguments.plugin))
     print(table(read_run(arguments.directory)))
     print(f"open {written}")
     return 0

@@ -3,7 +3,7 @@
 from llava_kd.config.adapters import LoraConfig
 from llava_kd.config.evaluate import EvaluateConfig, HeldOutConfig, SliceConfig
 from llava_kd.config.objective import ObjectiveConfig, objective_type, stage_type
-from llava_kd.config.reading import dump, load
+from llava_kd.config.reading import dump, load, plugins_of
 from llava_kd.config.sections import (
     PARTS,
     CheckpointConfig,
@@ -40,5 +40,6 @@ __all__ = [
     "dump",
     "load",
     "objective_type",
+    "plugins_of",
     "stage_type",
 ]

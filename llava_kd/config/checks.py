@@ -30,14 +30,14 @@ _MOST_OF_OTHERS = 1e12
 _SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def _check(value: object, kind: type, where: str) -> None:
+def check_value(value: object, kind: type, where: str) -> None:
     """ValueError naming the dotted key `where` if `value`, as YAML gave it, is not of that `kind`."""
     if is_dataclass(kind):
         check_section(value, kind, where)
     elif get_origin(kind) in (Union, types.UnionType):
         options = get_args(kind)
         if value is not None or type(None) not in options:
-            _check(value, next(option for option in options if option is not type(None)), where)
+            check_value(value, next(option for option in options if option is not type(None)), where)
     elif get_origin(kind) is Literal:
         choices = [str(choice) for choice in get_args(kind)]
         near = _nearest(str(value), choices)
@@ -50,14 +50,14 @@ def _check(value: object, kind: type, where: str) -> None:
         length = len(get_args(kind)) if get_origin(kind) is tuple else len(value)
         require(len(value) == length, f"`{where}` must be a list of {length}; got {value!r}")
         for number, item in enumerate(value):
-            _check(item, get_args(kind)[0], f"{where}[{number}]")
+            check_value(item, get_args(kind)[0], f"{where}[{number}]")
             doubled = get_args(kind)[0] is str and item in value[:number]
             require(not doubled, f"`{where}` names {item!r} twice; name it once")
     elif get_origin(kind) is dict:
         require(isinstance(value, dict), f"`{where}` must be `name: value` lines; got {value!r}")
         assert isinstance(value, dict)
         for name, item in value.items():
-            _check(item, get_args(kind)[1], f"{where}.{name}")
+            check_value(item, get_args(kind)[1], f"{where}.{name}")
     else:
         require(_is_scalar(value, kind), f"`{where}` must be {_SCALARS[kind]}; got {value!r}")
         if kind is str:
@@ -92,7 +92,7 @@ def check_section(value: object, section: type, where: str) -> None:
             of = f" in `{where}`" if where else ""
             near = _nearest(str(key), known)
             raise ValueError(f"no setting `{key}`{of}{near}; the settings are {', '.join(known)}")
-        _check(item, kinds[key], f"{where}.{key}" if where else key)
+        check_value(item, kinds[key], f"{where}.{key}" if where else key)
     required = [f.name for f in fields(section) if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in required if name not in value]:
         raise ValueError(f"`{where}.{missing[0]}` is missing" if where else f"`{missing[0]}` is missing")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from typing_extensions import Doc
 
 from llava_kd.config.adapters import LoraConfig, check_adapters, check_teacher_bits
 from llava_kd.config.checks import require
@@ -237,6 +239,10 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig | None = None
+    plugins: Annotated[
+        list[str],
+        Doc("your own Python files, or modules, whose terms, towers, sources and templates may be named"),
+    ] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         unknown = set(self.trainable) - set(PARTS)

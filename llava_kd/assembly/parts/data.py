@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,15 +11,18 @@ from transformers import LlavaConfig, LlavaImageProcessor, LlavaImageProcessorPi
 from transformers.utils.import_utils import is_torchvision_available
 
 from llava_kd.assembly.parts.stored_teacher import open_cache
-from llava_kd.config import DataConfig, PackingConfig, TrainConfig
+from llava_kd.assembly.settings import tables_of
+from llava_kd.config import DataConfig, PackingConfig, StudentConfig, TeacherConfig, TrainConfig
 from llava_kd.data.batches.bad_records import BadRecord, refuse_faults
 from llava_kd.data.batches.loader import Loader, Side
 from llava_kd.data.batches.packing import Packing
 from llava_kd.data.pixels.images import ImageTransform
 from llava_kd.data.sources.conversation import Source
-from llava_kd.data.sources.kinds import Place, open_source
+from llava_kd.data.sources.kinds import SOURCES, Place, SourceKind, open_source
 from llava_kd.data.sources.mixture import Mixture
+from llava_kd.data.text.template import Template
 from llava_kd.data.text.template_choice import choose
+from llava_kd.data.text.template_table import TEMPLATES
 from llava_kd.models.attention.row_limits import check_rows
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.towers.vision_tower import input_size, text_config, tokens_per_image, tower_fingerprint
@@ -27,13 +31,29 @@ from llava_kd.parallel.world import World
 BAD_RECORDS = "bad_records.jsonl"
 
 
-def side(parts: Parts, config: DataConfig, template: str | None = None) -> Side:
+def side(
+    parts: Parts,
+    config: DataConfig,
+    template: str | None = None,
+    *,
+    templates: Mapping[str, Template] = TEMPLATES,
+) -> Side:
     """How one model reads records; `template` is its own where it has one."""
-    return side_of(parts.processor, parts.stock.config, config, template)
+    return side_of(parts.processor, parts.stock.config, config, template, templates=templates)
+
+
+def side_in(config: TrainConfig, parts: Parts, its: StudentConfig | TeacherConfig) -> Side:
+    """The same for a stage, whose templates and `its` own are asked."""
+    return side(parts, config.data, its.template, templates=tables_of(config).templates)
 
 
 def side_of(
-    processor: LlavaProcessor, model: LlavaConfig, config: DataConfig, template: str | None = None
+    processor: LlavaProcessor,
+    model: LlavaConfig,
+    config: DataConfig,
+    template: str | None = None,
+    *,
+    templates: Mapping[str, Template] = TEMPLATES,
 ) -> Side:
     """The same from what needs no weights. ValueError for longer rows than the language model can read."""
     max_tokens = None if config.packing is None else config.packing.max_tokens
@@ -45,6 +65,7 @@ def side_of(
             tokenizer=processor.tokenizer,
             model_type=text_config(model).model_type,
             chat_template=processor.chat_template,
+            templates=templates,
         ).template,
         image_token_id=model.image_token_id,
         tokens_per_image=tokens_per_image(model, input_size(processor.image_processor)),
@@ -86,13 +107,15 @@ def bad_records(output: Path) -> int:
     return len(set(path.read_text(encoding="utf-8").splitlines()))
 
 
-def make_source(config: DataConfig, *, seed: int = 0) -> Source:
-    """The records, read and checked; `seed` draws what a mixture reads of a source that it reads in part.
+def make_source(config: DataConfig, *, seed: int = 0, kinds: Mapping[str, SourceKind] = SOURCES) -> Source:
+    """The records of files of these `kinds`, read and checked.
+
+    `seed` draws what a mixture reads of a source that it reads in part.
 
     Raises ValueError for a pattern that matches nothing, and for more unusable records than a run allows.
     """
     sources = [
-        open_source(Place(path=part.path, images=part.images, follow_symlinks=config.follow_symlinks))
+        open_source(Place(path=part.path, images=part.images, follow_symlinks=config.follow_symlinks), kinds)
         for part in config.parts
     ]
     faults = [
@@ -109,6 +132,11 @@ def make_source(config: DataConfig, *, seed: int = 0) -> Source:
         for file, part in zip(files, config.sources, strict=True)
     ]
     return Mixture(sources, [part.weight for part in config.sources], names=names, seed=seed)
+
+
+def source_in(config: TrainConfig) -> Source:
+    """The records of a stage, of its plug-ins' kinds too."""
+    return make_source(config.data, seed=config.seed, kinds=tables_of(config).sources)
 
 
 def make_packing(config: PackingConfig | None) -> Packing | None:
@@ -133,12 +161,12 @@ def make_loader(
             "the exact one costs the CPU nothing; set it to exact"
         )
     if source is None:
-        source = make_source(data, seed=config.seed)
-    student_side = side(student, data, config.student.template)
+        source = source_in(config)
+    student_side = side_in(config, student, config.student)
     teacher_side, shares_tower, cache = None, False, None
     if teacher is not None:
         assert config.teacher is not None
-        teacher_side = side(teacher, data, config.teacher.template)
+        teacher_side = side_in(config, teacher, config.teacher)
         reads_alike = teacher_side.reads_as(student_side)
         if config.teacher.cache is not None:
             if teacher_side.template != student_side.template:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from llava_kd.assembly.parts.data import served, side
+from llava_kd.assembly.parts.data import served, side_in
 from llava_kd.assembly.parts.slices import read_slices, slice_scorer
+from llava_kd.assembly.settings import tables_of
 from llava_kd.batch import Batch, Counts
 from llava_kd.config import EvaluateConfig, TrainConfig
 from llava_kd.data.batches.loader import Loader
@@ -27,9 +28,9 @@ Figures = Mapping[str, float]
 def read_held_out(config: TrainConfig) -> dict[str, FileSource]:
     """Raises ValueError for a file that cannot be read, or that holds no record that could be."""
     parts = {} if config.evaluate is None else config.evaluate.losses
-    follow = config.data.follow_symlinks
+    follow, kinds = config.data.follow_symlinks, tables_of(config).sources
     sources = {
-        name: open_source(Place(path=part.path, images=part.images, follow_symlinks=follow))
+        name: open_source(Place(path=part.path, images=part.images, follow_symlinks=follow), kinds)
         for name, part in parts.items()
     }
     for name, source in sources.items():
@@ -60,7 +61,7 @@ def _loss_scorer(
 ) -> Callable[[], Figures]:
     # Its own processor: the training loader's thread reads ahead with the student's.
     own = Parts(stock=student.stock, processor=copy.deepcopy(student.processor))
-    reader = side(own, config.data, config.student.template)
+    reader = side_in(config, own, config.student)
     size = config.micro_batch_size
     loaders = {
         name: Loader(

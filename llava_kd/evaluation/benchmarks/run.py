@@ -36,6 +36,20 @@ class BenchmarkSummary(TypedDict):
     versions: dict[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How questions are asked. `limit`: the first ones alone, for a trial; `max_new_tokens`: in the place of
+    each benchmark's own.
+    """
+
+    batch_size: int = 32
+    max_new_tokens: int | None = None
+    limit: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    progress: bool = True
+
+
 def evaluate_benchmarks(
     model_dir: str | Path,
     names: str | Sequence[str],
@@ -44,28 +58,24 @@ def evaluate_benchmarks(
     *,
     quirks: Quirks | None = None,
     server_figures: Mapping[str, float] | None = None,
-    batch_size: int = 32,
-    max_new_tokens: int | None = None,
-    limit: int | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    progress: bool = True,
+    asking: Asking | None = None,
+    table: Mapping[str, Benchmark] = BENCHMARKS,
 ) -> dict[str, BenchmarkSummary]:
-    """Run benchmarks ("pope,gqa", a list, or "all"): OUT/NAME/ for each, and OUT/table.md and table.html.
+    """Run benchmarks of `table` ("pope,gqa", a list, or "all"): OUT/NAME/ for each, and OUT/table.md and
+    table.html.
 
     Every file is checked before the model is loaded. `server_figures` puts the figures of VQAv2 and VizWiz,
-    once their servers have answered, into the table. `limit` asks the first questions only, for a trial;
-    `max_new_tokens` replaces each benchmark's own. What OUT holds of this model stays in the table.
+    once their servers have answered, into the table. What OUT holds of this model stays in the table.
     """
     model_dir, root, out_dir = model_directory(model_dir), Path(data_root), Path(out_dir)
-    quirks = quirks or Quirks()
-    chosen = find(names)
-    questions = {b.name: _questions(b, root, quirks, limit) for b in chosen}
+    quirks, asking = quirks or Quirks(), asking or Asking()
+    chosen = find(names, table)
+    questions = {b.name: _questions(b, root, quirks, asking.limit) for b in chosen}
     for benchmark in chosen:  # nothing is asked where something is missing that its scorer will read
         if benchmark.score is not None:
             score_answers(benchmark, root, questions[benchmark.name], {}, quirks)
     ranks = join_ranks()
-    model = Model(model_dir, ranks=ranks, device=device, dtype=dtype)
+    model = Model(model_dir, ranks=ranks, device=asking.device, dtype=asking.dtype)
     summaries = {}
     for benchmark in chosen:
         asked, folder = questions[benchmark.name], out_dir / benchmark.name
@@ -73,26 +83,27 @@ def evaluate_benchmarks(
             model,
             asked,
             folder,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens or benchmark.max_new_tokens,
-            progress=progress,
+            batch_size=asking.batch_size,
+            max_new_tokens=asking.max_new_tokens or benchmark.max_new_tokens,
+            progress=asking.progress,
         )
         given = {answer["id"]: answer["answer"] for answer in answers}
         if ranks.rank == 0:
             fault = unreadable(answers)
             summaries[benchmark.name] = _finish(
-                benchmark, root, folder, asked, given, quirks, seconds, fault, is_whole=limit is None
+                benchmark, root, folder, asked, given, quirks, seconds, fault, is_whole=asking.limit is None
             )
     if ranks.rank == 0:
-        write_tables(out_dir, run_name(model_dir), _all_of(model, out_dir) | summaries, server_figures or {})
+        found = _all_of(model, out_dir, table) | summaries
+        write_tables(out_dir, run_name(model_dir), found, server_figures or {}, table)
     ranks.barrier()
     return summaries
 
 
-def _all_of(model: Model, out_dir: Path) -> dict[str, BenchmarkSummary]:
+def _all_of(model: Model, out_dir: Path, table: Mapping[str, Benchmark]) -> dict[str, BenchmarkSummary]:
     """What the directory holds of this model, of earlier calls too."""
     found = {}
-    for name in BENCHMARKS:
+    for name in table:
         summary, run = (out_dir / name / file for file in ("summary.json", "run.json"))
         if not (summary.is_file() and run.is_file()):
             continue
@@ -221,11 +232,15 @@ class Verification:
 
 
 def verify(
-    names: str | Sequence[str], data_root: str | Path, *, num_threads: int = 4
+    names: str | Sequence[str],
+    data_root: str | Path,
+    *,
+    num_threads: int = 4,
+    table: Mapping[str, Benchmark] = BENCHMARKS,
 ) -> dict[str, Verification]:
-    """Check the files of benchmarks under a data root: presence, form, joins, releases, every picture."""
+    """Check files of benchmarks of `table` under a data root: presence, form, joins, releases, pictures."""
     root = Path(data_root)
-    return {benchmark.name: _verify(benchmark, root, num_threads) for benchmark in find(names)}
+    return {benchmark.name: _verify(benchmark, root, num_threads) for benchmark in find(names, table)}
 
 
 def describe(found: Mapping[str, Verification]) -> str:
@@ -272,6 +287,7 @@ def write_tables(
     model: str,
     summaries: Mapping[str, BenchmarkSummary],
     server_figures: Mapping[str, float],
+    table: Mapping[str, Benchmark] = BENCHMARKS,
 ) -> None:
     """OUT/summary.json, table.md and table.html from the summaries of one model."""
     values = {name: s["value"] for name, s in summaries.items() if s["value"] is not None and s["is_whole"]}
@@ -291,5 +307,6 @@ def write_tables(
         "seconds": sum(summary["seconds"] for summary in summaries.values()),
     }
     write_atomic(out_dir / "summary.json", json.dumps(total, indent=2) + "\n")
-    write_atomic(out_dir / "table.md", markdown_table(model, values, notes, trials))
-    write_atomic(out_dir / "table.html", html_table(model, values, notes, trials))
+    columns = {name: benchmark.column for name, benchmark in table.items()}
+    write_atomic(out_dir / "table.md", markdown_table(model, values, notes, trials, columns))
+    write_atomic(out_dir / "table.html", html_table(model, values, notes, trials, columns))
