@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import draccus
@@ -101,8 +101,15 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {_messages(error)}") from error
 
 
+def plain(value: object) -> object:
+    """Settings as mappings, lists and scalars, as YAML has them; draccus cannot write annotated types."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def dump(config: TrainConfig) -> str:
     """YAML text that `load` reads back into an equal tree."""
-    stream = io.StringIO()
-    draccus.dump(config, stream)
-    return stream.getvalue()
+    return yaml.dump(plain(config))
