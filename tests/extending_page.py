@@ -65,12 +65,16 @@ class Copy:
         (self._directory / path).write_text(text)
         self.touched.add(path)
 
-    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Python with the copy in the place of the package."""
-        code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import llava_kd; "
-        code += "assert llava_kd.__file__.startswith(sys.path[0]), llava_kd.__file__; "
+    def run(self, code: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """Python code, with words in `sys.argv`, and the copy in the place of the package."""
+        sure = "import sys, llava_kd; assert llava_kd.__file__.startswith(sys.argv[0]), llava_kd.__file__\n"
+        command = [sys.executable, "-c", f"import sys; sys.argv[0] = {str(self._directory)!r}; {sure}{code}"]
         environment = os.environ | {"PYTHONPATH": str(self._directory), "OMP_NUM_THREADS": "1"}
         return subprocess.run(
-            [sys.executable, *words] if words[0] == "-m" else [sys.executable, "-c", code + words[0], str(self._directory), *words[1:]],
-            env=environment, capture_output=True, text=True, timeout=500, cwd=self._directory,
-        )  # fmt: skip
+            [*command, *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=500,
+            cwd=self._directory,
+        )
