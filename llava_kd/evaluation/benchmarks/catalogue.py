@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from llava_kd.evaluation.benchmarks.base import Benchmark
+from llava_kd.evaluation.benchmarks.further import seed_bench
 from llava_kd.evaluation.benchmarks.paper import (
     gqa,
     mmbench,
@@ -33,7 +34,7 @@ PAPER = (
 )
 OTHER_SPLITS = (vqav2.VAL, vizwiz.VAL, mmbench.TEST, mmbench.TEST_CN)
 # Not of the paper: each a file in `further/`, asked for by name alone.
-FURTHER: tuple[Benchmark, ...] = ()
+FURTHER = (seed_bench.BENCHMARK,)
 BENCHMARKS: Mapping[str, Benchmark] = {b.name: b for b in (*PAPER, *OTHER_SPLITS, *FURTHER)}
 
 
