@@ -442,7 +442,7 @@ def test_seed_bench_takes_the_bare_letter_alone_and_asks_of_images_alone(root: P
     path = tmp_path / "seed_bench/llava-seed-bench.jsonl"
     first, *others = path.read_text().splitlines()
     path.write_text("\n".join(others))
-    with pytest.raises(ValueError, match="lacks 1 questions of .*the first is 101669"):
+    with pytest.raises(ValueError, match=r"lacks 1 questions of .*the first is 101669"):
         BENCHMARKS["seed_bench"].read(tmp_path, Quirks())
     path.write_text("\n".join([first.replace("101669", "7"), *others]))
     with pytest.raises(ValueError, match=r"line 1: question 7 is not in .*SEED-Bench\.json"):
