@@ -36,7 +36,7 @@ from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.distill.terms.relation import Relation
 from llava_kd.distill.terms.response_kl import ResponseKL
 from llava_kd.distill.terms.seen import Seen
-from llava_kd.distill.terms.term import VISUAL_TOKENS, Denominator, Reads, Term
+from llava_kd.distill.terms.term import IMAGES, VISUAL_TOKENS, Denominator, Reads, Term
 from llava_kd.distill.terms.visual_kl import VisualKL
 from llava_kd.losses.reference import HeadLoss
 from llava_kd.models.files.checkpoint import load_stock
@@ -324,9 +324,17 @@ def test_weights_that_a_term_brings_are_trained_saved_and_resumed(stage, monkeyp
     assert all(torch.equal(again[key], last[key]) for key in last)
 
 
-def test_a_batch_without_images_still_reaches_a_terms_own_weights(student: MLLM, teacher: Teacher) -> None:
+@dataclass(frozen=True, kw_only=True)
+class MappedByImage(Mapped):
+    denominator: ClassVar[Denominator] = IMAGES
+
+
+@pytest.mark.parametrize("term", [Mapped(), MappedByImage()], ids=lambda term: term.denominator.name)
+def test_a_batch_without_images_still_reaches_a_terms_own_weights(
+    student: MLLM, teacher: Teacher, term: Term
+) -> None:
     module = nn.Linear(student.lm_head.weight.shape[1], 48)
-    objective = Objective(terms={"mapped": Mapped()}, modules={"mapped": module})
+    objective = Objective(terms={"mapped": term}, modules={"mapped": module})
     batch = Batch(student=inputs(record(1, images=0)), record_ids=("a",))
     losses = objective(predicted(student, batch), Taught(prediction=teacher(batch)), batch, batch.counts())
     losses.loss.backward()
