@@ -14,7 +14,7 @@ from pathlib import Path
 
 from _common import Row, Value, markdown_table
 
-from llava_kd.config import TrainConfig
+from llava_kd.assembly.settings import stage
 from llava_kd.config.describe.pages import markdown
 
 HERE = Path(__file__).parent
@@ -240,7 +240,7 @@ def page() -> str:
 
 
 def pages() -> dict[Path, str]:
-    return {DOCS / "performance.md": page(), DOCS / "settings.md": markdown(TrainConfig)}
+    return {DOCS / "performance.md": page(), DOCS / "settings.md": markdown(stage())}
 
 
 def main() -> None:

@@ -22,22 +22,21 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from llava_kd.assembly.estimate import Sizes, memory
 from llava_kd.assembly.parts.engine import make_engine
 from llava_kd.assembly.parts.models import DTYPES, place, student_dtypes
-from llava_kd.assembly.parts.objective import HEAD_LOSSES, RELATIONS
+from llava_kd.assembly.parts.objective import terms_of
 from llava_kd.config import (
-    CrossEntropyConfig,
     DataConfig,
     EngineConfig,
-    KLConfig,
-    ObjectiveConfig,
     OptimConfig,
-    RelationConfig,
     StudentConfig,
     TeacherConfig,
     TrainConfig,
+    objective_type,
 )
-from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
+from llava_kd.distill.formulas import FAST, Common
+from llava_kd.distill.objective import Objective
 from llava_kd.distill.student import Student
 from llava_kd.distill.teaching.live import Teacher
+from llava_kd.distill.terms import TERMS
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.towers.vision_tower import tokens_per_image
 from llava_kd.parallel.world import World, join, leave
@@ -78,12 +77,8 @@ def settings(
     case: Case, length: int, engine: EngineConfig, ranks: int, trainable: Sequence[str]
 ) -> TrainConfig:
     """The stage that is measured, as the estimate reads it."""
-    objective = ObjectiveConfig(
-        cross_entropy=CrossEntropyConfig(),
-        response_kl=KLConfig(),
-        visual_kl=KLConfig(),
-        relation=RelationConfig(),
-    )
+    names = ("cross_entropy", "response_kl", "visual_kl", "relation")
+    objective = objective_type(TERMS)(**{name: TERMS[name]() for name in names})
     return TrainConfig(
         output_dir="unused",
         student=StudentConfig(checkpoint="unused"),
@@ -114,14 +109,10 @@ class Run:
         place(self.mllm, world.device, student_dtypes(config))
         if config.engine.activation_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
+        terms = terms_of(config.objective)
         objective = Objective(
-            cross_entropy=CrossEntropy(),
-            response_kl=KL(),
-            visual_kl=KL(),
-            relation=Relation(),
-            num_common=int(case.student["vocab_size"]),
-            head_loss=HEAD_LOSSES["fast"],
-            relation_rows=RELATIONS["fast"],
+            terms=terms,
+            common=Common(num_common=int(case.student["vocab_size"]), formulas=FAST),
         )
         self.module = Student(self.mllm, objective).train()
         self.engine = make_engine(config, world, self.module)

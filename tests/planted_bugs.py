@@ -34,9 +34,9 @@ class Bug:
 BUGS = (
     Bug(
         1,
-        "distill/objective.py",
-        "share = 1.0 / counts.response_tokens.clamp_min(1), 1.0",
-        "share = 1.0 / batch.counts().response_tokens.clamp_min(1), 1.0",
+        "distill/head_terms.py",
+        "return 1.0 / count(self.counts, self.terms[name].denominator.name)",
+        "return 1.0 / count(self.batch.counts(), self.terms[name].denominator.name)",
         "test_distill_objective.py::test_a_step_does_not_depend_on_the_split",
     ),
     Bug(
@@ -130,9 +130,9 @@ BUGS = (
     ),
     Bug(
         11,
-        "distill/objective.py",
-        "share = 1.0 / counts.response_tokens.clamp_min(1), 1.0 / counts.visual_tokens.clamp_min(1)",
-        "share = 1.0 / counts.response_tokens, 1.0 / counts.visual_tokens",
+        "distill/rows.py",
+        "return found[name].clamp_min(1)",
+        "return found[name]",
         "test_distill_objective.py::test_a_batch_without_rows_is_finite_and_reaches_every_weight",
     ),
     Bug(
@@ -182,8 +182,8 @@ BUGS = (
     Bug(
         16,
         "distill/objective.py",
-        'means={"relation": mean.detach()}',
-        "means={}",
+        "share, means[name] = _weighted(term, seen, counts)",
+        "share, _ = _weighted(term, seen, counts)",
         "test_training_trainer.py::test_the_log_names_every_term_and_what_it_cost",
     ),
     Bug(
@@ -195,23 +195,24 @@ BUGS = (
     ),
     Bug(
         17,
-        "distill/objective.py",
-        "temperature=kind[0],",
-        "temperature=1.0,",
+        "distill/head_terms.py",
+        '"temperature": kind[0],',
+        '"temperature": 1.0,',
         "test_distill_objective.py::test_every_term_is_what_its_definition_says",
     ),
     Bug(
         18,
-        "distill/objective.py",
-        "if self.visual_kl is not None:",
-        "if True:",
+        "distill/head_terms.py",
+        "    if not calls:\n",
+        "    calls.setdefault((1.0, Divergence()), []).append(_Block(place='visual', kl='visual_kl'))\n"
+        "    if not calls:\n",
         "test_distill_objective.py::test_a_term_that_is_off_is_out_of_the_loss_and_of_the_log",
     ),
     Bug(
         18,
         "distill/objective.py",
-        "return result.ce_N.sum() / counts.response_tokens.clamp_min(1).float()",
-        "return result.ce_N.sum() / counts.visual_tokens.clamp_min(1).float()",
+        'return result.ce_N.sum() / count(counts, "response_tokens").float()',
+        'return result.ce_N.sum() / count(counts, "visual_tokens").float()',
         "test_training_teacher_loss.py::test_it_is_what_transformers_says_of_the_teacher",
     ),
     Bug(

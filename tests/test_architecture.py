@@ -43,7 +43,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "batches": {"pixels", "sources", "teacher_store", "text"},
         "": {"batches", "pixels", "sources", "text"},
     },
-    "distill": {"teaching": {""}, "": {"teaching"}},
+    "distill": {"teaching": {""}, "terms": {""}, "": {"teaching", "terms"}},
     "models": {
         "attention": {""},
         "projectors": {"", "files", "towers"},
@@ -59,7 +59,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "benchmarks": {"", "generation", "report", "scorers"},
     },
     "losses": {"kernels": {""}, "": {"kernels"}},
-    "assembly": {"parts": {"", "runs"}, "runs": set(), "": {"parts", "runs"}},
+    "assembly": {"parts": {"", "runs"}, "runs": {""}, "": {"parts", "runs"}},
 }
 MAX_FILES = 12
 MAX_FILE_LINES = 400

@@ -13,8 +13,9 @@ import torch
 import yaml
 
 from llava_kd.assembly.parts.data import make_loader, make_source
+from llava_kd.assembly.settings import load
 from llava_kd.cli import main
-from llava_kd.config import DataConfig, SourceConfig, dump, load
+from llava_kd.config import DataConfig, SourceConfig, dump
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.parallel.world import World
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import write_stage
 
-from llava_kd.config import TrainConfig, dump, load
+from llava_kd.assembly.settings import load
+from llava_kd.config import TrainConfig, dump
 
 
 @pytest.fixture

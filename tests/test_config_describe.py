@@ -16,8 +16,8 @@ import yaml
 from annotated_types import Ge, Gt, Interval, Le, MinLen
 from typing_extensions import Doc
 
+from llava_kd.assembly.settings import load, stage
 from llava_kd.cli import main
-from llava_kd.config import TrainConfig, load
 from llava_kd.config.checks import check_section
 from llava_kd.config.describe.json_schema import Node, json_schema
 from llava_kd.config.describe.pages import markdown, marked, text
@@ -26,7 +26,8 @@ from llava_kd.config.ranges import check_number
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "scripts").rglob("*.yaml") if path.name != "pipeline.yaml")
-SCHEMA = json_schema(TrainConfig)
+STAGE = stage()
+SCHEMA = json_schema(STAGE)
 WITHOUT_RANGE = {
     "student.vision_feature_layer": "counts from either end; the tower that is loaded knows its depth",
 }
@@ -45,8 +46,8 @@ def faults(section: type) -> list[str]:
 
 
 def test_every_setting_has_a_line_of_help_and_every_number_a_range() -> None:
-    assert faults(TrainConfig) == []
-    assert WITHOUT_RANGE.keys() <= {setting.key for setting in walk(TrainConfig)}
+    assert faults(STAGE) == []
+    assert WITHOUT_RANGE.keys() <= {setting.key for setting in walk(STAGE)}
 
 
 def test_a_setting_without_help_or_range_is_found() -> None:
@@ -67,19 +68,19 @@ def test_a_setting_without_help_or_range_is_found() -> None:
 
 
 def test_a_branch_is_what_it_is_asked_for() -> None:
-    (lr,) = branch(TrainConfig, "optim.lr")
+    (lr,) = branch(STAGE, "optim.lr")
     assert text([lr]).startswith("optim.lr: a number, more than 0; no default\n    ")
-    keys = [setting.key for setting in branch(TrainConfig, "evaluate.slices")]
+    keys = [setting.key for setting in branch(STAGE, "evaluate.slices")]
     assert keys == [
         "evaluate.slices",
         *(f"evaluate.slices.NAME.{name}" for name in ("data", "images", "num_questions")),
     ]
     with pytest.raises(ValueError, match=r"no setting `optim.lrr` \(did you mean `optim.lr`\?\)"):
-        branch(TrainConfig, "optim.lrr")
+        branch(STAGE, "optim.lrr")
 
 
 def test_values_are_told_in_words() -> None:
-    told = {setting.key: (setting.value, setting.default) for setting in walk(TrainConfig)}
+    told = {setting.key: (setting.value, setting.default) for setting in walk(STAGE)}
     assert told["optim.betas"] == ("a list of 2, each a number, at least 0, less than 1", "[0.9, 0.999]")
     assert told["student.quantize"] == ("one of 4bit, 8bit, or null", "null")
     assert told["max_steps"] == ("a whole number, more than 0, or null", "null")
@@ -90,8 +91,8 @@ def test_values_are_told_in_words() -> None:
 
 def test_the_page_is_made_of_the_settings() -> None:
     page = (ROOT / "docs/settings.md").read_text()
-    assert page == markdown(TrainConfig), "run python benchmarks/make_docs.py"
-    for setting in walk(TrainConfig):
+    assert page == markdown(STAGE), "run python benchmarks/make_docs.py"
+    for setting in walk(STAGE):
         above, _, name = setting.key.rpartition(".")
         table = page.split(f"## `{above}`\n" if above else "## A stage\n")[1].split("\n## ")[0]
         assert f"| `{name}` | {setting.value} |" in table, setting.key
@@ -163,11 +164,11 @@ def test_the_command_shows_all_a_branch_and_a_stage(capsys: pytest.CaptureFixtur
         assert main(["config", *words]) == 0
         return capsys.readouterr().out
 
-    assert shown() == text(walk(TrainConfig)) + "\n"
+    assert shown() == text(walk(STAGE)) + "\n"
     assert shown("optim.lr").count("\n") == 2
     assert shown(str(RECIPES[0]), "--seed=5") == marked(load(RECIPES[0], ["--seed=5"])) + "\n"
     assert json.loads(shown("--json_schema")) == json.loads(json.dumps(SCHEMA))
-    assert shown("--markdown") == markdown(TrainConfig)
+    assert shown("--markdown") == markdown(STAGE)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def refusal(path: Path_, value: object) -> str | None:
         else:
             tree = {name: tree}
     try:
-        check_section(tree, TrainConfig, "")
+        check_section(tree, STAGE, "")
     except ValueError as error:
         said = str(error)
     else:
@@ -305,7 +306,7 @@ def test_no_section_takes_a_key_that_it_does_not_know() -> None:
     assert len(sections) > 15
     assert all(node["additionalProperties"] is False for node in sections)
     properties = cast(dict[str, Node], SCHEMA["properties"])
-    assert properties.keys() == {field.name for field in fields(TrainConfig)}
+    assert properties.keys() == {field.name for field in fields(STAGE)}
     assert SCHEMA["required"] == [
         *("output_dir", "student", "data", "objective", "optim", "trainable"),
         *("global_batch_size", "micro_batch_size"),

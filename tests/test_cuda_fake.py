@@ -25,9 +25,9 @@ from fake_cuda import CUDA, Watch, fake_cuda, on_fake_cuda, without_values
 from llava_kd.assembly.cache_teacher import largest
 from llava_kd.assembly.parts.models import student_parts
 from llava_kd.assembly.parts.teacher import teacher_parts
+from llava_kd.assembly.settings import load
 from llava_kd.assembly.train import assemble
 from llava_kd.batch import Batch
-from llava_kd.config import load
 from llava_kd.data.batches.device_stage import tensors_of, to_batch
 from llava_kd.data.batches.micro_batches import MicroBatches
 from llava_kd.data.batches.plan import Plan

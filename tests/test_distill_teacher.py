@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_batches import inputs, record
+from tiny_objectives import objective_of
 
 from llava_kd.batch import Batch
-from llava_kd.distill.objective import KL, CrossEntropy, Objective
 from llava_kd.distill.student import Student
 from llava_kd.distill.teaching.live import Teacher
+from llava_kd.distill.terms.cross_entropy import CrossEntropy
+from llava_kd.distill.terms.response_kl import ResponseKL
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 
@@ -28,7 +30,7 @@ def teacher(teacher_dir: Path) -> Teacher:
 @pytest.fixture
 def student(student_dir: Path) -> Student:
     mllm = MLLM(load_stock(str(student_dir)).stock, trainable=("multi_modal_projector", "language_model"))
-    return Student(mllm, Objective(cross_entropy=CrossEntropy(), response_kl=KL(), num_common=260))
+    return Student(mllm, objective_of(cross_entropy=CrossEntropy(), response_kl=ResponseKL(), num_common=260))
 
 
 BATCH = Batch(student=inputs(record(1), record(2)), record_ids=("a", "b"))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 import subprocess
 from pathlib import Path
-from typing import cast, get_args, get_type_hints
 
 import pytest
 import torch
 import yaml
 
+from llava_kd.assembly.settings import load, stage
 from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
-from llava_kd.config import TrainConfig, load
+from llava_kd.config import TrainConfig
+from llava_kd.config.describe.tree import walk
 from llava_kd.models.mllm import Prediction
 
 ROOT = Path(__file__).parents[1]
@@ -33,20 +33,13 @@ def yaml_blocks() -> list[str]:
     return [block for page in PAGES for block in blocks(page, "yaml")]
 
 
-def settings(section: type, prefix: str = "") -> set[str]:
+def settings(section: type) -> set[str]:
     """Dotted names of every setting."""
-    names, todo = set(), list(get_type_hints(section).items())
-    while todo:
-        name, kind = todo.pop()
-        names.add(prefix + name)
-        if dataclasses.is_dataclass(kind):
-            names |= settings(cast(type, kind), f"{prefix}{name}.")
-        todo += [(name, part) for part in get_args(kind)]
-    return names
+    return {re.sub(r"\[\]|\.NAME", "", setting.key) for setting in walk(section)}
 
 
 def test_the_settings_that_the_pages_name_exist() -> None:
-    known = settings(TrainConfig)
+    known = settings(stage())
     sections = "|".join(sorted({name.split(".")[0] for name in known if "." in name}))
     for page in PAGES:
         text = (ROOT / page).read_text()

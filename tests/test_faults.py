@@ -138,7 +138,7 @@ def test_a_world_that_does_not_divide_the_batch_is_refused_before_any_model(
     stage, no_models, monkeypatch
 ) -> None:
     from llava_kd.assembly.runs.run_dir import check_world
-    from llava_kd.config import load
+    from llava_kd.assembly.settings import load
 
     world = World(rank=0, size=3, device=torch.device("cpu"))
     with pytest.raises(

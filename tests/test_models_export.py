@@ -18,8 +18,9 @@ from tiny_llava import make_tiny_llava
 from tiny_towers import make_language_model, make_tower
 
 from llava_kd.assembly.parts.models import student_parts
+from llava_kd.assembly.settings import load
 from llava_kd.assembly.train import train
-from llava_kd.config import StudentConfig, load
+from llava_kd.config import StudentConfig
 from llava_kd.models.files.card import public, reading_notes
 from llava_kd.models.files.checkpoint import load_stock, save_stock
 from llava_kd.models.files.export import export

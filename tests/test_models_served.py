@@ -18,8 +18,9 @@ from transformers import AutoProcessor, GenerationConfig, PreTrainedTokenizerFas
 
 from llava_kd.assembly.checkpoints import export_to
 from llava_kd.assembly.parts.data import same_tower, served
+from llava_kd.assembly.settings import load
 from llava_kd.assembly.train import train
-from llava_kd.config import StudentConfig, TrainConfig, load
+from llava_kd.config import StudentConfig, TrainConfig
 from llava_kd.data.pixels.images import ImageTransform, decode
 from llava_kd.data.sources.conversation import Record, parse_record
 from llava_kd.data.text.encoder import Encoder

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llava_kd.assembly.pipeline import read_pipeline
-from llava_kd.config import dump, load
+from llava_kd.assembly.settings import load
+from llava_kd.config import dump
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 RECIPES = sorted(path for path in SCRIPTS.rglob("*.yaml") if path.name != "pipeline.yaml")

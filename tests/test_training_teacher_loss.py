@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,15 @@ from safetensors.torch import load_file, save_file
 from test_training_trainer import Run, TinyLoader
 from tiny_batches import inputs, record
 from tiny_llava import make_tiny_llava
+from tiny_objectives import objective_of
 
 from llava_kd.batch import Batch, TeacherRows
-from llava_kd.distill.objective import KL, CrossEntropy, Objective
+from llava_kd.distill.objective import places_read
+from llava_kd.distill.teaching.cached import CachedTeacher, TopKPrediction
 from llava_kd.distill.teaching.live import Teacher
-from llava_kd.losses import head_loss
+from llava_kd.distill.terms.cross_entropy import CrossEntropy
+from llava_kd.distill.terms.response_kl import ResponseKL
+from llava_kd.distill.terms.visual_kl import VisualKL
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 
@@ -26,9 +31,9 @@ def test_it_is_what_transformers_says_of_the_teacher(teacher_dir: Path, fast: bo
     stock = load_stock(str(teacher_dir)).stock.eval()
     rows = [record(i, answer=3 + i) for i in range(3)]
     batch = Batch(student=inputs(*rows), record_ids=("a", "b", "c"))
-    objective = Objective(cross_entropy=CrossEntropy(), response_kl=KL(), num_common=260)
+    objective = objective_of(cross_entropy=CrossEntropy(), response_kl=ResponseKL(), num_common=260)
     if fast:
-        objective = Objective(response_kl=KL(), num_common=260, head_loss=head_loss.head_loss)
+        objective = objective_of(response_kl=ResponseKL(), num_common=260, losses="fast")
     prediction = Teacher(MLLM(stock), shares_tower=False)(batch)
     own = objective.teacher_cross_entropy(prediction, batch, batch.counts())
     total = count = 0.0
@@ -41,16 +46,22 @@ def test_it_is_what_transformers_says_of_the_teacher(teacher_dir: Path, fast: bo
     assert float(own) == pytest.approx(total / count, rel=1e-5)
 
 
-def test_it_is_unknown_where_no_prediction_of_the_responses_is_stored(teacher_dir: Path) -> None:
-    student = inputs(record(1))
-    rows = TeacherRows(places_M=torch.zeros(1, dtype=torch.long), hidden_ME=torch.zeros(1, 48))
-    stored = Batch(student=student, record_ids=("a",), teacher_rows=rows)
-    live = Batch(student=student, record_ids=("a",))
-    prediction = Teacher(MLLM(load_stock(str(teacher_dir)).stock), shares_tower=False)(live)
-    without, with_responses = Objective(visual_kl=KL()), Objective(response_kl=KL())
-    assert without.teacher_cross_entropy(prediction, live, live.counts()) is not None
-    assert without.teacher_cross_entropy(prediction, stored, live.counts()) is None
-    assert with_responses.teacher_cross_entropy(prediction, stored, live.counts()) is not None
+def test_it_is_known_of_stored_states_whatever_the_terms_read(teacher_dir: Path) -> None:
+    """A cache holds the responses for it, as `places_read` says; the largest logits do not give it."""
+    batch = Batch(student=inputs(record(1)), record_ids=("a",))
+    prediction = Teacher(MLLM(load_stock(str(teacher_dir)).stock), shares_tower=False)(batch)
+    places_M = batch.student.places.response_N
+    rows = TeacherRows(places_M=places_M, hidden_ME=prediction.hidden_BTD.flatten(0, 1)[places_M])
+    stored = replace(batch, teacher_rows=rows)
+    objective = objective_of(visual_kl=VisualKL())
+    assert "response" in places_read(objective.terms)
+    own = objective.teacher_cross_entropy(prediction, batch, batch.counts())
+    cached = CachedTeacher(prediction.head_VD, prediction.bias_V)(stored)
+    assert own is not None
+    torch.testing.assert_close(objective.teacher_cross_entropy(cached, stored, batch.counts()), own)
+    flat_BTK = torch.zeros(*batch.student.input_ids_BT.shape, 2)
+    top = TopKPrediction(logits_BTK=flat_BTK, columns_BTK=flat_BTK.int(), rest_BT=flat_BTK[..., 0])
+    assert objective.teacher_cross_entropy(top, stored, batch.counts()) is None
 
 
 def test_the_same_model_on_both_sides_has_one_cross_entropy(tmp_path: Path, teacher_dir: Path) -> None:

@@ -19,13 +19,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_batches import inputs, record
+from tiny_objectives import objective_of
 from torch import Tensor
 
 from llava_kd.batch import Batch
 from llava_kd.cli import main
-from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
 from llava_kd.distill.student import Student
 from llava_kd.distill.teaching.live import Teacher
+from llava_kd.distill.terms.cross_entropy import CrossEntropy
+from llava_kd.distill.terms.relation import Relation
+from llava_kd.distill.terms.response_kl import ResponseKL
+from llava_kd.distill.terms.visual_kl import VisualKL
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 from llava_kd.parallel.engine import AdamWSettings, ParameterGroup
@@ -37,8 +41,12 @@ from llava_kd.training.schedule import cosine_with_warmup
 from llava_kd.training.trainer import StopRequest, Trainer
 
 STEPS = 5
-OBJECTIVE = Objective(
-    cross_entropy=CrossEntropy(), response_kl=KL(), visual_kl=KL(), relation=Relation(), num_common=260
+OBJECTIVE = objective_of(
+    cross_entropy=CrossEntropy(),
+    response_kl=ResponseKL(),
+    visual_kl=VisualKL(),
+    relation=Relation(),
+    num_common=260,
 )
 
 

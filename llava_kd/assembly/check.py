@@ -56,10 +56,10 @@ def check(
         lines.append(
             f"visual tokens    student {student.tokens_per_image}, teacher {teacher.tokens_per_image}"
         )
-        if terms.num_common is not None:
+        if terms.common.num_common is not None:
             extra = left_out(student.processor.tokenizer, teacher.processor.tokenizer)
             without = "" if extra is None else f"; left out are {extra}"
-            lines.append(f"vocabulary       {terms.num_common} shared columns{without}")
+            lines.append(f"vocabulary       {terms.common.num_common} shared columns{without}")
     lines += _sample(config, student, source, num_records)
     return "\n".join([*lines, plan(config, ranks, measured, network)])
 

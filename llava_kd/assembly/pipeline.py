@@ -17,7 +17,8 @@ import yaml
 from llava_kd.assembly.runs.run_dir import differences
 from llava_kd.assembly.runs.stopping import INTERRUPTED, STOPS
 from llava_kd.assembly.runs.supervise import end_with_parent
-from llava_kd.config import TrainConfig, load
+from llava_kd.assembly.settings import load
+from llava_kd.config import TrainConfig
 
 _COMMAND = f"{shlex.quote(sys.executable)} -m llava_kd.cli train"
 

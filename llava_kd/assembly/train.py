@@ -116,7 +116,11 @@ def _train(config: TrainConfig, world: World) -> str | None:
             if config.checkpoint.export == "best":
                 best, moved = trainer.best_weights()
                 weights |= moved
-            trained = {name.removeprefix("mllm."): tensor for name, tensor in weights.items()}
+            trained = {  # what terms bring stays behind
+                name.removeprefix("mllm."): tensor
+                for name, tensor in weights.items()
+                if name.startswith("mllm.")
+            }
             if config.student.lora is not None:
                 trained = merge_adapters(student.stock, trained)
             finished = served(student, config.data)
@@ -159,9 +163,9 @@ def assemble(
         checkpoint_activations(student.stock)
     loader, shares_tower = make_loader(config, world, student, teacher, source)
     frozen_teacher, switched = _teaching(config, world, student, teacher, mllm, say, shares_tower)
-    terms = objective(config.objective, student, teacher, config.data.visual_alignment)
-    if teacher is not None and terms.num_common is not None:
-        say_left_out(config, student, teacher, terms.num_common, say)
+    terms = objective(config.objective, student, teacher, config.data.visual_alignment, seed=config.seed)
+    if teacher is not None and (num_common := terms.common.num_common) is not None:
+        say_left_out(config, student, teacher, num_common, say)
     module = Student(mllm, terms, switched).train()
     total = num_steps(config, loader.steps_per_epoch)
     engine = make_engine(config, world, module)

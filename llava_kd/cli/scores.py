@@ -71,10 +71,11 @@ def _is_first_rank() -> bool:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.settings import labels
     from llava_kd.evaluation.report.page import report
     from llava_kd.evaluation.report.results import read_run, table
 
-    written = report(arguments.directory)
+    written = report(arguments.directory, terms=labels())
     print(table(read_run(arguments.directory)))
     print(f"open {written}")
     return 0

@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
 
 def _config(arguments: argparse.Namespace) -> int:
     """A stage is shown as YAML that loads, with comments where it is not the default."""
-    from llava_kd.config import TrainConfig, load
+    from llava_kd.assembly.settings import load, stage
     from llava_kd.config.describe.json_schema import json_schema
     from llava_kd.config.describe.pages import markdown, marked, text
     from llava_kd.config.describe.tree import branch, walk
@@ -36,9 +36,9 @@ def _config(arguments: argparse.Namespace) -> int:
     if arguments.overrides:
         raise ValueError(f"settings go with a stage's YAML file; got {' '.join(arguments.overrides)} alone")
     if arguments.json_schema:
-        print(json.dumps(json_schema(TrainConfig), indent=2))
+        print(json.dumps(json_schema(stage()), indent=2))
     elif arguments.markdown:
-        print(markdown(TrainConfig), end="")
+        print(markdown(stage()), end="")
     else:
-        print(text(walk(TrainConfig) if of is None else branch(TrainConfig, of)))
+        print(text(walk(stage()) if of is None else branch(stage(), of)))
     return 0

@@ -12,6 +12,7 @@ import yaml
 from draccus.utils import DraccusException
 
 from llava_kd.config.checks import check_section
+from llava_kd.config.objective import Table, stage_type
 from llava_kd.config.sections import TrainConfig
 
 
@@ -53,9 +54,10 @@ def _messages(error: BaseException) -> str:
     return " ".join(": ".join(parts).split())
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load(path: str | Path, overrides: Sequence[str] = (), *, terms: Table) -> TrainConfig:
     """Read `path`, apply overrides such as `--optim.lr=1e-4` or `--teacher=null`, and check the whole.
 
+    `terms` is the table of loss terms whose settings `objective` may hold.
     Raises ValueError for a missing file, an unknown or doubled key, a value of the wrong type, or settings
     that do not fit together; the message names the file and the key.
     """
@@ -68,8 +70,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
             raise ValueError("the file must hold `key: value` lines")
         for override in overrides:
             _apply(tree, override)
-        check_section(tree, TrainConfig, "")
-        return draccus.decode(TrainConfig, tree)
+        stage = stage_type(TrainConfig, terms)
+        check_section(tree, stage, "")
+        return draccus.decode(stage, tree)
     except RecursionError:
         raise ValueError(f"{path}: it, or an override, is nested too deeply") from None
     except (DraccusException, ValueError, TypeError, yaml.YAMLError) as error:

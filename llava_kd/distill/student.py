@@ -8,8 +8,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from llava_kd.batch import Batch, Counts
-from llava_kd.distill.objective import AnyPrediction, Losses, Objective
+from llava_kd.distill.objective import Losses, Objective
 from llava_kd.distill.options import Switch
+from llava_kd.distill.teaching.taught import AnyPrediction, Taught
 from llava_kd.models.mllm import MLLM
 
 
@@ -22,6 +23,8 @@ class Student(nn.Module):
         self.mllm = mllm
         self.objective = objective
         self.switch = switch
+        if objective.modules:  # weights that terms bring are trained, sharded and saved with the student's
+            self.terms = nn.ModuleDict(objective.modules)
 
     def forward(
         self,
@@ -41,5 +44,6 @@ class Student(nn.Module):
         switched = None
         if self.switch is not None and objective is None:
             switched = self.switch(batch, prediction, features_INE)
-        losses: Losses = (objective or self.objective)(prediction, teacher, batch, counts, switched)
+        taught = Taught(prediction=teacher, switched=switched)
+        losses: Losses = (objective or self.objective)(prediction, taught, batch, counts)
         return losses.loss, losses.means

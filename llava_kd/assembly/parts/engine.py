@@ -38,7 +38,7 @@ def make_engine(config: TrainConfig, world: World, module: Student) -> Engine:
 
 
 def parameter_groups(config: TrainConfig, module: Student) -> list[ParameterGroup]:
-    """One group a trained part, each with its own learning rate."""
+    """One group a trained part, each with its own learning rate, and one of what terms bring."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups = []
     for part, modules in module.mllm.parts(config.trainable).items():
@@ -46,4 +46,7 @@ def parameter_groups(config: TrainConfig, module: Student) -> list[ParameterGrou
         owned = dict.fromkeys(names[id(p)] for p in trained)
         lr = config.optim.lr_by_part.get(part, config.optim.lr)
         groups.append(ParameterGroup(names=tuple(owned), lr=lr))
+    brought = {id(p) for owner in module.objective.modules.values() for p in owner.parameters()}
+    if own := tuple(name for name, p in module.named_parameters() if id(p) in brought and p.requires_grad):
+        groups.append(ParameterGroup(names=own, lr=config.optim.lr))
     return groups

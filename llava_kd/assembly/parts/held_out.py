@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +14,9 @@ from llava_kd.assembly.parts.slices import read_slices, slice_scorer
 from llava_kd.batch import Batch, Counts
 from llava_kd.config import EvaluateConfig, TrainConfig
 from llava_kd.data.batches.loader import Loader
-from llava_kd.distill.objective import CrossEntropy, Objective
+from llava_kd.distill.objective import Objective
 from llava_kd.distill.student import Student
+from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.evaluation.generation.generate import evaluation_mode
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.parallel.engine import Engine
@@ -80,7 +80,8 @@ def _loss_scorer(
         )
         for name, source in read_held_out(config).items()
     }
-    alone = _cross_entropy_alone(module.objective)
+    # The same formulas, none of the teacher's terms.
+    alone = Objective(terms={"cross_entropy": CrossEntropy()}, common=module.objective.common)
 
     def score() -> Figures:
         start = time.perf_counter()
@@ -96,20 +97,6 @@ def _loss_scorer(
         return {**figures, "loss/seconds": time.perf_counter() - start}
 
     return score
-
-
-def _cross_entropy_alone(objective: Objective) -> Objective:
-    """The same formulas, none of the teacher's terms."""
-    return replace(
-        objective,
-        cross_entropy=CrossEntropy(),
-        response_kl=None,
-        visual_kl=None,
-        relation=None,
-        response_dbild=None,
-        visual_switch=None,
-        attention=None,
-    )
 
 
 def _summed(
