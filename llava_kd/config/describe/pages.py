@@ -72,12 +72,11 @@ def _lines(section: object, indent: str) -> Iterator[str]:
 
 
 def _entry(name: str, value: object, indent: str, mark: str) -> Iterator[str]:
-    is_named = isinstance(value, Mapping) and any(is_dataclass(item) for item in value.values())
     key = in_yaml(name)
     if is_dataclass(value):
         yield f"{indent}{key}:{mark}"
         yield from _lines(value, f"{indent}  ")
-    elif is_named:
+    elif isinstance(value, Mapping) and any(is_dataclass(item) for item in value.values()):
         yield f"{indent}{key}:{mark}"
         for below, item in value.items():
             yield from _entry(below, item, f"{indent}  ", "")
