@@ -78,7 +78,7 @@ def settings(
 ) -> TrainConfig:
     """The stage that is measured, as the estimate reads it."""
     names = ("cross_entropy", "response_kl", "visual_kl", "relation")
-    objective = objective_type(TERMS)(**{name: TERMS[name]() for name in names})
+    objective = objective_type(TERMS)(**{n: TERMS[n]() for n in names})  # pyright: ignore[reportArgumentType]
     return TrainConfig(
         output_dir="unused",
         student=StudentConfig(checkpoint="unused"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llava_kd.batch import Batch, Counts
 from llava_kd.distill.formulas import Common
 from llava_kd.distill.head_terms import HeadTerms, head_requests
-from llava_kd.distill.rows import Place, count, response_rows, targets_of_rows
+from llava_kd.distill.rows import Place, by_name, count, response_rows, targets_of_rows
 from llava_kd.distill.teaching.cached import TopKPrediction
 from llava_kd.distill.teaching.taught import AnyPrediction, Taught
 from llava_kd.distill.terms.seen import Seen
@@ -63,7 +63,7 @@ class Objective:
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """What a micro-batch adds to each denominator: what it counts itself, and what terms bring."""
         own = {t.denominator.name: t.denominator.count for t in self.terms.values()}
-        counted = dict(vars(batch.counts()))
+        counted = dict(by_name(batch.counts()))
         if taken := [name for name, ask in own.items() if ask is not None and name in counted]:
             raise ValueError(f"a term counts {taken[0]!r} by itself, which a batch counts already; rename it")
         return counted | {name: ask(batch) for name, ask in own.items() if ask is not None}

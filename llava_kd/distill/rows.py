@@ -19,9 +19,13 @@ Place = Literal["response", "visual"]
 Tap = Literal["logits", "hidden", "projector"]
 
 
+def by_name(counts: Counts | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return counts if isinstance(counts, Mapping) else vars(counts)
+
+
 def count(counts: Counts | Mapping[str, Tensor], name: str) -> Tensor:
     """A denominator of the step, at least 1. ValueError where the step has none of that name."""
-    found = counts if isinstance(counts, Mapping) else vars(counts)
+    found = by_name(counts)
     if name not in found:
         raise ValueError(f"the step counts no {name!r}; it counts {', '.join(found)}")
     return found[name].clamp_min(1)

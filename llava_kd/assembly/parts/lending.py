@@ -71,7 +71,9 @@ def _switch(
     visual_alignment: Literal["refuse", "resample"],
 ) -> Switch | None:
     """Raises ValueError where the student's visual output cannot stand in the teacher's places."""
-    source = _agreed({name: term.reads.switched for name, term in terms.items()}, "the switch from the")
+    source: Literal["tower", "projector"] | None = _agreed(
+        {name: term.reads.switched for name, term in terms.items()}, "the switch from the"
+    )
     if source is None:
         return None
     map_DE = None
