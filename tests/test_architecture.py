@@ -34,6 +34,7 @@ ROOMS = {
 }
 # Inside a room the arrows go down; "" are the files that stand in it beside its sub-rooms.
 FLOORS: dict[str, dict[str, set[str]]] = {
+    "config": {"describe": {""}, "": set()},
     "data": {
         "pixels": set(),
         "sources": {"pixels"},

@@ -113,7 +113,10 @@ def test_sources_of_different_names_are_reported_by_their_files(tmp_path: Path, 
             {"sources": [{"path": "b.json", "weight": 0}]},
             "`data.sources[0].weight` must be more than 0; got 0",
         ),
-        ({"sources": [{"path": "b.json", "weight": -1}]}, "`data.sources[0].weight` must not be negative"),
+        (
+            {"sources": [{"path": "b.json", "weight": -1}]},
+            "`data.sources[0].weight` must be more than 0; got -1",
+        ),
         (
             {"sources": [{"path": "b.json", "weight": float("inf")}]},
             "`data.sources[0].weight` must be finite",

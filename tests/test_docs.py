@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 import subprocess
 from pathlib import Path
-from typing import cast, get_args, get_type_hints
 
 import pytest
 import yaml
 from extending_page import PLUGINS, write_plugins
 
-from llava_kd.assembly.settings import load
-from llava_kd.config import TrainConfig, stage_type
-from llava_kd.distill.terms import TERMS
+from llava_kd.assembly.settings import load, stage
+from llava_kd.config import TrainConfig
+from llava_kd.config.describe.tree import walk
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -33,20 +31,13 @@ def yaml_blocks() -> list[str]:
     return [block for page in PAGES for block in blocks(page, "yaml")]
 
 
-def settings(section: type, prefix: str = "") -> set[str]:
+def settings(section: type) -> set[str]:
     """Dotted names of every setting."""
-    names, todo = set(), list(get_type_hints(section).items())
-    while todo:
-        name, kind = todo.pop()
-        names.add(prefix + name)
-        if dataclasses.is_dataclass(kind):
-            names |= settings(cast(type, kind), f"{prefix}{name}.")
-        todo += [(name, part) for part in get_args(kind)]
-    return names
+    return {re.sub(r"\[\]|\.NAME", "", setting.key) for setting in walk(section)}
 
 
 def test_the_settings_that_the_pages_name_exist() -> None:
-    known = settings(stage_type(TrainConfig, TERMS))
+    known = settings(stage())
     sections = "|".join(sorted({name.split(".")[0] for name in known if "." in name}))
     for page in PAGES:
         text = (ROOT / page).read_text()

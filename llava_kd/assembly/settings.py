@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llava_kd import config
 from llava_kd.assembly.plugins import Tables, with_plugins
-from llava_kd.config import TrainConfig
+from llava_kd.config import TrainConfig, stage_type
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -18,6 +18,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config.load(path, overrides, terms=tables.terms)
+
+
+def stage(plugins: Sequence[str] = ()) -> type[TrainConfig]:
+    """The section that `load` reads."""
+    return stage_type(TrainConfig, with_plugins(plugins).terms)
 
 
 def tables_of(settings: TrainConfig) -> Tables:

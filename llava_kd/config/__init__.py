@@ -1,23 +1,13 @@
 """The configuration tree, and how it is read from YAML and written back."""
 
 from llava_kd.config.adapters import LoraConfig
+from llava_kd.config.data import DataConfig, PackingConfig, SourceConfig
 from llava_kd.config.evaluate import EvaluateConfig, HeldOutConfig, SliceConfig
+from llava_kd.config.models import PARTS, Dtype, StudentConfig, TeacherConfig
 from llava_kd.config.objective import ObjectiveConfig, objective_type, stage_type
 from llava_kd.config.reading import dump, load, plugins_of
-from llava_kd.config.sections import (
-    PARTS,
-    CheckpointConfig,
-    DataConfig,
-    Dtype,
-    EngineConfig,
-    LogConfig,
-    OptimConfig,
-    PackingConfig,
-    SourceConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from llava_kd.config.running import CheckpointConfig, EngineConfig, LogConfig, OptimConfig
+from llava_kd.config.sections import TrainConfig
 
 __all__ = [
     "PARTS",

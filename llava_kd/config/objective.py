@@ -5,16 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, make_dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
 
 from typing_extensions import Doc
 
-from llava_kd.config.checks import require
+from llava_kd.config.ranges import require
 
 if TYPE_CHECKING:
     from llava_kd.config.sections import TrainConfig
-
-Table = Mapping[str, type]
 
 
 class Reads(Protocol):
@@ -29,11 +27,16 @@ class Reads(Protocol):
 class TermSettings(Protocol):
     """A term of the objective: a dataclass of its settings."""
 
+    label: ClassVar[str]
+
     @property
     def weight(self) -> float: ...
     @property
     def reads(self) -> Reads: ...
     def fits(self, trainable: Sequence[str], placement: str) -> None: ...
+
+
+Table = Mapping[str, type[TermSettings]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class ObjectiveConfig:
 
     losses: Annotated[
         Literal["fast", "reference"],
-        Doc("the fast kernels, or the plain formulas that they are tested against"),
+        Doc("The fast kernels, or the plain formulas that they are tested against."),
     ] = "fast"
 
     def __post_init__(self) -> None:
@@ -123,12 +126,12 @@ def stage_type(stage: type[TrainConfig], terms: Table) -> type[TrainConfig]:
 
 
 @functools.cache
-def _objective_type(terms: tuple[tuple[str, type], ...]) -> type[ObjectiveConfig]:
+def _objective_type(terms: tuple[tuple[str, type[TermSettings]], ...]) -> type[ObjectiveConfig]:
     taken = {f.name for f in fields(ObjectiveConfig)}
     require(not taken & {name for name, _ in terms}, f"a term may not be named {sorted(taken)}")
     made = make_dataclass(
         ObjectiveConfig.__name__,
-        [(name, kind | None, None) for name, kind in terms],
+        [(name, Annotated[kind | None, Doc(kind.label)], None) for name, kind in terms],
         bases=(ObjectiveConfig,),
         frozen=True,
         kw_only=True,
@@ -139,8 +142,7 @@ def _objective_type(terms: tuple[tuple[str, type], ...]) -> type[ObjectiveConfig
 
 @functools.cache
 def _stage_type(stage: type[TrainConfig], objective: type[ObjectiveConfig]) -> type[TrainConfig]:
-    made = make_dataclass(
-        stage.__name__, [("objective", objective)], bases=(stage,), frozen=True, kw_only=True
-    )
+    section = Annotated[objective, Doc("Loss terms; one that is absent is off.")]
+    made = make_dataclass(stage.__name__, [("objective", section)], bases=(stage,), frozen=True, kw_only=True)
     made.__doc__ = stage.__doc__
     return made

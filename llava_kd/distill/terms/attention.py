@@ -19,9 +19,9 @@ from llava_kd.losses.reference import attention_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(Term):
-    first: Annotated[float, Ge(0), Le(1), Doc("layers from this share of the decoder's depth")] = 0.3
-    last: Annotated[float, Ge(0), Le(1), Doc("to below this share of it")] = 0.7
-    drop_sinks: Annotated[bool, Doc("leave out entries above mean + deviation of either side")] = True
+    first: Annotated[float, Ge(0), Le(1), Doc("Layers from this share of the decoder's depth.")] = 0.3
+    last: Annotated[float, Ge(0), Le(1), Doc("To below this share of it.")] = 0.7
+    drop_sinks: Annotated[bool, Doc("Leave out entries above mean + deviation of either side.")] = True
 
     label: ClassVar[str] = "between visual tokens, against the teacher; sum of 1 - cosine over layers"
     paper: ClassVar[str] = "CompoDistill, arXiv 2510.12184"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 from torch import Tensor
 from typing_extensions import Doc
 
@@ -18,14 +18,10 @@ from llava_kd.distill.terms.term import Term
 
 @dataclass(frozen=True, kw_only=True)
 class DBiLD(Term):
-    temperature: Annotated[float, Gt(0), Doc("differences of logits are divided by it")] = 3.0
-    candidates: Annotated[int, Doc("how many of the largest logits are looked at; at least 4")] = 64
+    temperature: Annotated[float, Gt(0), Doc("Differences of logits are divided by it.")] = 3.0
+    candidates: Annotated[int, Ge(4), Doc("How many of the largest logits are looked at.")] = 64
 
     paper: ClassVar[str] = "Switch-KD, arXiv 2604.14629"
-
-    def __post_init__(self) -> None:
-        if self.candidates < 4:
-            raise ValueError(f"`candidates` of a DBiLD term must be at least 4; got {self.candidates}")
 
     def difference(self, seen: Seen, states: tuple[Tensor, Tensor], heads: tuple[Head, Head]) -> Tensor:
         """Summed over the rows: who learns [N, D], who teaches [N, E]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Gt, Interval
 from typing_extensions import Doc
 
 from llava_kd.distill.rows import Place
@@ -15,20 +15,15 @@ from llava_kd.losses.reference import Divergence, Kind
 
 @dataclass(frozen=True, kw_only=True)
 class KL(Term):
-    temperature: Annotated[float, Gt(0), Doc("both softmaxes are of logits divided by it")] = 1.0
-    divergence: Annotated[Kind, Doc("distance between the two softmaxes")] = "forward"
-    mix: Annotated[float, Ge(0), Le(1), Doc("beta of `jsd`, alpha of the skewed forms; between 0 and 1")] = (
-        0.5
-    )
+    temperature: Annotated[float, Gt(0), Doc("Both softmaxes are of logits divided by it.")] = 1.0
+    divergence: Annotated[Kind, Doc("Distance between the two softmaxes.")] = "forward"
+    mix: Annotated[
+        float,
+        Interval(gt=0, lt=1),
+        Doc("Beta of `jsd`, alpha of the skewed forms; at the ends, use `forward` or `reverse`."),
+    ] = 0.5
 
     place: ClassVar[Place]
-
-    def __post_init__(self) -> None:
-        if not 0 < self.mix < 1:
-            raise ValueError(
-                f"`mix` of a KL term must be between 0 and 1, got {self.mix:g}: at the ends, set "
-                "divergence to forward or reverse"
-            )
 
     @property
     def reads(self) -> Reads:

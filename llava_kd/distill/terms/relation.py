@@ -19,10 +19,12 @@ from llava_kd.distill.terms.term import IMAGES, Denominator, Reads, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Relation(Term):
-    weight: Annotated[float, Ge(0), Doc("factor of this term in the loss")] = 0.5
-    tap: Annotated[Tap, Doc("what is compared: LM-head logits, hidden states or projector output")] = "logits"
-    centre: Annotated[bool, Doc("subtract the mean over an image's tokens first")] = False
-    normalise: Annotated[bool, Doc("scale each token to length one first")] = False
+    weight: Annotated[float, Ge(0), Doc("Factor of this term in the loss.")] = 0.5
+    tap: Annotated[Tap, Doc("What is compared: LM-head logits, hidden states or projector output.")] = (
+        "logits"
+    )
+    centre: Annotated[bool, Doc("Subtract the mean over an image's tokens first.")] = False
+    normalise: Annotated[bool, Doc("Scale each token to length one first.")] = False
 
     label: ClassVar[str] = (
         "similarities between visual tokens, against the teacher; 1 - cosine, a mean over images"

@@ -94,7 +94,7 @@ class Term:
     rows, or gives its `total`.
     """
 
-    weight: Annotated[float, Ge(0), Doc("factor of this term in the loss")] = 1.0
+    weight: Annotated[float, Ge(0), Doc("Factor of this term in the loss.")] = 1.0
 
     label: ClassVar[str] = ""
     paper: ClassVar[str] = ""

@@ -18,10 +18,7 @@ from llava_kd.distill.terms.term import Reads
 class VisualSwitch(DBiLD):
     source: Annotated[
         Literal["tower", "projector"],
-        Doc(
-            "what of the student the teacher reads: the `tower`, through the teacher's projector, or the "
-            "`projector`, through a fixed map between the text embeddings of both models"
-        ),
+        Doc("What the teacher reads: the `tower`'s features, or the `projector`'s through a fixed map."),
     ] = "tower"
 
     label: ClassVar[str] = "the teacher behind the student's visual tokens; nats a token"
