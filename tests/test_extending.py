@@ -175,6 +175,17 @@ def test_in_the_package_it_is_one_file_and_a_line_of_the_table(
     assert equal(weights(tmp_path / "own"), weights(by_plugin))
 
 
+def test_its_settings_are_shown_with_their_help(
+    pages: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["config", "objective.hint", "--plugin", pages["my_terms.py"]]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "margin" in shown
+    assert "distances below it count as 0" in shown
+    assert main(words[:2]) == 2
+
+
 # 2. A vision tower
 
 
