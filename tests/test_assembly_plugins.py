@@ -135,7 +135,7 @@ def test_settings_with_plug_ins_come_back_as_they_were(stage: Callable[..., Path
     (tmp_path / "again.yaml").write_text(dump(config))
     again = load(tmp_path / "again.yaml")
     assert again == config
-    assert again.objective.terms["hint"].margin == 0.25
+    assert vars(again.objective.terms["hint"])["margin"] == 0.25
 
 
 def test_a_setting_of_a_term_out_of_its_range_is_named(stage: Callable[..., Path], tmp_path: Path) -> None:

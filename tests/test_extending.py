@@ -21,6 +21,7 @@ from llava_kd.assembly.plugins import OURS, with_plugins
 from llava_kd.assembly.settings import labels
 from llava_kd.cli import main
 from llava_kd.models.files.checkpoint import load_stock
+from llava_kd.models.towers.vision_tower import text_config
 
 Stage = Callable[..., Path]
 CLI = "from llava_kd.cli import main; assert main(sys.argv[1:]) == 0"
@@ -262,7 +263,7 @@ def test_another_language_model_is_a_line_of_yaml(stage: Stage, tmp_path: Path, 
     output = train(composed(stage, make_tower("siglip", tmp_path / "tower"), llm), "run")
     assert len(logged(output)) == 2
     config = load_stock(str(output / "model")).stock.config
-    assert config.text_config.model_type == json.loads((llm / "config.json").read_text())["model_type"]
+    assert text_config(config).model_type == json.loads((llm / "config.json").read_text())["model_type"]
 
 
 def test_a_recipe_is_checked_to_its_last_key(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:

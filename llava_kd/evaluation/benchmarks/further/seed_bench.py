@@ -34,7 +34,7 @@ IMAGES = "seed_bench"
 def read(root: Path, quirks: Quirks) -> list[Question]:
     """The questions about images, with their letters; those about videos are left out."""
     path = need(root, QUESTIONS, "seed_bench")
-    annotated = annotations(root)
+    annotated = annotated_questions(root)
     questions = []
     for number, row in enumerate(read_jsonl(path), start=1):
         name = str(field_of(row, "question_id", path, number))
@@ -53,7 +53,7 @@ def read(root: Path, quirks: Quirks) -> list[Question]:
     return questions
 
 
-def annotations(root: Path) -> dict[str, tuple[str, str, bool]]:
+def annotated_questions(root: Path) -> dict[str, tuple[str, str, bool]]:
     """Letter, kind, and whether it is about one image, by question id."""
     path = need(root, ANNOTATIONS, "seed_bench")
     tree: JsonDict = read_json(path)
