@@ -221,7 +221,7 @@ def test_wrong_paths_are_said_before_a_model_is_read(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(build_train, "student_in", refuse)
-    monkeypatch.setattr(build_check, "student_parts", refuse)
+    monkeypatch.setattr(build_check, "student_in", refuse)
     assert "no data file" in complaint("train", stage("one"), "--data.path=/no/file.json")
     assert "no data file" in complaint("check", stage("one"), "--data.path=/no/file.json")
     assert "/no/teacher does not exist" in complaint(
