@@ -220,8 +220,8 @@ def test_wrong_paths_are_said_before_a_model_is_read(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(build_train, "student_parts", refuse)
-    monkeypatch.setattr(build_check, "student_parts", refuse)
+    monkeypatch.setattr(build_train, "student_in", refuse)
+    monkeypatch.setattr(build_check, "student_in", refuse)
     assert "no data file" in complaint("train", stage("one"), "--data.path=/no/file.json")
     assert "no data file" in complaint("check", stage("one"), "--data.path=/no/file.json")
     assert "/no/teacher does not exist" in complaint(
@@ -309,7 +309,7 @@ def test_a_number_that_must_be_positive(words: tuple[str, ...], capsys: pytest.C
 
 def test_a_limit_without_a_benchmark(complaint: Callable[..., str], tmp_path: Path) -> None:
     words = ("eval", "--model", "M", "--data", "d.json", "--out", tmp_path, "--limit=3")
-    assert "--limit goes with --benchmark" in complaint(*words)
+    assert "a limit goes with a benchmark" in complaint(*words)
 
 
 def test_a_stock_directory_needs_no_conversion(

@@ -22,7 +22,7 @@ def test_a_signal_before_the_first_step_ends_the_run_in_one_line(
 ) -> None:
     config = stage("run", distilled=False, max_steps=1)
     with monkeypatch.context() as patched:
-        patched.setattr(build_train, "student_parts", lambda *_, **__: os.kill(os.getpid(), number))
+        patched.setattr(build_train, "student_in", lambda *_, **__: os.kill(os.getpid(), number))
         before = signal.getsignal(number)
         with pytest.raises(SystemExit) as ended:
             main(["train", str(config)])

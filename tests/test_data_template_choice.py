@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from llava_kd.batch import IGNORE_INDEX
 from llava_kd.data.sources.llava_json import Record, Turn
 from llava_kd.data.text.encoder import Encoder
 from llava_kd.data.text.template_choice import Choice, choose, family_template, recognised
-from llava_kd.data.text.template_table import TEMPLATES
+from llava_kd.data.text.template_table import ANY_OTHER, MARKS, TEMPLATES, WORDS
 
 # What the families' own tokenizers carry, put down in the shortest form that gives their text.
 PUBLISHED = {
@@ -139,6 +141,20 @@ def test_a_familys_tokenizer_gets_its_template_and_a_stock_chat_template_is_reco
     found = recognised(PUBLISHED[family], tokenizer)
     assert found is not None
     assert found.name == family
+
+
+def test_the_table_the_families_the_tests_and_the_page_name_the_same() -> None:
+    families = {*MARKS, *WORDS}
+    assert families == set(PUBLISHED)
+    assert {*families, ANY_OTHER} <= TEMPLATES.keys()
+    assert all(template.name == name for name, template in TEMPLATES.items())
+    page = (Path(__file__).parents[1] / "docs" / "towers.md").read_text()
+    listed = page.split("## Templates")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^- `(\w+)`: (.*)$", listed, re.M))
+    assert rows.keys() == TEMPLATES.keys()
+    for name, tokens in MARKS.items():
+        assert re.findall(r"`([^`]+)`", rows[name]) == list(tokens)
+    assert [name for name in rows if name in MARKS] == list(MARKS)  # the first that fits is taken
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from data_samples import encoded_image, entry, side, write_dataset
 
-from llava_kd.assembly.parts.data import open_source
 from llava_kd.assembly.parts.data import side as side_of_parts
 from llava_kd.cli import main
 from llava_kd.config import DataConfig
 from llava_kd.data.sound import write_sound_entries, write_whole
+from llava_kd.data.sources.kinds import Place, open_source
 from llava_kd.data.sources.llava_json import LlavaJson, parse_record
 from llava_kd.data.verify import verify, verify_file
 from llava_kd.models.files.checkpoint import load_stock
@@ -154,7 +154,7 @@ def test_command_reads_tar_shards(tmp_path: Path, capsys: pytest.CaptureFixture[
         kept = tmp_path / "kept" / name
         kept.parent.mkdir(exist_ok=True)
         assert run(capsys, "--data", tmp_path / "*.tar", "--write_sound", kept)[0] == 1
-        source = open_source(str(kept), None)
+        source = open_source(Place(path=str(kept)))
         assert run(capsys, "--data", kept)[0] == 0
         assert [source.record(0).id, source.image_bytes(0, 0)] == ["r0", encoded_image()]
         assert (len(source), source.record(0).turns) == (1, parse_record(entry(0), 0).turns)

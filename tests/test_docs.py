@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 import subprocess
 from pathlib import Path
-from typing import cast, get_args, get_type_hints
 
 import pytest
-import torch
 import yaml
+from extending_page import PLUGINS, write_plugins
 
-from llava_kd.assembly.settings import load
-from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
-from llava_kd.config import TrainConfig, stage_type
-from llava_kd.distill.terms import TERMS
-from llava_kd.models.mllm import Prediction
+from llava_kd.assembly.settings import load, stage
+from llava_kd.config import TrainConfig
+from llava_kd.config.describe.tree import walk
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -35,20 +31,13 @@ def yaml_blocks() -> list[str]:
     return [block for page in PAGES for block in blocks(page, "yaml")]
 
 
-def settings(section: type, prefix: str = "") -> set[str]:
+def settings(section: type) -> set[str]:
     """Dotted names of every setting."""
-    names, todo = set(), list(get_type_hints(section).items())
-    while todo:
-        name, kind = todo.pop()
-        names.add(prefix + name)
-        if dataclasses.is_dataclass(kind):
-            names |= settings(cast(type, kind), f"{prefix}{name}.")
-        todo += [(name, part) for part in get_args(kind)]
-    return names
+    return {re.sub(r"\[\]|\.NAME", "", setting.key) for setting in walk(section)}
 
 
 def test_the_settings_that_the_pages_name_exist() -> None:
-    known = settings(stage_type(TrainConfig, TERMS))
+    known = settings(stage())
     sections = "|".join(sorted({name.split(".")[0] for name in known if "." in name}))
     for page in PAGES:
         text = (ROOT / page).read_text()
@@ -58,39 +47,19 @@ def test_the_settings_that_the_pages_name_exist() -> None:
     assert {"objective.relation.tap", "data.packing.max_tokens", "checkpoint.best"} <= known
 
 
-@pytest.fixture
-def example() -> dict[str, object]:
-    """What the snippets find already made: a prediction over one row with one image, its batch and counts."""
-    ids_BT = torch.arange(8).view(1, 8)
-    visual_BT = torch.tensor([[False, True, True, True, False, False, False, False]])
-    labels_BT = torch.where(ids_BT > 4, ids_BT, IGNORE_INDEX)
-    inputs = Inputs(
-        input_ids_BT=ids_BT,
-        labels_BT=labels_BT,
-        position_ids_BT=ids_BT,
-        segment_ids_BT=torch.ones_like(ids_BT),
-        visual_BT=visual_BT,
-        pixels_ICHW=torch.zeros(1, 3, 8, 8),
-        image_is_valid_I=torch.tensor([True]),
-    )
-    batch = Batch(student=inputs, record_ids=("one",))
-    prediction = Prediction(
-        hidden_BTD=torch.randn(1, 8, 4),
-        projected_IND=torch.randn(1, 3, 4),
-        head_VD=torch.randn(9, 4),
-        bias_V=None,
-    )
-    return {"prediction": prediction, "batch": batch, "counts": batch.counts()}
+SNIPPETS = [code for code in blocks("docs/extending.md", "python") if code not in PLUGINS.values()]
 
 
-@pytest.mark.parametrize("code", blocks("docs/extending.md", "python"), ids=lambda code: code.split("\n")[-2])
-def test_a_worked_change_runs(code: str, example: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", SNIPPETS, ids=lambda code: code.split("\n")[-2])
+def test_a_worked_change_runs(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    exec(compile(code, "docs/extending.md", "exec"), dict(example))
+    exec(compile(code, "docs/extending.md", "exec"), {})
 
 
 @pytest.mark.parametrize("text", yaml_blocks(), ids=lambda text: text.split(":")[0])
-def test_a_worked_setting_fits_the_recipe(text: str, tmp_path: Path) -> None:
+def test_a_worked_setting_fits_the_recipe(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_plugins(tmp_path)
+    monkeypatch.chdir(tmp_path)
     tree, shown = yaml.safe_load((ROOT / "scripts/stage1_dpt.yaml").read_text()), yaml.safe_load(text)
     if "data" in shown:  # shown in part
         kept = () if "sources" in shown["data"] else ("path", "images")

@@ -12,8 +12,9 @@ import pytest
 import tiny_benchmarks as tiny
 from tiny_llava import make_tiny_llava
 
+from llava_kd.evaluation.benchmarks import run
 from llava_kd.evaluation.benchmarks.base import Quirks, Score
-from llava_kd.evaluation.benchmarks.catalogue import BENCHMARKS, PAPER, find
+from llava_kd.evaluation.benchmarks.catalogue import BENCHMARKS, FURTHER, OTHER_SPLITS, PAPER, find
 from llava_kd.evaluation.benchmarks.published import AVG7, AVG10, PUBLISHED, average
 from llava_kd.evaluation.benchmarks.run import (
     evaluate_benchmarks,
@@ -46,6 +47,7 @@ RIGHT = {
     "textvqa": {"34602": "Dakota", "34603": "1999", "34604": "McDonald's"},
     "mmbench": {"1": "B", "1000001": "A.", "2": "yes", "3": "B"},
     "mmbench_cn": {"1": "\u9009B", "1000001": "A\u3002", "2": "A", "3": "B"},
+    "seed_bench": {"101669": "A", "2": "C"},
     "mmmu": {"validation_Art_Theory_1": "(B) iron", "validation_Music_2": "It is 0.963"},
 }
 
@@ -63,6 +65,7 @@ RIGHT = {
         ("textvqa", 100 * (1 + 1 + 0.9) / 3),
         ("mmbench", 100.0),
         ("mmbench_cn", 100.0),
+        ("seed_bench", 100.0),
     ],
 )
 def test_right_answers_score_what_the_rules_give(root: Path, name: str, expected: float) -> None:
@@ -368,7 +371,7 @@ def test_all_benchmarks_run_with_a_stock_model(root: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     short = {name: out / name / "answers.jsonl" for name in BENCHMARKS}
     summaries = evaluate_benchmarks(
-        model, list(BENCHMARKS), root, out, limit=3, asking=Asking(max_new_tokens=4, progress=False)
+        model, list(BENCHMARKS), root, out, asking=Asking(limit=3, max_new_tokens=4, progress=False)
     )
     assert all(path.is_file() for path in short.values())
     assert summaries["vqav2"]["value"] is None
@@ -419,3 +422,28 @@ def test_the_table_puts_the_users_line_first_and_computes_averages(tmp_path: Pat
     assert "- pope: a note" in lines
     write_tables(tmp_path, "mine", {}, values)
     assert json.loads((tmp_path / "summary.json").read_text())["avg10"] == 50
+
+
+def test_every_benchmark_is_of_the_paper_another_split_or_further_and_all_is_the_ten() -> None:
+    listed = [*PAPER, *OTHER_SPLITS, *FURTHER]
+    assert [benchmark.name for benchmark in listed] == list(BENCHMARKS)
+    folder = Path(run.__file__).parent / "further"
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert {benchmark.name for benchmark in FURTHER} == files
+    assert not {benchmark.name for benchmark in find("all")} & files
+
+
+def test_seed_bench_takes_the_bare_letter_alone_and_asks_of_images_alone(root: Path, tmp_path: Path) -> None:
+    result = score(root, "seed_bench", {"101669": "A. One", "2": "C"})
+    assert result.value == 50
+    assert result.parts == {"Instances Counting": 0, "Scene Understanding": 100}
+    assert "1 answers begin with the right letter and say more: they count as wrong" in result.notes
+    tiny.write_seed_bench(tmp_path)
+    path = tmp_path / "seed_bench/llava-seed-bench.jsonl"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join(others))
+    with pytest.raises(ValueError, match=r"lacks 1 questions of .*the first is 101669"):
+        BENCHMARKS["seed_bench"].read(tmp_path, Quirks())
+    path.write_text("\n".join([first.replace("101669", "7"), *others]))
+    with pytest.raises(ValueError, match=r"line 1: question 7 is not in .*SEED-Bench\.json"):
+        BENCHMARKS["seed_bench"].read(tmp_path, Quirks())

@@ -51,7 +51,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(build_train, "student_parts", refuse)
+    monkeypatch.setattr(build_train, "student_in", refuse)
     monkeypatch.setattr(build_teacher, "load_stock", refuse)
 
 

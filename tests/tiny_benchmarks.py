@@ -249,11 +249,32 @@ def write_mmmu(root: Path) -> None:
         write_picture(root / "MMMU/all_images" / name)
 
 
+def write_seed_bench(root: Path) -> None:
+    """Two questions about images of two kinds, and one about a video, which is not asked."""
+    kinds = {"Scene Understanding": 1, "Instances Counting": 5, "Action Recognition": 10}
+    rows = [("101669", "image", 5, "A"), ("2", "image", 1, "C"), ("v8_1", "video", 10, "B")]
+    annotated = [
+        {"question_id": name, "data_type": data, "question_type_id": kind, "answer": answer}
+        for name, data, kind, answer in rows
+    ]
+    path = root / "seed_bench/SEED-Bench.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"questions": annotated, "question_type": kinds}))
+    lines = []
+    for name, data, _, _ in rows:
+        image = f"SEED-Bench-{data}/{name}"
+        write_picture(root / "seed_bench" / f"{image}.png")
+        text = f"How many?\nA. One\nB. Two\nC. Three\nD. Four{LETTER}"
+        question_id = name if data == "video" else int(name)
+        lines.append({"question_id": question_id, "image": f"{image}.png", "text": text, "category": data})
+    write_lines(root / "seed_bench/llava-seed-bench.jsonl", lines)
+
+
 def write_all(root: Path) -> Path:
     """Every benchmark and every other split."""
     for write in (
         write_vqav2, write_vqav2_val, write_gqa, write_vizwiz, write_scienceqa, write_textvqa, write_mme,
-        write_mmbench, write_pope, write_mmmu,
+        write_mmbench, write_pope, write_mmmu, write_seed_bench,
     ):  # fmt: skip
         write(root)
     write_mmbench(root, "mmbench_cn/MMBench_DEV_CN_legacy.tsv")

@@ -96,6 +96,7 @@ TOWERS: dict[str, tuple[Callable[[Path], str], bool]] = {
     "dinov2-registers": (_transformers("dinov2_with_registers", num_register_tokens=4), True),
     "dinov3": (_transformers("dinov3_vit", num_register_tokens=4), True),
     "vit": (_transformers("vit"), True),
+    "deit": (_transformers("deit"), True),
     "ijepa": (_transformers("ijepa"), True),
     "aimv2": (_transformers("aimv2_vision_model"), True),
     "convnext": (_convnext, False),
@@ -118,6 +119,31 @@ TOWERS: dict[str, tuple[Callable[[Path], str], bool]] = {
     "open-clip": (_open_clip(), True),
     "open-clip-scale": (_open_clip(ls_init_value=0.1), False),
     "open-clip-resnet": (_open_clip(layers=[1, 1, 1, 1], width=16, image_size=64), False),
+}
+
+GRID = (SIZE // PATCH) ** 2
+# Tokens and width at layer -2.
+EXPECTED = {
+    "siglip": (GRID, WIDTH),
+    "clip": (1 + GRID, WIDTH),
+    "dinov2": (1 + GRID, WIDTH),
+    "dinov2-registers": (5 + GRID, WIDTH),
+    "dinov3": (5 + GRID, WIDTH),
+    "vit": (1 + GRID, WIDTH),
+    "deit": (2 + GRID, WIDTH),
+    "ijepa": (GRID, WIDTH),
+    "aimv2": (GRID, WIDTH),
+    "convnext": (4, 24),
+    "timm-siglip": (4, WIDTH),
+    "timm-clip": (5, WIDTH),
+    "timm-vit": (5, WIDTH),
+    "timm-dinov2": (5 + GRID, WIDTH),
+    "timm-dinov3": (5 + 4, WIDTH),
+    "timm-convnext": (4, 24),
+    "timm-hybrid": (1 + 4, WIDTH),
+    "open-clip": (1 + GRID, WIDTH),
+    "open-clip-scale": (1 + GRID, WIDTH),
+    "open-clip-resnet": (16, 256),
 }
 
 _LLM = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava_kd.assembly.parts.data import make_source, side
+from llava_kd.assembly.parts.data import side_in, source_in
 from llava_kd.assembly.parts.models import DTYPES
 from llava_kd.assembly.parts.objective import terms_of
 from llava_kd.assembly.parts.stored_teacher import (
@@ -79,8 +79,8 @@ def cache_teacher(
                 held.enter_context(locked(directory, "--out"))
         teacher = load_stock(config.teacher.checkpoint, dtype=DTYPES[config.teacher.dtype])
         say(f"template of the teacher: {teacher_template(config, teacher)}")
-        source = make_source(config.data, seed=config.seed)
-        reader = side(teacher, config.data, config.teacher.template)
+        source = source_in(config)
+        reader = side_in(config, teacher, config.teacher)
         manifest = Manifest(
             identity=identity(config, reader, source),
             contents=_contents(config, mode, top_k, teacher),

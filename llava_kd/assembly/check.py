@@ -6,13 +6,14 @@ import numpy as np
 import torch
 
 from llava_kd.assembly.dry_run import plan
-from llava_kd.assembly.parts.data import make_source, same_tower, side
+from llava_kd.assembly.parts.data import same_tower, side_in, source_in
 from llava_kd.assembly.parts.lending import with_projector
-from llava_kd.assembly.parts.models import choose_attention, student_parts
+from llava_kd.assembly.parts.models import choose_attention, student_in
 from llava_kd.assembly.parts.objective import objective
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.stored_teacher import open_cache
 from llava_kd.assembly.parts.teacher import is_cached, teacher_parts, teacher_template
+from llava_kd.assembly.settings import tables_of
 from llava_kd.assembly.throughput import Network
 from llava_kd.batch import IGNORE_INDEX
 from llava_kd.config import TrainConfig
@@ -35,14 +36,9 @@ def check(
     Raises ValueError for what `train` would refuse, and if more of the sample is bad than it would allow.
     """
     read_slices(config)
-    source = make_source(config.data, seed=config.seed)
-    lines = []
-    student = student_parts(
-        config.student,
-        template=config.data.template,
-        seed=config.seed,
-        say=lambda line: lines.append(f"template         of the student: {line}"),
-    )
+    source = source_in(config)
+    lines = [f"plug-in          {p.name}, sha256 {p.sha256[:16]}" for p in tables_of(config).plugins]
+    student = student_in(config, lambda line: lines.append(f"template         of the student: {line}"))
     teacher = teacher_parts(config)
     student = with_projector(config, student, teacher)
     _keeps_records_apart(config, student, "student")
@@ -71,14 +67,15 @@ def _keeps_records_apart(config: TrainConfig, parts: Parts, whose: str) -> None:
 
 def _towers(config: TrainConfig, student: Parts, teacher: Parts) -> str:
     if config.teacher is not None and config.teacher.cache is not None:
-        reader = side(teacher, config.data, config.teacher.template)
-        cache = open_cache(config, reader, make_source(config.data, seed=config.seed))
+        reader = side_in(config, teacher, config.teacher)
+        source = source_in(config)
+        cache = open_cache(config, reader, source)
         return f"the student's alone: the teacher's predictions come from {cache.directory}"
     return "the same: it runs once" if same_tower(config, student, teacher) else "different: both run"
 
 
 def _sample(config: TrainConfig, student: Parts, source: Source, num_records: int) -> list[str]:
-    reader = side(student, config.data, config.student.template)
+    reader = side_in(config, student, config.student)
     encode = reader.encoder()
     chosen = np.linspace(0, len(source) - 1, min(num_records, len(source))).astype(int).tolist()
     lengths, bad, shown = [], [], ""

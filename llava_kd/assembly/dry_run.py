@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from llava_kd.assembly.estimate import GB, Sizes, accumulation, engine_kind, memory, refuse_too_large, traffic
-from llava_kd.assembly.parts.data import make_source, side_of
+from llava_kd.assembly.parts.data import side_of, source_in
 from llava_kd.assembly.parts.held_out import read_held_out
-from llava_kd.assembly.parts.models import student_parts
+from llava_kd.assembly.parts.models import student_in
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.runs.provenance import checked_parent
 from llava_kd.assembly.runs.run_dir import check_world, refuse_other_run
+from llava_kd.assembly.settings import tables_of
 from llava_kd.assembly.stage import num_steps
 from llava_kd.assembly.throughput import Network, Rate, throughput
 from llava_kd.config import TrainConfig
@@ -37,7 +38,7 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     _check_sides(config)
     rate = None if measured is None else Rate.of(measured)
     student, teacher = sizes(config)
-    records = len(make_source(config.data, seed=config.seed))
+    records = len(source_in(config))
     per_epoch = -(-records // config.global_batch_size)
     steps = num_steps(config, per_epoch)
     found = memory(config, ranks, student, teacher)
@@ -71,8 +72,7 @@ def sizes(config: TrainConfig) -> tuple[Sizes, Sizes | None]:
     if config.student.checkpoint is not None:
         student = Sizes.of_directory(config.student.checkpoint, config)
     else:
-        parts = student_parts(config.student, template=config.data.template, seed=config.seed)
-        student = Sizes.of(parts.stock, config)
+        student = Sizes.of(student_in(config).stock, config)
     teacher = None if config.teacher is None else Sizes.of_directory(config.teacher.checkpoint)
     return student, teacher
 
@@ -85,7 +85,8 @@ def _check_sides(config: TrainConfig) -> None:
     for checkpoint, template in sides:
         if checkpoint is not None:
             model = load_config(checkpoint)
-            side_of(load_processor(checkpoint), model, config.data, template).encoder()
+            templates = tables_of(config).templates
+            side_of(load_processor(checkpoint), model, config.data, template, templates=templates).encoder()
 
 
 def ranks_from_environment() -> int:

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from llava_kd.assembly.estimate import Sizes, memory, refuse_too_large
 from llava_kd.assembly.parts.adapters import check_bits
-from llava_kd.assembly.parts.data import BAD_RECORDS, bad_records, make_source, served
+from llava_kd.assembly.parts.data import BAD_RECORDS, bad_records, served, source_in
 from llava_kd.assembly.parts.held_out import read_held_out
 from llava_kd.assembly.parts.identity import frozen_fingerprints
 from llava_kd.assembly.parts.lending import with_projector
 from llava_kd.assembly.parts.models import (
     compute_dtype,
-    student_parts,
+    student_in,
 )
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.teacher import (
@@ -62,17 +62,12 @@ def _train(config: TrainConfig, world: World) -> str | None:
         # What is wrong with these is said before a model is read.
         read_slices(config)
         read_held_out(config)
-        source = make_source(config.data, seed=config.seed)
+        source = source_in(config)
         if config.teacher is not None and config.teacher.checkpoint is not None:
             existing(config.teacher.checkpoint, "the LLaVA checkpoint")
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
-    student = student_parts(
-        config.student,
-        template=config.data.template,
-        seed=config.seed,
-        say=lambda line: say(f"template of the student: {line}"),
-    )
+    student = student_in(config, lambda line: say(f"template of the student: {line}"))
     teacher = teacher_parts(config)
     if teacher is not None:
         say(f"template of the teacher: {teacher_template(config, teacher)}")

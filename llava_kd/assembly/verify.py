@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava_kd.assembly.parts.data import TABLES_AND_SHARDS, open_source, side_of
+from llava_kd.assembly.parts.data import side_of
+from llava_kd.assembly.plugins import OURS, Tables
 from llava_kd.config import DataConfig
 from llava_kd.data.sound import write_sound_entries, write_sound_records
+from llava_kd.data.sources.kinds import Place, kind_of, open_source
 from llava_kd.data.verify import Report, verify, verify_file
 from llava_kd.models.files.checkpoint import load_config, load_processor
 
 
 def verify_data(
-    config: DataConfig, *, model: str | None = None, sound: str | None = None, num_threads: int = 1
+    config: DataConfig,
+    *,
+    model: str | None = None,
+    sound: str | None = None,
+    num_threads: int = 1,
+    tables: Tables = OURS,
 ) -> Report:
     """Check the records of `data.path`; with a `model` directory their lengths too, read by its template.
 
@@ -21,26 +28,29 @@ def verify_data(
     read.
     """
     assert config.path is not None
-    is_embedded = Path(config.path).suffix in TABLES_AND_SHARDS
+    place = Place(path=config.path, images=config.images, follow_symlinks=config.follow_symlinks)
+    kind = kind_of(place.path, tables.sources)
     if sound is not None:
-        _check_new(Path(sound), (".tar", ".parquet") if is_embedded else (".json", ".jsonl"))
-    side = None if model is None else side_of(load_processor(model), load_config(model), config)
-    if is_embedded:
-        source = open_source(config.path, config.images)
+        _check_new(Path(sound), (".json", ".jsonl") if kind.is_llava else (".tar", ".parquet"))
+    side = None
+    if model is not None:
+        side = side_of(load_processor(model), load_config(model), config, templates=tables.templates)
+    if not kind.is_llava:
+        source = open_source(place, tables.sources)
         report = verify(source, side=side, num_threads=num_threads, progress=True)
         if sound is not None:
             write_sound_records(source, Path(sound), report.unsound)
         return report
     report = verify_file(
-        config.path,
-        config.images or Path(config.path).parent,
+        place.path,
+        place.image_root,
         side=side,
-        follow_symlinks=config.follow_symlinks,
+        follow_symlinks=place.follow_symlinks,
         num_threads=num_threads,
         progress=True,
     )
     if sound is not None:
-        write_sound_entries(Path(config.path), Path(sound), report.unsound)
+        write_sound_entries(Path(place.path), Path(sound), report.unsound)
     return report
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from llava_kd.cli.words import Commands, command, count
+from llava_kd.cli.words import Commands, add_plugins, command, count, plugins
 
 
 def add(commands: Commands) -> None:
@@ -26,6 +26,7 @@ def add(commands: Commands) -> None:
     verify.add_argument("--max_length", type=count, default=2048, help="of the lengths: data.max_length")
     verify.add_argument("--write_sound", metavar="FILE", help="copy the records without a fault to FILE")
     verify.add_argument("--report", metavar="FILE", help="write everything that was found, as JSON")
+    add_plugins(verify, "benchmarks, sources or templates")
     shapes = command(data, "shapes", _shapes, "generate pictures of shapes with captions and questions")
     shapes.add_argument("--out", required=True)
     shapes.add_argument("--num_train", type=int, default=4000, help="training scenes")
@@ -39,10 +40,13 @@ def add(commands: Commands) -> None:
 
 def _verify(arguments: argparse.Namespace) -> int:
     """Exit status 1 where something is wrong, so that a script stops before a GPU is touched."""
+    tables = plugins(arguments)
     if arguments.benchmark:
         from llava_kd.evaluation.benchmarks.run import describe, verify
 
-        found = verify(arguments.benchmark, arguments.data, num_threads=arguments.threads)
+        found = verify(
+            arguments.benchmark, arguments.data, num_threads=arguments.threads, table=tables.benchmarks
+        )
         print(describe(found))
         return int(any(verification.problems for verification in found.values()))
     from llava_kd.assembly.verify import verify_data
@@ -56,7 +60,11 @@ def _verify(arguments: argparse.Namespace) -> int:
         max_length=arguments.max_length,
     )
     report = verify_data(
-        config, model=arguments.model, sound=arguments.write_sound, num_threads=arguments.threads
+        config,
+        model=arguments.model,
+        sound=arguments.write_sound,
+        num_threads=arguments.threads,
+        tables=tables,
     )
     print(report.summary())
     if arguments.report:

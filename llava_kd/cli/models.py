@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from llava_kd.cli.words import Commands, command, count
+from llava_kd.cli.words import Commands, add_plugins, command, count, plugins
 
 
 def add(commands: Commands) -> None:
@@ -26,10 +26,13 @@ def add(commands: Commands) -> None:
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     export.add_argument("--scores", nargs="*", default=[], help="summary.json files of `llava-kd eval`")
 
+    add_plugins(export, "the tower of the model")
+
     chat = command(commands, "chat", _chat, "talk about images, answer by answer")
     chat.add_argument("--model", required=True, help="stock LLaVA directory")
     chat.add_argument("--image", action="append", default=[], help="may be given several times")
     chat.add_argument("--max_new_tokens", type=count, default=256)
+    add_plugins(chat, "the tower of the model")
     chat.add_argument("question", nargs="?", help="one question; without it, questions are read line by line")
 
 
@@ -49,6 +52,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from llava_kd.assembly.checkpoints import export_to
 
+    plugins(arguments)
     for note in export_to(arguments.source, arguments.out, dtype=arguments.dtype, scores=arguments.scores):
         print(f"note: {note}")
     return 0
@@ -57,6 +61,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _chat(arguments: argparse.Namespace) -> int:
     from llava_kd.evaluation.generation.chat import Chat
 
+    plugins(arguments)
     chat = Chat.load(arguments.model, arguments.image, max_new_tokens=arguments.max_new_tokens)
     for question in sys.stdin if arguments.question is None else [arguments.question]:
         if arguments.question is None and not question.strip():

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from llava_kd.cli.words import Commands, command, count
+from llava_kd.cli.words import Commands, add_plugins, command, count, plugins
 
 
 def add(commands: Commands) -> None:
@@ -22,10 +22,12 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--follow_symlinks", action="store_true", help="links may leave the image root")
     evaluate.add_argument("--batch_size", type=count, default=32)
     evaluate.add_argument("--max_new_tokens", type=count, help="default: 32, or each benchmark's own")
+    add_plugins(evaluate, "benchmarks, or the tower of the model")
     evaluate.add_argument("--limit", type=count, help="ask the first questions of each benchmark only")
 
     report = command(commands, "report", _report, "write results.json and report.html of a comparison run")
     report.add_argument("--run", required=True, dest="directory")
+    add_plugins(report, "terms that its stages were trained with")
 
 
 # Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.
@@ -34,7 +36,10 @@ def add(commands: Commands) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     from llava_kd.evaluation.runner import Asking, evaluate
 
-    asking = Asking(batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens)
+    tables = plugins(arguments)
+    asking = Asking(
+        batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens, limit=arguments.limit
+    )
     if arguments.benchmark:
         from llava_kd.evaluation.benchmarks.run import evaluate_benchmarks
 
@@ -43,14 +48,12 @@ def _eval(arguments: argparse.Namespace) -> int:
             arguments.benchmark,
             arguments.data,
             arguments.out,
-            limit=arguments.limit,
             asking=asking,
+            table=tables.benchmarks,
         )
         if _is_first_rank():
             print((Path(arguments.out) / "table.md").read_text())
         return 0
-    if arguments.limit is not None:
-        raise ValueError("--limit goes with --benchmark; of a LLaVA JSON file every question is asked")
     summary = evaluate(
         arguments.model,
         arguments.data,
@@ -74,7 +77,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from llava_kd.evaluation.report.page import report
     from llava_kd.evaluation.report.results import read_run, table
 
-    written = report(arguments.directory, terms=labels())
+    written = report(arguments.directory, terms=labels(arguments.plugin))
     print(table(read_run(arguments.directory)))
     print(f"open {written}")
     return 0

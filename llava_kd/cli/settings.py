@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from llava_kd.cli.words import Commands, command
+from llava_kd.cli.words import Commands, add_plugins, command
 
 
 def add(commands: Commands) -> None:
@@ -14,6 +14,7 @@ def add(commands: Commands) -> None:
     show = command(commands, "config", _config, what, takes_settings=True)
     which = "a setting such as optim.lr, or a stage's YAML file with settings after it (default: all)"
     show.add_argument("of", nargs="?", metavar="KEY_OR_FILE", help=which)
+    add_plugins(show, "terms, whose settings are shown too")
     form = show.add_mutually_exclusive_group()
     form.add_argument("--json_schema", action="store_true", help="as JSON Schema, for editors")
     form.add_argument("--markdown", action="store_true", help="as the page docs/settings.md")
@@ -35,10 +36,11 @@ def _config(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.overrides:
         raise ValueError(f"settings go with a stage's YAML file; got {' '.join(arguments.overrides)} alone")
+    section = stage(arguments.plugin)
     if arguments.json_schema:
-        print(json.dumps(json_schema(stage()), indent=2))
+        print(json.dumps(json_schema(section), indent=2))
     elif arguments.markdown:
-        print(markdown(stage()), end="")
+        print(markdown(section), end="")
     else:
-        print(text(walk(stage()) if of is None else branch(stage(), of)))
+        print(text(walk(section) if of is None else branch(section, of)))
     return 0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llava_kd.assembly.plugins import Tables
     from llava_kd.assembly.throughput import Network
 
 Commands = argparse._SubParsersAction
@@ -30,6 +31,23 @@ def command(
     parser = group.add_parser(name, help=what, description=what)
     parser.set_defaults(run=run, command=name, takes_settings=takes_settings)
     return parser
+
+
+def add_plugins(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=f"your own Python file, or module, with {what}; it is run",
+    )
+
+
+def plugins(arguments: argparse.Namespace) -> Tables:
+    """The package's tables with those of the plug-ins that the command names."""
+    from llava_kd.assembly.plugins import with_plugins
+
+    return with_plugins(arguments.plugin)
 
 
 def add_rates(command: argparse.ArgumentParser, when: str = "") -> None:

@@ -5,11 +5,9 @@ from llava_kd.config.data import DataConfig, PackingConfig, SourceConfig
 from llava_kd.config.evaluate import EvaluateConfig, HeldOutConfig, SliceConfig
 from llava_kd.config.models import PARTS, Dtype, StudentConfig, TeacherConfig
 from llava_kd.config.objective import ObjectiveConfig, objective_type, stage_type
-from llava_kd.config.reading import dump, load
+from llava_kd.config.reading import dump, load, plugins_of
 from llava_kd.config.running import CheckpointConfig, EngineConfig, LogConfig, OptimConfig
-from llava_kd.config.sections import (
-    TrainConfig,
-)
+from llava_kd.config.sections import TrainConfig
 
 __all__ = [
     "PARTS",
@@ -32,5 +30,6 @@ __all__ = [
     "dump",
     "load",
     "objective_type",
+    "plugins_of",
     "stage_type",
 ]

@@ -13,7 +13,7 @@ from llava_kd.config.ranges import check_length, check_number, require, split
 SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def _check(value: object, kind: object, where: str, metadata: tuple[object, ...] = ()) -> None:
+def check_value(value: object, kind: object, where: str, metadata: tuple[object, ...] = ()) -> None:
     """ValueError naming the dotted key `where` if `value`, as YAML gave it, is not of that `kind`.
 
     `metadata`: ranges from around `kind`, such as those of `Annotated[int | None, Gt(0)]`.
@@ -26,7 +26,7 @@ def _check(value: object, kind: object, where: str, metadata: tuple[object, ...]
         options = get_args(kind)
         if value is not None or type(None) not in options:
             held = next(option for option in options if option is not type(None))
-            _check(value, held, where, metadata)
+            check_value(value, held, where, metadata)
     elif get_origin(kind) is Literal:
         choices = [str(choice) for choice in get_args(kind)]
         near = nearest(str(value), choices)
@@ -39,7 +39,7 @@ def _check(value: object, kind: object, where: str, metadata: tuple[object, ...]
         require(isinstance(value, dict), f"`{where}` must be `name: value` lines; got {value!r}")
         assert isinstance(value, dict)
         for name, item in value.items():
-            _check(item, get_args(kind)[1], f"{where}.{name}")
+            check_value(item, get_args(kind)[1], f"{where}.{name}")
         check_length(value, metadata, where)
     else:
         _check_scalar(value, cast(type, kind), where, metadata)
@@ -55,7 +55,7 @@ def _check_list(value: object, kind: object, where: str) -> None:
     )
     for number, item in enumerate(value):
         item_kind = kinds[number] if is_fixed else kinds[0]
-        _check(item, item_kind, f"{where}[{number}]")
+        check_value(item, item_kind, f"{where}[{number}]")
         doubled = split(item_kind)[0] is str and item in value[:number]
         require(not doubled, f"`{where}` names {item!r} twice; name it once")
 
@@ -79,7 +79,7 @@ def check_section(value: object, section: type, where: str) -> None:
             of = f" in `{where}`" if where else ""
             near = nearest(str(key), known)
             raise ValueError(f"no setting `{key}`{of}{near}; the settings are {', '.join(known)}")
-        _check(item, kinds[key], f"{where}.{key}" if where else key)
+        check_value(item, kinds[key], f"{where}.{key}" if where else key)
     required = [f.name for f in fields(section) if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in required if name not in value]:
         raise ValueError(f"`{where}.{missing[0]}` is missing" if where else f"`{missing[0]}` is missing")

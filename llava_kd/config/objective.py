@@ -131,16 +131,17 @@ def _objective_type(terms: tuple[tuple[str, type[TermSettings]], ...]) -> type[O
     require(not taken & {name for name, _ in terms}, f"a term may not be named {sorted(taken)}")
     made = make_dataclass(
         ObjectiveConfig.__name__,
-        [
-            (name, Annotated[kind | None, Doc(f"{kind.label[:1].upper()}{kind.label[1:]}.")], None)
-            for name, kind in terms
-        ],
+        [(name, Annotated[kind | None, Doc(_sentence(kind.label))], None) for name, kind in terms],
         bases=(ObjectiveConfig,),
         frozen=True,
         kw_only=True,
     )
     made.__doc__ = ObjectiveConfig.__doc__
     return made
+
+
+def _sentence(label: str) -> str:
+    return f"{label[:1].upper()}{label[1:]}."
 
 
 @functools.cache

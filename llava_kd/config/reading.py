@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import draccus
 import yaml
 from draccus.utils import DraccusException
 
-from llava_kd.config.checks import check_section
+from llava_kd.config.checks import check_section, check_value
 from llava_kd.config.objective import Table, stage_type
 from llava_kd.config.sections import TrainConfig
 
@@ -62,17 +63,38 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, terms: Table) -> Tr
     that do not fit together; the message names the file and the key.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no config file {path}; the recipes are scripts/*.yaml")
-    try:
-        tree = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
-        if not isinstance(tree, dict):
-            raise ValueError("the file must hold `key: value` lines")
-        for override in overrides:
-            _apply(tree, override)
+    with _naming(path):
+        tree = _tree(path, overrides)
         stage = stage_type(TrainConfig, terms)
         check_section(tree, stage, "")
         return draccus.decode(stage, tree)
+
+
+def plugins_of(path: str | Path, overrides: Sequence[str] = ()) -> list[str]:
+    """What `plugins` names: it decides which other settings there are. Raises ValueError as `load` does."""
+    path = Path(path)
+    with _naming(path):
+        named = _tree(path, overrides).get("plugins", [])
+        check_value(named, list[str], "plugins")
+        return [str(name) for name in named]
+
+
+def _tree(path: Path, overrides: Sequence[str]) -> dict:
+    tree = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
+    if not isinstance(tree, dict):
+        raise ValueError("the file must hold `key: value` lines")
+    for override in overrides:
+        _apply(tree, override)
+    return tree
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Whatever is wrong becomes a ValueError that names the file."""
+    if not path.is_file():
+        raise ValueError(f"no config file {path}; the recipes are scripts/*.yaml")
+    try:
+        yield
     except RecursionError:
         raise ValueError(f"{path}: it, or an override, is nested too deeply") from None
     except (DraccusException, ValueError, TypeError, yaml.YAMLError) as error:

@@ -50,6 +50,10 @@ class TrainConfig:
         default_factory=CheckpointConfig
     )
     evaluate: Annotated[EvaluateConfig | None, Doc("Questions that are asked on the way.")] = None
+    plugins: Annotated[
+        list[str],
+        Doc("Your own Python files, or modules, whose terms, towers, sources and templates may be named."),
+    ] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         unknown = set(self.trainable) - set(PARTS)

@@ -49,13 +49,14 @@ class Summary(TypedDict):
 @dataclass(frozen=True, kw_only=True)
 class Asking:
     """How questions are asked. `max_new_tokens` None is 32, or each benchmark's own; a device and a type of
-    None are the best that there is.
+    None are the best that there is. `limit`: the first questions of each benchmark alone, for a trial.
     """
 
     batch_size: int = 32
     max_new_tokens: int | None = None
     device: str | None = None
     dtype: str | None = None
+    limit: int | None = None
     progress: bool = True
 
 
@@ -76,6 +77,8 @@ def evaluate(
     Under torchrun each rank answers its part. A killed run continues from the answers on disk; a directory
     that holds the answers of another model, file or setting is refused.
     """
+    if asking.limit is not None:
+        raise ValueError("a limit goes with a benchmark; of a LLaVA JSON file every question is asked")
     model_dir, out_dir = model_directory(model_dir), Path(out_dir)
     questions = read_llava_json(data_json, image_root=image_root, follow_symlinks=follow_symlinks)
     ranks = join_ranks()

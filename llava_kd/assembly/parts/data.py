@@ -3,48 +3,59 @@
 from __future__ import annotations
 
 import copy
-import glob
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import LlavaConfig, LlavaImageProcessor, LlavaImageProcessorPil, LlavaProcessor
 from transformers.utils.import_utils import is_torchvision_available
 
 from llava_kd.assembly.parts.stored_teacher import open_cache
-from llava_kd.config import DataConfig, PackingConfig, TrainConfig
+from llava_kd.assembly.settings import tables_of
+from llava_kd.config import DataConfig, PackingConfig, StudentConfig, TeacherConfig, TrainConfig
 from llava_kd.data.batches.bad_records import BadRecord, refuse_faults
 from llava_kd.data.batches.loader import Loader, Side
 from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.batches.packing import Packing
 from llava_kd.data.pixels.images import ImageTransform
 from llava_kd.data.sources.conversation import Source
-from llava_kd.data.sources.llava_json import LlavaJson
+from llava_kd.data.sources.kinds import SOURCES, Place, SourceKind, open_source
 from llava_kd.data.sources.mixture import Mixture
-from llava_kd.data.sources.tar_shards import TarShards
 from llava_kd.data.teacher_store.store import TeacherCache
+from llava_kd.data.text.template import Template
 from llava_kd.data.text.template_choice import choose
+from llava_kd.data.text.template_table import TEMPLATES
 from llava_kd.models.attention.row_limits import check_rows
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.towers.vision_tower import input_size, text_config, tokens_per_image, tower_fingerprint
 from llava_kd.parallel.world import World
 
-if TYPE_CHECKING:
-    from llava_kd.data.sources.tables import Tables
-
-    FileSource = LlavaJson | TarShards | Tables
-
 BAD_RECORDS = "bad_records.jsonl"
-TABLES_AND_SHARDS = (".tar", ".parquet", ".arrow")
 
 
-def side(parts: Parts, config: DataConfig, template: str | None = None) -> Side:
+def side(
+    parts: Parts,
+    config: DataConfig,
+    template: str | None = None,
+    *,
+    templates: Mapping[str, Template] = TEMPLATES,
+) -> Side:
     """How one model reads records; `template` is its own where it has one."""
-    return side_of(parts.processor, parts.stock.config, config, template)
+    return side_of(parts.processor, parts.stock.config, config, template, templates=templates)
+
+
+def side_in(config: TrainConfig, parts: Parts, its: StudentConfig | TeacherConfig) -> Side:
+    """The same for a stage, whose templates and `its` own are asked."""
+    return side(parts, config.data, its.template, templates=tables_of(config).templates)
 
 
 def side_of(
-    processor: LlavaProcessor, model: LlavaConfig, config: DataConfig, template: str | None = None
+    processor: LlavaProcessor,
+    model: LlavaConfig,
+    config: DataConfig,
+    template: str | None = None,
+    *,
+    templates: Mapping[str, Template] = TEMPLATES,
 ) -> Side:
     """The same from what needs no weights. ValueError for longer rows than the language model can read."""
     max_tokens = None if config.packing is None else config.packing.max_tokens
@@ -56,6 +67,7 @@ def side_of(
             tokenizer=processor.tokenizer,
             model_type=text_config(model).model_type,
             chat_template=processor.chat_template,
+            templates=templates,
         ).template,
         image_token_id=model.image_token_id,
         tokens_per_image=tokens_per_image(model, input_size(processor.image_processor)),
@@ -97,13 +109,16 @@ def bad_records(output: Path) -> int:
     return len(set(path.read_text(encoding="utf-8").splitlines()))
 
 
-def make_source(config: DataConfig, *, seed: int = 0) -> Source:
-    """The records, read and checked; `seed` draws what a mixture reads of a source that it reads in part.
+def make_source(config: DataConfig, *, seed: int = 0, kinds: Mapping[str, SourceKind] = SOURCES) -> Source:
+    """The records of files of these `kinds`, read and checked.
+
+    `seed` draws what a mixture reads of a source that it reads in part.
 
     Raises ValueError for a pattern that matches nothing, and for more unusable records than a run allows.
     """
     sources = [
-        open_source(part.path, part.images, follow_symlinks=config.follow_symlinks) for part in config.parts
+        open_source(Place(path=part.path, images=part.images, follow_symlinks=config.follow_symlinks), kinds)
+        for part in config.parts
     ]
     faults = [
         BadRecord(id=source.record(i).id, source=source.name_of(i), reason=source.record(i).fault)
@@ -121,21 +136,9 @@ def make_source(config: DataConfig, *, seed: int = 0) -> Source:
     return Mixture(sources, [part.weight for part in config.sources], names=names, seed=seed)
 
 
-def open_source(path: str, images: str | None, *, follow_symlinks: bool = False) -> FileSource:
-    """The records of a file or a pattern. Raises ValueError for a pattern that matches nothing."""
-    suffix = Path(path).suffix
-    if suffix not in TABLES_AND_SHARDS:
-        return LlavaJson(path, images or Path(path).parent, follow_symlinks=follow_symlinks)
-    if images is not None:
-        raise ValueError(f"{path} holds its images; remove `images` ({images})")
-    paths = sorted(glob.glob(path))
-    if not paths:
-        raise ValueError(f"`data.path` {path} matches no file")
-    if suffix == ".tar":
-        return TarShards(paths)
-    from llava_kd.data.sources.tables import Tables  # needs the optional package pyarrow
-
-    return Tables(paths)
+def source_in(config: TrainConfig) -> Source:
+    """The records of a stage, of its plug-ins' kinds too."""
+    return make_source(config.data, seed=config.seed, kinds=tables_of(config).sources)
 
 
 def make_packing(config: PackingConfig | None) -> Packing | None:
@@ -160,8 +163,8 @@ def make_loader(
             "the exact one costs the CPU nothing; set it to exact"
         )
     if source is None:
-        source = make_source(data, seed=config.seed)
-    student_side = side(student, data, config.student.template)
+        source = source_in(config)
+    student_side = side_in(config, student, config.student)
     teacher_side, shares_tower, cache = None, False, None
     if teacher is not None:
         teacher_side, shares_tower, cache = _teacher_side(config, student, teacher, student_side, source)
@@ -196,7 +199,7 @@ def _teacher_side(
 ) -> tuple[Side | None, bool, TeacherCache | None]:
     """How the teacher reads, None where as the student does; whether they share a tower; what is stored."""
     assert config.teacher is not None
-    own = side(teacher, config.data, config.teacher.template)
+    own = side_in(config, teacher, config.teacher)
     reads_alike = own.reads_as(student_side)
     if config.teacher.cache is None:
         shares_tower = same_tower(config, student, teacher)

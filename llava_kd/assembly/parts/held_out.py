@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
-from llava_kd.assembly.parts.data import open_source, served, side
+from llava_kd.assembly.parts.data import served, side_in
 from llava_kd.assembly.parts.slices import read_slices, slice_scorer
+from llava_kd.assembly.settings import tables_of
 from llava_kd.batch import Batch, Counts
 from llava_kd.config import EvaluateConfig, TrainConfig
 from llava_kd.data.batches.loader import Loader
 from llava_kd.data.batches.order import Order, Reading
+from llava_kd.data.sources.kinds import FileSource, Place, open_source
 from llava_kd.distill.objective import Objective
 from llava_kd.distill.student import Student
 from llava_kd.distill.terms.cross_entropy import CrossEntropy
@@ -22,18 +23,16 @@ from llava_kd.evaluation.generation.generate import evaluation_mode
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.parallel.engine import Engine
 
-if TYPE_CHECKING:
-    from llava_kd.assembly.parts.data import FileSource
-
 Figures = Mapping[str, float]
 
 
 def read_held_out(config: TrainConfig) -> dict[str, FileSource]:
     """Raises ValueError for a file that cannot be read, or that holds no record that could be."""
     parts = {} if config.evaluate is None else config.evaluate.losses
-    follow = config.data.follow_symlinks
-    sources: dict[str, FileSource] = {
-        name: open_source(part.path, part.images, follow_symlinks=follow) for name, part in parts.items()
+    follow, kinds = config.data.follow_symlinks, tables_of(config).sources
+    sources = {
+        name: open_source(Place(path=part.path, images=part.images, follow_symlinks=follow), kinds)
+        for name, part in parts.items()
     }
     for name, source in sources.items():
         chosen = range(len(source))[: parts[name].max_records]
@@ -63,7 +62,7 @@ def _loss_scorer(
 ) -> Callable[[], Figures]:
     # Its own processor: the training loader's thread reads ahead with the student's.
     own = Parts(stock=student.stock, processor=copy.deepcopy(student.processor))
-    reader = side(own, config.data, config.student.template)
+    reader = side_in(config, own, config.student)
     size = config.micro_batch_size
     loaders = {
         name: Loader(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llava_kd.assembly.parts.models import wholly_trained
+from llava_kd.assembly.settings import tables_of
 from llava_kd.config import TrainConfig
 from llava_kd.data.teacher_store.store import Manifest
 from llava_kd.models.files.checkpoint import Parts
@@ -25,7 +26,7 @@ def frozen_fingerprints(config: TrainConfig, student: Parts, teacher: Parts | No
         if f"{place}{name}" not in trained
     }
     prints = {"frozen part of the student": weights_fingerprint(weights)}
-    return prints | _teacher_fingerprints(config, teacher)
+    return prints | _teacher_fingerprints(config, teacher) | tables_of(config).fingerprints
 
 
 def _teacher_fingerprints(config: TrainConfig, teacher: Parts | None) -> dict[str, str]:

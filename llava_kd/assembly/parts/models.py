@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llava_kd.assembly.plugins import OURS, Tables
+from llava_kd.assembly.settings import tables_of
 from llava_kd.config import StudentConfig, TrainConfig
 from llava_kd.data.text.template import Template
 from llava_kd.data.text.template_choice import choose
@@ -20,8 +22,24 @@ from llava_kd.models.towers.vision_tower import text_config
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def student_in(config: TrainConfig, say: Callable[[str], None] = lambda line: None) -> Parts:
+    """The student of a stage; its plug-ins' towers and templates may be named."""
+    return student_parts(
+        config.student,
+        template=config.data.template,
+        seed=config.seed,
+        say=say,
+        tables=tables_of(config),
+    )
+
+
 def student_parts(
-    config: StudentConfig, *, template: str, seed: int, say: Callable[[str], None] = lambda line: None
+    config: StudentConfig,
+    *,
+    template: str,
+    seed: int,
+    say: Callable[[str], None] = lambda line: None,
+    tables: Tables = OURS,
 ) -> Parts:
     """The student to train, in fp32, with the chat template that its data use; `say` hears which and why."""
     if config.checkpoint is not None:
@@ -35,6 +53,7 @@ def student_parts(
             vision_feature_layer=config.vision_feature_layer,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             seed=seed,
+            families=tables.towers,
         )
     chosen = choose(
         config.template or template,
@@ -43,6 +62,7 @@ def student_parts(
         chat_template=parts.processor.chat_template,
         where="data.template" if config.template is None else "student.template",
         is_trained=config.checkpoint is not None,
+        templates=tables.templates,
     )
     say(str(chosen))
     speak(parts, chosen.template)

@@ -14,6 +14,7 @@ from llava_kd.assembly.parts.lending import lend
 from llava_kd.assembly.parts.models import DTYPES, choose_attention, place
 from llava_kd.assembly.parts.objective import wants_head_gram
 from llava_kd.assembly.parts.stored_teacher import HEAD
+from llava_kd.assembly.settings import tables_of
 from llava_kd.config import TrainConfig
 from llava_kd.data.teacher_store.store import Manifest
 from llava_kd.data.text.template_choice import Choice, choose
@@ -58,6 +59,7 @@ def teacher_template(config: TrainConfig, teacher: Parts) -> Choice:
         model_type=text_config(teacher.stock.config).model_type,
         chat_template=teacher.processor.chat_template,
         where="data.template" if config.teacher.template is None else "teacher.template",
+        templates=tables_of(config).templates,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from llava_kd.assembly.runs.provenance import read_run
-from llava_kd.assembly.settings import load
+from llava_kd.assembly.settings import load, tables_of
 from llava_kd.config import TrainConfig, dump
 from llava_kd.parallel.world import World
 from llava_kd.training.checkpoint import checkpoint_steps, refuse_newer_format, sweep, write_text
@@ -40,6 +41,7 @@ MAY_CHANGE = (
     "data.image_cache_mb",
     "data.max_bad_rate",
 )
+PLUGINS = "plugins.json"  # what they were when the run began
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -88,6 +90,8 @@ def claim(config: TrainConfig, world: World) -> Iterator[bool]:
                 sweep(output)
                 sweep(output / "checkpoints")
                 write_text(output / "config.yaml", dump(config))
+                if config.plugins:
+                    write_text(output / PLUGINS, json.dumps(tables_of(config).fingerprints, indent=1))
                 if not _is_complete(output, config):
                     _reopen(output)
         yield _is_complete(output, config)
@@ -169,6 +173,23 @@ def locked(output: Path, name: str = "output_dir") -> Iterator[None]:
         yield
 
 
+def _check_plugins(config: TrainConfig, output: Path) -> None:
+    """ValueError naming a plug-in that is not what it was when the run began."""
+    path = output / PLUGINS
+    try:
+        before = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); remove it to go on with the plug-ins as they are"
+        ) from error
+    for name, now in tables_of(config).fingerprints.items():
+        if (then := before.get(name)) not in (None, now):
+            raise ValueError(
+                f"{name} changed since the run in {output} began: sha256 {then[:16]} then, {now[:16]} now; "
+                "give back what it was, or choose a new output_dir"
+            )
+
+
 def _check_config(config: TrainConfig, output: Path) -> None:
     written = output / "config.yaml"
     # A run that stopped before its first step, over a mistake in its settings or data, does not count.
@@ -176,6 +197,7 @@ def _check_config(config: TrainConfig, output: Path) -> None:
     if written.is_file() and not has_begun:
         return
     if written.is_file():
+        _check_plugins(config, output)
         before = load(written)
         is_longer = (output / "run.json").is_file() and _longer(dataclasses.asdict(before), config)
         may_change = (*MAY_CHANGE, "max_steps", "epochs") if is_longer else MAY_CHANGE

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava_kd.data.batches.packing import Packing, Sizes, pack
-from llava_kd.data.sources.permutation import permutation
+from llava_kd.data.sources.mixture import permutation
 
 
 def dealt(tokens: np.ndarray, *, rank: int, world_size: int, step: int) -> list[int]:

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
 from llava_kd.data.text.template import Template
 from llava_kd.data.text.template_reading import Reading, asked, asks_alike, before_question, derived, gives
-from llava_kd.data.text.template_table import TEMPLATES
+from llava_kd.data.text.template_table import ANY_OTHER, MARKS, TEMPLATES, WORDS
 
 AUTO = "auto"
-# By the tokens that only this family's turns are made of; the first that a tokenizer has all of.
-MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("gemma", ("<start_of_turn>", "<end_of_turn>")),
-    ("llama3", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
-    ("phi4", ("<|im_start|>", "<|im_sep|>", "<|im_end|>")),
-    ("chatml", ("<|im_start|>", "<|im_end|>")),
-    ("phi3", ("<|user|>", "<|assistant|>", "<|end|>")),
-)
-# Families whose turns are made of plain words, by the start of their model type. Others get `vicuna`.
-WORDS = (("olmo", "tulu"),)
 _SHOWN = 160
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _SENTENCE = 3
@@ -47,8 +37,9 @@ def choose(
     chat_template: str | Mapping[str, str] | None,
     where: str = "data.template",
     is_trained: bool = True,
+    templates: Mapping[str, Template] = TEMPLATES,
 ) -> Choice:
-    """The template of that name; `auto` is the model's own, else its family's.
+    """The template of that name among `templates`; `auto` is the model's own, else its family's.
 
     A model's own that forgets the question (`plain`) was left by a first stage and is not taken. Of several
     that a model has, its own is the one named `default`. `is_trained` says that it has learned its prompt
@@ -59,16 +50,17 @@ def choose(
         chat_template = chat_template.get("default")
     reading = None if chat_template is None else Reading(chat_template, tokenizer)
     if name != AUTO:
-        if name not in TEMPLATES:
-            raise ValueError(f"`{where}` must be {AUTO} or one of {', '.join(TEMPLATES)}; got {name!r}")
-        return Choice(template=TEMPLATES[name], reason=_as_set(TEMPLATES[name], reading, is_trained))
-    if reading is not None and (own := _own(reading, is_trained)) is not None:
+        if name not in templates:
+            raise ValueError(f"`{where}` must be {AUTO} or one of {', '.join(templates)}; got {name!r}")
+        chosen = templates[name]
+        return Choice(template=chosen, reason=_as_set(chosen, reading, is_trained, templates))
+    if reading is not None and (own := _own(reading, is_trained, templates)) is not None:
         return own
     family = family_template(tokenizer, model_type)
     if reading is None:
         return Choice(template=family, reason="that of its family, for its directory has none")
     if is_trained:
-        _refuse_loss(reading, family, where)
+        _refuse_loss(reading, family, where, templates)
     start = before_question(reading)
     if start is None:
         why = "for that of its directory loses the question, as a first stage's does"
@@ -76,40 +68,46 @@ def choose(
     return Choice(template=family, reason=f"that of its family, without its directory's {_short(start)!r}")
 
 
-def recognised(chat_template: str, tokenizer: PreTrainedTokenizerFast) -> Template | None:
+def recognised(
+    chat_template: str,
+    tokenizer: PreTrainedTokenizerFast,
+    templates: Mapping[str, Template] = TEMPLATES,
+) -> Template | None:
     """The one of the table, but for `plain`, that renders what this one does; None without one."""
     reading = Reading(chat_template, tokenizer)
-    named = (template for template in TEMPLATES.values() if not template.images_only)
+    named = (template for template in templates.values() if not template.images_only)
     return next((template for template in named if gives(template, reading)), None)
 
 
-def _own(reading: Reading, is_trained: bool) -> Choice | None:
+def _own(reading: Reading, is_trained: bool, templates: Mapping[str, Template]) -> Choice | None:
     """The directory's own: of the table, or read from it, or one of the table that asks in the same words."""
-    template = recognised(reading.chat_template, reading.tokenizer)
+    template = recognised(reading.chat_template, reading.tokenizer, templates)
     if template is None and is_trained:
         template = derived(reading)
     if template is not None:
         return Choice(template=template, reason="its directory's own")
-    alike = next((t for t in TEMPLATES.values() if not t.images_only and asks_alike(t, reading)), None)
+    alike = next((t for t in templates.values() if not t.images_only and asks_alike(t, reading)), None)
     if alike is None:
         return None
     return Choice(template=alike, reason="which asks as its directory's own does, and ends answers")
 
 
-def _as_set(template: Template, reading: Reading | None, is_trained: bool) -> str:
+def _as_set(
+    template: Template, reading: Reading | None, is_trained: bool, templates: Mapping[str, Template]
+) -> str:
     """Says so where the model has learned another prompt."""
-    own = _own(reading, True) if reading is not None and is_trained else None
+    own = _own(reading, True, templates) if reading is not None and is_trained else None
     if own is None or reading is None or asks_alike(template, reading):
         return "as set"
     return f"as set, not its directory's own, which asks {_short(asked(own.template))!r}"
 
 
-def _refuse_loss(reading: Reading, family: Template, where: str) -> None:
+def _refuse_loss(reading: Reading, family: Template, where: str, templates: Collection[str]) -> None:
     """ValueError where the words before a first question are a sentence that the family's has not."""
     if not reading.renders:
         raise ValueError(
             f"`{where}` is {AUTO}, but the directory's own chat template fails on a plain question; name the "
-            f"template that the model was trained on, one of {', '.join(TEMPLATES)}"
+            f"template that the model was trained on, one of {', '.join(templates)}"
         )
     ours, start = set(_WORD.findall(asked(family))), before_question(reading) or ""
     if len([word for word in _WORD.findall(start) if word not in ours]) < _SENTENCE:
@@ -117,7 +115,7 @@ def _refuse_loss(reading: Reading, family: Template, where: str) -> None:
     raise ValueError(
         f"`{where}` is {AUTO}, but a directory's own chat template puts {_short(start)!r} before a question, "
         f"which no template here renders, and that of its family, {family.name}, has not; name the template "
-        f"that the model was trained on, one of {', '.join(TEMPLATES)}, or change chat_template.jinja"
+        f"that the model was trained on, one of {', '.join(templates)}, or change chat_template.jinja"
     )
 
 
@@ -128,10 +126,10 @@ def _short(text: str) -> str:
 def family_template(tokenizer: PreTrainedTokenizerFast, model_type: str) -> Template:
     """By the tokens that a tokenizer has for turns, then by the type of its language model."""
     vocabulary = tokenizer.get_vocab()
-    for name, tokens in MARKS:
+    for name, tokens in MARKS.items():
         if all(token in vocabulary for token in tokens):
             return TEMPLATES[name]
-    for start, name in WORDS:
+    for name, start in WORDS.items():
         if model_type.startswith(start):
             return TEMPLATES[name]
-    return TEMPLATES["vicuna"]
+    return TEMPLATES[ANY_OTHER]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from llava_kd.data.text.template import Template
 
 LLAVA_SYSTEM = (
@@ -82,3 +84,14 @@ TEMPLATES: dict[str, Template] = {
         ),
     )
 }
+# The template of a family of language models: by the tokens that only its turns are made of, the first that
+# a tokenizer has all of, then where turns are made of plain words by the start of the model type.
+MARKS: Mapping[str, tuple[str, ...]] = {
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "phi4": ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "phi3": ("<|user|>", "<|assistant|>", "<|end|>"),
+}
+WORDS: Mapping[str, str] = {"tulu": "olmo"}
+ANY_OTHER = "vicuna"

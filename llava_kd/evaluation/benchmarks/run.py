@@ -46,19 +46,19 @@ def evaluate_benchmarks(
     *,
     quirks: Quirks | None = None,
     server_figures: Mapping[str, float] | None = None,
-    limit: int | None = None,
     asking: Asking = _ASKING,
+    table: Mapping[str, Benchmark] = BENCHMARKS,
 ) -> dict[str, BenchmarkSummary]:
-    """Run benchmarks ("pope,gqa", a list, or "all"): OUT/NAME/ for each, and OUT/table.md and table.html.
+    """Run benchmarks of `table` ("pope,gqa", a list, or "all"): OUT/NAME/ for each, and OUT/table.md and
+    table.html.
 
     Every file is checked before the model is loaded. `server_figures` puts the figures of VQAv2 and VizWiz,
-    once their servers have answered, into the table. `limit` asks the first questions only, for a trial. What
-    OUT holds of this model stays in the table.
+    once their servers have answered, into the table. What OUT holds of this model stays in the table.
     """
     model_dir, root, out_dir = model_directory(model_dir), Path(data_root), Path(out_dir)
     quirks = quirks or Quirks()
-    chosen = find(names)
-    questions = {b.name: _questions(b, root, quirks, limit) for b in chosen}
+    chosen = find(names, table)
+    questions = {b.name: _questions(b, root, quirks, asking.limit) for b in chosen}
     for benchmark in chosen:  # nothing is asked where something is missing that its scorer will read
         if benchmark.score is not None:
             score_answers(benchmark, root, questions[benchmark.name], {}, quirks)
@@ -79,18 +79,19 @@ def evaluate_benchmarks(
         if ranks.rank == 0:
             fault = unreadable(answers)
             summaries[benchmark.name] = _finish(
-                benchmark, root, folder, asked, given, quirks, seconds, fault, is_whole=limit is None
+                benchmark, root, folder, asked, given, quirks, seconds, fault, is_whole=asking.limit is None
             )
     if ranks.rank == 0:
-        write_tables(out_dir, run_name(model_dir), _all_of(model, out_dir) | summaries, server_figures or {})
+        found = _all_of(model, out_dir, table) | summaries
+        write_tables(out_dir, run_name(model_dir), found, server_figures or {}, table)
     ranks.barrier()
     return summaries
 
 
-def _all_of(model: Model, out_dir: Path) -> dict[str, BenchmarkSummary]:
+def _all_of(model: Model, out_dir: Path, table: Mapping[str, Benchmark]) -> dict[str, BenchmarkSummary]:
     """What the directory holds of this model, of earlier calls too."""
     found = {}
-    for name in BENCHMARKS:
+    for name in table:
         summary, run = (out_dir / name / file for file in ("summary.json", "run.json"))
         if not (summary.is_file() and run.is_file()):
             continue
@@ -219,11 +220,15 @@ class Verification:
 
 
 def verify(
-    names: str | Sequence[str], data_root: str | Path, *, num_threads: int = 4
+    names: str | Sequence[str],
+    data_root: str | Path,
+    *,
+    num_threads: int = 4,
+    table: Mapping[str, Benchmark] = BENCHMARKS,
 ) -> dict[str, Verification]:
-    """Check the files of benchmarks under a data root: presence, form, joins, releases, every picture."""
+    """Check files of benchmarks of `table` under a data root: presence, form, joins, releases, pictures."""
     root = Path(data_root)
-    return {benchmark.name: _verify(benchmark, root, num_threads) for benchmark in find(names)}
+    return {benchmark.name: _verify(benchmark, root, num_threads) for benchmark in find(names, table)}
 
 
 def describe(found: Mapping[str, Verification]) -> str:
@@ -270,6 +275,7 @@ def write_tables(
     model: str,
     summaries: Mapping[str, BenchmarkSummary],
     server_figures: Mapping[str, float],
+    table: Mapping[str, Benchmark] = BENCHMARKS,
 ) -> None:
     """OUT/summary.json, table.md and table.html from the summaries of one model."""
     values = {name: s["value"] for name, s in summaries.items() if s["value"] is not None and s["is_whole"]}
@@ -289,5 +295,6 @@ def write_tables(
         "seconds": sum(summary["seconds"] for summary in summaries.values()),
     }
     write_atomic(out_dir / "summary.json", json.dumps(total, indent=2) + "\n")
-    write_atomic(out_dir / "table.md", markdown_table(model, values, notes, trials))
-    write_atomic(out_dir / "table.html", html_table(model, values, notes, trials))
+    columns = {name: benchmark.column for name, benchmark in table.items()}
+    write_atomic(out_dir / "table.md", markdown_table(model, values, notes, trials, columns))
+    write_atomic(out_dir / "table.html", html_table(model, values, notes, trials, columns))

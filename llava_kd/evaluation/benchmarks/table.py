@@ -10,6 +10,7 @@ from llava_kd.evaluation.benchmarks.published import AVG7, AVG10, PUBLISHED, ave
 from llava_kd.evaluation.report.style import CSS
 
 Trials = Mapping[str, tuple[float, int]]  # figure of the first so many questions alone: no result
+COLUMNS = {name: benchmark.column for name, benchmark in BENCHMARKS.items()}
 
 SOURCE = (
     "MME is the perception sum / 20. Avg7: GQA, VizWiz, SQA, TextVQA, MME, MMB, MMB-CN; Avg10: all ten; "
@@ -22,13 +23,16 @@ STYLE = ".own td{background:var(--wash);font-weight:650}table{min-width:900px}ma
 
 
 def rows_of(
-    model: str, values: Mapping[str, float], trials: Trials | None = None
+    model: str,
+    values: Mapping[str, float],
+    trials: Trials | None = None,
+    columns: Mapping[str, str] = COLUMNS,
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of the table, the user's own line first."""
+    """Head and lines of the table, the user's own line first; `columns` names what is not of the ten too."""
     trials = trials or {}
     others = [name for name in (*values, *trials) if name not in AVG10]
     names = [*AVG10, *others]
-    head = ["model", "data", *(BENCHMARKS[name].column for name in names), "Avg7", "Avg10"]
+    head = ["model", "data", *(columns[name] for name in names), "Avg7", "Avg10"]
     own = _line(model, "", values, names)
     for name, (value, count) in trials.items():
         own[2 + names.index(name)] = f"{value:.1f} (first {count:,} only)"
@@ -44,9 +48,13 @@ def _line(model: str, data: str, values: Mapping[str, float], names: Sequence[st
 
 
 def markdown_table(
-    model: str, values: Mapping[str, float], notes: Mapping[str, Sequence[str]], trials: Trials | None = None
+    model: str,
+    values: Mapping[str, float],
+    notes: Mapping[str, Sequence[str]],
+    trials: Trials | None = None,
+    columns: Mapping[str, str] = COLUMNS,
 ) -> str:
-    head, lines = rows_of(model, values, trials)
+    head, lines = rows_of(model, values, trials, columns)
     rule = ["---", "---", *["---:"] * (len(head) - 2)]
     lines = [[f"**{cell}**" if cell else "" for cell in lines[0]], *lines[1:]]
     table = "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
@@ -55,9 +63,13 @@ def markdown_table(
 
 
 def html_table(
-    model: str, values: Mapping[str, float], notes: Mapping[str, Sequence[str]], trials: Trials | None = None
+    model: str,
+    values: Mapping[str, float],
+    notes: Mapping[str, Sequence[str]],
+    trials: Trials | None = None,
+    columns: Mapping[str, str] = COLUMNS,
 ) -> str:
-    head, lines = rows_of(model, values, trials)
+    head, lines = rows_of(model, values, trials, columns)
     cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = ""
     for number, line in enumerate(lines):

@@ -33,6 +33,7 @@ from llava_kd.models.reading import (
     read_pretrained,
     readable,
 )
+from llava_kd.models.towers.families import FAMILIES, Family
 from llava_kd.models.towers.loading import LoadedTower, load_tower
 from llava_kd.models.towers.vision_tower import (
     input_size,
@@ -132,12 +133,16 @@ def compose(
     vision_feature_select_strategy: Literal["default", "full"] = "full",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    families: Mapping[str, Family] = FAMILIES,
 ) -> Parts:
     """A new student: pretrained tower and language model, and a random two-layer GELU projector.
 
-    The tokenizer gets an image token only if it has none, and the embeddings grow only if it has no row.
+    The tower may be of any of the `families`. The tokenizer gets an image token only if it has none, and the
+    embeddings grow only if it has no row.
     """
-    loaded = load_tower(vision_tower, feature_layer=vision_feature_layer, dtype=dtype, seed=seed)
+    loaded = load_tower(
+        vision_tower, feature_layer=vision_feature_layer, dtype=dtype, seed=seed, families=families
+    )
     causal, tokenizer = load_language_model(language_model, dtype=dtype)
     return compose_loaded(
         loaded,

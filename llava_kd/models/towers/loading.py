@@ -5,6 +5,7 @@ Shape legend: I images, C channels, H height, W width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +24,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from llava_kd.models.reading import existing, read_config, read_pretrained, readable
 from llava_kd.models.tower_source import TowerSource, tower_source
+from llava_kd.models.towers.families import FAMILIES, VISION_PARTS, Family, tell_facts
 from llava_kd.models.towers.libraries import Pixels, Trunk, adapted, library_tower
-from llava_kd.models.towers.vision_tower import FAMILIES, VISION_PARTS, input_size
+from llava_kd.models.towers.vision_tower import input_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +37,15 @@ class LoadedTower:
     image_processor: BaseImageProcessor
 
 
-def load_tower(text: str, *, feature_layer: int, dtype: torch.dtype, seed: int = 0) -> LoadedTower:
-    """The tower that `text` names; see `tower_source` for its form.
+def load_tower(
+    text: str,
+    *,
+    feature_layer: int,
+    dtype: torch.dtype,
+    seed: int = 0,
+    families: Mapping[str, Family] = FAMILIES,
+) -> LoadedTower:
+    """The tower that `text` names, of one of the `families`; see `tower_source` for its form.
 
     Raises ValueError for an unknown name, a tower without patch tokens, or an image size it cannot take.
     """
@@ -48,7 +57,7 @@ def load_tower(text: str, *, feature_layer: int, dtype: torch.dtype, seed: int =
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # for `?pretrained=false`
         if source.library == "transformers":
-            loaded = _transformers_tower(source, feature_layer)
+            loaded = _transformers_tower(source, feature_layer, families)
         else:
             model, pixels = library_tower(source, feature_layer=feature_layer)
             loaded = LoadedTower(model=model, image_processor=_square_processor(pixels))
@@ -67,7 +76,9 @@ def _square_processor(pixels: Pixels) -> BaseImageProcessor:
     )
 
 
-def _transformers_tower(source: TowerSource, feature_layer: int) -> LoadedTower:
+def _transformers_tower(
+    source: TowerSource, feature_layer: int, families: Mapping[str, Family]
+) -> LoadedTower:
     if unknown := sorted(source.constructor_options()):
         raise ValueError(
             f"vision tower {source.name} of transformers takes the options pretrained and image_size; got "
@@ -76,7 +87,7 @@ def _transformers_tower(source: TowerSource, feature_layer: int) -> LoadedTower:
     name = existing(source.name, "the vision tower")
     config = read_config(name)
     vision = config.vision_config if config.model_type in VISION_PARTS else config
-    family = FAMILIES.get(vision.model_type)
+    family = families.get(vision.model_type)
     if family is None and vision.model_type in ("siglip2_vision_model", "pixtral"):
         raise ValueError(
             f"vision tower {name} is a {config.model_type!r} model, which reads patches and their places "
@@ -86,7 +97,7 @@ def _transformers_tower(source: TowerSource, feature_layer: int) -> LoadedTower:
     if family is None and not _reads_pixels(vision):
         raise ValueError(
             f"vision tower {name} is a {config.model_type!r} model; stock LLaVA needs one of "
-            f"{sorted(FAMILIES)}, or a model of pixels whose feature maps can be adapted"
+            f"{sorted(families)}, or a model of pixels whose feature maps can be adapted"
         )
     kind = AutoModel if family is None else family.model_class
     if source.is_pretrained:
@@ -100,6 +111,8 @@ def _transformers_tower(source: TowerSource, feature_layer: int) -> LoadedTower:
         processor = _resized(processor, source.image_size)
     if family is None:
         model = _adapted(model, processor, name, feature_layer)
+    else:
+        tell_facts(model.config, family)
     return LoadedTower(model=model, image_processor=processor)
 
 

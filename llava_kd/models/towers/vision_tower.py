@@ -8,55 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Aimv2VisionModel,
-    BaseImageProcessor,
-    CLIPVisionModel,
-    DeiTModel,
-    Dinov2Model,
-    Dinov2WithRegistersModel,
-    DINOv3ViTModel,
-    IJepaModel,
-    LlavaConfig,
-    PreTrainedConfig,
-    SiglipVisionModel,
-    ViTModel,
-)
+from transformers import BaseImageProcessor, LlavaConfig, PreTrainedConfig
 
-from llava_kd.models.towers.adapted import AdaptedTower, AdaptedTowerConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """A kind of tower that gives [I, N, E] hidden states: `num_cls` tokens, then registers, then patches.
-
-    `any_size`: positions are interpolated, so that any multiple of the patch size can be read.
-    """
-
-    model_class: type
-    num_cls: int
-    any_size: bool = False
-    is_stock: bool = True
-
-
-FAMILIES: Mapping[str, Family] = {
-    "siglip_vision_model": Family(model_class=SiglipVisionModel, num_cls=0),
-    "clip_vision_model": Family(model_class=CLIPVisionModel, num_cls=1),
-    "dinov2": Family(model_class=Dinov2Model, num_cls=1, any_size=True),
-    "dinov2_with_registers": Family(model_class=Dinov2WithRegistersModel, num_cls=1, any_size=True),
-    "dinov3_vit": Family(model_class=DINOv3ViTModel, num_cls=1, any_size=True),
-    "vit": Family(model_class=ViTModel, num_cls=1),
-    "deit": Family(model_class=DeiTModel, num_cls=2),
-    "ijepa": Family(model_class=IJepaModel, num_cls=0),
-    "aimv2_vision_model": Family(model_class=Aimv2VisionModel, num_cls=0),
-    AdaptedTowerConfig.model_type: Family(model_class=AdaptedTower, num_cls=0, is_stock=False),
-}
-# Image-text models whose vision half is one of the families.
-VISION_PARTS = ("siglip", "clip", "aimv2")
+from llava_kd.models.towers.adapted import AdaptedTowerConfig
+from llava_kd.models.towers.families import FAMILIES, Family, own_facts
 
 
 def vision_config(config: LlavaConfig) -> PreTrainedConfig:
@@ -77,11 +35,12 @@ def feature_layer(config: LlavaConfig) -> int:
 
 
 def family(config: LlavaConfig) -> Family:
-    """Raises ValueError for a tower that no family describes."""
-    model_type = vision_config(config).model_type
-    if model_type not in FAMILIES:
-        raise ValueError(f"vision_tower must be one of {sorted(FAMILIES)}; got {model_type!r}")
-    return FAMILIES[model_type]
+    """Raises ValueError for a tower that no family describes, nor its own configuration."""
+    vision = vision_config(config)
+    found = FAMILIES.get(vision.model_type) or own_facts(vision)
+    if found is None:
+        raise ValueError(f"vision_tower must be one of {sorted(FAMILIES)}; got {vision.model_type!r}")
+    return found
 
 
 def num_prefix_tokens(config: LlavaConfig) -> int:

@@ -28,8 +28,8 @@ from llava_kd.models.files.convert.weights import filled, quiet
 from llava_kd.models.language_model import prepare_language_model
 from llava_kd.models.reading import read_config, read_tokenizer, readable
 from llava_kd.models.tower_source import tower_source
+from llava_kd.models.towers.families import FAMILIES, VISION_PARTS
 from llava_kd.models.towers.loading import LoadedTower, load_tower
-from llava_kd.models.towers.vision_tower import FAMILIES, VISION_PARTS
 
 STRATEGIES: Mapping[str, Literal["default", "full"]] = {
     **{"patch": "default", "cls_patch": "full", "default": "default", "full": "full"}
