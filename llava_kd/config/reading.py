@@ -13,30 +13,7 @@ from draccus.utils import DraccusException
 
 from llava_kd.config.checks import check_section
 from llava_kd.config.sections import TrainConfig
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML loader that refuses a key given twice: plain YAML lets the second win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        doubled = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if doubled:
-            raise ValueError(f"line {node.start_mark.line + 1}: the key {doubled} is given twice")
-        return super().construct_mapping(node, deep)
-
-
-def _apply(tree: dict, override: str) -> None:
-    """Set the dotted key of `--a.b=value` in `tree`; the value is read as YAML."""
-    if not override.startswith("--") or "=" not in override:
-        raise ValueError(f"an override looks like --optim.lr=1e-4; got {override!r}")
-    dotted, text = override[2:].split("=", 1)
-    *parents, last = dotted.split(".")
-    for name in parents:
-        if not isinstance(tree.get(name), dict):
-            tree[name] = {}
-        tree = tree[name]
-    tree[last] = yaml.safe_load(text)
+from llava_kd.config.trees import UniqueKeyLoader, parse_override, set_dotted
 
 
 def _messages(error: BaseException) -> str:
@@ -63,11 +40,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     if not path.is_file():
         raise ValueError(f"no config file {path}; the recipes are scripts/*.yaml")
     try:
-        tree = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
+        tree = yaml.load(path.read_text(), Loader=UniqueKeyLoader)
         if not isinstance(tree, dict):
             raise ValueError("the file must hold `key: value` lines")
         for override in overrides:
-            _apply(tree, override)
+            set_dotted(tree, *parse_override(override))
         check_section(tree, TrainConfig, "")
         return draccus.decode(TrainConfig, tree)
     except RecursionError:
