@@ -25,9 +25,10 @@ ROOMS = {
     "distill": {"batch", "losses", "models"},
     "training": {"batch", "checksums", "distill", "parallel", "tensor_files"},
     "evaluation": {"batch", "data", "models"},
+    "search": {"config", "evaluation"},
     "assembly": {
         *("batch", "config", "data", "distill", "evaluation", "losses", "models", "parallel", "training"),
-        *("checksums", "tensor_files"),
+        *("checksums", "search", "tensor_files"),
     },
     "cli": {"assembly", "config", "data", "evaluation"},
 }
@@ -58,6 +59,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "benchmarks": {"", "generation", "report", "scorers"},
     },
     "losses": {"kernels": {""}, "": {"kernels"}},
+    "search": {"grids": set(), "findings": {"grids"}, "running": {"findings", "grids"}, "": set()},
     "assembly": {"parts": {"", "runs"}, "runs": set(), "": {"parts", "runs"}},
 }
 MAX_FILES = 12

@@ -62,10 +62,10 @@ def read_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     outputs = [stage.output.absolute() for stage in stages]
     if doubled := {str(output) for output in outputs if outputs.count(output) > 1}:
         raise ValueError(f"{path}: every stage needs its own output_dir; {sorted(doubled)} comes twice")
-    return Pipeline(command=_command(tree.get("command") or _COMMAND, path), stages=stages)
+    return Pipeline(command=command_words(tree.get("command") or _COMMAND, path), stages=stages)
 
 
-def _command(text: object, path: Path) -> tuple[str, ...]:
+def command_words(text: object, path: Path) -> tuple[str, ...]:
     """Its words; scripts among them are found beside the pipeline file, like stage files."""
     words = shlex.split(str(text))
     for i, word in enumerate(words):

@@ -51,7 +51,7 @@ class Children:
                 self._running.remove(process)
 
     def start(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen:
-        """A child beside others, in a process group of its own, so that Ctrl-C reaches it once; see `ended`."""
+        """A child beside others, in a process group of its own: Ctrl-C reaches it once. See `ended`."""
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as stream:
             process = subprocess.Popen(

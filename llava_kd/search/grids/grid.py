@@ -13,7 +13,20 @@ from llava_kd.config.trees import parse_override, read_tree, set_dotted
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _KEYS = {
-    *("name", "what", "output", "seeds", "baseline", "prepare", "common", "stages", "arms", "tests", "curve")
+    *(
+        "name",
+        "what",
+        "output",
+        "seeds",
+        "baseline",
+        "prepare",
+        "common",
+        "stages",
+        "arms",
+        "tests",
+        "curve",
+        "command",
+    )
 }
 _OF_ARM = {"stages", "published", "what"}
 _OF_STAGE = {"stage", "recipe", "overrides", "label"}
@@ -51,7 +64,10 @@ class TestFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """`prepare`: `llava-kd` commands that come first. `curve`: a figure of metrics.jsonl, if there is one."""
+    """`prepare`: `llava-kd` commands that come first. `curve`: a figure of metrics.jsonl, if there is one.
+
+    `command` starts a stage, its file follows; None: `llava-kd train` on one process.
+    """
 
     name: str
     path: Path
@@ -62,6 +78,7 @@ class Grid:
     arms: Mapping[str, Arm]
     tests: Mapping[str, TestFile]
     prepare: tuple[str, ...]
+    command: str | None
     curve: str | None
 
 
@@ -103,7 +120,8 @@ def read_grid(path: str | Path, overrides: Sequence[str] = (), *, output: str | 
         baseline=baseline,
         arms=arms,
         tests=tests,
-        prepare=tuple(_list(tree.get("prepare"), f"{path}: `prepare`")),
+        prepare=tuple(map(str, _list(tree.get("prepare"), f"{path}: `prepare`"))),
+        command=None if tree.get("command") is None else str(tree["command"]),
         curve=None if curve is None else str(curve),
     )
 

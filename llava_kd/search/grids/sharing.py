@@ -15,8 +15,9 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from llava_kd.search.grid import Arm, Grid, Stage
+from llava_kd.search.grids.grid import Arm, Grid, Stage
 
 # Where a stage writes, and what it says meanwhile: two stages that differ in these alone are one.
 NEUTRAL = (
@@ -75,6 +76,12 @@ class Plan:
 
     def users(self, key: str) -> list[ArmRun]:
         return [run for run in self.runs if key in run.chain]
+
+    def line_of(self, key: str, what: Literal["label", "kind"]) -> tuple[str, ...]:
+        """Of a stage and all before it, the first one first."""
+        stage = self.stages[key]
+        before = () if stage.parent is None else self.line_of(stage.parent, what)
+        return (*before, stage.label if what == "label" else stage.kind)
 
     def of(self, arm: str) -> list[ArmRun]:
         return [run for run in self.runs if run.arm == arm]

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llava_kd.evaluation.answers import write_atomic
-from llava_kd.search.grid import Grid
-from llava_kd.search.plan import Plan, own_settings
+from llava_kd.search.grids.grid import Grid
+from llava_kd.search.grids.sharing import Plan, own_settings
 
 VERSION = 1
 MANIFEST = "ablation.json"
