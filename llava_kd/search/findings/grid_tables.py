@@ -119,10 +119,10 @@ def _arms(results: Mapping) -> str:
         stages = ", ".join(stage["label"] for stage in arm["stages"])
         first = next(iter(arm["runs"].values()))
         rows.append([name, stages, " ".join(first), arm["what"] or words.NONE])
-    return table(["arm", "stages", "their runs with the first seed, in `stages/`", "what"], rows)
+    return table(["arm", "stages", "their runs with the first seed, in `stages/`", "what"], rows, "---")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all but the first column to the right."""
-    lines = [list(head), ["---", *["---:"] * (len(head) - 1)], *rows]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], side: str = "---:") -> str:
+    """A Markdown table; all but the first column to the right, or as `side` says."""
+    lines = [list(head), ["---", *[side] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -96,7 +96,7 @@ def _row(plan: Plan, stage: StageRun, keys: Sequence[str], arms: Sequence[str], 
         stage.label,
         "-" if stage.parent is None else ", ".join(plan.line_of(stage.parent, "label")),
         "by epochs" if stage.steps is None else f"{stage.steps:,}",
-        str(len(users)),
+        ", ".join(users) if len(users) < 3 else f"{len(users)} arms",
         ", ".join(state),
         "unknown" if rate is None else f"{rate:.3f}",
     ]
