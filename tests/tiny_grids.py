@@ -43,8 +43,8 @@ def edit(path: Path, change: Callable[[dict], object]) -> None:
 class FakeRuns:
     """Writes at once what a stage, or an evaluation, leaves behind. A step takes 1 s, a taught one 2 s.
 
-    `broken` names labels (by their learning rate) that fail. `accuracy` is of an arm and seed on the test;
-    `curve` of a run's settings and step, asked every 5 steps.
+    `broken` says by its settings whether a stage fails. `accuracy` is of an arm and seed on every test;
+    `curve` of a stage's settings and step, asked every 5 steps.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class FakeRuns:
 
     def start(self, job: Job) -> int:
         words = list(job.command)
-        return self._train(Path(words[-1]), job) if "train" in words else self._score(words)
+        return self._score(words) if job.key.startswith("eval ") else self._train(Path(words[-1]), job)
 
     def _train(self, recipe: Path, job: Job) -> int:
         tree = yaml.safe_load(recipe.read_text())
@@ -74,7 +74,7 @@ class FakeRuns:
             job.log.write_text("Traceback\nthe last words\n")
             return 2
         output = Path(tree["output_dir"])
-        output.mkdir(parents=True)
+        output.mkdir(parents=True, exist_ok=True)
         rate = 1.0 if tree.get("teacher") is None else 2.0
         lines = []
         for step in range(1, tree["max_steps"] + 1):

@@ -186,7 +186,8 @@ def _rank(grid: Grid, scored: Mapping[str, Sequence[Scored]]) -> dict | None:
     if not published:
         return None
     by_arm = {name: {one.seed: one.scores[test].accuracy for one in scored[name]} for name in published}
-    means = [sum(values.values()) / len(values) for values in by_arm.values()]
+    # Rounded, as two sums of the same scores may differ in their last digit, and equal arms share a rank.
+    means = [round(sum(values.values()) / len(values), 9) for values in by_arm.values()]
     seeds = [seed for seed in grid.seeds if all(seed in values for values in by_arm.values())]
     return {
         "test": test,

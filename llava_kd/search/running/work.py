@@ -21,11 +21,9 @@ def recipe_file(grid: Grid, key: str) -> Path:
 
 def write_work(grid: Grid, plan: Plan) -> None:
     """The settings of every stage, and for every arm and seed where its stages are."""
-    (grid.output / "recipes").mkdir(parents=True, exist_ok=True)
     for key, stage in plan.stages.items():
-        write_atomic(recipe_file(grid, key), yaml.safe_dump(dict(stage.tree), sort_keys=False))
+        _write(recipe_file(grid, key), yaml.safe_dump(dict(stage.tree), sort_keys=False))
     for run in plan.runs:
-        run.directory.mkdir(parents=True, exist_ok=True)
         stages = [
             {
                 "label": plan.stages[key].label,
@@ -36,7 +34,14 @@ def write_work(grid: Grid, plan: Plan) -> None:
             for key in run.chain
         ]
         record = {"arm": run.arm, "seed": run.seed, "stages": stages}
-        write_atomic(run.directory / "arm.json", json.dumps(record, indent=1) + "\n")
+        _write(run.directory / "arm.json", json.dumps(record, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Unless it says that already."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
 
 
 def make_jobs(
