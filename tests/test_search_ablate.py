@@ -157,7 +157,7 @@ def test_without_slices_nothing_is_said_at_equal_time(grid: Path, fake: FakeRuns
     assert found["gain"] is None
     assert found["not_measured"] == "no slice is asked while training"
     text = (grid.parent / "out" / "results.md").read_text()
-    assert "| AB | 72.5 ± 2.5 | +17.5 | -14.3 to +49.3 | 2 | 20 | 30 s | " in text
+    assert "| AB | 72.5 \u00b1 2.5 | +17.5 | -14.3 to +49.3 | 2 | 20 | 30 s | " in text
     assert " | +17.5 (-14.3 to +49.3) | not measured | 60 |" in text
     assert "Spearman, 3 arms" in text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,14 @@ def test_a_shipped_grid_fits_itself(name: str, num_stages: int, monkeypatch, cap
     assert main(["ablate", str(path), "--dry_run", f"--out={path.parent / 'none'}"]) == 0
     assert f"{num_stages} stages" in capsys.readouterr().out
     assert not (path.parent / "none").exists()
+
+
+def test_the_file_of_the_docs_works(tmp_path: Path, monkeypatch, capsys) -> None:
+    text = re.findall(r"^```yml\n(.*?)^```", (ROOT / "docs" / "ablations.md").read_text(), re.S | re.M)[0]
+    path = tmp_path / "rates.yaml"
+    path.write_text(text.replace("../scripts", str(ROOT / "scripts")))
+    assert main(["ablate", str(path), "--dry_run", f"--out={tmp_path / 'out'}"]) == 0
+    assert "3 arms x 3 seeds: 15 stages (24 if no arm shared any)" in capsys.readouterr().out
 
 
 def test_the_published_column_is_the_papers() -> None:

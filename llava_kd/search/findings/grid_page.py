@@ -79,7 +79,7 @@ def _intervals(results: Mapping, test: str, width: int = 760, row_height: int = 
     ]
     low, high = min(0.0, *ends), max(0.0, *ends)
     span = (high - low) or 1.0
-    left, right, top, bottom = 190, 24, 6, 26
+    left, right, top, bottom = 30 + 7.5 * max(map(len, gains)), 24, 6, 26
     height = top + bottom + row_height * len(gains)
 
     def x(value: float) -> float:
@@ -98,7 +98,7 @@ def _intervals(results: Mapping, test: str, width: int = 760, row_height: int = 
     for k, (name, value) in enumerate(gains.items()):
         y = top + row_height * (k + 0.5)
         parts.append(
-            f'<text class="row" x="{left - 14}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>'
+            f'<text class="row" x="{left - 14:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>'
         )
         if value["low"] is not None:
             reach = f'x1="{x(100 * value["low"]):.1f}" x2="{x(100 * value["high"]):.1f}"'

@@ -107,7 +107,19 @@ def method_words(results: Mapping) -> list[str]:
         "At equal steps: the test scores where both arms took as many steps in all, else the curve.",
         equal,
         "Seconds are of training steps alone, each arm's stages in full, the shared ones too.",
+        *_not_measured(results),
     ]
+
+
+def _not_measured(results: Mapping) -> list[str]:
+    """Each reason once, with the arms that it holds for."""
+    found: dict[str, list[str]] = {}
+    for name, arm in results["arms"].items():
+        for what in ("equal_steps", "equal_time"):
+            if arm.get(what) and arm[what]["not_measured"]:
+                reason = f"Not measured at {what.replace('_', ' ')}: {arm[what]['not_measured']}"
+                found.setdefault(reason, []).append(name)
+    return [f"{reason} ({', '.join(arms)})." for reason, arms in found.items()]
 
 
 def missing_words(results: Mapping) -> list[str]:
