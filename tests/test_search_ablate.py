@@ -263,6 +263,18 @@ def test_files_of_another_version_or_grid_are_refused(grid: Path, fake: FakeRuns
     assert "run.json is damaged" in refusal(grid, capsys)
 
 
+def test_data_that_changed_before_an_arm_was_added_are_named(grid: Path, fake: FakeRuns) -> None:
+    assert main(["ablate", str(grid), "--arms=AA,AB"]) == 0
+    assert results(grid)["warnings"] == []
+    fake.data = "a file of the same name"
+    assert main(["ablate", str(grid)]) == 0
+    warnings = results(grid)["warnings"]
+    assert len(warnings) == 2, "one a seed"
+    assert "the data or tokenizer changed while this grid ran: with seed 0" in warnings[0]
+    assert "AB and BB read different ones" in warnings[0]
+    assert warnings[0] in (grid.parent / "out" / "results.md").read_text()
+
+
 def test_a_test_file_that_is_not_there_is_said_before_anything_is_trained(
     grid: Path, fake: FakeRuns, capsys
 ) -> None:

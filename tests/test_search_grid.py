@@ -165,6 +165,8 @@ def test_what_is_no_file_or_no_arm_of_it_is_refused(grid: Path, tmp_path: Path, 
     assert "no ablation file" in refusal(tmp_path / "none.yaml", capsys)
     assert "has no arm XX; there are AA, AB, BB" in refusal(grid, capsys, "--arms=AA,XX")
     assert "has no seed 5; there are 0, 1" in refusal(grid, capsys, "--seeds=5")
+    assert "an override looks like" in refusal(grid, capsys, "--optim.lr")
+    assert "--optim.lr={ is not YAML" in refusal(grid, capsys, "--optim.lr={")
     grid.write_text("- 1")
     assert "must hold `key: value` lines" in refusal(grid, capsys)
 

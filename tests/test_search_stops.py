@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,19 +37,27 @@ echo $$ >> FOLDER/started
 while :; do sleep 0.05; done
 """
 
+STARTED: list[subprocess.Popen[str]] = []
+
 
 @pytest.fixture
-def waiting(tmp_path: Path) -> Path:
+def waiting(tmp_path: Path) -> Iterator[Path]:
     grid = write_grid(tmp_path, {"AA": ["A", "A"], "AB": ["A", "B"]}, seeds=[0])
     (tmp_path / "wait.sh").write_text(STAGE.replace("FOLDER", str(tmp_path)))
     edit(grid, lambda tree: tree.update(command="bash wait.sh"))
-    return grid
+    yield grid
+    for process in (process for process in STARTED if process.poll() is None):
+        process.kill()
+    for pid in (tmp_path / "started").read_text().split() if (tmp_path / "started").is_file() else []:
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def started(grid: Path) -> subprocess.Popen[str]:
     """`llava-kd ablate`, once both stages of the second floor run."""
     command = [sys.executable, "-m", "llava_kd.cli", "ablate", str(grid), "--jobs=2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    STARTED.append(process)
     marks = grid.parent / "started"
     deadline = time.monotonic() + 120
     while not marks.is_file() or len(marks.read_text().split()) < 2:

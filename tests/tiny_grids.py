@@ -52,6 +52,7 @@ class FakeRuns:
         self.scored: list[str] = []
         self.broken: Callable[[dict], bool] = lambda tree: False
         self.accuracy: Callable[[str, int], float] = lambda arm, seed: 0.5
+        self.data = "what it read"
         self.curve: Callable[[dict, int], float] | None = None
 
     def install(self, monkeypatch) -> FakeRuns:
@@ -83,7 +84,9 @@ class FakeRuns:
                 line["slice/val"] = self.curve(tree, step)
             lines.append(json.dumps(line) + "\n")
         (output / "metrics.jsonl").write_text("".join(lines))
-        (output / "run.json").write_text(json.dumps({"steps": tree["max_steps"], "commit": "abc"}))
+        prints = {"data or tokenizer": self.data}
+        record = {"steps": tree["max_steps"], "commit": "abc", "fingerprints": prints}
+        (output / "run.json").write_text(json.dumps(record))
         return 0
 
     def _score(self, words: list[str]) -> int:

@@ -36,7 +36,10 @@ def parse_override(override: str) -> tuple[str, object]:
     if not override.startswith("--") or "=" not in override:
         raise ValueError(f"an override looks like --optim.lr=1e-4; got {override!r}")
     dotted, text = override[2:].split("=", 1)
-    return dotted, yaml.safe_load(text)
+    try:
+        return dotted, yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def set_dotted(tree: dict, dotted: str, value: object) -> None:

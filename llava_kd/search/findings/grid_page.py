@@ -42,7 +42,7 @@ def _head(results: Mapping, title: str) -> str:
 def _missing(results: Mapping) -> str:
     lines = words.missing_words(results)
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f"<h2>Not finished</h2><ul>{items}</ul>" if lines else ""
+    return f"<h2>To be mended</h2><ul>{items}</ul>" if lines else ""
 
 
 def _scores(results: Mapping, test: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llava_kd.evaluation.report.results import Evaluated, read_evaluated
 from llava_kd.search.findings.curves import Curve, chain_curve, run_record, stage_log, value_at
+from llava_kd.search.findings.sameness import mixtures
 from llava_kd.search.findings.statistics import estimate, paired, spearman
 from llava_kd.search.grids.grid import Arm, Grid
 from llava_kd.search.grids.sharing import ArmRun, Plan
@@ -64,6 +65,7 @@ def collect(grid: Grid, plan: Plan, faults: Mapping[str, str] | None = None) -> 
         "cost": _cost(plan),
         "rank": _rank(grid, scored),
         "commits": _recorded(plan, "commit"),
+        "warnings": mixtures(plan),
     }
 
 

@@ -11,7 +11,7 @@ def markdown(results: Mapping) -> str:
     """The whole file."""
     parts = [f"# {results['name']}", results["what"], _headline(results)]
     if missing := words.missing_words(results):
-        parts.append("Not finished:\n\n" + "\n".join(f"- {line}" for line in missing))
+        parts.append("To be mended:\n\n" + "\n".join(f"- {line}" for line in missing))
     for test in results["tests"]:
         parts += [f"## {test}", _scores(results, test)]
         if by_type := _by_type(results, test):

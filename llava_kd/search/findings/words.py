@@ -123,8 +123,8 @@ def _not_measured(results: Mapping) -> list[str]:
 
 
 def missing_words(results: Mapping) -> list[str]:
-    """A line for each arm and seed that is not finished."""
-    return [
+    """A line for each arm and seed that is not finished, and for what cannot be compared."""
+    return results["warnings"] + [
         f"{name}, seed {seed}: {why}"
         for name, arm in results["arms"].items()
         for seed, why in arm["missing"].items()

@@ -83,6 +83,11 @@ class Plan:
         before = () if stage.parent is None else self.line_of(stage.parent, what)
         return (*before, stage.label if what == "label" else stage.kind)
 
+    def root(self, key: str) -> str:
+        """The first stage of its chain."""
+        parent = self.stages[key].parent
+        return key if parent is None else self.root(parent)
+
     def of(self, arm: str) -> list[ArmRun]:
         return [run for run in self.runs if run.arm == arm]
 
