@@ -131,18 +131,38 @@ def bad_target() -> list[bool]:
     return ce_N.isnan().tolist()
 
 
-def equal_models() -> list[float]:
-    """Largest divergence and largest gradient of forward and reverse KL between equal logits."""
-    largest = []
-    for kind in ("forward", "reverse"):
+def equal_models() -> dict[str, list[float]]:
+    """Largest divergence and largest gradient between equal logits."""
+    largest = {}
+    for kind in KINDS:
         logits_NV, gradient_NV = 5 * torch.randn(4, WIDTH), torch.empty(4, WIDTH)
         _, kl_N = row_triton.triton_rows(
             logits_NV, logits_NV.clone(), targets_C=torch.zeros(4, dtype=torch.long),
             ce_weight_C=torch.zeros(4), kl_weight_C=torch.ones(4), student_bias_V=None, teacher_bias_U=None,
-            temperature=1.0, divergence=Divergence(kind), num_common=WIDTH, gradient_CV=gradient_NV,
+            temperature=1.0, divergence=Divergence(kind, 0.3),  # pyright: ignore[reportArgumentType]
+            num_common=WIDTH, gradient_CV=gradient_NV,
         )  # fmt: skip
-        largest += [float(kl_N.abs().max()), float(gradient_NV.abs().max())]
+        largest[kind] = [float(kl_N.abs().max()), float(gradient_NV.abs().max())]
     return largest
+
+
+def biases() -> dict[str, list[float]]:
+    """Mean error of small divergences of the mixtures, and their exact mean, in nats a row."""
+    found = {}
+    student_NV = 3 * torch.randn(16, 400)
+    teacher_NV = student_NV + 1e-3 * torch.randn(16, 400)
+    for kind in ("jsd", "skewed_forward", "skewed_reverse"):
+        divergence = Divergence(kind, 0.3)  # pyright: ignore[reportArgumentType]
+        exact_N = reference.divergence_rows(
+            student_NV.double().log_softmax(1), teacher_NV.double().log_softmax(1), divergence
+        )
+        _, kl_N = row_triton.triton_rows(
+            student_NV, teacher_NV, targets_C=torch.zeros(16, dtype=torch.long), ce_weight_C=torch.zeros(16),
+            kl_weight_C=torch.ones(16), student_bias_V=None, teacher_bias_U=None, temperature=1.0,
+            divergence=divergence, num_common=400, gradient_CV=None,
+        )  # fmt: skip
+        found[kind] = [float((kl_N.double() - exact_N).mean()), float(exact_N.mean())]
+    return found
 
 
 def whole_head_loss() -> float:
@@ -163,6 +183,7 @@ if __name__ == "__main__":
         "bad_rows": bad_rows(),
         "bad_target": bad_target(),
         "equal_models": equal_models(),
+        "biases": biases(),
         "whole_head_loss": whole_head_loss(),
     }
     print(json.dumps(results))

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 # Triton's annotations do not know that a constexpr may be a plain value.
 # pyright: reportArgumentType=false
-import math
-
 import torch
 from torch import Tensor
 
@@ -52,7 +50,6 @@ def triton_rows(
         statistics_CS if teacher_bias_U is None else teacher_bias_U,
     )
     widths = (num_classes, teacher.shape[1], num_common, student_CV.stride(0), teacher.stride(0))
-    mixture = (divergence.mix, math.log(divergence.mix), math.log1p(-divergence.mix))
     shared = {
         "KIND": divergence.kind,
         "HAS_STUDENT_BIAS": student_bias_V is not None,
@@ -71,11 +68,11 @@ def triton_rows(
         )  # fmt: skip
         if has_teacher and divergence.kind not in ("forward", "reverse"):
             row_kernel.mixture[(num_rows,)](
-                *logits, kl_weight_C, kl_C, statistics_CS, *widths, inverse, square, *mixture, **shared
+                *logits, kl_weight_C, kl_C, statistics_CS, *widths, inverse, square, divergence.mix, **shared
             )
         if gradient_CV is not None:
             row_kernel.gradient[(num_rows,)](
-                *logits, *rows, statistics_CS, gradient_CV, *widths, inverse, float(temperature), *mixture,
-                HAS_TEACHER=has_teacher, **shared,
+                *logits, *rows, statistics_CS, gradient_CV, *widths, inverse, float(temperature),
+                divergence.mix, HAS_TEACHER=has_teacher, **shared,
             )  # fmt: skip
     return ce_C, kl_C
