@@ -67,7 +67,7 @@ def chain_curve(directories: Sequence[Path], figure: str | None) -> Curve:
     return Curve(points=tuple(points), steps=steps, seconds=seconds)
 
 
-def value_at(curve: Curve, *, steps: int | None = None, seconds: float | None = None) -> float | None:
+def value_at(curve: Curve, *, steps: float | None = None, seconds: float | None = None) -> float | None:
     """The last measurement up to there, never one between two; None before the first."""
     reached = [
         point

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +21,15 @@ class Job:
     is_done: Callable[[], bool]
 
 
-class Processes(Protocol):
+Process = TypeVar("Process")
+
+
+class Processes(Protocol[Process]):
     """What starts jobs: `slot` is the core or device that a job gets; `ended` gives its exit status."""
 
-    def start(self, job: Job, slot: int) -> object: ...
+    def start(self, job: Job, slot: int) -> Process: ...
 
-    def ended(self, process: object) -> int | None: ...
+    def ended(self, process: Process) -> int | None: ...
 
     def is_stopping(self) -> bool: ...
 
@@ -45,16 +48,16 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Running:
+class _Running(Generic[Process]):
     job: Job
-    process: object
+    process: Process
     slot: int
     since: float
 
 
 def run_jobs(
     jobs: Sequence[Job],
-    processes: Processes,
+    processes: Processes[Process],
     *,
     num_slots: int,
     finished: Callable[[Job, float, Outcome], None],
@@ -67,7 +70,7 @@ def run_jobs(
     """
     outcome = Outcome(done={job.key for job in jobs if job.is_done()})
     waiting = [job for job in jobs if job.key not in outcome.done]
-    running: list[_Running] = []
+    running: list[_Running[Process]] = []
     while True:
         waiting = _without_broken(waiting, outcome)
         free = [slot for slot in range(num_slots) if slot not in {run.slot for run in running}]
