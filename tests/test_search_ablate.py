@@ -89,6 +89,9 @@ def test_an_arm_or_a_seed_that_is_added_costs_itself_alone(grid: Path, fake: Fak
 def test_parts_of_a_grid_are_run_by_name(grid: Path, fake: FakeRuns) -> None:
     assert main(["ablate", str(grid), "--arms=BB,AA", "--seeds=1"]) == 0
     assert sorted(fake.scored) == ["AA 1", "BB 1"]
+    text = (grid.parent / "out" / "results.md").read_text()
+    assert "Not finished yet: AA (seed 0); AB (seed 0, 1); BB (seed 0)." in text
+    assert "To be mended" not in text
     found = results(grid)["arms"]
     assert found["AB"]["missing"] == {"0": "waits", "1": "waits"}
     assert found["BB"]["tests"]["test"]["gain"]["mean"] == pytest.approx(0.2)
@@ -119,7 +122,7 @@ def test_cost_counts_a_shared_stage_once_in_all_and_whole_in_each_arm(grid: Path
     found = results(grid)
     assert [found["arms"][arm]["seconds"]["mean"] for arm in ARMS] == [20.0, 30.0, 40.0]
     assert found["cost"]["seconds"] == 2 * (10 + 10 + 20 + 20 + 20)
-    assert found["cost"]["seconds_without_sharing"] == 2 * (20 + 30 + 40)
+    assert found["cost"]["saved_by_sharing"] == 2 * 10
 
 
 def test_gains_at_equal_time_are_read_from_the_curves(grid: Path, fake: FakeRuns) -> None:
@@ -306,6 +309,15 @@ def test_a_dry_run_knows_what_is_done_and_what_it_took(grid: Path, fake: FakeRun
     # A second A takes 10 s, two seeds of it and a first one; five of B 20 s each.
     assert "to train: 80 steps; about 2 min of training, 65 s on 2 at once" in said
     assert fake.labels() == ["A0", "B0"]
+
+
+def test_every_line_says_what_is_left(grid: Path, fake: FakeRuns, capsys) -> None:
+    """Nine stages of ten steps, all taken to be as fast as the first; at the end they are known better."""
+    assert main(["ablate", str(grid), "--jobs=1"]) == 0
+    said = capsys.readouterr().out
+    assert "[1 of 16] A, seed 0: 0 s; 15 left, about 2 min and 6 to score" in said
+    assert "[14 of 16] B, seed 1: 0 s; 2 left, about 20 s" in said
+    assert "nothing is left" in said
 
 
 def test_a_stage_that_was_broken_off_counts_what_is_left(grid: Path, fake: FakeRuns, capsys) -> None:

@@ -40,9 +40,10 @@ def _head(results: Mapping, title: str) -> str:
 
 
 def _missing(results: Mapping) -> str:
-    lines = words.missing_words(results)
+    lines, waiting = words.fault_words(results), words.waiting_words(results)
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f"<h2>To be mended</h2><ul>{items}</ul>" if lines else ""
+    broken = f"<h2>To be mended</h2><ul>{items}</ul>" if lines else ""
+    return broken + (f'<p class="note">{escape(waiting)}</p>' if waiting else "")
 
 
 def _scores(results: Mapping, test: str) -> str:

@@ -11,12 +11,12 @@ from llava_kd.evaluation.report.results import Evaluated, read_evaluated
 from llava_kd.search.findings.curves import Curve, chain_curve, run_record, stage_log, value_at
 from llava_kd.search.findings.sameness import mixtures
 from llava_kd.search.findings.statistics import estimate, paired, spearman
+from llava_kd.search.findings.words import WAITING
 from llava_kd.search.grids.grid import Arm, Grid
 from llava_kd.search.grids.sharing import ArmRun, Plan
 
 VERSION = 1
 RESULTS = "results.json"
-WAITING = "waits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,17 +165,19 @@ def _none(why: str) -> dict:
 
 
 def _cost(plan: Plan) -> dict:
-    """Training seconds: each stage once, and what it would be without sharing; of what is finished."""
+    """Training seconds of what is finished: each stage once, and what arms saved by sharing some."""
     seconds = {
         key: lines[-1].seconds
         for key, stage in plan.stages.items()
         if stage.is_complete and (lines := stage_log(stage.directory))
     }
+    whole = [run for run in plan.runs if seconds.keys() >= set(run.chain)]
+    each = [seconds[key] for run in whole for key in run.chain]
     return {
         "stages": len(plan.stages),
         "finished": sum(stage.is_complete for stage in plan.stages.values()),
         "seconds": sum(seconds.values()),
-        "seconds_without_sharing": sum(seconds.get(key, 0.0) for run in plan.runs for key in run.chain),
+        "saved_by_sharing": sum(each) - sum(seconds[key] for key in {k for run in whole for k in run.chain}),
     }
 
 

@@ -10,8 +10,9 @@ from llava_kd.search.findings import words
 def markdown(results: Mapping) -> str:
     """The whole file."""
     parts = [f"# {results['name']}", results["what"], _headline(results)]
-    if missing := words.missing_words(results):
-        parts.append("To be mended:\n\n" + "\n".join(f"- {line}" for line in missing))
+    if broken := words.fault_words(results):
+        parts.append("To be mended:\n\n" + "\n".join(f"- {line}" for line in broken))
+    parts.append(words.waiting_words(results))
     for test in results["tests"]:
         parts += [f"## {test}", _scores(results, test)]
         if by_type := _by_type(results, test):
@@ -60,7 +61,10 @@ def score_rows(results: Mapping, test: str) -> tuple[list[str], list[list[str]]]
         row.append(str(len(arm["seeds"])))
         if is_first:
             steps = words.NONE if arm["steps"] is None else f"{arm['steps']:,}"
-            equal = [words.at_equal(arm.get(what)) for what in ("equal_steps", "equal_time")]
+            equal = [
+                words.at_equal(arm.get(what), is_finished=bool(arm["seeds"]))
+                for what in ("equal_steps", "equal_time")
+            ]
             row += [steps, words.seconds(arm["seconds"]), *equal]
         if has_published:
             row.append(words.published(arm["published"]))

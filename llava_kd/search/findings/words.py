@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 NONE = "-"
 NOT_MEASURED = "not measured"
+WAITING = "waits"
 
 
 def percent(value: Mapping | None) -> str:
@@ -32,9 +33,9 @@ def interval(value: Mapping | None) -> str:
     return f"{points(value['low'])} to {points(value['high'])}"
 
 
-def at_equal(entry: Mapping | None) -> str:
-    """The gain with its interval; a dash for the baseline."""
-    if entry is None:
+def at_equal(entry: Mapping | None, *, is_finished: bool) -> str:
+    """The gain with its interval; a dash for the baseline, and before anything is finished."""
+    if entry is None or not is_finished:
         return NONE
     if entry["gain"] is None:
         return NOT_MEASURED
@@ -79,10 +80,9 @@ def rank_words(results: Mapping) -> str:
 
 def cost_words(results: Mapping) -> str:
     cost = results["cost"]
-    saved = cost["seconds_without_sharing"]
     return (
         f"{cost['finished']} of {cost['stages']} stages are trained, in {duration(cost['seconds'])} of "
-        f"training; without sharing it would be {duration(saved)}."
+        f"training; that arms share stages saved {duration(cost['saved_by_sharing'])}."
     )
 
 
@@ -116,16 +116,27 @@ def _not_measured(results: Mapping) -> list[str]:
     found: dict[str, list[str]] = {}
     for name, arm in results["arms"].items():
         for what in ("equal_steps", "equal_time"):
-            if arm.get(what) and arm[what]["not_measured"]:
+            if arm["seeds"] and arm.get(what) and arm[what]["not_measured"]:
                 reason = f"Not measured at {what.replace('_', ' ')}: {arm[what]['not_measured']}"
                 found.setdefault(reason, []).append(name)
     return [f"{reason} ({', '.join(arms)})." for reason, arms in found.items()]
 
 
-def missing_words(results: Mapping) -> list[str]:
-    """A line for each arm and seed that is not finished, and for what cannot be compared."""
+def fault_words(results: Mapping) -> list[str]:
+    """A line for each arm and seed that failed, and for what cannot be compared."""
     return results["warnings"] + [
         f"{name}, seed {seed}: {why}"
         for name, arm in results["arms"].items()
         for seed, why in arm["missing"].items()
+        if why != WAITING
     ]
+
+
+def waiting_words(results: Mapping) -> str:
+    """What has not been run to its end and has not failed; empty where there is nothing."""
+    found = {
+        name: [seed for seed, why in arm["missing"].items() if why == WAITING]
+        for name, arm in results["arms"].items()
+    }
+    listed = [f"{name} (seed {', '.join(seeds)})" for name, seeds in found.items() if seeds]
+    return f"Not finished yet: {'; '.join(listed)}." if listed else ""

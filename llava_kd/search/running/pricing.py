@@ -41,7 +41,13 @@ class Rates:
 
     def of(self, stage: StageRun) -> float | None:
         found = self._by_kind.get(stage.kind) or self._by_recipe.get(_recipe_key(stage))
-        return sum(found) / len(found) if found else None
+        return _mean(found) if found else None
+
+    @property
+    def mean(self) -> float | None:
+        """Of all stages that have run."""
+        found = [rate for rates in self._by_kind.values() for rate in rates]
+        return _mean(found) if found else None
 
 
 def _recipe_key(stage: StageRun) -> str:
@@ -140,14 +146,20 @@ class Clock:
         if not jobs:
             return "nothing is left"
         rates = Rates(self._plan)
-        known = [p.seconds for p in (price(stage, rates) for stage in stages) if p.seconds is not None]
-        what = f"{len(jobs)} left"
-        if stages and not known:
-            return f"{what}, time unknown"
-        # What has not run yet is taken to last as long as the others.
-        training = (_mean(known) + _mean(self._beside)) * len(stages)
-        scoring = _mean(self._scoring) * (len(jobs) - len(stages))
-        return f"{what}, about {duration((training + scoring) / min(self._num_slots, len(jobs)))}"
+        training = [s for stage in stages if (s := self._seconds(stage, rates)) is not None]
+        if len(training) < len(stages):
+            return f"{len(jobs)} left, time unknown"
+        scoring = len(jobs) - len(stages)
+        seconds = sum(training) + _mean(self._beside) * len(stages) + _mean(self._scoring) * scoring
+        beside = f" and {scoring} to score" if scoring and not self._scoring else ""
+        return f"{len(jobs)} left, about {duration(seconds / min(self._num_slots, len(jobs)))}{beside}"
+
+    def _seconds(self, stage: StageRun, rates: Rates) -> float | None:
+        """Of what is left of it; one of a kind that has not run yet is taken to be as fast as the others."""
+        left = price(stage, rates)
+        if left.steps is None or left.seconds is not None or rates.mean is None:
+            return left.seconds
+        return left.steps * rates.mean
 
 
 def _mean(values: Sequence[float]) -> float:
