@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, BaseImageProcessor
 from llava_kd.data.batches.loader import Loader
 from llava_kd.data.batches.micro_batches import MicroBatches
 from llava_kd.data.batches.model_side import Side
+from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.batches.plan import Plan
 from llava_kd.data.pixels.device_decode import Decoder
 from llava_kd.data.pixels.images import MAX_PIXELS, ImageTransform
@@ -85,11 +86,9 @@ def _left_raw(
         source=_source(folder, num_pictures),
         sides=(_side(transform),),
         plan=Plan(num_records=NUM_RECORDS, seed=0, global_batch_size=BATCH, world_size=1),
-        micro_batch_size=BATCH,
-        rank=0,
-        max_pixels=MAX_PIXELS,
+        order=Order(seed=0, global_batch_size=BATCH, micro_batch_size=BATCH),
+        reading=Reading(max_pixels=MAX_PIXELS, decoder=decoder),
         leaves_raw=True,
-        decoder=decoder,
     )
     keys = [(step, 0) for step in range(NUM_RECORDS // BATCH)]
     return iter(DataLoader(micros, batch_size=None, sampler=keys, num_workers=1, prefetch_factor=4))
@@ -100,13 +99,9 @@ def _loader(folder: Path, num_pictures: int, transform: ImageTransform) -> Loade
         source=_source(folder, num_pictures),
         student=_side(transform),
         teacher=None,
-        seed=0,
-        global_batch_size=BATCH,
-        micro_batch_size=BATCH,
-        rank=0,
-        world_size=1,
+        order=Order(seed=0, global_batch_size=BATCH, micro_batch_size=BATCH),
+        reading=Reading(num_workers=1),
         device="cpu",
-        num_workers=1,
     )
 
 

@@ -1,7 +1,7 @@
-"""Write docs/performance.md from the JSON in benchmarks/results/.
+"""Write docs/performance.md from benchmarks/results/, and docs/settings.md from the types of the settings.
 
 python benchmarks/make_docs.py            # write
-python benchmarks/make_docs.py --check    # exit 1 if the page is not what the results give
+python benchmarks/make_docs.py --check    # exit 1 if a page is not what it is made from
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from pathlib import Path
 
 from _common import Row, Value, markdown_table
 
+from llava_kd.assembly.settings import stage
+from llava_kd.config.describe.pages import markdown
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PAGE = HERE.parent / "docs" / "performance.md"
+DOCS = HERE.parent / "docs"
 HEADERS = {
     "ratio_to_gemms": "x products",
     "ratio_to_ours": "x ours",
@@ -236,13 +239,18 @@ def page() -> str:
     return "\n".join([INTRODUCTION, targets_text(), *map(section_text, SECTIONS), FP16])
 
 
+def pages() -> dict[Path, str]:
+    return {DOCS / "performance.md": page(), DOCS / "settings.md": markdown(stage())}
+
+
 def main() -> None:
-    flags = argparse.ArgumentParser(description="Write docs/performance.md from benchmarks/results/.")
-    flags.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is old")
+    flags = argparse.ArgumentParser(description="Write the pages of docs/ that are made from something else.")
+    flags.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is old")
     if flags.parse_args().check:
-        is_current = PAGE.exists() and PAGE.read_text() == page()
-        sys.exit(0 if is_current else f"{PAGE.name} is out of date: run benchmarks/make_docs.py")
-    PAGE.write_text(page())
+        old = [path.name for path, text in pages().items() if not path.exists() or path.read_text() != text]
+        sys.exit(f"out of date: {', '.join(old)}; run benchmarks/make_docs.py" if old else 0)
+    for path, text in pages().items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -22,22 +22,22 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from llava_kd.assembly.estimate import Sizes, memory
 from llava_kd.assembly.parts.engine import make_engine
 from llava_kd.assembly.parts.models import DTYPES, place, student_dtypes
-from llava_kd.assembly.parts.objective import HEAD_LOSSES, RELATIONS
+from llava_kd.assembly.parts.objective import terms_of
 from llava_kd.config import (
-    CrossEntropyConfig,
     DataConfig,
     EngineConfig,
-    KLConfig,
-    ObjectiveConfig,
     OptimConfig,
-    RelationConfig,
     StudentConfig,
     TeacherConfig,
     TrainConfig,
+    objective_type,
 )
-from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
+from llava_kd.distill.formulas import FAST, Common
+from llava_kd.distill.objective import Objective
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
 from llava_kd.distill.teaching.live import Teacher
+from llava_kd.distill.terms import TERMS
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.towers.vision_tower import tokens_per_image
 from llava_kd.parallel.world import World, join, leave
@@ -78,12 +78,8 @@ def settings(
     case: Case, length: int, engine: EngineConfig, ranks: int, trainable: Sequence[str]
 ) -> TrainConfig:
     """The stage that is measured, as the estimate reads it."""
-    objective = ObjectiveConfig(
-        cross_entropy=CrossEntropyConfig(),
-        response_kl=KLConfig(),
-        visual_kl=KLConfig(),
-        relation=RelationConfig(),
-    )
+    names = ("cross_entropy", "response_kl", "visual_kl", "relation")
+    objective = objective_type(TERMS)(**{n: TERMS[n]() for n in names})  # pyright: ignore[reportArgumentType]
     return TrainConfig(
         output_dir="unused",
         student=StudentConfig(checkpoint="unused"),
@@ -114,14 +110,10 @@ class Run:
         place(self.mllm, world.device, student_dtypes(config))
         if config.engine.activation_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
+        terms = terms_of(config.objective)
         objective = Objective(
-            cross_entropy=CrossEntropy(),
-            response_kl=KL(),
-            visual_kl=KL(),
-            relation=Relation(),
-            num_common=int(case.student["vocab_size"]),
-            head_loss=HEAD_LOSSES["fast"],
-            relation_rows=RELATIONS["fast"],
+            terms=terms,
+            common=Common(num_common=int(case.student["vocab_size"]), formulas=FAST),
         )
         self.module = Student(self.mllm, objective).train()
         self.engine = make_engine(config, world, self.module)
@@ -137,8 +129,8 @@ class Run:
         for batch in self.batches:
             is_last = batch is self.batches[-1]
             features_INE = self.mllm.image_features(batch.student)
-            prediction = self.teacher(batch, features_INE)
-            loss, _ = self.engine.forward(batch, counts, features_INE, prediction, is_last=is_last)
+            taught = Taught(prediction=self.teacher(batch, features_INE))
+            loss, _ = self.engine.forward(batch, counts, features_INE, taught, is_last=is_last)
             self.engine.backward(loss, is_last=is_last)
         self.engine.step(lr_multiplier=1.0, max_grad_norm=1.0)
 

@@ -18,10 +18,13 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
 from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
-from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
+from llava_kd.distill.formulas import FAST, Common
+from llava_kd.distill.objective import Objective
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
 from llava_kd.distill.teaching.live import Teacher
-from llava_kd.losses import head_loss, reference, relation
+from llava_kd.distill.terms import TERMS
+from llava_kd.losses import reference
 from llava_kd.models.mllm import MLLM
 from llava_kd.models.towers.vision_tower import text_config, tokens_per_image, vision_config
 from llava_kd.parallel.engine import AdamWSettings, ParameterGroup
@@ -154,14 +157,11 @@ class Ours:
         self.config = student.config
         self.batch = random_batch(case, student.config, device=device, size=case.batch)
         mllm = MLLM(student, trainable=("multi_modal_projector", "language_model"))
+        names = ("cross_entropy", "response_kl", "visual_kl", "relation")
+        terms = {name: TERMS[name]() for name in names}
         self.objective = Objective(
-            cross_entropy=CrossEntropy(),
-            response_kl=KL(),
-            visual_kl=KL(),
-            relation=Relation(),
-            num_common=int(case.student["vocab_size"]),
-            head_loss=head_loss.head_loss,
-            relation_rows=relation.relation_rows,
+            terms=terms,
+            common=Common(num_common=int(case.student["vocab_size"]), formulas=FAST),
         )
         self.student = Student(mllm, self.objective).train()
         self.teacher = Teacher(MLLM(teacher), shares_tower=True, keeps_head_gram=True)
@@ -178,8 +178,8 @@ class Ours:
     def step(self) -> Tensor:
         counts = self.batch.counts()
         features = self.student.mllm.image_features(self.batch.student)
-        teacher = self.teacher(self.batch, features)
-        loss, _ = self.engine.forward(self.batch, counts, features, teacher, is_last=True)
+        taught = Taught(prediction=self.teacher(self.batch, features))
+        loss, _ = self.engine.forward(self.batch, counts, features, taught, is_last=True)
         self.engine.backward(loss, is_last=True)
         self.engine.step(lr_multiplier=1.0, max_grad_norm=1.0)
         return loss.detach()

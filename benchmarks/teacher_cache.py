@@ -28,9 +28,10 @@ from llava_kd.assembly.cache_teacher import cache_teacher
 from llava_kd.assembly.parts.data import make_loader
 from llava_kd.assembly.parts.models import student_parts
 from llava_kd.assembly.parts.teacher import teacher_parts
-from llava_kd.assembly.train import assemble
+from llava_kd.assembly.settings import load
+from llava_kd.assembly.stage import assemble
 from llava_kd.batch import Batch
-from llava_kd.config import TrainConfig, load
+from llava_kd.config import TrainConfig
 from llava_kd.data.shapes.writing import write_shapes
 from llava_kd.data.teacher_store.store import MANIFEST
 from llava_kd.models.files.checkpoint import Parts, load_stock, save_stock

@@ -135,28 +135,30 @@ class Inputs:
         return replace(self, known_places=places, **{name: move(t) for name, t in tensors.items()})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Denominators of one optimiser step, as float64 scalars on the device."""
+class Counts(dict[str, Tensor]):
+    """Denominators of one optimiser step by name, as float64 scalars on the device."""
 
-    response_tokens: Tensor
-    visual_tokens: Tensor
-    images: Tensor
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            response_tokens=self.response_tokens + other.response_tokens,
-            visual_tokens=self.visual_tokens + other.visual_tokens,
-            images=self.images + other.images,
+    def __missing__(self, name: str) -> Tensor:
+        raise ValueError(
+            f"no denominator is named {name!r}; there are {sorted(self)}: a term that brings one gives its "
+            "count of every batch"
         )
 
-    def stack(self) -> Tensor:
-        return torch.stack([self.response_tokens, self.visual_tokens, self.images])
+    def __add__(self, other: Counts) -> Counts:
+        """Of two parts of a step. Raises ValueError where they do not count the same."""
+        if different := self.keys() ^ other.keys():
+            raise ValueError(f"every batch must be counted alike; only some have {sorted(different)}")
+        return Counts({name: value + other[name] for name, value in self.items()})
 
-    @staticmethod
-    def unstack(values_3: Tensor) -> Counts:
-        response_tokens, visual_tokens, images = values_3.unbind()
-        return Counts(response_tokens=response_tokens, visual_tokens=visual_tokens, images=images)
+    def positive(self, name: str) -> Tensor:
+        """For a term that must not be trained on nothing. ValueError for zero, which waits for the device."""
+        value = self[name]
+        if not bool(value > 0):
+            raise ValueError(
+                f"a term is divided by {name}, and this step has none on any rank; give data that have some, "
+                "a larger global_batch_size, or drop the term"
+            )
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from llava_kd.data.batches.loader import Loader
+from llava_kd.data.batches.micro_batches import MicroBatches
 from llava_kd.data.batches.model_side import Side
+from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.pixels.images import ImageTransform
 from llava_kd.data.text.template_table import TEMPLATES
 
@@ -143,3 +148,22 @@ def side(
         transform=ImageTransform(size=(size, size), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
         max_length=max_length,
     )
+
+
+def loader_of(**words: Any) -> Loader:
+    """A loader from one flat list of what it is told."""
+    return Loader(**{"teacher": None, "device": "cpu"} | _grouped(words))
+
+
+def micros_of(**words: Any) -> MicroBatches:
+    return MicroBatches(**_grouped({"seed": 0, "global_batch_size": 1} | words))
+
+
+def _grouped(words: dict[str, Any]) -> dict[str, Any]:
+    """`order` and `reading` out of the words that are theirs, and the others."""
+    words = dict(words)
+    told = {
+        name: kind(**{f.name: words.pop(f.name) for f in fields(kind) if f.name in words})
+        for name, kind in (("order", Order), ("reading", Reading))
+    }
+    return words | told

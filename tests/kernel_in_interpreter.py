@@ -22,10 +22,9 @@ from torch import Tensor
 from llava_kd.losses import head_loss as fast
 from llava_kd.losses import reference
 from llava_kd.losses.kernels import row_triton
-from llava_kd.losses.reference import Divergence
+from llava_kd.losses.reference import KINDS, Divergence
 
 ROWS, WIDTH = 8, 150
-KINDS = ("forward", "reverse", "jsd", "skewed_forward", "skewed_reverse")
 
 
 def errors(

@@ -11,6 +11,7 @@ from typing import Any
 
 from llava_kd import tensor_files
 from llava_kd.assembly import train as build_train
+from llava_kd.distill import student
 from llava_kd.training import trainer
 
 _POINTS = (
@@ -25,7 +26,7 @@ _POINTS = (
     (tensor_files, "save_file"),
     (build_train, "save_stock"),
     (trainer.Trainer, "_resume"),
-    (trainer.Trainer, "_losses"),
+    (student.Student, "losses"),
     (trainer.Trainer, "step"),
     (trainer.Trainer, "_log"),
     (trainer.Trainer, "_save"),

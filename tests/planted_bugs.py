@@ -34,9 +34,9 @@ class Bug:
 BUGS = (
     Bug(
         1,
-        "distill/objective.py",
-        "share = 1.0 / counts.response_tokens.clamp_min(1), 1.0",
-        "share = 1.0 / batch.counts().response_tokens.clamp_min(1), 1.0",
+        "distill/head_terms.py",
+        "return 1.0 / count(self.counts, self.terms[name].denominator.name)",
+        "return 1.0 / count(self.batch.counts(), self.terms[name].denominator.name)",
         "test_distill_objective.py::test_a_step_does_not_depend_on_the_split",
     ),
     Bug(
@@ -130,9 +130,9 @@ BUGS = (
     ),
     Bug(
         11,
-        "distill/objective.py",
-        "share = 1.0 / counts.response_tokens.clamp_min(1), 1.0 / counts.visual_tokens.clamp_min(1)",
-        "share = 1.0 / counts.response_tokens, 1.0 / counts.visual_tokens",
+        "distill/rows.py",
+        "return counts[name].clamp_min(1)",
+        "return counts[name]",
         "test_distill_objective.py::test_a_batch_without_rows_is_finite_and_reaches_every_weight",
     ),
     Bug(
@@ -168,7 +168,7 @@ BUGS = (
     Bug(
         14,
         "models/mllm.py",
-        "with torch.set_grad_enabled(self.train_tower and torch.is_grad_enabled()):",
+        "with torch.set_grad_enabled(has_gradient and torch.is_grad_enabled()):",
         "with torch.no_grad():",
         "test_models_mllm.py::test_gradients_reach_the_trained_parts_and_no_other",
     ),
@@ -182,8 +182,8 @@ BUGS = (
     Bug(
         16,
         "distill/objective.py",
-        'means={"relation": mean.detach()}',
-        "means={}",
+        "share, means[name] = _weighted(term, seen, counts)",
+        "share, _ = _weighted(term, seen, counts)",
         "test_training_trainer.py::test_the_log_names_every_term_and_what_it_cost",
     ),
     Bug(
@@ -195,23 +195,23 @@ BUGS = (
     ),
     Bug(
         17,
-        "distill/objective.py",
-        "temperature=kind[0],",
-        "temperature=1.0,",
+        "distill/head_terms.py",
+        '"temperature": kind[0],',
+        '"temperature": 1.0,',
         "test_distill_objective.py::test_every_term_is_what_its_definition_says",
     ),
     Bug(
         18,
-        "distill/objective.py",
-        "if self.visual_kl is not None:",
-        "if True:",
+        "distill/head_terms.py",
+        "fill(rows, 0.0 if name is None else",
+        "fill(rows, 1.0 if name is None else",
         "test_distill_objective.py::test_a_term_that_is_off_is_out_of_the_loss_and_of_the_log",
     ),
     Bug(
         18,
-        "distill/objective.py",
-        "return result.ce_N.sum() / counts.response_tokens.clamp_min(1).float()",
-        "return result.ce_N.sum() / counts.visual_tokens.clamp_min(1).float()",
+        "distill/teaching/from_teacher.py",
+        'return result.ce_N.sum() / counts["response_tokens"].clamp_min(1).float()',
+        'return result.ce_N.sum() / counts["visual_tokens"].clamp_min(1).float()',
         "test_training_teacher_loss.py::test_it_is_what_transformers_says_of_the_teacher",
     ),
     Bug(

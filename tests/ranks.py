@@ -21,7 +21,7 @@ ENGINES = {
     "fsdp2": ["--engine.kind=fsdp2"],
     **{f"zero{n}": ["--engine.kind=deepspeed", f"--engine.zero_stage={n}"] for n in (1, 2, 3)},
 }
-_PRELOAD = ["llava_kd.assembly.train", "llava_kd.parallel.deepspeed_engine", "kill_points"]
+_PRELOAD = ["llava_kd.assembly.train", "llava_kd.parallel.deepspeed_engine", "kill_points", "warm_up"]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when the forkserver starts, as is the path
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 
@@ -32,6 +32,26 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _become(environment: Mapping[str, str], log: Path) -> None:
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+def _call(
+    function: Callable[..., None], words: Sequence[str], environment: Mapping[str, str], log: Path
+) -> None:
+    _become(environment, log)
+    function(*words)
+
+
+def execute(text: str, *words: str) -> None:
+    """`python -c text words`, as the `function` of `Ranks`."""
+    sys.argv = ["-c", *words]
+    exec(compile(text, "<code of a test>", "exec"), {"__name__": "__main__"})
+
+
 def _main(
     words: Sequence[str],
     environment: Mapping[str, str],
@@ -39,10 +59,7 @@ def _main(
     kill_at: int | None,
     max_file_bytes: int | None,
 ) -> None:
-    os.environ.update(environment)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    _become(environment, log)
     import kill_points
 
     from llava_kd.assembly.parts import data as build_data
@@ -55,7 +72,7 @@ def _main(
     if "STOP_AFTER" in environment:
         kill_points.stop_after(int(environment["STOP_AFTER"]))
     if "ONE_RECORD_PER_ROW" in environment:  # the oracle of packing is no setting of the config
-        build_data.Loader = partial(build_data.Loader, one_record_per_row=True)  # type: ignore[misc]
+        build_data.Order = partial(build_data.Order, one_record_per_row=True)  # type: ignore[misc]
     code = main(words)
     print(f"kill points passed: {kill_points.passed}", flush=True)
     sys.exit(code)
@@ -85,8 +102,12 @@ class Ranks:
         kill_at: Mapping[int, int] | None = None,
         max_file_bytes: int | None = None,
         environment: Mapping[str, str] | None = None,
+        function: Callable[..., None] | None = None,
     ) -> None:
-        """`kill_at`: at which of its kill points a rank kills itself (see `kill_points`)."""
+        """`kill_at`: at which of its kill points a rank kills itself (see `kill_points`).
+
+        `function`, of an importable module, is called with the words in place of `llava-kd`.
+        """
         log_dir.mkdir(parents=True, exist_ok=True)
         self._logs = [log_dir / f"rank{rank}.log" for rank in range(ranks)]
         common = {
@@ -105,6 +126,8 @@ class Ranks:
             of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
             arguments = (list(words), {**common, **of_rank}, log, (kill_at or {}).get(rank), max_file_bytes)
             process = _CONTEXT.Process(target=_main, args=arguments)
+            if function is not None:
+                process = _CONTEXT.Process(target=_call, args=(function, *arguments[:3]))
             process.start()
             self.processes.append(process)
 

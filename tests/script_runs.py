@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.sh"
@@ -15,13 +16,27 @@ PATIENCE = 180  # seconds: two ranks on a machine with ten other processes take 
 class Run:
     """One start of the script, in a group of its own, its output in a pipe as before `| tee`."""
 
-    def __init__(self, config: Path, output: Path, *, num_ranks: int, num_workers: int) -> None:
+    def __init__(
+        self,
+        config: Path,
+        output: Path,
+        *,
+        num_ranks: int,
+        num_workers: int,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.mark = uuid.uuid4().hex
         words = [str(config), f"--output_dir={output}", f"--data.num_workers={num_workers}"]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.process = subprocess.Popen(
             ["bash", str(SCRIPT), *words],
-            env={**os.environ, "PATH": path, "NPROC": str(num_ranks), "CHAOS_MARK": self.mark},
+            env={
+                **os.environ,
+                "PATH": path,
+                "NPROC": str(num_ranks),
+                "CHAOS_MARK": self.mark,
+                **(environment or {}),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

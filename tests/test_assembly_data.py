@@ -13,8 +13,9 @@ import torch
 import yaml
 
 from llava_kd.assembly.parts.data import make_loader, make_source
+from llava_kd.assembly.settings import load
 from llava_kd.cli import main
-from llava_kd.config import DataConfig, SourceConfig, dump, load
+from llava_kd.config import DataConfig, SourceConfig, dump
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.parallel.world import World
 
@@ -112,7 +113,10 @@ def test_sources_of_different_names_are_reported_by_their_files(tmp_path: Path, 
             {"sources": [{"path": "b.json", "weight": 0}]},
             "`data.sources[0].weight` must be more than 0; got 0",
         ),
-        ({"sources": [{"path": "b.json", "weight": -1}]}, "`data.sources[0].weight` must not be negative"),
+        (
+            {"sources": [{"path": "b.json", "weight": -1}]},
+            "`data.sources[0].weight` must be more than 0; got -1",
+        ),
         (
             {"sources": [{"path": "b.json", "weight": float("inf")}]},
             "`data.sources[0].weight` must be finite",

@@ -169,7 +169,8 @@ def stage_of(process: subprocess.Popen[str]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)]
+    ("number", "status"),
+    [(signal.SIGTERM, 0), pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.slow), (signal.SIGINT, 130)],
 )
 def test_a_signal_stops_the_stage_that_runs_and_no_other_starts(
     started, number: signal.Signals, status: int

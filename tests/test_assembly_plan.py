@@ -10,9 +10,9 @@ import torch
 
 from llava_kd.assembly import dry_run as build_plan
 from llava_kd.assembly.estimate import Sizes, memory, refuse_too_large, traffic
-from llava_kd.assembly.train import assemble
+from llava_kd.assembly.settings import load
+from llava_kd.assembly.stage import assemble
 from llava_kd.cli import main
-from llava_kd.config import load
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.parallel.world import World
 

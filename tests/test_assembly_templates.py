@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llava_kd.assembly.check import check
+from llava_kd.assembly.settings import load
 from llava_kd.assembly.train import train
-from llava_kd.config import load
 
 ANSWERED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 OWN = (

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from llava_kd.assembly.estimate import Sizes
+from llava_kd.assembly.settings import load
 from llava_kd.assembly.throughput import Network, Rate, step_seconds, throughput
 from llava_kd.cli import main
-from llava_kd.config import TrainConfig, load
+from llava_kd.config import TrainConfig
 
 FAST = Network(inside=1e9, between=1e9)
 

@@ -47,10 +47,10 @@ def test_an_invalid_image_loses_exactly_its_own_visual_tokens(records: list, val
 def test_counts_are_targets_visual_tokens_and_valid_images() -> None:
     batch = Batch(student=inputs(record(1, answer=4), record(2, answer=7, images=2, is_valid=False)))
     counts = batch.counts()
-    assert counts.response_tokens == 4  # the answer of a bad record is no target
-    assert counts.visual_tokens == TOKENS
-    assert counts.images == 1
-    assert counts.stack().dtype == torch.float64
+    assert counts["response_tokens"] == 4  # the answer of a bad record is no target
+    assert counts["visual_tokens"] == TOKENS
+    assert counts["images"] == 1
+    assert all(value.dtype == torch.float64 for value in counts.values())
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
@@ -58,22 +58,33 @@ def test_counts_of_parts_add_up_to_those_of_the_whole(cut: int) -> None:
     records = [record(1), record(2, images=0), record(3, images=2), record(4, answer=11)]
     whole = Batch(student=inputs(*records)).counts()
     parts = Batch(student=inputs(*records[:cut])).counts() + Batch(student=inputs(*records[cut:])).counts()
-    assert torch.equal(parts.stack(), whole.stack())
+    assert parts == whole
+    assert set(whole) == {"response_tokens", "visual_tokens", "images"}
 
 
-def test_counts_survive_the_trip_through_one_tensor() -> None:
-    counts = Counts(
-        response_tokens=torch.tensor(3.0), visual_tokens=torch.tensor(5.0), images=torch.tensor(7.0)
-    )
-    assert Counts.unstack(counts.stack()) == counts
+def test_counts_are_added_and_read_by_name_whatever_their_order() -> None:
+    one, other = Counts(images=torch.tensor(7.0), words=torch.tensor(3.0)), Counts(words=torch.tensor(5.0))
+    other["images"] = torch.tensor(0.0)
+    assert one + other == {"images": 7, "words": 8}
+    with pytest.raises(ValueError, match="only some have \\['rows'\\]"):
+        _ = one + Counts(**other, rows=torch.tensor(1.0))
+    with pytest.raises(ValueError, match="no denominator is named 'rows'; there are \\['images', 'words'\\]"):
+        _ = one["rows"]
+
+
+def test_a_denominator_that_is_zero_on_every_rank_is_refused_where_a_term_asks_for_it() -> None:
+    counts = Counts(images=torch.tensor(0.0), words=torch.tensor(3.0))
+    assert counts.positive("words") == 3
+    with pytest.raises(ValueError, match="divided by images, and this step has none on any rank"):
+        counts.positive("images")
 
 
 @pytest.mark.parametrize("records", [[record(1, images=0)], [record(1, images=0, answer=0)]])
 def test_a_batch_without_images_has_no_visual_row(records: list) -> None:
     batch = Batch(student=inputs(*records))
     assert batch.student.num_images == 0
-    assert batch.counts().visual_tokens == 0
-    assert batch.counts().images == 0
+    assert batch.counts()["visual_tokens"] == 0
+    assert batch.counts()["images"] == 0
     assert not bool(batch.student.distilled_visual_BT.any())
 
 

@@ -64,6 +64,23 @@ def test_a_flipped_bit_of_a_teacher_cache_is_refused_by_name(cache: Path, name: 
         assert name in said or (name == MANIFEST and Manifest.read(cache) == before), bit  # a space changed
 
 
+def test_of_a_damaged_manifest_nothing_is_advised_to_be_removed(cache: Path, stage, capsys) -> None:
+    """The folder may be another than the cache's, and its shards are whole."""
+    (cache / MANIFEST).write_text("{")
+    for words in (
+        ["train", str(stage("run", max_steps=1)), f"--teacher.cache={cache}"],
+        ["cache-teacher", str(stage("writer")), f"--out={cache}"],
+    ):
+        assert main(words) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"{cache / MANIFEST} is no manifest that can be read" in said
+        assert "write the cache into a new directory" in said
+        assert "; remove" not in said
+    new = cache.with_name("new")
+    assert main(["cache-teacher", str(stage("writer")), f"--out={new}"]) == 0
+    assert main(["train", str(stage("run", max_steps=1)), f"--teacher.cache={new}"]) == 0
+
+
 def test_training_looks_at_the_head_and_the_index(cache: Path, stage, capsys) -> None:
     words = ["train", str(stage("run", max_steps=1)), f"--teacher.cache={cache}"]
     for name in (HEAD, INDEX):

@@ -51,7 +51,7 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         ("--data.template=alpaca", "`data.template` must be auto or one of plain, vicuna,"),
         ("--engine.device=tpu", "`engine.device` must be one of auto, cpu, cuda; got 'tpu'"),
         ("optim.lr=1", "an override looks like --optim.lr=1e-4; got 'optim.lr=1'"),
-        ("--objective.response_kl.mix=0", "`mix` of a KL term must be between 0 and 1, got 0"),
+        ("--objective.response_kl.mix=0", "`objective.response_kl.mix` must be between 0 and 1; got 0"),
     ],
 )
 def test_a_bad_setting(stage: Stage, complaint: Callable[..., str], override: str, words: str) -> None:

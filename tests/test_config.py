@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import write_stage
 
-from llava_kd.config import TrainConfig, dump, load
+from llava_kd.assembly.settings import load
+from llava_kd.config import TrainConfig, dump
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ def test_a_loaded_tree_is_frozen(recipe: Path) -> None:
         ),
         (["--data.image_cache_mb=-1"], "`data.image_cache_mb` must not be negative"),
         (["--data.packing={max_tokens: 64, packs_per_step: 0}"], "packs_per_step` must be more than 0"),
-        (["--objective.response_kl={mix: 1.0}"], "`mix` of a KL term must be between 0 and 1"),
+        (["--objective.response_kl={mix: 1.0}"], "`objective.response_kl.mix` must be between 0 and 1"),
         (["--optim.betas=[0.9, 1.0]"], "`optim.betas[1]` must be below 1"),
         (["--engine.timeout_minutes=1e300"], "`engine.timeout_minutes` must be at most 525600"),
         (["--epochs=1e300"], "`epochs` must be at most 1e+12"),

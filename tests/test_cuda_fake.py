@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_samples import entry, side, write_dataset
+from data_samples import entry, micros_of, side, write_dataset
 from loss_inputs import needs_mixed_products
 from tiny_batches import inputs, record
 from tiny_llava import make_tiny_llava
@@ -25,11 +25,10 @@ from fake_cuda import CUDA, Watch, fake_cuda, on_fake_cuda, without_values
 from llava_kd.assembly.cache_teacher import largest
 from llava_kd.assembly.parts.models import student_parts
 from llava_kd.assembly.parts.teacher import teacher_parts
-from llava_kd.assembly.train import assemble
+from llava_kd.assembly.settings import load
+from llava_kd.assembly.stage import assemble
 from llava_kd.batch import Batch
-from llava_kd.config import load
 from llava_kd.data.batches.device_stage import tensors_of, to_batch
-from llava_kd.data.batches.micro_batches import MicroBatches
 from llava_kd.data.batches.plan import Plan
 from llava_kd.data.pixels import images, resize
 from llava_kd.data.sources.llava_json import LlavaJson
@@ -228,7 +227,7 @@ def test_images_are_made_on_the_device(tmp_path: Path) -> None:
     student = side()
     sides = (student, side(tokenizer=student.tokenizer, tokens_per_image=9, size=30))
     plan = Plan(num_records=len(source), seed=0, global_batch_size=8, world_size=1)
-    micros = MicroBatches(
+    micros = micros_of(
         source=source, sides=sides, plan=plan, micro_batch_size=4, rank=0, max_pixels=10**6, leaves_raw=True
     )
     made = [micros[0, number] for number in range(2)]

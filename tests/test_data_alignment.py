@@ -14,18 +14,21 @@ import torch
 from data_samples import IMAGE_TOKEN, llama_like, qwen_like
 from tiny_batches import inputs, record
 from tiny_llava import make_tiny_llava
+from tiny_objectives import objective_of
 from transformers import PreTrainedTokenizerFast
 
 from llava_kd.assembly.parts.data import make_loader
 from llava_kd.assembly.parts.models import student_parts
+from llava_kd.assembly.settings import load
 from llava_kd.assembly.train import train
 from llava_kd.batch import IGNORE_INDEX, Batch
-from llava_kd.config import load
 from llava_kd.data.sources.llava_json import Record, Turn
 from llava_kd.data.text.alignment import matched
 from llava_kd.data.text.encoder import Encoded, Encoder
 from llava_kd.data.text.template_table import TEMPLATES
-from llava_kd.distill.objective import KL, CrossEntropy, Objective
+from llava_kd.distill.taught import Taught
+from llava_kd.distill.terms.cross_entropy import CrossEntropy
+from llava_kd.distill.terms.response_kl import ResponseKL
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import Prediction
 from llava_kd.parallel.world import World
@@ -139,14 +142,14 @@ def test_a_row_of_other_tokens_has_cross_entropy_and_no_kl() -> None:
         Prediction(hidden_BTD=h, projected_IND=projected_IND, head_VD=head_VD, bias_V=None)
         for h in (hidden_BTD, other_BTD)
     )
-    objective = Objective(cross_entropy=CrossEntropy(), response_kl=KL(), num_common=300)
+    objective = objective_of(cross_entropy=CrossEntropy(), response_kl=ResponseKL(), num_common=300)
     batch = Batch(student=student, teacher=teacher, record_ids=("a", "b"))
-    means = objective(ours, theirs, batch, batch.counts()).means
+    means = objective(ours, Taught(prediction=theirs), batch, batch.counts()).means
     assert float(means["response_kl"]) == pytest.approx(0, abs=1e-6)
-    alone = Objective(cross_entropy=CrossEntropy())(ours, None, batch, batch.counts()).means
+    alone = objective_of(cross_entropy=CrossEntropy())(ours, Taught(), batch, batch.counts()).means
     torch.testing.assert_close(means["cross_entropy"], alone["cross_entropy"])
     same = replace(batch, teacher=student)
-    assert float(objective(ours, theirs, same, batch.counts()).means["response_kl"]) > 1e-3
+    assert float(objective(ours, Taught(prediction=theirs), same, batch.counts()).means["response_kl"]) > 1e-3
 
 
 def test_a_run_with_a_template_on_each_side(stage, tmp_path: Path) -> None:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_samples import encoded_image, entry, pixels, side, write_dataset
+from data_samples import encoded_image, entry, loader_of, micros_of, pixels, side, write_dataset
 from PIL import Image
 
 from llava_kd.data.batches.device_stage import to_batch
-from llava_kd.data.batches.loader import Loader
 from llava_kd.data.batches.micro_batches import MicroBatches
 from llava_kd.data.batches.plan import Plan
 from llava_kd.data.pixels.device_decode import decode_jpegs, plain_jpeg_size
@@ -29,7 +28,7 @@ def jpeg(height: int = 40, width: int = 56, *, mode: str = "RGB", **options) -> 
 
 
 def micro_batches(source: LlavaJson, decoder: str, *, max_pixels: int = 10**6) -> MicroBatches:
-    return MicroBatches(
+    return micros_of(
         source=source,
         sides=(SIDE,),
         plan=Plan(num_records=len(source), seed=0, global_batch_size=8, world_size=1),
@@ -119,7 +118,7 @@ def test_a_damaged_jpeg_stops_the_run_and_names_its_records(tmp_path: Path) -> N
 def test_nvjpeg_needs_a_gpu(tmp_path: Path) -> None:
     source = LlavaJson(write_dataset(tmp_path, [entry(0)]), tmp_path)
     with pytest.raises(ValueError, match=r"`data.decode` nvjpeg decodes on a CUDA device, but .* cpu"):
-        Loader(
+        loader_of(
             source=source, student=SIDE, teacher=None, seed=0, global_batch_size=1, micro_batch_size=1,
             rank=0, world_size=1, device="cpu", decoder="nvjpeg",
         )  # fmt: skip

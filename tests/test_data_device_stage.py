@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_samples import entry, side, write_dataset
+from data_samples import entry, loader_of, micros_of, side, write_dataset
 
 from llava_kd.batch import Batch
 from llava_kd.data.batches.collate import RawImages
@@ -33,7 +33,7 @@ def source(tmp_path: Path) -> LlavaJson:
 
 
 def micro_batches(source: LlavaJson, *, leaves_raw: bool) -> MicroBatches:
-    return MicroBatches(
+    return micros_of(
         source=source,
         sides=(STUDENT, TEACHER),
         plan=Plan(num_records=len(source), seed=0, global_batch_size=8, world_size=1),
@@ -100,7 +100,7 @@ def test_loader_on_a_gpu_gives_the_batches_of_the_cpu(source: LlavaJson) -> None
         "rank": 0,
         "world_size": 1,
     }
-    on_gpu, on_cpu = Loader(device="cuda", **settings), Loader(device="cpu", **settings)
+    on_gpu, on_cpu = loader_of(device="cuda", **settings), loader_of(device="cpu", **settings)
     for one, other in zip(on_gpu.batches(0, 3), on_cpu.batches(0, 3), strict=True):
         for a, b in zip(one, other, strict=True):
             assert_equal(a, b)
@@ -128,7 +128,7 @@ def test_batches_are_made_while_the_one_before_is_used(source: LlavaJson) -> Non
 
 def test_workers_end_with_the_batches_and_with_an_error(source: LlavaJson) -> None:
     def loader(**settings) -> Loader:
-        return Loader(
+        return loader_of(
             source=source, student=STUDENT, teacher=TEACHER, seed=0, global_batch_size=4, micro_batch_size=4,
             rank=0, world_size=1, device="cpu", num_workers=1, **settings,
         )  # fmt: skip

@@ -7,10 +7,9 @@ import json
 import random
 from pathlib import Path
 
-from data_samples import entry, llama_like, qwen_like, side, write_dataset
+from data_samples import entry, llama_like, loader_of, qwen_like, side, write_dataset
 
 from llava_kd.data.batches.bad_records import BadRecord
-from llava_kd.data.batches.loader import Loader
 from llava_kd.data.sound import write_sound_entries
 from llava_kd.data.sources.conversation import read_record
 from llava_kd.data.sources.llava_json import LlavaJson
@@ -132,7 +131,7 @@ def test_a_file_of_mutated_records_is_verified_trained_on_and_copied(tmp_path: P
     report.summary().encode()
     report.save(tmp_path / "report.json")
     assert report.records + len(report.structural_errors) == len(lines)
-    loader = Loader(
+    loader = loader_of(
         source=LlavaJson(path, tmp_path), student=reading, teacher=None, seed=0, global_batch_size=8,
         micro_batch_size=4, rank=0, world_size=1, device="cpu", max_bad_rate=1.0,
         bad_records_path=tmp_path / "bad.jsonl",

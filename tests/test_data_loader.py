@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_samples import encoded_image, entry, llama_like, qwen_like, side, write_dataset
+from data_samples import encoded_image, entry, llama_like, loader_of, qwen_like, side, write_dataset
 
 from llava_kd.batch import IGNORE_INDEX, Batch
 from llava_kd.data.batches.loader import Loader, Side
@@ -40,7 +40,7 @@ def make_loader(source: LlavaJson, **changes: object) -> Loader:
         "world_size": 1,
         "device": "cpu",
     }
-    return Loader(**(settings | changes))
+    return loader_of(**(settings | changes))
 
 
 def ids(groups: list[list[Batch]]) -> list[list[tuple[str, ...]]]:
@@ -158,8 +158,8 @@ def test_text_only_batch_has_no_pixels(tmp_path: Path) -> None:
     source = LlavaJson(write_dataset(tmp_path, [entry(i, images=0) for i in range(8)]), tmp_path)
     (batch,) = next(make_loader(source, micro_batch_size=8).batches(0, 1))
     assert batch.student.pixels_ICHW.shape == (0, 3, 24, 24)
-    assert batch.counts().images == 0
-    assert batch.counts().response_tokens > 0
+    assert batch.counts()["images"] == 0
+    assert batch.counts()["response_tokens"] > 0
 
 
 def spoilt(tmp_path: Path, content: bytes | None, *, count: int = 1, records: int = 8) -> LlavaJson:
@@ -211,7 +211,7 @@ def test_bad_image_keeps_its_place_and_is_named(tmp_path: Path, content: bytes |
     assert torch.equal(batch.student.labels_BT[others], sound.student.labels_BT[others])
     assert batch.student.image_is_valid_I.tolist() == [b != row for b in range(8)]
     assert batch.student.pixels_ICHW[row].unique().numel() == 1
-    assert batch.counts().images == 7
+    assert batch.counts()["images"] == 7
     (line,) = [json.loads(text) for text in listing.read_text().splitlines()]
     assert line["id"] == "r0"
     assert re.search(reason, line["reason"])
@@ -235,7 +235,7 @@ def test_record_that_cannot_be_encoded_keeps_a_place_without_targets(tmp_path: P
     short = replace(SIDE, max_length=10)
     loader = make_loader(source, student=short, micro_batch_size=8, max_bad_rate=1.0)
     (batch,) = next(loader.batches(0, 1))
-    assert batch.counts().response_tokens == 0
+    assert batch.counts()["response_tokens"] == 0
     assert batch.student.pixels_ICHW.shape[0] == 0
     assert loader.telemetry()["bad_records"] == 8
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_samples import entry, llama_like, qwen_like, side, write_dataset
+from data_samples import entry, llama_like, loader_of, qwen_like, side, write_dataset
 from tiny_llava import IMAGE_TOKEN, make_tiny_llava
 
 from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
@@ -44,7 +44,7 @@ def make_loader(source: LlavaJson, **changes: object) -> Loader:
         "device": "cpu",
         "packing": PACKING,
     }
-    return Loader(**(settings | changes))
+    return loader_of(**(settings | changes))
 
 
 def segments(inputs: Inputs) -> list[dict[str, list]]:
@@ -164,7 +164,7 @@ def test_bad_record_in_a_pack_keeps_its_place_and_spares_the_others(
     assert int((~valid).sum()) == 1
     lost = len(good.student.places.distilled_N) - len(bad.student.places.distilled_N)
     assert lost == SIDE.tokens_per_image
-    assert good.counts().images - bad.counts().images == 1
+    assert good.counts()["images"] - bad.counts()["images"] == 1
 
 
 def test_pack_smaller_than_max_length_is_an_error(source: LlavaJson) -> None:

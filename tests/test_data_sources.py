@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_samples import encoded_image, entry, side, write_dataset
+from data_samples import encoded_image, entry, loader_of, side, write_dataset
 
 from llava_kd.assembly.parts.data import make_source
 from llava_kd.config import DataConfig
 from llava_kd.data.batches.device_stage import tensors_of
-from llava_kd.data.batches.loader import Loader
 from llava_kd.data.batches.packing import Packing
 from llava_kd.data.sources.conversation import Source
 from llava_kd.data.sources.llava_json import LlavaJson
@@ -110,7 +109,7 @@ def _in_order(source: Source) -> Mixture:
 
 
 def batches(source: Source) -> list:
-    loader = Loader(
+    loader = loader_of(
         source=source,
         student=SIDE,
         teacher=None,
@@ -243,7 +242,7 @@ def test_bad_records_are_left_out_of_the_loss_and_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(spoilt))
     for packing in (None, Packing(max_tokens=300, max_images=8)):
         source = LlavaJson(path, tmp_path)
-        loader = Loader(
+        loader = loader_of(
             source=source, student=SIDE, teacher=None, seed=0, global_batch_size=4, micro_batch_size=2,
             rank=0, world_size=1, device="cpu", max_bad_rate=0.1, bad_records_path=tmp_path / "bad.jsonl",
             packing=packing,

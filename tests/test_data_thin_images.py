@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from PIL import Image
 
@@ -68,10 +68,10 @@ def test_a_thin_image_is_what_pillow_makes_of_the_whole() -> None:
     ("height", "width", "aspect"),
     [(5000, 1, "crop"), (1, 3000, "crop"), (1000, 20_000, "pad"), (60_000, 1, "square")],
 )
-def test_memory_of_a_thin_image_is_bounded(height: int, width: int, aspect: str) -> None:
-    command = [sys.executable, "-c", PEAK, str(height), str(width), aspect]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-300:]
+def test_memory_of_a_thin_image_is_bounded(tmp_path: Path, height: int, width: int, aspect: str) -> None:
+    words = [PEAK, str(height), str(width), aspect]
+    done = ranks.Ranks(words, tmp_path, function=ranks.execute).wait()
+    assert done.codes == (0,), done.log[-300:]
 
 
 def test_a_side_beyond_the_bound_is_refused() -> None:

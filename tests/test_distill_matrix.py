@@ -5,23 +5,31 @@ Shape legend: I images, M teacher tokens of an image, E teacher width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import partial, reduce
+from itertools import product
+from operator import add
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 from tiny_batches import TinyRecord, inputs, record
 from tiny_llava import make_tiny_llava
+from tiny_objectives import objective_of
 from torch import Tensor
 
 from llava_kd.batch import Batch
-from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
-from llava_kd.distill.options import Attention, DBiLD, Switch
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
+from llava_kd.distill.teaching.from_teacher import FromTeacher
 from llava_kd.distill.teaching.live import Teacher
-from llava_kd.losses import dbild, head_loss, reference, relation
-from llava_kd.losses.reference import Divergence
+from llava_kd.distill.teaching.switch import Switch
+from llava_kd.distill.terms import TERMS
+from llava_kd.distill.terms.term import Term
+from llava_kd.distill.terms.visual_kl import VisualKL
+from llava_kd.distill.terms.visual_switch import VisualSwitch
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.projectors.width_map import width_map
@@ -29,48 +37,27 @@ from llava_kd.models.towers.visual_grid import VisualGrid, resample
 
 COMMON = 260
 SMALL, LARGE = VisualGrid(rows=4, columns=4), VisualGrid(rows=5, columns=5)
-FORMS = {
-    "fast": {
-        "head_loss": head_loss.head_loss,
-        "relation_rows": relation.relation_rows,
-        "dbild_loss": dbild.dbild_loss,
-    },
-    "reference": {
-        "head_loss": reference.head_loss,
-        "relation_rows": reference.relation_rows,
-        "dbild_loss": reference.dbild_loss,
-    },
+
+
+def options(kind: type[Term]) -> Iterator[tuple[str, Term]]:
+    """A term of the table with every choice that its settings give, and what was chosen."""
+    hints = {f.name: get_type_hints(kind)[f.name] for f in fields(kind)}
+    choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+    choices |= {name: (False, True) for name, hint in hints.items() if hint is bool}
+    heat = {"temperature": 2.0} if "temperature" in hints else {}
+    for chosen in product(*choices.values()):
+        named = dict(zip(choices, chosen, strict=True))
+        yield " ".join(f"{name}={value}" for name, value in named.items()), kind(**named, **heat)
+
+
+CASES: dict[str, dict[str, Term]] = {
+    f"{name} {chosen}".strip(): {name: term} for name, kind in TERMS.items() for chosen, term in options(kind)
 }
-TERMS: dict[str, dict[str, object]] = {
-    "cross_entropy": {"cross_entropy": CrossEntropy()},
-    **{
-        f"{name} {kind}": {name: KL(divergence=Divergence(kind), temperature=2.0)}
-        for name in ("response_kl", "visual_kl")
-        for kind in ("forward", "reverse", "jsd", "skewed_forward", "skewed_reverse")
-    },
-    **{
-        f"relation {tap}{' centre' * centre}{' normalise' * normalise}": {
-            "relation": Relation(tap=tap, centre=centre, normalise=normalise)
-        }
-        for tap in ("logits", "hidden", "projector")
-        for centre in (False, True)
-        for normalise in (False, True)
-    },
-    "response_dbild": {"response_dbild": DBiLD()},
-    "visual_switch tower": {"visual_switch": DBiLD()},
-    "visual_switch projector": {"visual_switch": DBiLD()},
-    "attention": {"attention": Attention()},
-    "attention with sinks": {"attention": Attention(drop_sinks=False)},
+CASES["all"] = {name: kind() for name, kind in TERMS.items()} | {
+    "visual_switch": VisualSwitch(source="projector")
 }
-TERMS["all"] = {
-    "cross_entropy": CrossEntropy(),
-    "response_kl": KL(),
-    "visual_kl": KL(divergence=Divergence("jsd")),
-    "relation": Relation(),
-    "response_dbild": DBiLD(),
-    "visual_switch": DBiLD(),
-    "attention": Attention(),
-}
+CASES["all, another divergence"] = CASES["all"] | {"visual_kl": VisualKL(divergence="jsd")}
+CASES["all, the switch from the tower"] = CASES["all"] | {"visual_switch": VisualSwitch(source="tower")}
 # What the batch holds: images and answers, no image, nothing to learn from, and what could not be read.
 KINDS: dict[str, list[dict]] = {
     "images": [{"images": 2}, {}],
@@ -113,29 +100,35 @@ class Sides:
             width_map_DE=None if source == "tower" else width_map(tables[0].detach(), tables[1].detach()),
         )
 
-    def run(self, term: str, form: str, *batches: Batch) -> dict[str, Tensor]:
+    def run(self, terms: dict[str, Term], losses: str, *batches: Batch) -> dict[str, Tensor]:
         """Gradients of the step, and its loss beside them."""
         align = partial(resample, source=SMALL, target=LARGE) if self.is_resampled else None
-        objective = Objective(num_common=COMMON, align=align, **TERMS[term], **FORMS[form])  # type: ignore[arg-type]
-        source = "tower" if self.student.train_tower and "projector" not in term else "projector"
-        switch = self.switch(source) if objective.visual_switch is not None else None
-        module = Student(self.student, objective, switch)
+        objective = objective_of(num_common=COMMON, align=align, losses=losses, **terms)
+        source = source_of(terms)
+        switch = None if source is None else self.switch(source)
+        module = Student(self.student, objective, FromTeacher(self.teacher, switch))
         module.zero_grad()
-        counts = batches[0].counts()
-        for batch in batches[1:]:
-            counts = counts + batch.counts()
+        counts = reduce(add, map(objective.counts, batches))
         total = torch.zeros(())
         for batch in batches:
-            loss, means = module(
-                batch, counts, teacher=self.teacher(batch) if objective.needs_teacher else None
-            )
+            taught = Taught(prediction=self.teacher(batch) if objective.needs_teacher else None)
+            loss, means = module(batch, counts, taught=taught)
+            assert means.keys() == terms.keys()
             assert all(bool(mean.isfinite()) for mean in means.values()), means
             loss.backward()
             total = total + loss.detach()
-        found = {name: p.grad for name, p in self.student.named_parameters() if p.requires_grad}
+        found = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
         missed = [name for name, gradient in found.items() if gradient is None]
         assert not missed, f"no gradient reaches {missed}"
         return {"loss": total, **{name: g.clone() for name, g in found.items() if g is not None}}
+
+    def skip_if_refused(self, terms: dict[str, Term]) -> None:
+        if source_of(terms) == "tower" and not self.student.train_tower:
+            pytest.skip("refused by the settings: it could move nothing")
+
+
+def source_of(terms: dict[str, Term]) -> str | None:
+    return next((term.reads.switched for term in terms.values() if term.reads.switched is not None), None)
 
 
 def sized(pixels_ICHW: Tensor, size: int) -> Tensor:
@@ -163,28 +156,28 @@ def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("term", TERMS)
-def test_every_term_takes_every_kind_of_batch(sides: Sides, term: str, kind: str) -> None:
-    if term == "visual_switch tower" and not sides.student.train_tower:
-        pytest.skip("refused by the settings: it could move nothing")
-    found = sides.run(term, "fast", sides.batch(*KINDS[kind]))
+@pytest.mark.parametrize("case", CASES)
+def test_every_term_takes_every_kind_of_batch(sides: Sides, case: str, kind: str) -> None:
+    terms = CASES[case]
+    sides.skip_if_refused(terms)
+    found = sides.run(terms, "fast", sides.batch(*KINDS[kind]))
     assert all(bool(value.isfinite().all()) for value in found.values())
     if kind in SILENT:
         assert not any(bool(value.any()) for value in found.values())
     if kind == "images":
         assert float(found["loss"]) > 0
     if kind == "text only":
-        sides.run(term, "reference", sides.batch(*KINDS[kind]))
+        sides.run(terms, "reference", sides.batch(*KINDS[kind]))
 
 
-@pytest.mark.parametrize("term", TERMS)
-def test_a_batch_without_images_adds_what_its_records_add_beside_images(sides: Sides, term: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_a_batch_without_images_adds_what_its_records_add_beside_images(sides: Sides, case: str) -> None:
     """The same records in one micro-batch and in two, one of them of text alone."""
-    if term == "visual_switch tower" and not sides.student.train_tower:
-        pytest.skip("refused by the settings: it could move nothing")
+    terms = CASES[case]
+    sides.skip_if_refused(terms)
     rows = [{"images": 2}, {}, {"images": 0}, {"images": 0, "answer": 3}]
-    together = sides.run(term, "fast", sides.batch(*rows))
-    apart = sides.run(term, "fast", sides.batch(*rows[:2]), sides.batch(*rows[2:], first=2))
+    together = sides.run(terms, "fast", sides.batch(*rows))
+    apart = sides.run(terms, "fast", sides.batch(*rows[:2]), sides.batch(*rows[2:], first=2))
     for name, value in together.items():
         error = (apart[name] - value).norm() / value.norm().clamp_min(1e-3)
         assert float(error) < 1e-4, f"{name}: {float(error)}"

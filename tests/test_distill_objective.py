@@ -13,30 +13,35 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_batches import TOKENS, TinyRecord, inputs, record
+from tiny_objectives import among, changed, objective_of
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 
 from llava_kd.batch import Batch
-from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
+from llava_kd.distill.objective import Objective
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
 from llava_kd.distill.teaching.live import Teacher
-from llava_kd.losses.reference import Divergence
+from llava_kd.distill.terms.cross_entropy import CrossEntropy
+from llava_kd.distill.terms.relation import Relation
+from llava_kd.distill.terms.response_kl import ResponseKL
+from llava_kd.distill.terms.visual_kl import VisualKL
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 
 COMMON = 260
 TRAINABLE = ("multi_modal_projector", "language_model")
-ALL = Objective(
+ALL = objective_of(
     cross_entropy=CrossEntropy(),
-    response_kl=KL(),
-    visual_kl=KL(weight=0.7),
+    response_kl=ResponseKL(),
+    visual_kl=VisualKL(weight=0.7),
     relation=Relation(weight=0.5),
     num_common=COMMON,
 )
-MIXED = Objective(
+MIXED = objective_of(
     cross_entropy=CrossEntropy(weight=0.3),
-    response_kl=KL(temperature=2.0, divergence=Divergence("jsd", 0.3)),
-    visual_kl=KL(weight=2.0, temperature=0.5, divergence=Divergence("reverse")),
+    response_kl=ResponseKL(temperature=2.0, divergence="jsd", mix=0.3),
+    visual_kl=VisualKL(weight=2.0, temperature=0.5, divergence="reverse"),
     relation=Relation(tap="hidden", centre=True, normalise=True),
     num_common=COMMON,
 )
@@ -79,7 +84,7 @@ def run(batches: list[Batch], objective: Objective, student: MLLM, teacher: Teac
     means: dict[str, Tensor] = {}
     for batch in batches:
         prediction = teacher(batch) if objective.needs_teacher else None
-        loss, partial = module(batch, counts, teacher=prediction)
+        loss, partial = module(batch, counts, taught=Taught(prediction=prediction))
         loss.backward()
         for name, value in {"loss": loss.detach(), **partial}.items():
             means[name] = means.get(name, torch.zeros(())) + value
@@ -166,8 +171,11 @@ def oracle(student: MLLM, teacher: MLLM, records: list[TinyRecord], temperature:
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_every_term_is_what_its_definition_says(student: MLLM, teacher: Teacher, temperature: float) -> None:
-    kl = KL(temperature=temperature)
-    objective = replace(ALL, response_kl=kl, visual_kl=replace(kl, weight=0.7))
+    objective = changed(
+        ALL,
+        response_kl=ResponseKL(temperature=temperature),
+        visual_kl=VisualKL(weight=0.7, temperature=temperature),
+    )
     means, _ = run(cut([8]), objective, student, teacher)
     expected = oracle(student, teacher.mllm, RECORDS, temperature)
     assert {name: float(means[name]) for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
@@ -183,7 +191,7 @@ def test_every_term_is_what_its_definition_says(student: MLLM, teacher: Teacher,
 def test_distillation_terms_and_their_gradients_are_zero_for_identical_models(student_dir: Path) -> None:
     student = MLLM(load_stock(str(student_dir)).stock, trainable=TRAINABLE)
     teacher = Teacher(MLLM(load_stock(str(student_dir)).stock), shares_tower=False)
-    means, gradients = run(cut([8]), replace(ALL, cross_entropy=None), student, teacher)
+    means, gradients = run(cut([8]), changed(ALL, cross_entropy=None), student, teacher)
     for name, value in means.items():
         assert abs(float(value)) < 1e-5, name
     assert all(bool((gradient.abs() < 1e-4).all()) for gradient in gradients.values())
@@ -197,10 +205,8 @@ TERMS = ("cross_entropy", "response_kl", "visual_kl", "relation")
 def test_a_term_that_is_off_is_out_of_the_loss_and_of_the_log(
     student: MLLM, teacher: Teacher, objective: Objective, off: str
 ) -> None:
-    without = run(cut([8]), replace(objective, **{off: None}), student, teacher)
-    alone = run(
-        cut([8]), replace(objective, **{name: None for name in TERMS if name != off}), student, teacher
-    )
+    without = run(cut([8]), changed(objective, **{off: None}), student, teacher)
+    alone = run(cut([8]), among(objective, off), student, teacher)
     everything = run(cut([8]), objective, student, teacher)
     assert without[0].keys() == {"loss", *TERMS} - {off}
     assert alone[0].keys() == {"loss", off}
@@ -215,7 +221,7 @@ def test_a_term_that_is_off_is_out_of_the_loss_and_of_the_log(
 
 @pytest.mark.parametrize("tap", ["logits", "hidden", "projector"])
 def test_the_relation_term_looks_where_its_tap_says(student: MLLM, teacher: Teacher, tap: str) -> None:
-    objective = Objective(relation=Relation(weight=1.0, tap=tap))  # type: ignore[arg-type]
+    objective = objective_of(relation=Relation(weight=1.0, tap=tap))  # type: ignore[arg-type]
     _, gradients = run([batch_of(record(1))], objective, student, teacher)
     reached = {name.split(".")[0] for name, gradient in gradients.items() if bool(gradient.any())}
     assert reached == {"projector": {"multi_modal_projector"}}.get(tap, set(TRAINABLE))
@@ -300,7 +306,7 @@ def test_sides_that_do_not_line_up_are_named(
     with pytest.raises(
         ValueError, match=rf"{kind} rows must line up: the student has .*, the teacher .*r0, r1"
     ):
-        ALL(own, prediction, bad, bad.counts())
+        ALL(own, Taught(prediction=prediction), bad, bad.counts())
 
 
 def test_distillation_terms_without_a_teacher_are_refused(student: MLLM) -> None:

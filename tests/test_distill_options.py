@@ -16,14 +16,22 @@ import pytest
 import torch
 from tiny_batches import TinyRecord, inputs, record
 from tiny_llava import make_tiny_llava
+from tiny_objectives import among, changed, objective_of
 from torch import Tensor
 
 from llava_kd.batch import Batch
-from llava_kd.distill.objective import CrossEntropy, Objective
-from llava_kd.distill.options import Attention, DBiLD, Switch
+from llava_kd.distill.formulas import REFERENCE, Align
+from llava_kd.distill.objective import Objective
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
+from llava_kd.distill.teaching.from_teacher import FromTeacher
 from llava_kd.distill.teaching.live import Teacher
-from llava_kd.losses import dbild, reference
+from llava_kd.distill.teaching.switch import Switch
+from llava_kd.distill.terms.attention import Attention
+from llava_kd.distill.terms.cross_entropy import CrossEntropy
+from llava_kd.distill.terms.response_dbild import ResponseDBiLD
+from llava_kd.distill.terms.visual_switch import VisualSwitch
+from llava_kd.losses import reference
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 from llava_kd.models.projectors.width_map import width_map
@@ -41,13 +49,13 @@ RECORDS = [
     record(7, images=3, answer=17),
     record(8, answer=3),
 ]
-ALL = Objective(
+ALL = objective_of(
     cross_entropy=CrossEntropy(),
-    response_dbild=DBiLD(weight=0.7),
-    visual_switch=DBiLD(weight=0.5, candidates=32),
+    response_dbild=ResponseDBiLD(weight=0.7),
+    visual_switch=VisualSwitch(weight=0.5, candidates=32),
     attention=Attention(weight=0.9),
     num_common=COMMON,
-    dbild_loss=dbild.dbild_loss,
+    losses="fast",
 )
 Result = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -84,6 +92,10 @@ def pair(request: pytest.FixtureRequest, directories: dict[str, Path], teacher: 
     return student, Switch(teacher=teacher.mllm, source=request.param, width_map_DE=map_DE)
 
 
+def aligned(align: Align) -> Objective:
+    return replace(ALL, common=replace(ALL.common, align=align))
+
+
 def batch_of(*rows: TinyRecord | list[TinyRecord]) -> Batch:
     return Batch(student=inputs(*rows), record_ids=tuple(f"r{n}" for n in range(len(rows))))
 
@@ -100,12 +112,13 @@ def cut(sizes: list[int], *, packed: bool = False) -> list[Batch]:
 def run(
     batches: list[Batch], objective: Objective, student: MLLM, teacher: Teacher, switch: Switch | None
 ) -> Result:
-    module = Student(student, objective, switch if objective.visual_switch is not None else None)
+    lent = switch if "visual_switch" in objective.terms else None
+    module = Student(student, objective, FromTeacher(teacher, lent))
     module.zero_grad()
     counts = reduce(add, (batch.counts() for batch in batches))
     means: dict[str, Tensor] = {}
     for batch in batches:
-        loss, partial_means = module(batch, counts, teacher=teacher(batch))
+        loss, partial_means = module(batch, counts, taught=Taught(prediction=teacher(batch)))
         loss.backward()
         for name, value in {"loss": loss.detach(), **partial_means}.items():
             means[name] = means.get(name, torch.zeros(())) + value
@@ -141,7 +154,7 @@ def test_a_step_does_not_depend_on_packing(pair, teacher: Teacher, sizes: list[i
 
 def test_the_reference_formulas_give_the_same_step(pair, teacher: Teacher) -> None:
     student, switch = pair
-    plain = replace(ALL, dbild_loss=reference.dbild_loss)
+    plain = replace(ALL, common=replace(ALL.common, formulas=REFERENCE))
     fast = run(cut([3, 5]), ALL, student, teacher, switch)
     assert_same(fast, run(cut([3, 5]), plain, student, teacher, switch))
 
@@ -186,9 +199,9 @@ def test_both_differences_of_logits_are_what_their_definitions_say(pair, teacher
 def run_without_gradient(
     batches: list[Batch], student: MLLM, teacher: Teacher, switch: Switch
 ) -> tuple[dict[str, Tensor], Tensor]:
-    module = Student(student, ALL, switch)
+    module = Student(student, ALL, FromTeacher(teacher, switch))
     counts = reduce(add, (batch.counts() for batch in batches))
-    loss, means = module(batches[0], counts, teacher=teacher(batches[0]))
+    loss, means = module(batches[0], counts, taught=Taught(prediction=teacher(batches[0])))
     return means, loss
 
 
@@ -208,7 +221,7 @@ def test_the_students_own_visual_output_in_its_own_path_costs_nothing(directorie
     identity = width_map(table, table)
     for source, map_DE, limit in (("tower", None, 0.0), ("projector", identity, 1e-5)):
         switch = Switch(teacher=teacher.mllm, source=source, width_map_DE=map_DE)
-        means, gradients = run(cut([8]), replace(ALL, cross_entropy=None), student, teacher, switch)
+        means, gradients = run(cut([8]), changed(ALL, cross_entropy=None), student, teacher, switch)
         assert abs(float(means["visual_switch"])) <= limit
         assert abs(float(means["attention"])) < 1e-6
         assert all(bool((gradient.abs() < 1e-3).all()) for gradient in gradients.values())
@@ -223,7 +236,7 @@ def test_the_switch_moves_the_students_visual_side_alone_and_never_the_teacher(
     student, switch = pair
     before = copy.deepcopy(teacher.mllm.stock.state_dict())
     _, gradients = run(
-        cut([8]), Objective(visual_switch=DBiLD(), num_common=COMMON), student, teacher, switch
+        cut([8]), objective_of(visual_switch=VisualSwitch(), num_common=COMMON), student, teacher, switch
     )
     moved = {name.split(".")[0] for name, gradient in gradients.items() if bool(gradient.any())}
     assert moved == ({"vision_tower"} if switch.source == "tower" else {"multi_modal_projector"})
@@ -232,16 +245,16 @@ def test_the_switch_moves_the_students_visual_side_alone_and_never_the_teacher(
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.mllm.stock.state_dict().items())
 
 
-def test_the_teacher_is_no_part_of_the_students_tree(pair) -> None:
+def test_the_teacher_is_no_part_of_the_students_tree(pair, teacher: Teacher) -> None:
     student, switch = pair
-    module = Student(student, ALL, switch).train()
+    module = Student(student, ALL, FromTeacher(teacher, switch)).train()
     assert {name.split(".")[0] for name, _ in module.named_modules() if name} == {"mllm"}
     assert not any(child.training for child in switch.teacher.stock.modules())
 
 
 def test_attention_moves_layers_up_to_the_last_watched_one(directories, teacher: Teacher) -> None:
     student = model(directories["student"], trainable=PROJECTOR, layers=range(1, 2))
-    _, gradients = run(cut([8]), Objective(attention=Attention()), student, teacher, None)
+    _, gradients = run(cut([8]), objective_of(attention=Attention()), student, teacher, None)
     moved = {n for n, gradient in gradients.items() if bool(gradient.any())}
     assert "language_model.layers.1.self_attn.q_proj.weight" in moved
     assert "multi_modal_projector.linear_1.weight" in moved
@@ -274,8 +287,7 @@ def test_a_batch_without_rows_is_finite_and_reaches_every_weight(
     pair, teacher: Teacher, records: list[TinyRecord], only: str | None
 ) -> None:
     student, switch = pair
-    others = {"cross_entropy", "response_dbild", "visual_switch", "attention"} - {only}
-    objective = ALL if only is None else replace(ALL, **dict.fromkeys(others))
+    objective = ALL if only is None else among(ALL, only)
     means, gradients = run([batch_of(*records)], objective, student, teacher, switch)
     assert all(bool(torch.isfinite(value)) for value in means.values())
     trained = {name for name, p in student.named_parameters() if p.requires_grad}
@@ -304,12 +316,12 @@ def test_visual_outputs_of_other_grids_are_carried_over(tmp_path: Path) -> None:
         align=partial(resample, source=large, target=small),
         width_map_DE=width_map(tables[0][:COMMON], tables[1][:COMMON]),
     )
-    objective = replace(ALL, align=partial(resample, source=small, target=large))
+    objective = aligned(partial(resample, source=small, target=large))
     means, gradients = run([batch], objective, student, teacher, switch)
     assert all(float(means[name]) > 0 for name in ("visual_switch", "attention", "response_dbild"))
     assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
     with pytest.raises(ValueError, match="must agree in all but the layers"):
-        run([batch], replace(objective, align=None), student, teacher, switch)
+        run([batch], ALL, student, teacher, switch)
 
 
 def retold(item: TinyRecord, *, before: int = 0, behind: int = 0, end: int | None = None) -> TinyRecord:
@@ -376,7 +388,7 @@ def test_packing_sides_of_other_templates_changes_nothing(
             if switch.source == "projector"
             else None,
         )
-        objective, tokens, size = replace(ALL, align=partial(resample, source=small, target=large)), 25, 40
+        objective, tokens, size = aligned(partial(resample, source=small, target=large)), 25, 40
     counts = ((1, 4, 5), (0, 4, 9), (2, 3, 2), (1, 11, 3), (3, 4, 1))
     shapes = [{"images": i, "prompt": p, "answer": a} for i, p, a in counts]
     ours = [record(n, tokens=tokens, **shape) for n, shape in enumerate(shapes)]
@@ -397,9 +409,9 @@ def test_predictions_that_are_missing_are_named(pair, teacher: Teacher, director
     batch = batch_of(record(1))
     own = student(batch.student, student.image_features(batch.student))
     with pytest.raises(ValueError, match="no prediction over the student's visual output"):
-        ALL(own, teacher(batch), batch, batch.counts())
+        ALL(own, Taught(prediction=teacher(batch)), batch, batch.counts())
     blind = replace(own, attention_LINN=None)
     with pytest.raises(ValueError, match="whose attention is watched"):
-        Objective(attention=Attention())(blind, teacher(batch), batch, batch.counts())
+        objective_of(attention=Attention())(blind, Taught(prediction=teacher(batch)), batch, batch.counts())
     with pytest.raises(ValueError, match="got no teacher prediction"):
-        Objective(attention=Attention())(own, None, batch, batch.counts())
+        objective_of(attention=Attention())(own, Taught(), batch, batch.counts())

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_batches import inputs, record
+from tiny_objectives import objective_of
 
 from llava_kd.batch import Batch
-from llava_kd.distill.objective import CrossEntropy, Objective
 from llava_kd.distill.student import Student
+from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 
@@ -19,7 +20,7 @@ BATCH = Batch(student=inputs(record(1), record(2)), record_ids=("a", "b"))
 
 def build(student_dir: Path, *trainable: str) -> Student:
     mllm = MLLM(load_stock(str(student_dir)).stock, trainable=trainable)
-    return Student(mllm, Objective(cross_entropy=CrossEntropy())).train()
+    return Student(mllm, objective_of(cross_entropy=CrossEntropy())).train()
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_batches import inputs, record
+from tiny_objectives import objective_of
 
 from llava_kd.batch import Batch
-from llava_kd.distill.objective import KL, CrossEntropy, Objective
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
 from llava_kd.distill.teaching.live import Teacher
+from llava_kd.distill.terms.cross_entropy import CrossEntropy
+from llava_kd.distill.terms.response_kl import ResponseKL
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 
@@ -28,7 +31,7 @@ def teacher(teacher_dir: Path) -> Teacher:
 @pytest.fixture
 def student(student_dir: Path) -> Student:
     mllm = MLLM(load_stock(str(student_dir)).stock, trainable=("multi_modal_projector", "language_model"))
-    return Student(mllm, Objective(cross_entropy=CrossEntropy(), response_kl=KL(), num_common=260))
+    return Student(mllm, objective_of(cross_entropy=CrossEntropy(), response_kl=ResponseKL(), num_common=260))
 
 
 BATCH = Batch(student=inputs(record(1), record(2)), record_ids=("a", "b"))
@@ -49,7 +52,7 @@ def test_no_gradient_reaches_the_teacher(teacher: Teacher, student: Student) -> 
     prediction = shared(BATCH, teacher.mllm.image_features(BATCH.student).requires_grad_())
     assert not prediction.hidden_BTD.requires_grad
     assert not prediction.projected_IND.requires_grad
-    loss, _ = student(BATCH, BATCH.counts(), teacher=prediction)
+    loss, _ = student(BATCH, BATCH.counts(), taught=Taught(prediction=prediction))
     loss.backward()
     for parameter in teacher.mllm.stock.parameters():
         assert parameter.grad is None
@@ -57,7 +60,7 @@ def test_no_gradient_reaches_the_teacher(teacher: Teacher, student: Student) -> 
 
 
 def test_the_teacher_is_not_in_the_students_tree(teacher: Teacher, student: Student) -> None:
-    loss, _ = student(BATCH, BATCH.counts(), teacher=teacher(BATCH))
+    loss, _ = student(BATCH, BATCH.counts(), taught=Taught(prediction=teacher(BATCH)))
     loss.backward()
     theirs = {id(tensor) for tensor in teacher.mllm.stock.state_dict(keep_vars=True).values()}
     assert not theirs & {id(tensor) for tensor in student.state_dict(keep_vars=True).values()}

@@ -12,16 +12,21 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_batches import inputs, record
+from tiny_objectives import objective_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_kd.batch import Batch, Inputs
-from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
+from llava_kd.distill.formulas import REFERENCE
+from llava_kd.distill.objective import Objective
 from llava_kd.distill.student import Student
+from llava_kd.distill.taught import Taught
 from llava_kd.distill.teaching.live import Teacher
-from llava_kd.losses import head_loss, relation
+from llava_kd.distill.terms.cross_entropy import CrossEntropy
+from llava_kd.distill.terms.relation import Relation
+from llava_kd.distill.terms.response_kl import ResponseKL
+from llava_kd.distill.terms.visual_kl import VisualKL
 from llava_kd.losses.checks import check_targets
 from llava_kd.losses.kernels.row_torch import torch_rows
-from llava_kd.losses.reference import Divergence
 from llava_kd.models.attention import packed as packed_attention
 from llava_kd.models.attention.packed import BY_RECORD
 from llava_kd.models.files.checkpoint import load_stock
@@ -40,23 +45,35 @@ WAITS = {
 }
 # Called on a CPU alone: on CUDA targets are not looked at, and a Triton kernel reads the rows.
 CPU_ONLY = {check_targets.__name__, torch_rows.__name__}
-FAST = {"head_loss": head_loss.head_loss, "relation_rows": relation.relation_rows, "num_common": 260}
+FAST = {"losses": "fast", "num_common": 260}
 OBJECTIVES = {
-    "all": Objective(
-        cross_entropy=CrossEntropy(), response_kl=KL(), visual_kl=KL(), relation=Relation(), **FAST
-    ),
-    "two kinds of KL": Objective(
+    "all": objective_of(
         cross_entropy=CrossEntropy(),
-        response_kl=KL(temperature=2.0),
-        visual_kl=KL(divergence=Divergence("reverse")),
+        response_kl=ResponseKL(),
+        visual_kl=VisualKL(),
+        relation=Relation(),
+        **FAST,
+    ),
+    "two kinds of KL": objective_of(
+        cross_entropy=CrossEntropy(),
+        response_kl=ResponseKL(temperature=2.0),
+        visual_kl=VisualKL(divergence="reverse"),
         relation=Relation(tap="hidden", centre=True, normalise=True),
         **FAST,
     ),
-    "cross-entropy beside visual KL": Objective(cross_entropy=CrossEntropy(), visual_kl=KL(), **FAST),
-    "weights of zero": Objective(cross_entropy=CrossEntropy(weight=0), response_kl=KL(weight=0), **FAST),
-    "cross-entropy": Objective(cross_entropy=CrossEntropy(weight=0.5), **FAST),
-    "visual tokens resampled": Objective(
-        cross_entropy=CrossEntropy(), visual_kl=KL(), relation=Relation(), align=lambda x_IME: x_IME, **FAST
+    "cross-entropy beside visual KL": objective_of(
+        cross_entropy=CrossEntropy(), visual_kl=VisualKL(), **FAST
+    ),
+    "weights of zero": objective_of(
+        cross_entropy=CrossEntropy(weight=0), response_kl=ResponseKL(weight=0), **FAST
+    ),
+    "cross-entropy": objective_of(cross_entropy=CrossEntropy(weight=0.5), **FAST),
+    "visual tokens resampled": objective_of(
+        cross_entropy=CrossEntropy(),
+        visual_kl=VisualKL(),
+        relation=Relation(),
+        align=lambda x_IME: x_IME,
+        **FAST,
     ),
 }
 
@@ -112,7 +129,9 @@ def callers_of_a_step(models: tuple[MLLM, MLLM], objective: Objective, batch: Ba
     waits = Waits()
     with waits:
         prediction = frozen(batch) if objective.needs_teacher else None
-        loss, _ = module(batch, batch.counts(), student.image_features(batch.student), prediction)
+        loss, _ = module(
+            batch, batch.counts(), student.image_features(batch.student), Taught(prediction=prediction)
+        )
         loss.backward()
     assert bool(torch.isfinite(loss))  # active rows that were not as stated make it NaN
     return set(waits.callers)
@@ -150,15 +169,11 @@ def test_sides_that_nobody_compared_are_looked_at(models: tuple[MLLM, MLLM]) -> 
 def test_the_reference_gives_the_same_step(models: tuple[MLLM, MLLM]) -> None:
     batch = batch_of(is_packed=True, is_known=True)
     losses = []
-    for objective in (
-        OBJECTIVES["all"],
-        Objective(
-            **{k: v for k, v in vars(OBJECTIVES["all"]).items() if k not in ("head_loss", "relation_rows")}
-        ),
-    ):
+    fast = OBJECTIVES["all"]
+    for objective in (fast, replace(fast, common=replace(fast.common, formulas=REFERENCE))):
         student, teacher = models
         loss, means = Student(student, objective)(
-            batch, batch.counts(), teacher=Teacher(teacher, shares_tower=False)(batch)
+            batch, batch.counts(), taught=Taught(prediction=Teacher(teacher, shares_tower=False)(batch))
         )
         losses.append({"loss": loss, **means})
     for name, value in losses[0].items():

@@ -13,8 +13,10 @@ import pytest
 import torch
 import yaml
 
+from llava_kd.assembly.settings import load
 from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
-from llava_kd.config import TrainConfig, load
+from llava_kd.config import TrainConfig, stage_type
+from llava_kd.distill.terms import TERMS
 from llava_kd.models.mllm import Prediction
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +48,7 @@ def settings(section: type, prefix: str = "") -> set[str]:
 
 
 def test_the_settings_that_the_pages_name_exist() -> None:
-    known = settings(TrainConfig)
+    known = settings(stage_type(TrainConfig, TERMS))
     sections = "|".join(sorted({name.split(".")[0] for name in known if "." in name}))
     for page in PAGES:
         text = (ROOT / page).read_text()

@@ -13,9 +13,9 @@ from tiny_llava import make_tiny_llava
 from tiny_towers import make_language_model
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
+from llava_kd.assembly.settings import load
 from llava_kd.assembly.train import train as run
 from llava_kd.cli import main
-from llava_kd.config import load
 from llava_kd.models.files.checkpoint import load_stock
 
 

@@ -56,8 +56,11 @@ def train(config: Path, *overrides: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.parametrize("pictures", ["some", "none"])
-@pytest.mark.parametrize("is_resampled", [False, True], ids=["equal grids", "other grids"])
+@pytest.mark.parametrize(
+    ("is_resampled", "pictures"),
+    [(False, "some"), pytest.param(False, "none", marks=pytest.mark.slow), (True, "some"), (True, "none")],
+    ids=lambda value: {False: "equal grids", True: "other grids"}.get(value, value),
+)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_trains_on_text_alone(
     stage, records: dict[str, Path], tmp_path: Path, option: str, is_resampled: bool, pictures: str

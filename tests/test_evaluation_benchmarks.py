@@ -23,6 +23,7 @@ from llava_kd.evaluation.benchmarks.run import (
     write_tables,
 )
 from llava_kd.evaluation.benchmarks.table import markdown_table
+from llava_kd.evaluation.runner import Asking
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +368,7 @@ def test_all_benchmarks_run_with_a_stock_model(root: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     short = {name: out / name / "answers.jsonl" for name in BENCHMARKS}
     summaries = evaluate_benchmarks(
-        model, list(BENCHMARKS), root, out, limit=3, max_new_tokens=4, progress=False
+        model, list(BENCHMARKS), root, out, limit=3, asking=Asking(max_new_tokens=4, progress=False)
     )
     assert all(path.is_file() for path in short.values())
     assert summaries["vqav2"]["value"] is None

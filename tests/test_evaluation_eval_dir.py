@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -77,7 +76,7 @@ def test_empty_answers_of_lmms_eval_are_counted(tmp_path: Path, capsys: pytest.C
     assert check.empty_answers(tmp_path) == {"1_samples_mme.jsonl": (2, 3)}
 
 
-def test_one_damaged_picture_does_not_stop_the_script(tmp_path: Path) -> None:
+def test_one_damaged_picture_does_not_stop_the_script(tmp_path: Path, quick_path: str) -> None:
     """It checks the files first, and goes on to the answers: that one counts as wrong."""
     model = make_tiny_llava(tmp_path / "model", layers=1)
     tiny.write_gqa(tmp_path / "data")
@@ -94,7 +93,7 @@ def test_one_damaged_picture_does_not_stop_the_script(tmp_path: Path) -> None:
             **places,
             "BENCHMARKS": "gqa",
             "NPROC": "1",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": quick_path,
         },
     )
     assert done.returncode == 0, done.stderr

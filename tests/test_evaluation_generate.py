@@ -22,7 +22,7 @@ from llava_kd.evaluation.answers import answers_file, read_lines
 from llava_kd.evaluation.generation.generate import Generator, evaluation_mode, generate
 from llava_kd.evaluation.generation.prompt import model_inputs, render_prompt
 from llava_kd.evaluation.generation.questions import Question, read_llava_json
-from llava_kd.evaluation.runner import evaluate
+from llava_kd.evaluation.runner import Asking, evaluate
 
 WORDS = ("What colour is it?", "How many?", "Is there a red circle to the left of the blue square?", "Shape?")
 
@@ -90,11 +90,14 @@ def test_bfloat16_answers_and_an_unknown_number_format_is_refused(
     model_dir: Path, data_json: Path, tmp_path: Path
 ) -> None:
     summary = evaluate(
-        model_dir, data_json, tmp_path / "bf16", dtype="bfloat16", max_new_tokens=3, progress=False
+        model_dir,
+        data_json,
+        tmp_path / "bf16",
+        asking=Asking(dtype="bfloat16", max_new_tokens=3, progress=False),
     )
     assert summary["fingerprints"]["dtype"] == "bfloat16"
     with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got 'int8'"):
-        evaluate(model_dir, data_json, tmp_path / "int8", dtype="int8")
+        evaluate(model_dir, data_json, tmp_path / "int8", asking=Asking(dtype="int8"))
 
 
 def test_a_batch_that_does_not_fit_says_so_and_keeps_the_answers(
@@ -205,7 +208,9 @@ def test_evaluation_mode_puts_every_module_back(generator: Generator) -> None:
 
 
 def test_evaluate_writes_answers_and_summary(model_dir: Path, data_json: Path, tmp_path: Path) -> None:
-    summary = evaluate(model_dir, data_json, tmp_path, batch_size=4, max_new_tokens=4, progress=False)
+    summary = evaluate(
+        model_dir, data_json, tmp_path, asking=Asking(batch_size=4, max_new_tokens=4, progress=False)
+    )
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [answer["id"] for answer in answers] == [str(k) for k in range(11)]
     assert set(answers[0]) == {"id", "type", "question", "image", "truth", "answer"}
@@ -216,12 +221,12 @@ def test_evaluate_writes_answers_and_summary(model_dir: Path, data_json: Path, t
 def test_a_killed_run_continues_and_asks_nothing_twice(
     model_dir: Path, data_json: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    evaluate(model_dir, data_json, tmp_path / "whole", max_new_tokens=4, progress=False)
+    evaluate(model_dir, data_json, tmp_path / "whole", asking=Asking(max_new_tokens=4, progress=False))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     lines = (tmp_path / "whole" / "answers.jsonl").read_text().splitlines(keepends=True)
     kept = json.loads(lines[3]) | {"answer": "kept from the first run"}
     (tmp_path / "cut" / "answers.jsonl").write_text(json.dumps(kept) + "\n" + lines[0] + lines[5][:20])
-    evaluate(model_dir, data_json, tmp_path / "cut", max_new_tokens=4, progress=False)
+    evaluate(model_dir, data_json, tmp_path / "cut", asking=Asking(max_new_tokens=4, progress=False))
     resumed = (tmp_path / "cut" / "answers.jsonl").read_text().splitlines(keepends=True)
     assert "in the middle of a line (20 bytes)" in caplog.text
     assert json.loads(resumed[3])["answer"] == "kept from the first run"
@@ -231,21 +236,21 @@ def test_a_killed_run_continues_and_asks_nothing_twice(
 def test_a_directory_with_another_runs_answers_is_refused(
     model_dir: Path, data_json: Path, tmp_path: Path
 ) -> None:
-    evaluate(model_dir, data_json, tmp_path / "out", max_new_tokens=4, progress=False)
+    evaluate(model_dir, data_json, tmp_path / "out", asking=Asking(max_new_tokens=4, progress=False))
     other = make_tiny_llava(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=r"answers of another run.*model"):
-        evaluate(other, data_json, tmp_path / "out", max_new_tokens=4, progress=False)
+        evaluate(other, data_json, tmp_path / "out", asking=Asking(max_new_tokens=4, progress=False))
     with pytest.raises(ValueError, match="max_new_tokens 4 there, 5 now"):
-        evaluate(model_dir, data_json, tmp_path / "out", max_new_tokens=5, progress=False)
+        evaluate(model_dir, data_json, tmp_path / "out", asking=Asking(max_new_tokens=5, progress=False))
 
 
 def test_a_damaged_line_in_the_middle_is_named(model_dir: Path, data_json: Path, tmp_path: Path) -> None:
-    evaluate(model_dir, data_json, tmp_path, max_new_tokens=4, progress=False)
+    evaluate(model_dir, data_json, tmp_path, asking=Asking(max_new_tokens=4, progress=False))
     path = tmp_path / "answers.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(lines[0] + "{broken\n" + lines[1])
     with pytest.raises(ValueError, match="line 2 is not JSON"):
-        evaluate(model_dir, data_json, tmp_path, max_new_tokens=4, progress=False)
+        evaluate(model_dir, data_json, tmp_path, asking=Asking(max_new_tokens=4, progress=False))
 
 
 def test_a_directory_that_is_not_stock_llava_is_refused(data_json: Path, tmp_path: Path) -> None:
@@ -299,7 +304,9 @@ def test_an_unreadable_image_names_the_question_and_counts_as_wrong(
     model_dir: Path, tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a.png").write_bytes(content)
-    summary = evaluate(model_dir, one_record(tmp_path), tmp_path / "out", max_new_tokens=2, progress=False)
+    summary = evaluate(
+        model_dir, one_record(tmp_path), tmp_path / "out", asking=Asking(max_new_tokens=2, progress=False)
+    )
     assert (summary["accuracy"], summary["count"], summary["unreadable"]) == (0, 1, 1)
     assert f"question 'r7': cannot read {tmp_path / 'a.png'}" in caplog.text
 
@@ -337,12 +344,14 @@ def test_every_answer_of_a_talk_is_asked_for_behind_the_true_ones(
     expected = generator.model.generate(**inputs, max_new_tokens=12, do_sample=False)
     new = processor.decode(expected[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     assert generator.answer([second]) == [new]
-    summary = evaluate(model_dir, tmp_path / "test.json", tmp_path / "out", max_new_tokens=2, progress=False)
+    summary = evaluate(
+        model_dir, tmp_path / "test.json", tmp_path / "out", asking=Asking(max_new_tokens=2, progress=False)
+    )
     assert summary["count"] == 3
 
 
 def test_the_seconds_of_all_calls_add_up(model_dir: Path, data_json: Path, tmp_path: Path) -> None:
-    summary = evaluate(model_dir, data_json, tmp_path, max_new_tokens=4, progress=False)
+    summary = evaluate(model_dir, data_json, tmp_path, asking=Asking(max_new_tokens=4, progress=False))
     assert 0 < summary["seconds"] < 500
     answers = tmp_path / "answers.jsonl"
     answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:5]))
@@ -351,6 +360,9 @@ def test_the_seconds_of_all_calls_add_up(model_dir: Path, data_json: Path, tmp_p
     for path in tmp_path.iterdir():
         os.utime(path, (2000.0, 2000.0))
     os.utime(answers, (2030.0, 2030.0))
-    resumed = evaluate(model_dir, data_json, tmp_path, max_new_tokens=4, progress=False)
+    resumed = evaluate(model_dir, data_json, tmp_path, asking=Asking(max_new_tokens=4, progress=False))
     assert 1030 < resumed["seconds"] < 1500
-    assert evaluate(model_dir, data_json, tmp_path, max_new_tokens=4)["seconds"] == resumed["seconds"]
+    assert (
+        evaluate(model_dir, data_json, tmp_path, asking=Asking(max_new_tokens=4))["seconds"]
+        == resumed["seconds"]
+    )

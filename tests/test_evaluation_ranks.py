@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from PIL import Image
 from tiny_llava import make_tiny_llava
@@ -17,7 +15,7 @@ from tiny_llava import make_tiny_llava
 from llava_kd.evaluation.answers import answers_file, read_lines
 from llava_kd.evaluation.generation.generate import Generator, generate
 from llava_kd.evaluation.generation.ranks import Ranks
-from llava_kd.evaluation.runner import evaluate
+from llava_kd.evaluation.runner import Asking, evaluate
 from llava_kd.evaluation.slices import Slice, read_slice, score_slices
 
 TWO_RANKS = """
@@ -26,10 +24,10 @@ import torch
 torch.set_num_threads(1)
 from llava_kd.evaluation.generation.generate import Generator
 from llava_kd.evaluation.generation.ranks import join_ranks
-from llava_kd.evaluation.runner import evaluate
+from llava_kd.evaluation.runner import Asking, evaluate
 from llava_kd.evaluation.slices import read_slice, score_slices
 model, data, out = sys.argv[1:]
-summary = evaluate(model, data, out, batch_size=2, max_new_tokens=6, progress=False)
+summary = evaluate(model, data, out, asking=Asking(batch_size=2, max_new_tokens=6, progress=False))
 ranks = join_ranks()
 live = Generator.load(model, device=torch.device("cpu"))
 part = read_slice("all", data)
@@ -86,7 +84,7 @@ def test_the_parts_of_the_ranks_are_disjoint_and_whole(
 
 @pytest.mark.distributed
 def test_two_ranks_give_the_answers_of_one(model_dir: Path, data_json: Path, tmp_path: Path) -> None:
-    one = evaluate(model_dir, data_json, tmp_path / "one", max_new_tokens=6, progress=False)
+    one = evaluate(model_dir, data_json, tmp_path / "one", asking=Asking(max_new_tokens=6, progress=False))
     assert one["accuracy"] == pytest.approx(3 / 7)
     whole = (tmp_path / "one" / "answers.jsonl").read_text().splitlines(keepends=True)
     out = tmp_path / "two"
@@ -95,21 +93,9 @@ def test_two_ranks_give_the_answers_of_one(model_dir: Path, data_json: Path, tmp
     (out / "run.json").write_text((tmp_path / "one" / "run.json").read_text())
     (out / "answers.jsonl").write_text(whole[5])
     (out / "answers.rank2.jsonl").write_text(whole[1] + whole[2][:15])
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    words = [str(model_dir), str(data_json), str(out)]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = [TWO_RANKS, str(model_dir), str(data_json), str(out)]
+    ended = ranks.Ranks(words, tmp_path / "logs", ranks=2, function=ranks.execute).wait()
+    assert ended.codes == (0, 0), ended.log
     assert (out / "answers.jsonl").read_text().splitlines(keepends=True) == whole
     assert not list(out.glob("answers.rank*"))
     for rank in (0, 1):

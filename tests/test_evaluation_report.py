@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from llava_kd.assembly.settings import labels
 from llava_kd.evaluation.report.charts import Line, dot_rows, line_chart, nice_ticks, smooth, thin
 from llava_kd.evaluation.report.page import report
 from llava_kd.evaluation.report.results import (
@@ -104,7 +105,7 @@ def test_the_bootstrap_agrees_with_the_normal_interval_of_many_questions() -> No
 
 
 def test_the_page_loads_nothing_and_escapes_what_models_say(run_dir: Path) -> None:
-    page = report(run_dir).read_text(encoding="utf-8")
+    page = report(run_dir, terms=labels()).read_text(encoding="utf-8")
     assert HOSTILE not in page
     assert "&lt;script&gt;" in page
     assert "&lt;b&gt;now" in page
@@ -114,7 +115,7 @@ def test_the_page_loads_nothing_and_escapes_what_models_say(run_dir: Path) -> No
 
 
 def test_the_page_has_a_row_for_each_type_and_a_chart_for_each_term(run_dir: Path) -> None:
-    page = report(run_dir).read_text(encoding="utf-8")
+    page = report(run_dir, terms=labels()).read_text(encoding="utf-8")
     assert "<td>colour</td><td>100.0</td><td>25.0</td><td>62.5</td>" in page
     assert "<td>count</td><td>75.0</td><td>12.5</td><td>50.0</td>" in page
     assert page.count('class="curve baseline"') == 2
@@ -126,13 +127,13 @@ def test_the_page_says_what_may_be_concluded(run_dir: Path, tmp_path: Path) -> N
     """Two seeds of unlike gains leave zero in their interval; one seed that loses is not called a gain."""
     low, high = t_interval([0.25, 0.5])
     assert low < 0 < high
-    page = report(run_dir).read_text(encoding="utf-8")
+    page = report(run_dir, terms=labels()).read_text(encoding="utf-8")
     assert "That closes 55 % of the distance" in page
     assert "95 % t interval over 2 seeds. It holds zero: this run alone does not show" in page
     for arm, answers in (("plain", "1" * 60 + "0" * 40), ("kd", "0" * 100)):
         write_model(tmp_path / "loses" / "seed0" / arm / "eval", answers)
     write_model(tmp_path / "loses" / "teacher" / "eval", "1" * 100)
-    page = report(tmp_path / "loses").read_text(encoding="utf-8")
+    page = report(tmp_path / "loses", terms=labels()).read_text(encoding="utf-8")
     assert "The teacher did not help here." in page
     assert "That closes" not in page
     assert "It holds zero" not in page
@@ -148,9 +149,9 @@ def test_pictures_are_found_from_another_directory_and_after_a_move(
         write_model(run / "seed0" / arm / "eval", "1100", name)
     for folder in (tmp_path, tmp_path / "runs", Path("/")):
         monkeypatch.chdir(folder)
-        assert "<img" in report(run).read_text(encoding="utf-8")
+        assert "<img" in report(run, terms=labels()).read_text(encoding="utf-8")
     moved = run.rename(tmp_path / "elsewhere")
-    assert "<img" in report(moved).read_text(encoding="utf-8")
+    assert "<img" in report(moved, terms=labels()).read_text(encoding="utf-8")
 
 
 def test_a_dot_that_another_would_hide_is_a_ring_around_it() -> None:
@@ -170,7 +171,7 @@ def test_a_logarithmic_axis_says_so() -> None:
 def test_a_page_is_made_without_teacher_pictures_or_logs(tmp_path: Path) -> None:
     for arm in ("plain", "kd"):
         write_model(tmp_path / "seed0" / arm / "eval", "1100", "gone.png")
-    page = report(tmp_path).read_text(encoding="utf-8")
+    page = report(tmp_path, terms=labels()).read_text(encoding="utf-8")
     assert "<img" not in page
     assert "Losses" not in page
 

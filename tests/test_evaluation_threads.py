@@ -15,8 +15,8 @@ from tiny_llava import make_tiny_llava
 
 from llava_kd.assembly.parts.data import make_source, side
 from llava_kd.assembly.parts.slices import read_slices, slice_scorer
-from llava_kd.assembly.train import assemble
-from llava_kd.config import load
+from llava_kd.assembly.settings import load
+from llava_kd.assembly.stage import assemble
 from llava_kd.evaluation.answers import answers_file, read_lines
 from llava_kd.evaluation.generation.generate import Generator, generate
 from llava_kd.evaluation.generation.questions import Question

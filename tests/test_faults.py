@@ -124,6 +124,28 @@ def test_data_that_changed_under_a_run_are_refused(stage, shapes_dir: Path, tmp_
     assert "was trained with another data or tokenizer" in capsys.readouterr().err
 
 
+def test_json_lines_cut_at_a_line_end_are_refused_by_a_run_that_knew_them(
+    stage, shapes_dir: Path, tmp_path: Path, capsys
+) -> None:
+    """The shorter file is a whole one: only who has counted the records before can tell."""
+    path, cache = tmp_path / "records.jsonl", tmp_path / "cache"
+    records = json.loads((shapes_dir / "instructions.json").read_text())
+    lines = [json.dumps(record) + "\n" for record in records]
+    path.write_text("".join(lines))
+    config = stage("run", max_steps=1, checkpoint=EVERY)
+    data = f"--data.path={path}"
+    assert main(["cache-teacher", str(config), data, f"--out={cache}"]) == 0
+    assert main(["train", str(config), data]) == 0
+    (config.with_suffix("") / "run.json").unlink()
+    path.write_text("".join(lines[:-1]))
+    capsys.readouterr()
+    assert main(["train", str(config), data]) == 2
+    assert "was trained with another data or tokenizer" in capsys.readouterr().err
+    other = stage("other", max_steps=1)
+    assert main(["train", str(other), data, f"--teacher.cache={cache}"]) == 2
+    assert f"{cache} was written for something else (" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("where", ["/proc/run", "file/run"], ids=["read-only", "below a file"])
 def test_an_output_dir_that_cannot_be_written_is_refused_before_any_model(
     stage, tmp_path: Path, capsys, no_models, where: str
@@ -138,13 +160,19 @@ def test_a_world_that_does_not_divide_the_batch_is_refused_before_any_model(
     stage, no_models, monkeypatch
 ) -> None:
     from llava_kd.assembly.runs.run_dir import check_world
-    from llava_kd.config import load
+    from llava_kd.assembly.settings import load
 
     world = World(rank=0, size=3, device=torch.device("cpu"))
     with pytest.raises(
         ValueError, match=r"multiple of the number of ranks, got 3; start 2 ranks, or .* to 6"
     ):
         check_world(load(stage("run", engine="ddp")), world)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "deepspeed"])
+def test_an_engine_of_several_ranks_is_refused_on_one(stage, capsys, no_models, kind: str) -> None:
+    text = error(capsys, str(stage("run", engine=kind)))
+    assert f"engine.kind is {kind}, which needs several ranks, and one runs; use auto" in text
 
 
 def test_two_engines_at_once_are_refused(stage, capsys) -> None:

@@ -11,6 +11,7 @@ from loss_inputs import LEAVES, D, E, assert_same, make_inputs, result_and_gradi
 
 from llava_kd.losses import head_loss as fast
 from llava_kd.losses import reference
+from llava_kd.losses.reference import Divergence
 
 BOTH = pytest.mark.parametrize("path", [reference, fast], ids=["reference", "fast"])
 
@@ -136,3 +137,12 @@ def test_teacher_options_without_a_teacher_are_refused(path: ModuleType):
 def test_bad_option_of_the_fast_path_is_refused(options: dict[str, object], message: str):
     with pytest.raises(ValueError, match=message):
         run(fast, make_inputs(), **options)
+
+
+@BOTH
+def test_a_divergence_that_a_form_lacks_is_refused(path: ModuleType) -> None:
+    """Not a loss of zero: the list of kinds grew, and this form did not."""
+    another = Divergence()
+    object.__setattr__(another, "kind", "another")
+    with pytest.raises(ValueError, match="lacks the divergence 'another'"):
+        run(path, make_inputs(), divergence=another)

@@ -14,9 +14,16 @@ from torch import Tensor
 
 from llava_kd.losses import reference
 from llava_kd.losses.kernels import row_torch
-from llava_kd.losses.reference import Divergence, HeadLoss, Kind, divergence_rows, head_loss, relation_rows
+from llava_kd.losses.reference import (
+    KINDS,
+    Divergence,
+    HeadLoss,
+    Kind,
+    divergence_rows,
+    head_loss,
+    relation_rows,
+)
 
-KINDS = ("forward", "reverse", "jsd", "skewed_forward", "skewed_reverse")
 N, V, U, C, D, E = 5, 11, 13, 9, 4, 6
 MIX = 0.3
 

@@ -13,7 +13,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
+from triton.compiler import ASTSource, CompilationError, CompiledKernel  # noqa: E402
 
 from llava_kd.losses.kernels import row_kernel, row_triton  # noqa: E402
 
@@ -139,3 +139,11 @@ def test_kernel_for_sm_90_spills_nothing_and_loads_16_bytes(
     assert "LDG.E.128" in assembly
     if name == "gradient":
         assert "cvt.rn.bf16" in kernel.asm["ptx"], "dz must be rounded to nearest"
+
+
+@pytest.mark.parametrize("name", ["mixture", "gradient"])
+def test_a_divergence_that_a_kernel_lacks_does_not_compile(name: str) -> None:
+    with pytest.raises(CompilationError) as caught:
+        compiled(name, kind="another", logits="*fp32", gradient="*bf16")
+    inner = caught.value.__cause__ or caught.value  # of the function that the kernel calls
+    assert "lacks this kind of divergence" in str(inner)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from llava_kd.assembly.cache_teacher import largest
 from llava_kd.losses import reference, reference_top_k, top_k
-from llava_kd.losses.reference import Divergence, Kind
+from llava_kd.losses.reference import KINDS, Divergence, Kind
 from llava_kd.losses.reference_top_k import TopK
 
-COMMON, KINDS = 33, ("forward", "reverse", "jsd", "skewed_forward", "skewed_reverse")
+COMMON = 33
 LEAVES = ("student_ND", "student_head_VD", "student_bias_V")
 
 

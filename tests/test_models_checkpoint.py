@@ -34,9 +34,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from llava_kd.assembly.settings import load
 from llava_kd.assembly.train import train
 from llava_kd.batch import Inputs
-from llava_kd.config import StudentConfig, load
+from llava_kd.config import StudentConfig
 from llava_kd.models.files.checkpoint import Parts, compose, load_stock, save_stock
 from llava_kd.models.mllm import MLLM
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 import yaml
 from data_samples import llama_like
@@ -18,8 +18,9 @@ from tiny_llava import make_tiny_llava
 from tiny_towers import make_language_model, make_tower
 
 from llava_kd.assembly.parts.models import student_parts
+from llava_kd.assembly.settings import load
 from llava_kd.assembly.train import train
-from llava_kd.config import StudentConfig, load
+from llava_kd.config import StudentConfig
 from llava_kd.models.files.card import public, reading_notes
 from llava_kd.models.files.checkpoint import load_stock, save_stock
 from llava_kd.models.files.export import export
@@ -39,8 +40,10 @@ def test_an_export_that_is_killed_leaves_nothing_and_the_same_command_makes_it(
     tmp_path: Path, student_dir: Path, moment: str
 ) -> None:
     out = tmp_path / "out"
-    words = [sys.executable, "-c", KILLED, str(student_dir), str(out), moment]
-    assert subprocess.run(words, capture_output=True, timeout=300, check=False).returncode == 9
+    words = [KILLED, str(student_dir), str(out), moment]
+    killed = ranks.Ranks(words, tmp_path / "logs", function=ranks.execute).wait()
+    assert killed.codes == (9,), killed.log
+    shutil.rmtree(tmp_path / "logs")
     assert not out.exists()
     export(student_dir, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -23,9 +23,9 @@ import ranks
 
 from llava_kd.assembly.estimate import Sizes, memory
 from llava_kd.assembly.parts.models import place
+from llava_kd.assembly.settings import load
 from llava_kd.batch import Batch
 from llava_kd.cli import main
-from llava_kd.config import load
 from llava_kd.models.files.checkpoint import load_stock, save_stock
 from llava_kd.models.lora import add_adapters, chosen_layers, is_adapter, linear_layers, merge_adapters
 from llava_kd.models.mllm import MLLM, PARTS

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from data_samples import llama_like, qwen_like
@@ -14,12 +16,13 @@ from PIL import Image
 from stock_answers import stock_answers
 from tiny_llava import make_tiny_llava
 from tiny_towers import make_language_model, make_tower
-from transformers import AutoProcessor, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoProcessor, BitImageProcessor, GenerationConfig, PreTrainedTokenizerFast
 
 from llava_kd.assembly.checkpoints import export_to
 from llava_kd.assembly.parts.data import same_tower, served
+from llava_kd.assembly.settings import load
 from llava_kd.assembly.train import train
-from llava_kd.config import StudentConfig, TrainConfig, load
+from llava_kd.config import DataConfig, StudentConfig, TrainConfig
 from llava_kd.data.pixels.images import ImageTransform, decode
 from llava_kd.data.sources.conversation import Record, parse_record
 from llava_kd.data.text.encoder import Encoder
@@ -111,6 +114,29 @@ def test_stock_code_sees_what_training_saw(
             assert float(difference) < 0.04  # one step of 255 of the widest channel
         assert found["batched"] == found["alone"] == ours(directory, questions)
         assert len(set(found["alone"])) > 1
+
+
+def test_a_padded_picture_is_seen_whole_where_the_processor_would_crop(tmp_path: Path) -> None:
+    """DINOv2's resizes to a larger edge than it keeps; with a square around the picture, nothing is cut."""
+    parts = load_stock(str(make_tiny_llava(tmp_path / "m", layers=1)))
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    crops = BitImageProcessor(
+        size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}, image_mean=mean, image_std=std
+    )
+    parts = replace(parts, processor=copy.copy(parts.processor))
+    parts.processor.image_processor = crops
+    noise = torch.randint(0, 256, (20, 50, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    square = Image.new("RGB", (50, 50), tuple(int(255 * value) for value in mean))
+    square.paste(Image.fromarray(noise.numpy()), (0, 15))
+    whole_HWC = np.array(square.resize((32, 32), Image.Resampling.BICUBIC))
+    expected_CHW = ((torch.from_numpy(whole_HWC) / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(
+        2, 0, 1
+    )
+    trained_CHW = ImageTransform.from_processor(crops, "pad")(noise)
+    torch.testing.assert_close(trained_CHW, expected_CHW, rtol=0, atol=1e-5)
+    saved = served(parts, DataConfig(path="", image_aspect="pad")).processor.image_processor
+    stock_CHW = saved(images=Image.fromarray(noise.numpy()), return_tensors="pt")["pixel_values"][0]
+    assert float((stock_CHW - expected_CHW).abs().max()) < 0.04  # one step of 255 of the widest channel
 
 
 def test_the_saved_ends_and_sides_are_those_of_the_template(

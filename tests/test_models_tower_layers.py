@@ -12,15 +12,17 @@ import torch
 from safetensors import safe_open
 from tiny_batches import inputs, record
 from tiny_llava import make_tiny_llava
+from tiny_objectives import objective_of
 from tiny_towers import TOWERS, make_language_model, make_tower
 from torch import Tensor
 
 from llava_kd.assembly.estimate import Sizes
-from llava_kd.assembly.train import frozen_fingerprints, train
+from llava_kd.assembly.parts.identity import frozen_fingerprints
+from llava_kd.assembly.settings import load
+from llava_kd.assembly.train import train
 from llava_kd.batch import Batch
-from llava_kd.config import load
-from llava_kd.distill.objective import CrossEntropy, Objective
 from llava_kd.distill.student import Student
+from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.models.files.checkpoint import Parts, compose, load_stock
 from llava_kd.models.mllm import MLLM
 from llava_kd.models.towers.layers import last_layers, read_parameters
@@ -107,14 +109,14 @@ def test_a_batch_without_images_gives_every_trained_weight_a_gradient_of_zero(st
         load_stock(str(student_dir)).stock, trainable=("vision_tower", "language_model"), tower_last_layers=1
     )
     batch = Batch(student=inputs(record(1, images=0), record(2, images=0)), record_ids=("a", "b"))
-    loss, _ = Student(mllm, Objective(cross_entropy=CrossEntropy())).train()(batch, batch.counts())
+    loss, _ = Student(mllm, objective_of(cross_entropy=CrossEntropy())).train()(batch, batch.counts())
     loss.backward()
     for name, parameter in mllm.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
         if name.startswith("vision_tower") and parameter.grad is not None:
             assert not bool(parameter.grad.any())
     alone = MLLM(load_stock(str(student_dir)).stock, trainable=("language_model",))
-    expected, _ = Student(alone, Objective(cross_entropy=CrossEntropy()))(batch, batch.counts())
+    expected, _ = Student(alone, objective_of(cross_entropy=CrossEntropy()))(batch, batch.counts())
     assert torch.equal(loss, expected)
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_batches import inputs, record
+from tiny_objectives import objective_of
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
 
 from llava_kd.batch import Batch
-from llava_kd.distill.objective import KL, Objective, Relation
+from llava_kd.distill.taught import Taught
+from llava_kd.distill.terms.relation import Relation
+from llava_kd.distill.terms.visual_kl import VisualKL
 from llava_kd.models.mllm import Prediction
 from llava_kd.models.towers.visual_grid import VisualGrid, check_resample, resample, visual_grid
 
@@ -125,7 +128,9 @@ def test_visual_terms_read_the_teacher_through_the_alignment(with_images: bool) 
     )
     halved = Prediction(**{**vars(student), "hidden_BTD": hidden_BTD / 2})
     for align, is_zero in ((lambda features: features * 2, True), (lambda features: features + 1.0, False)):
-        terms = Objective(visual_kl=KL(), relation=Relation(tap="hidden"), num_common=30, align=align)
-        means = terms(student, halved, batch, batch.counts()).means
+        terms = objective_of(
+            visual_kl=VisualKL(), relation=Relation(tap="hidden"), num_common=30, align=align
+        )
+        means = terms(student, Taught(prediction=halved), batch, batch.counts()).means
         for value in means.values():
             assert (abs(float(value)) < 1e-5) == (is_zero or not with_images)

@@ -15,24 +15,20 @@ ROOT = Path(__file__).parents[1]
 ARMS = ("sft", "kd")
 STAGES = ("stage1", "stage2", "stage3")
 SHORTER = {"QUICKSTART_STEPS": "2", "QUICKSTART_SCENES": "40", "QUICKSTART_QUESTIONS": "12"}
-HERE_INSTALLED = {
-    "SETUP": "no",
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-}
 
 
-def run_unchecked(name: str, **settings: str) -> subprocess.CompletedProcess[str]:
+def run_unchecked(name: str, path: str, **settings: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(ROOT / "scripts" / name)],
-        env=os.environ | HERE_INSTALLED | settings,
+        env=os.environ | {"SETUP": "no", "PATH": path} | settings,
         capture_output=True,
         text=True,
         check=False,
     )
 
 
-def run_script(name: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    done = run_unchecked(name, **settings)
+def run_script(name: str, path: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    done = run_unchecked(name, path, **settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -43,8 +39,8 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ended(quickstart: Path) -> subprocess.CompletedProcess[str]:
-    return run_script("quickstart.sh", RUN=str(quickstart), **SHORTER)
+def ended(quickstart: Path, quick_path: str) -> subprocess.CompletedProcess[str]:
+    return run_script("quickstart.sh", quick_path, RUN=str(quickstart), **SHORTER)
 
 
 def test_results_hold_every_model_and_seed(quickstart: Path) -> None:
@@ -87,9 +83,10 @@ def test_only_the_distilled_arm_has_distillation_terms(quickstart: Path) -> None
             assert terms & set(json.loads(lines[-1])) == expected
 
 
-def test_the_teacher_is_made_by_its_script(tmp_path: Path) -> None:
+def test_the_teacher_is_made_by_its_script(tmp_path: Path, quick_path: str) -> None:
     shorter = {"TEACHER_STEPS": "2", "TEACHER_SCENES": "40", "TEACHER_QUESTIONS": "12"}
-    run_script("quickstart/make_teacher.sh", RUN=str(tmp_path / "run"), OUT=str(tmp_path / "out"), **shorter)
+    places = {"RUN": str(tmp_path / "run"), "OUT": str(tmp_path / "out")}
+    run_script("quickstart/make_teacher.sh", quick_path, **places, **shorter)
     LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert json.loads((tmp_path / "run" / "validation" / "summary.json").read_text())["count"] == 12
 
@@ -129,11 +126,11 @@ def test_the_last_lines_are_the_table(quickstart: Path, ended: subprocess.Comple
     assert seconds.startswith("seconds: install")
 
 
-def test_what_failed_and_what_to_run_next_is_the_last_line(tmp_path: Path) -> None:
+def test_what_failed_and_what_to_run_next_is_the_last_line(tmp_path: Path, quick_path: str) -> None:
     blocked = tmp_path / "run"
     blocked.mkdir()
     (blocked / "data").write_text("a file where the data should be")
-    done = run_unchecked("quickstart.sh", RUN=str(blocked), **SHORTER)
+    done = run_unchecked("quickstart.sh", quick_path, RUN=str(blocked), **SHORTER)
     assert done.returncode != 0
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"quickstart.sh ended with status {done.returncode} while drawing the shapes data")

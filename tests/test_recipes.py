@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llava_kd.assembly.pipeline import read_pipeline
-from llava_kd.config import dump, load
+from llava_kd.assembly.settings import load
+from llava_kd.config import dump
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 RECIPES = sorted(path for path in SCRIPTS.rglob("*.yaml") if path.name != "pipeline.yaml")
@@ -47,7 +48,8 @@ def test_a_stage_script_hands_its_own_recipe_and_the_overrides_on(
     command = ["bash", str(script), "--optim.lr=1", "--output_dir=a b"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
     called = done.stdout.strip()
-    assert called.startswith("python -m llava_kd." + ("build.supervise torchrun" if processes > 1 else "cli"))
+    program = "assembly.runs.supervise torchrun" if processes > 1 else "cli"
+    assert called.startswith(f"python -m llava_kd.{program} ")
     assert called.endswith(f"llava_kd.cli train {script.with_suffix('.yaml')} --optim.lr=1 --output_dir=a b")
     assert (f"--nproc-per-node {processes}" in called) == (processes > 1)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from safetensors.torch import load_file
 from tiny_llava import make_tiny_llava
@@ -65,9 +64,10 @@ def test_a_full_disk_is_an_error_that_every_rank_stops_for(tmp_path: Path, what:
     largest = max(path.stat().st_size for path in source.iterdir())
     tokenizer = (source / "tokenizer.json").stat().st_size
     bounds = [0, 300, tokenizer // 2, tokenizer - 10, largest // 2, largest - 100]
-    words = [sys.executable, "-c", FULL, str(source), str(tmp_path / "out"), what, *map(str, bounds)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True)
-    for bound, (is_known, said) in zip(bounds, json.loads(done.stdout.splitlines()[-1]), strict=True):
+    words = [FULL, str(source), str(tmp_path / "out"), what, *map(str, bounds)]
+    done = ranks.Ranks(words, tmp_path / ".logs", function=ranks.execute).wait()
+    assert done.codes == (0,), done.log
+    for bound, (is_known, said) in zip(bounds, json.loads(done.log.splitlines()[-1]), strict=True):
         assert is_known, (bound, said)
         assert "File too large" in said, (bound, said)
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["source"]

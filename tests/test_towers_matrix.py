@@ -11,8 +11,8 @@ from tiny_runs import write_stage
 from tiny_towers import TOWERS, make_language_model, make_tower
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from llava_kd.assembly.settings import load
 from llava_kd.assembly.train import train
-from llava_kd.config import load
 from llava_kd.models.files.checkpoint import compose, load_stock, save_stock
 
 pytestmark = pytest.mark.slow

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from llava_kd.assembly.parts.data import side
+from llava_kd.assembly.settings import load
 from llava_kd.cli import main
-from llava_kd.config import load
 from llava_kd.data.sources.llava_json import LlavaJson
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.training.checkpoint import Checkpoints, Saved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,15 @@ from tiny_batches import inputs, record
 from tiny_llava import make_tiny_llava
 
 from llava_kd.batch import Batch, TeacherRows
-from llava_kd.distill.objective import KL, CrossEntropy, Objective
+from llava_kd.distill.objective import places_read
+from llava_kd.distill.taught import Taught, TopKPrediction
+from llava_kd.distill.teaching.cached import CachedTeacher
+from llava_kd.distill.teaching.from_teacher import OWN, FromTeacher
 from llava_kd.distill.teaching.live import Teacher
-from llava_kd.losses import head_loss
+from llava_kd.distill.terms.visual_kl import VisualKL
+from llava_kd.losses import head_loss, reference
 from llava_kd.models.files.checkpoint import load_stock
-from llava_kd.models.mllm import MLLM
+from llava_kd.models.mllm import MLLM, Prediction
 
 WARNING = "the teacher's own cross-entropy on the responses"
 
@@ -26,31 +31,36 @@ def test_it_is_what_transformers_says_of_the_teacher(teacher_dir: Path, fast: bo
     stock = load_stock(str(teacher_dir)).stock.eval()
     rows = [record(i, answer=3 + i) for i in range(3)]
     batch = Batch(student=inputs(*rows), record_ids=("a", "b", "c"))
-    objective = Objective(cross_entropy=CrossEntropy(), response_kl=KL(), num_common=260)
-    if fast:
-        objective = Objective(response_kl=KL(), num_common=260, head_loss=head_loss.head_loss)
-    prediction = Teacher(MLLM(stock), shares_tower=False)(batch)
-    own = objective.teacher_cross_entropy(prediction, batch, batch.counts())
+    formula = head_loss.head_loss if fast else reference.head_loss
+    teaching = FromTeacher(Teacher(MLLM(stock), shares_tower=False), head_loss=formula)
+    own = teaching.figures(batch, teaching.outside(batch, None), batch.counts())["teacher_cross_entropy"]
     total = count = 0.0
     with torch.no_grad():
         for row in rows:
             output = stock(input_ids=row.ids[None], pixel_values=row.pixels_ICHW, labels=row.labels[None])
             number = int((row.labels != -100).sum())
             total, count = total + float(output.loss) * number, count + number
-    assert own is not None
     assert float(own) == pytest.approx(total / count, rel=1e-5)
 
 
-def test_it_is_unknown_where_no_prediction_of_the_responses_is_stored(teacher_dir: Path) -> None:
-    student = inputs(record(1))
-    rows = TeacherRows(places_M=torch.zeros(1, dtype=torch.long), hidden_ME=torch.zeros(1, 48))
-    stored = Batch(student=student, record_ids=("a",), teacher_rows=rows)
-    live = Batch(student=student, record_ids=("a",))
-    prediction = Teacher(MLLM(load_stock(str(teacher_dir)).stock), shares_tower=False)(live)
-    without, with_responses = Objective(visual_kl=KL()), Objective(response_kl=KL())
-    assert without.teacher_cross_entropy(prediction, live, live.counts()) is not None
-    assert without.teacher_cross_entropy(prediction, stored, live.counts()) is None
-    assert with_responses.teacher_cross_entropy(prediction, stored, live.counts()) is not None
+def test_it_is_known_of_stored_states_whatever_the_terms_read(teacher_dir: Path) -> None:
+    """A cache holds the responses for it, as `places_read` says; the largest logits do not give it."""
+    batch = Batch(student=inputs(record(1)), record_ids=("a",))
+    live = FromTeacher(Teacher(MLLM(load_stock(str(teacher_dir)).stock), shares_tower=False))
+    taught = live.outside(batch, None)
+    prediction = taught.prediction
+    assert isinstance(prediction, Prediction)
+    places_M = batch.student.places.response_N
+    rows = TeacherRows(places_M=places_M, hidden_ME=prediction.hidden_BTD.flatten(0, 1)[places_M])
+    stored = replace(batch, teacher_rows=rows)
+    assert "response" in places_read({"visual_kl": VisualKL()})
+    cached = FromTeacher(CachedTeacher(prediction.head_VD, prediction.bias_V))
+    own = live.figures(batch, taught, batch.counts())[OWN]
+    of_cache = cached.figures(stored, cached.outside(stored, None), batch.counts())[OWN]
+    torch.testing.assert_close(of_cache, own)
+    flat_BTK = torch.zeros(*batch.student.input_ids_BT.shape, 2)
+    top = TopKPrediction(logits_BTK=flat_BTK, columns_BTK=flat_BTK.int(), rest_BT=flat_BTK[..., 0])
+    assert not live.figures(stored, Taught(prediction=top), batch.counts())
 
 
 def test_the_same_model_on_both_sides_has_one_cross_entropy(tmp_path: Path, teacher_dir: Path) -> None:

@@ -19,13 +19,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_batches import inputs, record
+from tiny_objectives import objective_of
 from torch import Tensor
 
 from llava_kd.batch import Batch
 from llava_kd.cli import main
-from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
+from llava_kd.distill.objective import Objective
 from llava_kd.distill.student import Student
+from llava_kd.distill.teaching.door import Teaching
+from llava_kd.distill.teaching.from_teacher import FromTeacher
 from llava_kd.distill.teaching.live import Teacher
+from llava_kd.distill.terms.cross_entropy import CrossEntropy
+from llava_kd.distill.terms.relation import Relation
+from llava_kd.distill.terms.response_kl import ResponseKL
+from llava_kd.distill.terms.visual_kl import VisualKL
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 from llava_kd.parallel.engine import AdamWSettings, ParameterGroup
@@ -33,12 +40,17 @@ from llava_kd.parallel.torch_engine import TorchEngine
 from llava_kd.parallel.world import World
 from llava_kd.training.checkpoint import Checkpoints
 from llava_kd.training.metrics import Metrics
-from llava_kd.training.schedule import cosine_with_warmup
-from llava_kd.training.trainer import StopRequest, Trainer
+from llava_kd.training.schedule import Cadence, Schedule, cosine_with_warmup
+from llava_kd.training.stopping import StopRequest
+from llava_kd.training.trainer import Output, Trainer
 
 STEPS = 5
-OBJECTIVE = Objective(
-    cross_entropy=CrossEntropy(), response_kl=KL(), visual_kl=KL(), relation=Relation(), num_common=260
+OBJECTIVE = objective_of(
+    cross_entropy=CrossEntropy(),
+    response_kl=ResponseKL(),
+    visual_kl=VisualKL(),
+    relation=Relation(),
+    num_common=260,
 )
 
 
@@ -76,12 +88,14 @@ class Run:
     teacher_dir: Path
     trainable: tuple[str, ...] = ("multi_modal_projector", "language_model")
     save_every: int = 2
+    objective: Objective = OBJECTIVE
+    teaching: Callable[[Teacher], Teaching] = FromTeacher
     said: list[str] = field(default_factory=list)
 
     def trainer(self, loader: TinyLoader, *, log_every: int = 10) -> Trainer:
         mllm = MLLM(load_stock(str(self.student_dir)).stock, trainable=self.trainable)
-        self.student = Student(mllm, OBJECTIVE).train()
         self.teacher = Teacher(MLLM(load_stock(str(self.teacher_dir)).stock), shares_tower=True)
+        self.student = Student(mllm, self.objective, self.teaching(self.teacher)).train()
         names = tuple(name for name, p in self.student.named_parameters() if p.requires_grad)
         self.engine = TorchEngine(
             self.student,
@@ -95,16 +109,18 @@ class Run:
         return Trainer(
             engine=self.engine,
             student=self.student,
-            teacher=self.teacher,
             loader=loader,
-            checkpoints=Checkpoints(self.directory / "checkpoints", keep=2),
-            metrics=Metrics(self.directory, num_steps=STEPS, every=1, progress=False),
-            lr_multiplier=lambda step: cosine_with_warmup(step, num_steps=STEPS, warmup_ratio=0.2),
-            base_lr=1e-3,
-            num_steps=STEPS,
-            save_every=self.save_every,
-            log_every=log_every,
-            say=self.said.append,
+            schedule=Schedule(
+                num_steps=STEPS,
+                base_lr=1e-3,
+                lr_multiplier=lambda step: cosine_with_warmup(step, num_steps=STEPS, warmup_ratio=0.2),
+            ),
+            cadence=Cadence(save_every=self.save_every, log_every=log_every),
+            output=Output(
+                checkpoints=Checkpoints(self.directory / "checkpoints", keep=2),
+                metrics=Metrics(self.directory, num_steps=STEPS, every=1, progress=False),
+                say=self.said.append,
+            ),
         )
 
     def fit(self, loader: TinyLoader | None = None) -> str | None:
@@ -262,7 +278,7 @@ def test_a_loss_that_is_no_number_stops_with_the_record_ids_and_saves_nothing(ru
 
 
 def test_sigterm_to_a_real_run_writes_a_checkpoint_and_the_same_command_finishes_it(stage) -> None:
-    changes = {"max_steps": 60, "checkpoint": {"every": 1000, "keep": 1}}
+    changes = {"max_steps": 30, "checkpoint": {"every": 1000, "keep": 1}}
     whole, config = stage("whole", **changes), stage("stopped", **changes)
     output = config.with_suffix("")
     command = [sys.executable, "-m", "llava_kd.cli", "train", str(config)]
@@ -279,7 +295,7 @@ def test_sigterm_to_a_real_run_writes_a_checkpoint_and_the_same_command_finishes
     assert "stopped by SIGTERM after step" in said
     stopped_at = Checkpoints(output / "checkpoints", keep=1).steps()
     assert len(stopped_at) == 1
-    assert 3 <= stopped_at[0] < 60
+    assert 3 <= stopped_at[0] < 30
     assert not (output / "model").exists()
     assert main(["train", str(config)]) == 0
     assert main(["train", str(whole)]) == 0
@@ -287,7 +303,7 @@ def test_sigterm_to_a_real_run_writes_a_checkpoint_and_the_same_command_finishes
     got = load_file(output / "model" / "model.safetensors")
     assert all(torch.equal(got[name], value) for name, value in expected.items())
     logged = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert logged == list(range(1, 61))
+    assert logged == list(range(1, 31))
 
 
 def test_a_trainer_hears_signals_that_its_parent_had_blocked() -> None:

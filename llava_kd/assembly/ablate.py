@@ -20,7 +20,7 @@ from llava_kd.assembly.pipeline import command_words
 from llava_kd.assembly.runs.children import Children
 from llava_kd.assembly.runs.run_dir import locked
 from llava_kd.assembly.runs.stopping import INTERRUPTED
-from llava_kd.config import load
+from llava_kd.assembly.settings import load
 from llava_kd.search.findings.grid_results import RESULTS, read_results
 from llava_kd.search.findings.grid_tables import score_lines
 from llava_kd.search.findings.words import duration

@@ -16,22 +16,22 @@ from torch import Tensor
 
 from llava_kd.assembly.parts.data import make_source, side
 from llava_kd.assembly.parts.models import DTYPES
+from llava_kd.assembly.parts.objective import terms_of
 from llava_kd.assembly.parts.stored_teacher import (
     HEAD,
-    beyond_top_k,
     identity,
-    places_read,
     reads_projector,
     refuse_other,
     temperatures,
 )
-from llava_kd.assembly.parts.teacher import teacher_template
+from llava_kd.assembly.parts.teacher import placed_teacher, teacher_template
 from llava_kd.assembly.runs.run_dir import locked
-from llava_kd.assembly.train import placed_teacher, speaker
+from llava_kd.assembly.train import speaker
 from llava_kd.batch import Batch
 from llava_kd.checksums import checksum
 from llava_kd.config import TrainConfig
 from llava_kd.data.batches.loader import Loader, Side
+from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.sources.conversation import Source
 from llava_kd.data.teacher_store.shards import (
     SUFFIX,
@@ -45,6 +45,7 @@ from llava_kd.data.teacher_store.shards import (
 )
 from llava_kd.data.teacher_store.store import INDEX, MANIFEST, SHARDS, Contents, Manifest, Mode, write_index
 from llava_kd.data.text.encoder import Encoded
+from llava_kd.distill.objective import beyond_top_k, places_read
 from llava_kd.losses.kernels import gemm
 from llava_kd.models.files.checkpoint import Parts, load_stock
 from llava_kd.models.mllm import Prediction
@@ -101,18 +102,20 @@ def cache_teacher(
 
 def _contents(config: TrainConfig, mode: Mode, top_k: int | None, teacher: Parts) -> Contents:
     """What to keep for the terms of the settings. Raises ValueError where the mode cannot serve them."""
-    places = places_read(config.objective)
+    terms = terms_of(config.objective)
+    places = places_read(terms)
     if not config.objective.needs_teacher:
         raise ValueError("no term of `objective` reads the teacher: there is nothing to cache")
     if mode == "hidden":
         if top_k is not None:
             raise ValueError("--topk belongs to --mode topk")
-        return Contents(mode=mode, places=places, projected=reads_projector(config.objective))
-    if terms := beyond_top_k(config.objective):
+        return Contents(mode=mode, places=places, projected=bool(reads_projector(terms)))
+    if names := beyond_top_k(terms):
         raise ValueError(
-            f"{terms} compares more than the largest k logits give; use --mode hidden, or set that to null"
+            f"{' and '.join(names)} compares more than the largest k logits give; use --mode hidden, or set "
+            "that to null"
         )
-    if len(found := temperatures(config.objective)) != 1:
+    if len(found := temperatures(terms)) != 1:
         raise ValueError(f"--mode topk needs one temperature for both KL terms; got {sorted(found)}")
     columns = max(teacher.processor.tokenizer.get_vocab().values()) + 1
     if top_k is None or not 1 <= top_k < columns:
@@ -222,16 +225,18 @@ class _Run:
             source=source,
             student=reader,
             teacher=None,
-            seed=0,
-            global_batch_size=self.config.micro_batch_size,
-            micro_batch_size=self.config.micro_batch_size,
-            rank=0,
-            world_size=1,
+            order=Order(
+                seed=0,
+                global_batch_size=self.config.micro_batch_size,
+                micro_batch_size=self.config.micro_batch_size,
+                records=order,
+            ),
+            reading=Reading(
+                num_workers=self.config.data.num_workers,
+                max_bad_rate=self.config.data.max_bad_rate,
+                bad_records_path=self.directory / "bad_records.jsonl",
+            ),
             device=self.world.device,
-            num_workers=self.config.data.num_workers,
-            max_bad_rate=self.config.data.max_bad_rate,
-            bad_records_path=self.directory / "bad_records.jsonl",
-            records=order,
         )
 
     def _stored(self, batch: Batch, prediction: Prediction, numbers: Sequence[int]) -> Iterator[StoredRecord]:

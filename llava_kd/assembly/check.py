@@ -19,7 +19,6 @@ from llava_kd.config import TrainConfig
 from llava_kd.data.pixels.images import MAX_PIXELS, decode
 from llava_kd.data.sources.conversation import Source
 from llava_kd.models.files.checkpoint import Parts
-from llava_kd.models.mllm import MLLM
 from llava_kd.models.vocabulary import left_out
 
 
@@ -56,17 +55,17 @@ def check(
         lines.append(
             f"visual tokens    student {student.tokens_per_image}, teacher {teacher.tokens_per_image}"
         )
-        if terms.num_common is not None:
+        if terms.common.num_common is not None:
             extra = left_out(student.processor.tokenizer, teacher.processor.tokenizer)
             without = "" if extra is None else f"; left out are {extra}"
-            lines.append(f"vocabulary       {terms.num_common} shared columns{without}")
+            lines.append(f"vocabulary       {terms.common.num_common} shared columns{without}")
     lines += _sample(config, student, source, num_records)
     return "\n".join([*lines, plan(config, ranks, measured, network)])
 
 
 def _keeps_records_apart(config: TrainConfig, parts: Parts, whose: str) -> None:
     """ValueError for a language model that reads records of a batch or a row otherwise than alone."""
-    model, is_packed = MLLM(parts.stock), config.data.packing is not None
+    model, is_packed = parts.stock.model.language_model, config.data.packing is not None
     choose_attention(model, torch.device("cpu"), parts.stock.dtype, whose=whose, is_packed=is_packed)
 
 

@@ -15,8 +15,8 @@ from llava_kd.assembly.parts.models import student_parts
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.runs.provenance import checked_parent
 from llava_kd.assembly.runs.run_dir import check_world, refuse_other_run
+from llava_kd.assembly.stage import num_steps
 from llava_kd.assembly.throughput import Network, Rate, throughput
-from llava_kd.assembly.train import num_steps
 from llava_kd.config import TrainConfig
 from llava_kd.models.files.checkpoint import load_config, load_processor
 from llava_kd.parallel.world import World

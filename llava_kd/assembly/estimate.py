@@ -16,10 +16,10 @@ from llava_kd.config import LoraConfig, TrainConfig
 from llava_kd.losses.kernels.gemm import HEAD_ROWS_AT_A_TIME
 from llava_kd.losses.kernels.rows import CPU_CHUNK_BYTES, CUDA_MEMORY_SHARE, MAX_CHUNK_ROWS
 from llava_kd.models.lora import chosen_layers, linear_layers
-from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.projectors.reused import llava_class
 from llava_kd.models.reading import existing, read_config
 from llava_kd.models.towers.vision_tower import text_config, tokens_per_image, vision_config
+from llava_kd.models.trained import PREFIXES, trained_of
 from llava_kd.parallel.engine import REDUCE_BUCKET
 
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -49,21 +49,20 @@ class Sizes:
         text, vision = text_config(stock.config), vision_config(stock.config)
         seen: set[int] = set()
         counts = {}
-        mllm = MLLM(stock)
-        adapters = 0
+        trained, adapters = frozenset[str](), 0
         if config is not None:
-            last = config.vision_tower_last_layers
-            mllm = MLLM(stock, trainable=wholly_trained(config), tower_last_layers=last)
+            trained = trained_of(stock, wholly_trained(config), config.vision_tower_last_layers)
             adapters = _adapters(stock, config.student.lora)
-        for part, modules in mllm.parts(PARTS).items():
-            owned = {id(p): p.numel() for module in modules for p in module.parameters()}
+        named = dict(stock.named_parameters(remove_duplicate=False))
+        for part, prefixes in PREFIXES.items():
+            owned = {id(p): p.numel() for name, p in named.items() if name.startswith(prefixes)}
             counts[part] = sum(number for key, number in owned.items() if key not in seen)
             seen |= owned.keys()
         counts["language_model"] += adapters
         layers = stock.model.language_model.layers
         return Sizes(
             parameters=counts,
-            trained=adapters + sum(p.numel() for p in mllm.parameters() if p.requires_grad),
+            trained=adapters + sum({id(named[name]): named[name].numel() for name in trained}.values()),
             linear=sum(layer.weight.numel() for layer in linear_layers(stock).values()),
             largest_unit=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
             layers=len(layers),

@@ -14,7 +14,8 @@ import yaml
 from llava_kd.assembly.runs.children import Children
 from llava_kd.assembly.runs.run_dir import differences
 from llava_kd.assembly.runs.stopping import INTERRUPTED
-from llava_kd.config import TrainConfig, load
+from llava_kd.assembly.settings import load
+from llava_kd.config import TrainConfig
 
 _COMMAND = f"{shlex.quote(sys.executable)} -m llava_kd.cli train"
 

@@ -23,7 +23,8 @@ from pathlib import Path
 
 from llava_kd.assembly.estimate import GB, Sizes, accumulation, traffic
 from llava_kd.assembly.runs.run_dir import differences
-from llava_kd.config import TrainConfig, load
+from llava_kd.assembly.settings import load
+from llava_kd.config import TrainConfig
 
 # GB/s of busbw that are assumed: GPUs on NVLink, two 100 Gbit/s cards a machine.
 INSIDE, BETWEEN = 150.0, 25.0

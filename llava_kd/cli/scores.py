@@ -32,6 +32,9 @@ def add(commands: Commands) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    from llava_kd.evaluation.runner import Asking, evaluate
+
+    asking = Asking(batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens)
     if arguments.benchmark:
         from llava_kd.evaluation.benchmarks.run import evaluate_benchmarks
 
@@ -40,25 +43,21 @@ def _eval(arguments: argparse.Namespace) -> int:
             arguments.benchmark,
             arguments.data,
             arguments.out,
-            batch_size=arguments.batch_size,
-            max_new_tokens=arguments.max_new_tokens,
             limit=arguments.limit,
+            asking=asking,
         )
         if _is_first_rank():
             print((Path(arguments.out) / "table.md").read_text())
         return 0
     if arguments.limit is not None:
         raise ValueError("--limit goes with --benchmark; of a LLaVA JSON file every question is asked")
-    from llava_kd.evaluation.runner import evaluate
-
     summary = evaluate(
         arguments.model,
         arguments.data,
         arguments.out,
         image_root=arguments.images,
         follow_symlinks=arguments.follow_symlinks,
-        batch_size=arguments.batch_size,
-        max_new_tokens=arguments.max_new_tokens or 32,
+        asking=asking,
     )
     if _is_first_rank():
         shown = {name: summary[name] for name in ("accuracy", "count", "unreadable", "by_type")}
@@ -71,10 +70,11 @@ def _is_first_rank() -> bool:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.settings import labels
     from llava_kd.evaluation.report.page import report
     from llava_kd.evaluation.report.results import read_run, table
 
-    written = report(arguments.directory)
+    written = report(arguments.directory, terms=labels())
     print(table(read_run(arguments.directory)))
     print(f"open {written}")
     return 0

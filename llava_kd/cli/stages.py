@@ -47,7 +47,7 @@ def add(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from llava_kd.config import load
+    from llava_kd.assembly.settings import load
 
     if arguments.dry_run:
         config = load(arguments.config, arguments.overrides)
@@ -72,7 +72,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from llava_kd.assembly.check import check
-    from llava_kd.config import load
+    from llava_kd.assembly.settings import load
 
     config = load(arguments.config, arguments.overrides)
 
@@ -90,7 +90,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _cache_teacher(arguments: argparse.Namespace) -> int:
     from llava_kd.assembly.cache_teacher import cache_teacher
-    from llava_kd.config import load
+    from llava_kd.assembly.settings import load
 
     config = load(arguments.config, arguments.overrides)
 

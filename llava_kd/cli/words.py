@@ -43,5 +43,5 @@ def add_rates(command: argparse.ArgumentParser, when: str = "") -> None:
 def network(arguments: argparse.Namespace) -> Network:
     from llava_kd.assembly.throughput import Network
 
-    given = {name: getattr(arguments, name) for name in ("inside", "between")}
-    return Network(**{name: value for name, value in given.items() if value is not None})
+    given = vars(arguments)
+    return Network(**{name: given[name] for name in ("inside", "between") if given[name] is not None})

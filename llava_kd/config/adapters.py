@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from llava_kd.config.checks import require
+from annotated_types import Interval, MinLen
+from typing_extensions import Doc
+
+from llava_kd.config.ranges import PositiveFloat, PositiveInt, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters of the language model, which is then trained through them alone.
+    """Low-rank adapters of the language model, which is then trained through them alone."""
 
-    `targets`: names of linear layers of the decoder, such as q_proj; null is all of them.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        require(self.targets != [], "`student.lora.targets` is empty; name some layers, or set it to null")
+    rank: Annotated[PositiveInt, Doc("Width of an adapter.")] = 16
+    alpha: Annotated[PositiveFloat, Doc("Adapters are scaled by alpha / rank.")] = 32.0
+    dropout: Annotated[float, Interval(ge=0, lt=1), Doc("Of an adapter's input, in training.")] = 0.0
+    targets: Annotated[
+        list[str] | None,
+        MinLen(1),
+        Doc("Names of linear layers of the decoder, such as q_proj; null is all of them."),
+    ] = None
 
 
 def check_adapters(

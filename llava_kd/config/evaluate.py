@@ -5,47 +5,39 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from llava_kd.config.checks import require
+from typing_extensions import Doc
+
+from llava_kd.config.ranges import PositiveInt, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class SliceConfig:
-    """Questions of a LLaVA JSON file with one question a record; null asks all of them."""
-
-    data: str
-    images: str | None = None
-    num_questions: int | None = None
+    data: Annotated[str, Doc("LLaVA JSON file with one question a record.")]
+    images: Annotated[str | None, Doc("Image root; null is the folder of `data`.")] = None
+    num_questions: Annotated[PositiveInt | None, Doc("How many are asked; null is all.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutConfig:
-    """Records as of `data`, talks of several turns too; the first `max_records`, null for all of them."""
-
-    path: str
-    images: str | None = None
-    max_records: int | None = None
-
-    def __post_init__(self) -> None:
-        require(
-            self.max_records is None or self.max_records > 0,
-            f"`evaluate.losses.NAME.max_records` must be positive, got {self.max_records}; set "
-            "it to null for all",
-        )
+    path: Annotated[str, Doc("Records as of `data.path`, talks of several turns too.")]
+    images: Annotated[str | None, Doc("Image root; null is the folder of `path`.")] = None
+    max_records: Annotated[PositiveInt | None, Doc("How many of the first are read; null is all.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Every `every` steps and at the end the student answers each slice; `slice/NAME` is its accuracy.
-
-    `loss/NAME` is its mean cross-entropy per answer token over each of `losses`, given the answer so far.
-    """
-
-    every: int
-    slices: dict[str, SliceConfig] = field(default_factory=dict)
-    losses: dict[str, HeldOutConfig] = field(default_factory=dict)
-    max_new_tokens: int = 16
-    batch_size: int = 32
+    every: Annotated[PositiveInt, Doc("Steps from one time to the next; it is asked at the end as well.")]
+    slices: Annotated[
+        dict[str, SliceConfig], Doc("Questions that the student answers; `slice/NAME` is its accuracy.")
+    ] = field(default_factory=dict)
+    losses: Annotated[
+        dict[str, HeldOutConfig],
+        Doc("Answers that it is given; `loss/NAME` is its mean cross-entropy per token."),
+    ] = field(default_factory=dict)
+    max_new_tokens: Annotated[PositiveInt, Doc("Most tokens of an answer.")] = 16
+    batch_size: Annotated[PositiveInt, Doc("Questions that are answered together.")] = 32
 
     def __post_init__(self) -> None:
         require(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import draccus
@@ -12,6 +12,7 @@ import yaml
 from draccus.utils import DraccusException
 
 from llava_kd.config.checks import check_section
+from llava_kd.config.objective import Table, stage_type
 from llava_kd.config.sections import TrainConfig
 from llava_kd.config.trees import UniqueKeyLoader, parse_override, set_dotted
 
@@ -30,9 +31,10 @@ def _messages(error: BaseException) -> str:
     return " ".join(": ".join(parts).split())
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load(path: str | Path, overrides: Sequence[str] = (), *, terms: Table) -> TrainConfig:
     """Read `path`, apply overrides such as `--optim.lr=1e-4` or `--teacher=null`, and check the whole.
 
+    `terms` is the table of loss terms whose settings `objective` may hold.
     Raises ValueError for a missing file, an unknown or doubled key, a value of the wrong type, or settings
     that do not fit together; the message names the file and the key.
     """
@@ -45,16 +47,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
             raise ValueError("the file must hold `key: value` lines")
         for override in overrides:
             set_dotted(tree, *parse_override(override))
-        check_section(tree, TrainConfig, "")
-        return draccus.decode(TrainConfig, tree)
+        stage = stage_type(TrainConfig, terms)
+        check_section(tree, stage, "")
+        return draccus.decode(stage, tree)
     except RecursionError:
         raise ValueError(f"{path}: it, or an override, is nested too deeply") from None
     except (DraccusException, ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {_messages(error)}") from error
 
 
+def plain(value: object) -> object:
+    """Settings as mappings, lists and scalars, as YAML has them; draccus cannot write annotated types."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def dump(config: TrainConfig) -> str:
     """YAML text that `load` reads back into an equal tree."""
-    stream = io.StringIO()
-    draccus.dump(config, stream)
-    return stream.getvalue()
+    return yaml.dump(plain(config))

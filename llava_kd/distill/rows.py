@@ -11,10 +11,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
+from llava_kd.batch import IGNORE_INDEX, Batch, Counts, Inputs
 from llava_kd.models.mllm import Prediction
 
+Place = Literal["response", "visual"]
 Tap = Literal["logits", "hidden", "projector"]
+
+
+def count(counts: Counts, name: str) -> Tensor:
+    """A denominator of the step, at least 1. ValueError where the step has none of that name."""
+    if name not in counts:
+        raise ValueError(f"the step counts no {name!r}; it counts {', '.join(counts)}")
+    return counts[name].clamp_min(1)
 
 
 def targets_of_rows(inputs: Inputs, rows_N: Tensor) -> Tensor:
@@ -32,8 +40,16 @@ def visual_rows(inputs: Inputs) -> Tensor:
 
 
 def visual_features(prediction: Prediction, inputs: Inputs, tap: Tap) -> Tensor:
-    """[I, M, D] of the tap; the logits tap reads hidden states, its head is applied by the loss."""
+    """[I, M, D] of the tap; the logits tap reads hidden states, its head is applied by the loss.
+
+    ValueError for a prediction without the projector's output: nothing may be broadcast in its place.
+    """
     if tap == "projector":
+        if prediction.projected_IND.shape[0] != inputs.num_images:
+            raise ValueError(
+                f"the batch has {inputs.num_images} images and the prediction the projector's output of "
+                f"{prediction.projected_IND.shape[0]}: a cache of the teacher was written without it"
+            )
         return prediction.projected_IND
     hidden_D = prediction.hidden_BTD.flatten(0, 1)[inputs.places.visual_N]
     if inputs.num_images == 0:
@@ -54,33 +70,33 @@ class Rows:
     `is_shared_N` is 0 where the two sides answer with other tokens, as at the edges of two templates.
     """
 
-    name: str
+    place: Place
     student_N: Tensor
     teacher_N: Tensor
     targets_N: Tensor
     is_shared_N: Tensor
 
     @staticmethod
-    def select(name: str, batch: Batch, *, with_teacher: bool) -> Rows:
-        choose = response_rows if name == "response" else visual_rows
+    def select(place: Place, batch: Batch, *, with_teacher: bool) -> Rows:
+        choose = response_rows if place == "response" else visual_rows
         student_N = choose(batch.student)
         teacher_N = student_N
         if with_teacher and batch.teacher is not None:
             teacher_N = choose(batch.teacher)
             if len(teacher_N) != len(student_N):
                 raise ValueError(
-                    f"{name} rows must line up: the student has {len(student_N)}, the teacher "
+                    f"{place} rows must line up: the student has {len(student_N)}, the teacher "
                     f"{len(teacher_N)}, in the records {', '.join(batch.record_ids)}"
                 )
-        if name == "response":
+        if place == "response":
             targets_N = targets_of_rows(batch.student, student_N)
         else:
             targets_N = torch.full_like(student_N, IGNORE_INDEX)
         is_shared_N = torch.ones(len(student_N), device=student_N.device)
-        if name == "response" and with_teacher and batch.teacher is not None:
+        if place == "response" and with_teacher and batch.teacher is not None:
             is_shared_N = (targets_of_rows(batch.teacher, teacher_N) == targets_N).float()
         return Rows(
-            name=name,
+            place=place,
             student_N=student_N,
             teacher_N=teacher_N,
             targets_N=targets_N,

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from llava_kd.evaluation.stopwatch import counted, seconds_spent
 logger = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
+MAX_NEW_TOKENS = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,6 +46,22 @@ class Summary(TypedDict):
     versions: dict[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How questions are asked. `max_new_tokens` None is 32, or each benchmark's own; a device and a type of
+    None are the best that there is.
+    """
+
+    batch_size: int = 32
+    max_new_tokens: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    progress: bool = True
+
+
+_ASKING = Asking()
+
+
 def evaluate(
     model_dir: str | Path,
     data_json: str | Path,
@@ -52,11 +69,7 @@ def evaluate(
     *,
     image_root: str | Path | None = None,
     follow_symlinks: bool = False,
-    batch_size: int = 32,
-    max_new_tokens: int = 32,
-    device: str | None = None,
-    dtype: str | None = None,
-    progress: bool = True,
+    asking: Asking = _ASKING,
 ) -> Summary:
     """Ask every question of a LLaVA JSON file, write OUT/answers.jsonl and OUT/summary.json; the summary.
 
@@ -67,12 +80,12 @@ def evaluate(
     questions = read_llava_json(data_json, image_root=image_root, follow_symlinks=follow_symlinks)
     ranks = join_ranks()
     answers, seconds = answer_questions(
-        Model(model_dir, ranks=ranks, device=device, dtype=dtype),
+        Model(model_dir, ranks=ranks, device=asking.device, dtype=asking.dtype),
         questions,
         out_dir,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        progress=progress,
+        batch_size=asking.batch_size,
+        max_new_tokens=asking.max_new_tokens or MAX_NEW_TOKENS,
+        progress=asking.progress,
     )
     score = score_exact(answers)
     summary: Summary = {

@@ -49,6 +49,7 @@ from llava_kd.losses.checks import (
 )
 
 Kind = Literal["forward", "reverse", "jsd", "skewed_forward", "skewed_reverse"]
+KINDS: tuple[Kind, ...] = get_args(Kind)  # the one list: settings, kernels and tests read it
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Divergence:
     mix: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"divergence must be one of {list(get_args(Kind))}; got {self.kind!r}")
+        if self.kind not in KINDS:
+            raise ValueError(f"divergence must be one of {list(KINDS)}; got {self.kind!r}")
         if not 0 < self.mix < 1:
             raise ValueError(
                 f"mix must lie strictly between 0 and 1; got {self.mix}. At the ends, `forward` and `reverse`"
@@ -161,6 +162,12 @@ def divergence_rows(student_logp_NC: Tensor, teacher_logp_NC: Tensor, divergence
             return _kl_to_mixture(t, s, mix)
         case "skewed_reverse":
             return _kl_to_mixture(s, t, mix)
+        case _:
+            raise lacking(divergence)
+
+
+def lacking(divergence: Divergence) -> ValueError:
+    return ValueError(f"this form of the losses lacks the divergence {divergence.kind!r}; add it")
 
 
 def _kl(logp_NC: Tensor, logq_NC: Tensor) -> Tensor:

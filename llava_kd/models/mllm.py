@@ -16,12 +16,8 @@ from transformers import LlavaForConditionalGeneration
 from llava_kd.batch import Inputs
 from llava_kd.models.attention import packed as packed_attention
 from llava_kd.models.attention.visual import VisualMaps, check_maps, watchable
-from llava_kd.models.lora import is_adapter
-from llava_kd.models.projectors.reused import ReusedProjector
-from llava_kd.models.towers.layers import last_layers, read_parameters
 from llava_kd.models.towers.vision_tower import feature_layer, image_features, vision_config
-
-PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+from llava_kd.models.trained import PARTS, trained_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,33 +54,18 @@ class MLLM(nn.Module):
     ) -> None:
         """`tower_last_layers`: how many layers of a trained tower; None for the whole of it."""
         super().__init__()
-        trainable = set(trainable)
-        if unknown := trainable - set(PARTS):
-            raise ValueError(f"no part named {sorted(unknown)}; a model has {list(PARTS)}")
         self._watched: range | None = None
         self._stock = (stock,)  # in a tuple, so that nn.Module does not register it
         self.multi_modal_projector = stock.model.multi_modal_projector
         self.language_model = stock.model.language_model
         self.lm_head = stock.lm_head
+        trained = trained_of(stock, trainable := tuple(trainable), tower_last_layers)
         self.train_tower = "vision_tower" in trainable
         if self.train_tower:
             self.vision_tower = stock.model.vision_tower
         stock.requires_grad_(False)
-        for modules in self.parts(trainable - {"vision_tower"}).values():
-            named = [pair for module in modules for pair in module.named_parameters()]
-            adapters = [(name, parameter) for name, parameter in named if is_adapter(name)]
-            for _, parameter in adapters or named:
-                parameter.requires_grad_(True)
-        if isinstance(self.multi_modal_projector, ReusedProjector):
-            self.multi_modal_projector.freeze_reused()
-        if self.train_tower:
-            self._train_tower(tower_last_layers)
-
-    def _train_tower(self, last: int | None) -> None:
-        tower, config = self.vision_tower, self.stock.config
-        names = read_parameters(tower, config) if last is None else last_layers(tower, config, last)
-        for name in names:
-            tower.get_parameter(name).requires_grad_(True)
+        for name in trained:
+            stock.get_parameter(name).requires_grad_(True)
 
     def train(self, mode: bool = True) -> MLLM:
         """As of any module, but the batch statistics of a trained ConvNet tower stay as they were learned."""
@@ -110,20 +91,21 @@ class MLLM(nn.Module):
         return {name: modules[name] for name in PARTS if name in set(names)}
 
     def image_features(self, inputs: Inputs) -> Tensor:
-        """[I, N, E] features of the batch's images; no gradient where the tower is frozen.
+        """[I, N, E] features of the batch's images; no gradient where tower and pixels have none.
 
-        A batch without images has those of one blank image where the tower is trained, for engines wait
-        for its gradient; `forward` multiplies them by zero.
+        A batch without images has those of one blank image where there is one, for engines wait for it;
+        `forward` multiplies them by zero.
         """
         config = self.stock.config
         tower = self.stock.model.vision_tower
         pixels_ICHW = inputs.pixels_ICHW
-        if inputs.num_images == 0 and not self.train_tower:
+        has_gradient = self.train_tower or pixels_ICHW.requires_grad
+        if inputs.num_images == 0 and not has_gradient:
             width = vision_config(config).hidden_size
             return torch.zeros(0, 1, width, device=pixels_ICHW.device, dtype=self.stock.dtype)
         if inputs.num_images == 0:
-            pixels_ICHW = pixels_ICHW.new_zeros(1, *pixels_ICHW.shape[1:])
-        with torch.set_grad_enabled(self.train_tower and torch.is_grad_enabled()):
+            pixels_ICHW = pixels_ICHW.new_zeros(1, *pixels_ICHW.shape[1:]) + pixels_ICHW.sum()
+        with torch.set_grad_enabled(has_gradient and torch.is_grad_enabled()):
             return image_features(
                 tower,
                 pixels_ICHW,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -27,6 +28,16 @@ from llava_kd.parallel.engine import (
 from llava_kd.parallel.world import World
 
 
+@dataclass(frozen=True, kw_only=True)
+class Zero:
+    """What DeepSpeed is told besides the optimiser: it clips by itself."""
+
+    stage: int
+    max_grad_norm: float
+    micro_batch_size: int
+    accumulation: int
+
+
 class DeepSpeedEngine:
     """ZeRO over one module. DeepSpeed keeps fp32 masters and clips; the schedule stays the trainer's."""
 
@@ -36,15 +47,12 @@ class DeepSpeedEngine:
         groups: Sequence[ParameterGroup],
         *,
         world: World,
-        zero_stage: int,
+        zero: Zero,
         adamw: AdamWSettings,
         bf16: bool,
-        max_grad_norm: float,
-        micro_batch_size: int,
-        accumulation: int,
     ) -> None:
         self.world = world
-        self.is_sharded = zero_stage == 3
+        self.is_sharded = zero.stage == 3
         self._module = module
         self._trained = {name: module.get_parameter(name) for group in groups for name in group.names}
         self._lrs = [group.lr for group in groups]
@@ -60,18 +68,18 @@ class DeepSpeedEngine:
             optimizer=optimizer,
             dist_init_required=False,
             config={
-                "train_micro_batch_size_per_gpu": micro_batch_size,
-                "gradient_accumulation_steps": accumulation,
-                "gradient_clipping": max_grad_norm,
+                "train_micro_batch_size_per_gpu": zero.micro_batch_size,
+                "gradient_accumulation_steps": zero.accumulation,
+                "gradient_clipping": zero.max_grad_norm,
                 "bf16": {"enabled": bf16},
                 # DeepSpeed fills the whole buffer's memory, however little is trained.
-                "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": bucket},
+                "zero_optimization": {"stage": zero.stage, "reduce_bucket_size": bucket},
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**12,
             },
         )[0]
 
-        self._fill_moments(zero_stage)
+        self._fill_moments(zero.stage)
 
     def _fill_moments(self, zero_stage: int) -> None:
         """Zero moments for every shard: DeepSpeed itself makes them at the first step, too late to load."""

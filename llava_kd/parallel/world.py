@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -85,6 +85,23 @@ class World:
                 "a file system that all machines share"
             )
         return value
+
+    def agreed_names(self, names: Collection[str], what: str) -> tuple[str, ...]:
+        """`names`, sorted. Raises ValueError on every rank where they differ: which rank lacks which."""
+        if self.size == 1:
+            return tuple(sorted(names))
+        of_ranks: list[set[str]] = [set() for _ in range(self.size)]
+        dist.all_gather_object(of_ranks, set(names))
+        everything = set().union(*of_ranks)
+        if lacking := {
+            rank: sorted(everything - own) for rank, own in enumerate(of_ranks) if everything - own
+        }:
+            listed = "; ".join(f"rank {rank} lacks {', '.join(lost)}" for rank, lost in lacking.items())
+            raise ValueError(
+                f"every rank must report the same {what}, but {listed}. Report it on every rank, as zero "
+                "where a batch has nothing for it"
+            )
+        return tuple(sorted(everything))
 
 
 def join(device: str = "auto", *, timeout_minutes: float = 60) -> World:

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
 
-ENGINES = {
-    "ddp": ["--engine.kind=ddp"],
-    "fsdp2": ["--engine.kind=fsdp2"],
-    "zero3": ["--engine.kind=deepspeed", "--engine.zero_stage=3"],
-}
-
-
-def launch(config: Path, output: Path, *overrides: str, ranks: int) -> None:
-    """`llava-kd train` on `ranks` gloo processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "llava_kd.cli", "train", str(config), f"--output_dir={output}", *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+ENGINES = {name: ranks.ENGINES[name] for name in ("ddp", "fsdp2", "zero3")}
 
 
 def losses(output: Path) -> list[dict[str, float]]:
@@ -43,7 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shapes_dir: Path, student_dir
 
     root = tmp_path_factory.mktemp("engines")
     config = write_stage(root / "one", data=shapes_dir, student=student_dir, teacher=teacher_dir, max_steps=4)
-    launch(config, root / "one", ranks=1)
+    ranks.train(config, root / "one")
     return config, root
 
 
@@ -52,7 +37,7 @@ def test_two_ranks_give_the_losses_and_weights_of_one_device(runs, engine: str) 
     config, root = runs
     if engine == "zero3":
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
-    launch(config, root / engine, *ENGINES[engine], ranks=2)
+    ranks.train(config, root / engine, *ENGINES[engine], ranks=2)
     expected, got = losses(root / "one"), losses(root / engine)
     assert len(got) == len(expected) == 4
     for a, b in zip(expected, got, strict=True):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
+import tap_ranks
 import torch
 from safetensors.torch import load_file
 
@@ -15,16 +14,12 @@ from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
 
 pytestmark = pytest.mark.distributed
-HERE = Path(__file__).parent
 
 
-def update(kind: str, ranks: int, student: Path, out: Path) -> dict[str, torch.Tensor]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    path = os.pathsep.join([str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
-    command += [str(HERE / "tap_ranks.py"), kind, str(student), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def update(kind: str, count: int, student: Path, out: Path) -> dict[str, torch.Tensor]:
+    words = [kind, str(student), str(out)]
+    ended = ranks.Ranks(words, out.with_name("logs"), ranks=count, function=tap_ranks.main).wait()
+    assert set(ended.codes) == {0}, ended.log
     return load_file(out)
 
 

@@ -15,12 +15,14 @@ from llava_kd.assembly.parts.stored_teacher import open_cache
 from llava_kd.config import DataConfig, PackingConfig, TrainConfig
 from llava_kd.data.batches.bad_records import BadRecord, refuse_faults
 from llava_kd.data.batches.loader import Loader, Side
+from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.batches.packing import Packing
 from llava_kd.data.pixels.images import ImageTransform
 from llava_kd.data.sources.conversation import Source
 from llava_kd.data.sources.llava_json import LlavaJson
 from llava_kd.data.sources.mixture import Mixture
 from llava_kd.data.sources.tar_shards import TarShards
+from llava_kd.data.teacher_store.store import TeacherCache
 from llava_kd.data.text.template_choice import choose
 from llava_kd.models.attention.row_limits import check_rows
 from llava_kd.models.files.checkpoint import Parts
@@ -162,48 +164,57 @@ def make_loader(
     student_side = side(student, data, config.student.template)
     teacher_side, shares_tower, cache = None, False, None
     if teacher is not None:
-        assert config.teacher is not None
-        teacher_side = side(teacher, data, config.teacher.template)
-        reads_alike = teacher_side.reads_as(student_side)
-        if config.teacher.cache is not None:
-            if teacher_side.template != student_side.template:
-                raise ValueError(
-                    "`teacher.cache` holds predictions at the teacher's own tokens: both sides must have one "
-                    f"template; the student's is {student_side.template.name}, the teacher's "
-                    f"{teacher_side.template.name}; set data.template, or teacher.cache to null"
-                )
-            cache = open_cache(config, teacher_side, source)
-            if cache.manifest.contents.mode == "topk" and teacher.visual_grid != student.visual_grid:
-                raise ValueError(
-                    f"{cache.directory} holds logits, which cannot be resampled to the grid of the student; "
-                    "write one with --mode hidden, or use the tower of the teacher"
-                )
-            reads_alike = teacher.tokens_per_image == student.tokens_per_image  # the cache checks the tokens
-        else:
-            shares_tower = same_tower(config, student, teacher)
-            reads_alike = reads_alike and shares_tower
-        if reads_alike:
-            teacher_side = None
+        teacher_side, shares_tower, cache = _teacher_side(config, student, teacher, student_side, source)
     loader = Loader(
         source=source,
         student=student_side,
         teacher=teacher_side,
-        seed=config.seed,
-        global_batch_size=config.global_batch_size,
-        micro_batch_size=config.micro_batch_size,
-        rank=world.rank,
-        world_size=world.size,
+        order=Order(
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            packing=make_packing(data.packing),
+        ),
+        reading=Reading(
+            num_workers=data.num_workers,
+            decoder=data.decode,
+            image_cache_bytes=data.image_cache_mb * 2**20,
+            progress=config.log.progress and world.is_main,
+            max_bad_rate=data.max_bad_rate,
+            bad_records_path=Path(config.output_dir) / BAD_RECORDS,
+        ),
         device=world.device,
-        num_workers=data.num_workers,
-        decoder=data.decode,
-        packing=make_packing(data.packing),
-        image_cache_bytes=data.image_cache_mb * 2**20,
         teacher_cache=cache,
-        progress=config.log.progress and world.is_main,
-        max_bad_rate=data.max_bad_rate,
-        bad_records_path=Path(config.output_dir) / BAD_RECORDS,
     )
     return loader, shares_tower
+
+
+def _teacher_side(
+    config: TrainConfig, student: Parts, teacher: Parts, student_side: Side, source: Source
+) -> tuple[Side | None, bool, TeacherCache | None]:
+    """How the teacher reads, None where as the student does; whether they share a tower; what is stored."""
+    assert config.teacher is not None
+    own = side(teacher, config.data, config.teacher.template)
+    reads_alike = own.reads_as(student_side)
+    if config.teacher.cache is None:
+        shares_tower = same_tower(config, student, teacher)
+        return (None if reads_alike and shares_tower else own), shares_tower, None
+    if own.template != student_side.template:
+        raise ValueError(
+            "`teacher.cache` holds predictions at the teacher's own tokens: both sides must have one "
+            f"template; the student's is {student_side.template.name}, the teacher's "
+            f"{own.template.name}; set data.template, or teacher.cache to null"
+        )
+    cache = open_cache(config, own, source)
+    if cache.manifest.contents.mode == "topk" and teacher.visual_grid != student.visual_grid:
+        raise ValueError(
+            f"{cache.directory} holds logits, which cannot be resampled to the grid of the student; "
+            "write one with --mode hidden, or use the tower of the teacher"
+        )
+    # The cache checks the tokens.
+    return (None if teacher.tokens_per_image == student.tokens_per_image else own), False, cache
 
 
 def same_tower(config: TrainConfig, student: Parts, teacher: Parts) -> bool:

@@ -19,18 +19,20 @@ def make_engine(config: TrainConfig, world: World, module: Student) -> Engine:
     )
     bf16 = config.engine.precision == "bf16"
     if kind == "deepspeed":
-        from llava_kd.parallel.deepspeed_engine import DeepSpeedEngine
+        from llava_kd.parallel.deepspeed_engine import DeepSpeedEngine, Zero
 
         return DeepSpeedEngine(
             module,
             groups,
             world=world,
-            zero_stage=config.engine.zero_stage or 3,
+            zero=Zero(
+                stage=config.engine.zero_stage or 3,
+                max_grad_norm=config.optim.max_grad_norm,
+                micro_batch_size=config.micro_batch_size,
+                accumulation=-(-config.global_batch_size // (config.micro_batch_size * world.size)),
+            ),
             adamw=adamw,
             bf16=bf16,
-            max_grad_norm=config.optim.max_grad_norm,
-            micro_batch_size=config.micro_batch_size,
-            accumulation=-(-config.global_batch_size // (config.micro_batch_size * world.size)),
         )
     mllm = module.mllm
     units = [*mllm.language_model.layers, mllm.multi_modal_projector]
@@ -38,7 +40,7 @@ def make_engine(config: TrainConfig, world: World, module: Student) -> Engine:
 
 
 def parameter_groups(config: TrainConfig, module: Student) -> list[ParameterGroup]:
-    """One group a trained part, each with its own learning rate."""
+    """One group a trained part, each with its own learning rate, and one of what is trained beside them."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups = []
     for part, modules in module.mllm.parts(config.trainable).items():
@@ -46,4 +48,8 @@ def parameter_groups(config: TrainConfig, module: Student) -> list[ParameterGrou
         owned = dict.fromkeys(names[id(p)] for p in trained)
         lr = config.optim.lr_by_part.get(part, config.optim.lr)
         groups.append(ParameterGroup(names=tuple(owned), lr=lr))
+    taken = {name for group in groups for name in group.names}
+    others = [name for name, p in module.named_parameters() if p.requires_grad and name not in taken]
+    if others:  # what terms and teachings bring
+        groups.append(ParameterGroup(names=tuple(others), lr=config.optim.lr))
     return groups

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +14,10 @@ from llava_kd.assembly.parts.slices import read_slices, slice_scorer
 from llava_kd.batch import Batch, Counts
 from llava_kd.config import EvaluateConfig, TrainConfig
 from llava_kd.data.batches.loader import Loader
-from llava_kd.distill.objective import CrossEntropy, Objective
+from llava_kd.data.batches.order import Order, Reading
+from llava_kd.distill.objective import Objective
 from llava_kd.distill.student import Student
+from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.evaluation.generation.generate import evaluation_mode
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.parallel.engine import Engine
@@ -69,18 +70,19 @@ def _loss_scorer(
             source=source,
             student=reader,
             teacher=None,
-            seed=config.seed,
-            global_batch_size=size,
-            micro_batch_size=size,
-            rank=0,  # what a rank reads is chosen below, by batch
-            world_size=1,
+            order=Order(  # what a rank reads is chosen below, by batch
+                seed=config.seed,
+                global_batch_size=size,
+                micro_batch_size=size,
+                records=range(len(source))[: evaluate.losses[name].max_records],
+            ),
+            reading=Reading(max_bad_rate=1.0),
             device=engine.world.device,
-            max_bad_rate=1.0,
-            records=range(len(source))[: evaluate.losses[name].max_records],
         )
         for name, source in read_held_out(config).items()
     }
-    alone = _cross_entropy_alone(module.objective)
+    # The same formulas, none of the teacher's terms.
+    alone = Objective(terms={"cross_entropy": CrossEntropy()}, common=module.objective.common)
 
     def score() -> Figures:
         start = time.perf_counter()
@@ -96,20 +98,6 @@ def _loss_scorer(
         return {**figures, "loss/seconds": time.perf_counter() - start}
 
     return score
-
-
-def _cross_entropy_alone(objective: Objective) -> Objective:
-    """The same formulas, none of the teacher's terms."""
-    return replace(
-        objective,
-        cross_entropy=CrossEntropy(),
-        response_kl=None,
-        visual_kl=None,
-        relation=None,
-        response_dbild=None,
-        visual_switch=None,
-        attention=None,
-    )
 
 
 def _summed(
@@ -143,7 +131,7 @@ def _summed(
 def _loss(batch: Batch, module: Student, objective: Objective) -> torch.Tensor:
     """Sum over the answers' tokens."""
     one = torch.ones((), dtype=torch.float64, device=batch.student.input_ids_BT.device)
-    counts = Counts(response_tokens=one, visual_tokens=one, images=one)
+    counts = Counts(dict.fromkeys(module.counts(batch), one))
     features_INE = None if module.mllm.train_tower else module.mllm.image_features(batch.student)
     _, means = module(batch, counts, features_INE, objective=objective)
     return means["cross_entropy"].double()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from llava_kd.assembly.parts.models import DTYPES, compute_dtype
-from llava_kd.config import DBiLDConfig, ObjectiveConfig, TrainConfig
-from llava_kd.distill.options import Align, DBiLD, Switch
+from llava_kd.assembly.parts.objective import terms_of
+from llava_kd.config import TrainConfig
+from llava_kd.distill.formulas import Align
+from llava_kd.distill.teaching.switch import Switch
+from llava_kd.distill.terms.term import Term
 from llava_kd.models.attention.visual import middle_layers
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.mllm import MLLM
@@ -20,11 +24,7 @@ from llava_kd.models.towers.vision_tower import vision_config
 from llava_kd.models.towers.visual_grid import check_resample, resample
 from llava_kd.models.vocabulary import num_common_columns
 
-
-def dbild(config: DBiLDConfig | None) -> DBiLD | None:
-    if config is None:
-        return None
-    return DBiLD(weight=config.weight, temperature=config.temperature, candidates=config.candidates)
+T = TypeVar("T")
 
 
 def with_projector(config: TrainConfig, student: Parts, teacher: Parts | None) -> Parts:
@@ -42,29 +42,40 @@ def lend(
     To be called before an engine shards the student, and after the kernels of attention are chosen.
     """
     assert config.teacher is not None
-    _watch(config.objective, student_mllm, compute_dtype(config))
-    _watch(config.objective, teacher_mllm, DTYPES[config.teacher.dtype])
-    return _switch(config.objective, student, teacher, teacher_mllm, config.data.visual_alignment)
+    terms = terms_of(config.objective)
+    _watch(terms, student_mllm, compute_dtype(config))
+    _watch(terms, teacher_mllm, DTYPES[config.teacher.dtype])
+    return _switch(terms, student, teacher, teacher_mllm, config.data.visual_alignment)
 
 
-def _watch(config: ObjectiveConfig, model: MLLM, dtype: torch.dtype) -> None:
-    if config.attention is None:
-        return
-    num_layers = len(model.language_model.layers)
-    model.watch_attention(middle_layers(num_layers, config.attention.first, config.attention.last), dtype)
+def _watch(terms: Mapping[str, Term], model: MLLM, dtype: torch.dtype) -> None:
+    shares = _agreed({name: term.reads.attention for name, term in terms.items()}, "the attention of")
+    if shares is not None:
+        model.watch_attention(middle_layers(len(model.language_model.layers), *shares), dtype)
+
+
+def _agreed(asked: Mapping[str, T | None], what: str) -> T | None:
+    """What the terms ask for. ValueError where two ask for two things: there is one of it."""
+    found = {name: value for name, value in asked.items() if value is not None}
+    if len(set(found.values())) > 1:
+        listed = " and ".join(f"{name} reads {what} {value}" for name, value in found.items())
+        raise ValueError(f"{listed}: a run has one of these; set them alike, or drop a term")
+    return next(iter(found.values()), None)
 
 
 def _switch(
-    config: ObjectiveConfig,
+    terms: Mapping[str, Term],
     student: Parts,
     teacher: Parts,
     teacher_mllm: MLLM,
     visual_alignment: Literal["refuse", "resample"],
 ) -> Switch | None:
     """Raises ValueError where the student's visual output cannot stand in the teacher's places."""
-    if config.visual_switch is None:
+    asked: dict[str, Literal["tower", "projector"] | None] = {n: t.reads.switched for n, t in terms.items()}
+    source = _agreed(asked, "the switch from the")
+    if source is None:
         return None
-    source, map_DE = config.visual_switch.source, None
+    map_DE = None
     if source == "tower":
         widths = [vision_config(parts.stock.config).hidden_size for parts in (student, teacher)]
         if widths[0] != widths[1]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llava_kd.config import StudentConfig, TrainConfig
 from llava_kd.data.text.template import Template
@@ -79,7 +80,12 @@ def place(mllm: MLLM, device: torch.device, dtypes: Mapping[str, torch.dtype]) -
 
 
 def choose_attention(
-    mllm: MLLM, device: torch.device, dtype: torch.dtype, *, whose: str, is_packed: bool = False
+    language_model: PreTrainedModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    whose: str,
+    is_packed: bool = False,
 ) -> str:
     """Let the language model, which computes in `dtype`, take the best kernel for its rows; its name.
 
@@ -87,7 +93,7 @@ def choose_attention(
     these hold several, otherwise than alone. To be called before an engine shards the student.
     """
     return choose_kernel(
-        mllm.language_model, device=device, dtype=dtype, is_packed=is_packed, whose=f"the {whose}"
+        language_model, device=device, dtype=dtype, is_packed=is_packed, whose=f"the {whose}"
     )
 
 

@@ -1,27 +1,26 @@
-"""The loss terms that the settings ask for."""
+"""The loss terms that the settings ask for, and what they need of the two models."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from llava_kd.assembly.parts.lending import dbild
-from llava_kd.config import KLConfig, ObjectiveConfig
-from llava_kd.distill.objective import KL, CrossEntropy, Objective, Relation
-from llava_kd.distill.options import Attention
-from llava_kd.losses import dbild as fast_dbild
-from llava_kd.losses import head_loss, reference, reference_top_k, relation, top_k
+from llava_kd.config import ObjectiveConfig
+from llava_kd.distill.formulas import FORMULAS, Common
+from llava_kd.distill.objective import Objective
+from llava_kd.distill.terms.term import Term, Widths
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.towers.visual_grid import check_resample, resample
 from llava_kd.models.vocabulary import num_common_columns
 
-HEAD_LOSSES = {"fast": head_loss.head_loss, "reference": reference.head_loss}
-DBILDS = {"fast": fast_dbild.dbild_loss, "reference": reference.dbild_loss}
-TOP_K_LOSSES = {"fast": top_k.top_k_head_loss, "reference": reference_top_k.top_k_head_loss}
-RELATIONS = {"fast": relation.relation_rows, "reference": reference.relation_rows}
+
+def terms_of(config: ObjectiveConfig) -> dict[str, Term]:
+    """The terms that are on, by name: the settings are the terms themselves."""
+    return {name: term for name, term in config.terms.items() if isinstance(term, Term)}
 
 
 def objective(
@@ -29,43 +28,53 @@ def objective(
     student: Parts,
     teacher: Parts | None,
     visual_alignment: Literal["refuse", "resample"] = "refuse",
+    *,
+    seed: int = 0,
 ) -> Objective:
-    """The weighted terms, with the vocabulary that both heads share and how their visual tokens line up."""
-    over_words = (config.response_kl, config.visual_kl, config.response_dbild, config.visual_switch)
-    needs_vocabulary = any(term is not None for term in over_words)
+    """The weighted terms, with the vocabulary that both heads share and how their visual tokens line up.
+
+    `seed` is of the weights that terms bring.
+    """
+    terms = terms_of(config)
     num_common = None
-    if needs_vocabulary and teacher is not None:
+    if any(term.reads.vocabulary for term in terms.values()) and teacher is not None:
         num_common = num_common_columns(
             student.processor.tokenizer,
             teacher.processor.tokenizer,
             student_rows=student.stock.lm_head.weight.shape[0],
             teacher_rows=teacher.stock.lm_head.weight.shape[0],
         )
-    needs_grid = any(t is not None for t in (config.visual_kl, config.relation, config.attention))
-    ce, rel, attention = config.cross_entropy, config.relation, config.attention
+    by_grid = [name for name, term in terms.items() if term.reads.grids]
+    align = None
+    if by_grid and teacher is not None:
+        align = _alignment(student, teacher, visual_alignment, by_grid)
     return Objective(
-        cross_entropy=None if ce is None else CrossEntropy(weight=ce.weight),
-        response_kl=_kl(config.response_kl),
-        visual_kl=_kl(config.visual_kl),
-        relation=None
-        if rel is None
-        else Relation(weight=rel.weight, tap=rel.tap, centre=rel.centre, normalise=rel.normalise),
-        response_dbild=dbild(config.response_dbild),
-        visual_switch=dbild(config.visual_switch),
-        attention=None
-        if attention is None
-        else Attention(weight=attention.weight, drop_sinks=attention.drop_sinks),
-        num_common=num_common,
-        align=_alignment(student, teacher, visual_alignment) if needs_grid and teacher is not None else None,
-        head_loss=HEAD_LOSSES[config.losses],
-        top_k_head_loss=TOP_K_LOSSES[config.losses],
-        relation_rows=RELATIONS[config.losses],
-        dbild_loss=DBILDS[config.losses],
+        terms=terms,
+        common=Common(num_common=num_common, align=align, formulas=FORMULAS[config.losses]),
+        modules=_modules(terms, student, teacher, seed),
     )
 
 
+def _modules(
+    terms: Mapping[str, Term], student: Parts, teacher: Parts | None, seed: int
+) -> dict[str, nn.Module]:
+    """Weights that terms bring, equal on every rank and whatever else was drawn before."""
+    widths = Widths(
+        student=student.stock.lm_head.weight.shape[1],
+        teacher=None if teacher is None else teacher.stock.lm_head.weight.shape[1],
+    )
+    made = {}
+    for name, term in terms.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = term.module(widths)
+        if module is not None:
+            made[name] = module.to(student.stock.lm_head.weight.device)
+    return made
+
+
 def _alignment(
-    student: Parts, teacher: Parts, visual_alignment: Literal["refuse", "resample"]
+    student: Parts, teacher: Parts, visual_alignment: Literal["refuse", "resample"], names: list[str]
 ) -> Callable[[Tensor], Tensor] | None:
     """None where both grids are equal. Raises ValueError where they may not, or cannot, be resampled."""
     target, source = student.visual_grid, teacher.visual_grid
@@ -73,7 +82,7 @@ def _alignment(
         return None
     if visual_alignment == "refuse":
         raise ValueError(
-            f"visual_kl, relation and attention need equal grids: the student has {target}, the teacher "
+            f"{' and '.join(names)} need equal grids: the student has {target}, the teacher "
             f"{source}; set data.visual_alignment to resample, use the teacher's tower, layer and "
             "vision_feature_select_strategy, or drop these terms"
         )
@@ -82,14 +91,5 @@ def _alignment(
 
 
 def wants_head_gram(config: ObjectiveConfig) -> bool:
-    return config.losses == "fast" and config.relation is not None and config.relation.tap == "logits"
-
-
-def _kl(config: KLConfig | None) -> KL | None:
-    if config is None:
-        return None
-    return KL(
-        weight=config.weight,
-        temperature=config.temperature,
-        divergence=reference.Divergence(config.divergence, config.mix),
-    )
+    """Whether a term reads the Gram matrix of a frozen head, which the plain formulas do not use."""
+    return config.losses == "fast" and any(term.reads.head_gram for term in terms_of(config).values())

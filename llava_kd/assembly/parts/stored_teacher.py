@@ -6,10 +6,14 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from llava_kd.config import ObjectiveConfig, TrainConfig
+from llava_kd.assembly.parts.objective import terms_of
+from llava_kd.config import TrainConfig
 from llava_kd.data.batches.model_side import Side
 from llava_kd.data.sources.conversation import Source
 from llava_kd.data.teacher_store.store import Contents, TeacherCache
+from llava_kd.distill.head_terms import head_requests
+from llava_kd.distill.objective import beyond_top_k, places_read
+from llava_kd.distill.terms.term import Term
 from llava_kd.models.files.teacher_head import checkpoint_fingerprint, config_fingerprint
 
 HEAD = "head.safetensors"
@@ -22,9 +26,10 @@ def open_cache(config: TrainConfig, reader: Side, source: Source) -> TeacherCach
     """
     assert config.teacher is not None
     assert config.teacher.cache is not None
-    cache = TeacherCache(config.teacher.cache, places_read(config.objective))
+    terms = terms_of(config.objective)
+    cache = TeacherCache(config.teacher.cache, places_read(terms))
     refuse_other(cache.manifest.identity, identity(config, reader, source), config.teacher.cache)
-    _refuse_missing(cache.manifest.contents, config.objective, config.teacher.cache)
+    _refuse_missing(cache.manifest.contents, terms, config.teacher.cache)
     return cache
 
 
@@ -57,38 +62,26 @@ def refuse_other(there: Mapping[str, str], here: Mapping[str, str], directory: s
         )
 
 
-def places_read(objective: ObjectiveConfig) -> tuple[str, ...]:
-    """Where in a record the teacher is read. Its own cross-entropy, at the response, is always logged."""
-    relation = objective.relation is not None and objective.relation.tap != "projector"
-    return ("response", "visual") if relation or objective.visual_kl is not None else ("response",)
+def reads_projector(terms: Mapping[str, Term]) -> list[str]:
+    return [name for name, term in terms.items() if term.reads.projector and term.reads.teacher != "nothing"]
 
 
-def reads_projector(objective: ObjectiveConfig) -> bool:
-    return objective.relation is not None and objective.relation.tap == "projector"
-
-
-def beyond_top_k(objective: ObjectiveConfig) -> str:
-    """The terms that the largest logits cannot serve."""
-    terms = {"relation": objective.relation, "response_dbild": objective.response_dbild}
-    return " and ".join(name for name, term in terms.items() if term is not None)
-
-
-def temperatures(objective: ObjectiveConfig) -> set[float]:
+def temperatures(terms: Mapping[str, Term]) -> set[float]:
     """Of the terms that compare logits."""
-    return {term.temperature for term in (objective.response_kl, objective.visual_kl) if term is not None}
+    return {r.temperature for r in head_requests(terms).values() if r.divergence is not None}
 
 
-def _refuse_missing(contents: Contents, objective: ObjectiveConfig, directory: str) -> None:
+def _refuse_missing(contents: Contents, terms: Mapping[str, Term], directory: str) -> None:
     """ValueError if a term reads what is not kept."""
     lacking = ""
-    if missing := [place for place in places_read(objective) if place not in contents.places]:
+    if missing := [place for place in places_read(terms) if place not in contents.places]:
         lacking = f"the teacher at {' and '.join(missing)} places, which the terms of `objective` read"
-    if contents.mode == "hidden" and reads_projector(objective) and not contents.projected:
-        lacking = "the projector's output, which relation.tap projector reads"
-    if contents.mode == "topk" and (terms := beyond_top_k(objective)):
-        lacking = f"what {terms} compares: it has the largest logits alone; set that to null"
-    if contents.mode == "topk" and temperatures(objective) != {contents.temperature}:
-        found = ", ".join(f"{t:g}" for t in sorted(temperatures(objective)))
+    if contents.mode == "hidden" and (names := reads_projector(terms)) and not contents.projected:
+        lacking = f"the projector's output, which {' and '.join(names)} reads there"
+    if contents.mode == "topk" and (names := beyond_top_k(terms)):
+        lacking = f"what {' and '.join(names)} compares: it has the largest logits alone; set that to null"
+    if contents.mode == "topk" and temperatures(terms) != {contents.temperature}:
+        found = ", ".join(f"{t:g}" for t in sorted(temperatures(terms)))
         lacking = f"the rest's mass at temperature {found}; it was written for {contents.temperature:g}"
     if lacking:
         raise ValueError(

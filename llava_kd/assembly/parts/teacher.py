@@ -1,4 +1,4 @@
-"""The teacher of a stage as it is loaded: whole, or its head alone where a cache stands in for it."""
+"""The teacher of a stage: as it is loaded, whole or, beside a cache, its head alone, and as it teaches."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from llava_kd.assembly.parts.models import DTYPES
+from llava_kd.assembly.parts.adapters import quantize_teacher
+from llava_kd.assembly.parts.lending import lend
+from llava_kd.assembly.parts.models import DTYPES, choose_attention, place
 from llava_kd.assembly.parts.objective import wants_head_gram
 from llava_kd.assembly.parts.stored_teacher import HEAD
 from llava_kd.config import TrainConfig
 from llava_kd.data.teacher_store.store import Manifest
 from llava_kd.data.text.template_choice import Choice, choose
+from llava_kd.distill.formulas import FORMULAS
 from llava_kd.distill.teaching.cached import CachedTeacher
+from llava_kd.distill.teaching.door import Teaching
+from llava_kd.distill.teaching.from_teacher import FromTeacher
+from llava_kd.distill.teaching.live import Teacher
 from llava_kd.models.files.checkpoint import Parts, load_stock
 from llava_kd.models.files.teacher_head import load_head_only
-from llava_kd.models.fingerprint import weights_fingerprint
+from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.towers.vision_tower import text_config
 from llava_kd.models.vocabulary import left_out
+from llava_kd.parallel.teacher_placement import offload_layers, shard_layers
+from llava_kd.parallel.world import World
 
 
 def teacher_parts(config: TrainConfig) -> Parts | None:
@@ -58,6 +66,30 @@ def is_cached(config: TrainConfig) -> bool:
     return config.teacher is not None and config.teacher.cache is not None
 
 
+def teaching_of(
+    config: TrainConfig,
+    world: World,
+    student: tuple[Parts, MLLM],
+    teacher: Parts,
+    say: Callable[[str], None],
+    *,
+    shares_tower: bool,
+) -> Teaching:
+    """Whoever teaches, behind its door. `student`: as it was loaded, and as it is placed.
+
+    To be called before an engine shards the student, and after its kernel of attention is chosen.
+    """
+    formula = FORMULAS[config.objective.losses].head_loss
+    if is_cached(config):
+        stored = cached_teacher(config, teacher, world.device, say)
+        return FromTeacher(stored, head_loss=formula)
+    is_packed = config.data.packing is not None
+    frozen = placed_teacher(config, world, teacher, shares_tower=shares_tower, is_packed=is_packed)
+    say("the tower runs once for both models" if shares_tower else "each model runs its own tower")
+    switch = lend(config, student[0], teacher, student[1], frozen.mllm)
+    return FromTeacher(frozen, switch, head_loss=formula)
+
+
 def cached_teacher(
     config: TrainConfig, teacher: Parts, device: torch.device, say: Callable[[str], None]
 ) -> CachedTeacher:
@@ -93,11 +125,22 @@ def say_left_out(
         )
 
 
-def teacher_fingerprints(config: TrainConfig, teacher: Parts | None) -> dict[str, str]:
-    """What a run relies on and does not save: the teacher's weights, or the cache of its predictions."""
-    if teacher is None or config.teacher is None:
-        return {}
-    if config.teacher.cache is None:
-        return {"teacher": weights_fingerprint(teacher.stock.state_dict())}
-    manifest = Manifest.read(Path(config.teacher.cache))
-    return {"teacher": manifest.identity["weights of the teacher"], "cache of the teacher": manifest.digest}
+def placed_teacher(
+    config: TrainConfig, world: World, teacher: Parts, *, shares_tower: bool, is_packed: bool = False
+) -> Teacher:
+    """The teacher where the settings want it, frozen; `is_packed`: it reads rows of several records."""
+    assert config.teacher is not None
+    dtype = DTYPES[config.teacher.dtype]
+    quantize_teacher(teacher, config.teacher, compute_dtype=dtype)
+    mllm = MLLM(teacher.stock)
+    decoder, layers = mllm.language_model, mllm.language_model.layers
+    if config.teacher.placement == "fsdp":
+        shard_layers(decoder, layers, world, dtype)
+    if config.teacher.placement == "cpu_offload":
+        decoder.layers = torch.nn.ModuleList()  # they stay behind while the others move
+    place(mllm, world.device, dict.fromkeys(PARTS, dtype))
+    if config.teacher.placement == "cpu_offload":
+        decoder.layers = layers
+        offload_layers(layers, world.device, dtype)
+    choose_attention(mllm.language_model, world.device, dtype, whose="teacher", is_packed=is_packed)
+    return Teacher(mllm, shares_tower=shares_tower, keeps_head_gram=wants_head_gram(config.objective))

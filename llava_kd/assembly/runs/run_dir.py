@@ -14,7 +14,8 @@ from pathlib import Path
 import yaml
 
 from llava_kd.assembly.runs.provenance import read_run
-from llava_kd.config import TrainConfig, dump, load
+from llava_kd.assembly.settings import load
+from llava_kd.config import TrainConfig, dump
 from llava_kd.parallel.world import World
 from llava_kd.training.checkpoint import checkpoint_steps, refuse_newer_format, sweep, write_text
 

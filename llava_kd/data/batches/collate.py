@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,8 +43,7 @@ class Rows:
 
     def pinned(self) -> Rows:
         """The same in page-locked memory, so that copying to a GPU does not wait."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)[:-2]}
-        pinned = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        pinned = {name: t.pin_memory() for name, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, places=self.places.map(Tensor.pin_memory), **pinned)
 
 

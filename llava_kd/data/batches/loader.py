@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -21,23 +21,24 @@ from llava_kd.data.batches.lengths import record_sizes
 from llava_kd.data.batches.listed_plan import Listing
 from llava_kd.data.batches.micro_batches import Micro, MicroBatches
 from llava_kd.data.batches.model_side import Side
+from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.batches.packing import Packing, Sizes
 from llava_kd.data.batches.plan import Plan
 from llava_kd.data.batches.worker_processes import Guarded, Refusal, end_with_parent, worker_context
-from llava_kd.data.pixels.device_decode import Decoder, check_decoder
-from llava_kd.data.pixels.images import MAX_PIXELS
+from llava_kd.data.pixels.device_decode import check_decoder
 from llava_kd.data.sources.conversation import Source
 from llava_kd.data.sources.mixture import Mixture
 from llava_kd.data.teacher_store.store import TeacherCache
+
+_READING = Reading()
 
 
 class Loader:
     """Micro-batches of optimiser steps. `teacher` is None where it reads exactly what the student reads.
 
     Epochs follow each other without a seam (see `Plan`); a step of the same number holds the same records
-    with any number of workers, and over all ranks with any number of ranks. With `packing` a row holds
-    several records, and `micro_batch_size` counts rows; `one_record_per_row` lays the same records out
-    unpacked, as the oracle of the packed layout. The telemetry counts the parts of a `Mixture` apart.
+    with any number of workers, and over all ranks with any number of ranks. The telemetry counts the parts
+    of a `Mixture` apart.
     """
 
     def __init__(
@@ -46,57 +47,33 @@ class Loader:
         source: Source,
         student: Side,
         teacher: Side | None,
-        seed: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
+        order: Order,
         device: torch.device | str,
-        num_workers: int = 0,
-        max_bad_rate: float = 0.001,
-        bad_records_path: str | Path | None = None,
-        max_pixels: int = MAX_PIXELS,
-        decoder: Decoder = "cpu",
-        packing: Packing | None = None,
-        one_record_per_row: bool = False,
-        cache: str | Path | None = None,
-        image_cache_bytes: int = 0,
+        reading: Reading = _READING,
         teacher_cache: TeacherCache | None = None,
-        records: Sequence[int] | None = None,
-        progress: bool = False,
     ) -> None:
-        """`image_cache_bytes`: memory for resized images, in each worker, for data that come again.
-
-        `teacher_cache` gives batches their `teacher_rows`. `records`, on one rank: these once, in this order.
-        """
+        """`teacher_cache` gives batches their `teacher_rows`."""
         self._device = torch.device(device)
-        check_decoder(decoder, self._device)
+        check_decoder(reading.decoder, self._device)
         self._ahead = Ahead(self._device)
         self._sides = sides = (student,) if teacher is None else (student, teacher)
-        if records is not None:
-            plan = Listing(records, rows_per_step=global_batch_size)
-        else:
-            plan = Plan(
-                num_records=len(source), seed=seed, global_batch_size=global_batch_size,
-                world_size=world_size, packing=packing,
-                sizes=_sizes(source, sides, packing, cache=cache, progress=progress),
-            )  # fmt: skip
+        plan = _plan(source, sides, order, reading)
         self._dataset = MicroBatches(
-            source=source, sides=sides, plan=plan, micro_batch_size=micro_batch_size, rank=rank,
-            max_pixels=max_pixels, leaves_raw=self._device.type == "cuda", decoder=decoder,
-            one_record_per_row=one_record_per_row, image_cache_bytes=image_cache_bytes,
-            teacher_cache=teacher_cache,
+            source=source, sides=sides, plan=plan, order=order, reading=reading,
+            leaves_raw=self._device.type == "cuda", teacher_cache=teacher_cache,
         )  # fmt: skip
-        self._micros_per_step = -(-(plan.rows_per_step // world_size) // micro_batch_size)
-        self._num_workers = num_workers
-        bad_path = None if bad_records_path is None else Path(bad_records_path)
-        per_epoch = len(source) / world_size
-        self._bad_records = BadRecords(max_rate=max_bad_rate, records_per_epoch=per_epoch, path=bad_path)
+        self._micros_per_step = -(-(plan.rows_per_step // order.world_size) // order.micro_batch_size)
+        self._num_workers = reading.num_workers
+        bad_path = None if reading.bad_records_path is None else Path(reading.bad_records_path)
+        per_epoch = len(source) / order.world_size
+        self._bad_records = BadRecords(
+            max_rate=reading.max_bad_rate, records_per_epoch=per_epoch, path=bad_path
+        )
         self._parts = source.names if isinstance(source, Mixture) else ()
         self._since_last_call = _zero_telemetry(self._parts)
         self.steps_per_epoch = plan.steps_per_epoch
-        order = repr((seed, plan.rows_per_step, packing))
-        parts = (source.fingerprint, *(side.fingerprint for side in sides), order)
+        print_of_order = repr((order.seed, plan.rows_per_step, order.packing))
+        parts = (source.fingerprint, *(side.fingerprint for side in sides), print_of_order)
         self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def batches(self, first_step: int, last_step: int) -> Iterator[list[Batch]]:
@@ -170,13 +147,18 @@ class Loader:
         self._bad_records.add(micro.bad, num_read=len(micro.record_ids))
 
 
+def _plan(source: Source, sides: tuple[Side, ...], order: Order, reading: Reading) -> Plan | Listing:
+    if order.records is not None:
+        return Listing(order.records, rows_per_step=order.global_batch_size)
+    return Plan(
+        num_records=len(source), seed=order.seed, global_batch_size=order.global_batch_size,
+        world_size=order.world_size, packing=order.packing,
+        sizes=_sizes(source, sides, order.packing, reading),
+    )  # fmt: skip
+
+
 def _sizes(
-    source: Source,
-    sides: tuple[Side, ...],
-    packing: Packing | None,
-    *,
-    cache: str | Path | None,
-    progress: bool,
+    source: Source, sides: tuple[Side, ...], packing: Packing | None, reading: Reading
 ) -> Sizes | None:
     if packing is None:
         return None
@@ -186,7 +168,7 @@ def _sizes(
             f"a pack must have room for one record of max_length {longest}, got packing.max_tokens "
             f"{packing.max_tokens}"
         )
-    sizes = record_sizes(source, sides, cache=cache, progress=progress)
+    sizes = record_sizes(source, sides, cache=reading.cache, progress=reading.progress)
     if over := (sizes.images > packing.max_images).nonzero()[0].tolist():
         first, most = source.record(over[0]).id, int(sizes.images.max())
         raise ValueError(

@@ -14,8 +14,9 @@ from llava_kd.data.batches.bad_records import BadRecord
 from llava_kd.data.batches.collate import Item, RawImages, Rows, collate, masked
 from llava_kd.data.batches.listed_plan import Listing
 from llava_kd.data.batches.model_side import Side
+from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.batches.plan import Plan
-from llava_kd.data.pixels.device_decode import Decoder, plain_jpeg_size
+from llava_kd.data.pixels.device_decode import plain_jpeg_size
 from llava_kd.data.pixels.images import GREY, check_size, decode
 from llava_kd.data.sources.conversation import Record, Source
 from llava_kd.data.teacher_store.store import TeacherCache, Wanted
@@ -61,7 +62,7 @@ class _Loaded:
 class MicroBatches(Dataset[Micro]):
     """Micro-batch by (step, number within the step); all that a worker needs, and picklable.
 
-    `leaves_raw` hands images over as they are, for a device to resize; `decoder` nvjpeg leaves those JPEGs
+    `leaves_raw` hands images over as they are, for a device to resize; the decoder nvjpeg leaves those JPEGs
     encoded that the device may decode.
     """
 
@@ -71,29 +72,25 @@ class MicroBatches(Dataset[Micro]):
         source: Source,
         sides: tuple[Side, ...],
         plan: Plan | Listing,
-        micro_batch_size: int,
-        rank: int,
-        max_pixels: int,
+        order: Order,
+        reading: Reading,
         leaves_raw: bool = False,
-        decoder: Decoder = "cpu",
-        one_record_per_row: bool = False,
-        image_cache_bytes: int = 0,
         teacher_cache: TeacherCache | None = None,
     ) -> None:
         self._source = source
         self._sides = sides
         self._encoders = [side.encoder() for side in sides]
         self._plan = plan
-        self._micro_batch_size = micro_batch_size
-        self._rank = rank
-        self._max_pixels = max_pixels
+        self._micro_batch_size = order.micro_batch_size
+        self._rank = order.rank
+        self._max_pixels = reading.max_pixels
         self._leaves_raw = leaves_raw
-        self._leaves_encoded = leaves_raw and decoder == "nvjpeg"
-        self._one_record_per_row = one_record_per_row
+        self._leaves_encoded = leaves_raw and reading.decoder == "nvjpeg"
+        self._one_record_per_row = order.one_record_per_row
         self._encoded: dict[int, tuple[Encoded, ...] | str] = {}
         self._cached_tokens = 0
         self._loaded: dict[int, _Loaded] = {}
-        self._image_cache_bytes = image_cache_bytes
+        self._image_cache_bytes = reading.image_cache_bytes
         self._teacher_cache = teacher_cache
 
     def __getitem__(self, key: tuple[int, int]) -> Micro:

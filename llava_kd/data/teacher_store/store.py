@@ -113,7 +113,9 @@ class Manifest:
             return Manifest(**{**fields, "contents": contents})
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} is no manifest ({error}); remove {directory} and write it anew"
+                f"{path} is no manifest that can be read ({error}); write the cache into a new directory "
+                "with `llava-kd cache-teacher CONFIG --out NEW` and set teacher.cache to it, or put a copy "
+                "of the file back; nothing here need be removed for that"
             ) from error
 
     def check(self, directory: Path, name: str) -> None:

@@ -6,32 +6,13 @@ teacher width, V and U rows of its head, K stored columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from llava_kd.batch import Batch, Inputs, TeacherRows
-from llava_kd.losses.reference_top_k import TopK
+from llava_kd.distill.taught import AnyPrediction, TopKPrediction
 from llava_kd.losses.relation import head_gram
 from llava_kd.models.mllm import Prediction
-
-
-@dataclass(frozen=True, kw_only=True)
-class TopKPrediction:
-    """The largest logits of each place, their columns, and the log of what the others' exp(z / T) sum to."""
-
-    logits_BTK: Tensor
-    columns_BTK: Tensor
-    rest_BT: Tensor
-
-    def top_k(self, rows_N: Tensor) -> TopK:
-        """Of these flat places."""
-        return TopK(
-            logits_NK=self.logits_BTK.flatten(0, 1)[rows_N],
-            columns_NK=self.columns_BTK.flatten(0, 1)[rows_N],
-            rest_N=self.rest_BT.flatten()[rows_N],
-        )
 
 
 class CachedTeacher:
@@ -45,9 +26,7 @@ class CachedTeacher:
             with torch.no_grad():
                 self._head_gram_EE = head_gram(self._head_UE)
 
-    def __call__(
-        self, batch: Batch, student_features_INE: Tensor | None = None
-    ) -> Prediction | TopKPrediction:
+    def __call__(self, batch: Batch, student_features_INE: Tensor | None = None) -> AnyPrediction:
         """What the teacher said of `batch`; the student's features are not needed.
 
         Raises ValueError if the batch brings no stored rows.

@@ -18,7 +18,9 @@ from llava_kd.evaluation.generation.generate import pictures
 from llava_kd.evaluation.generation.model_directory import model_directory, run_name
 from llava_kd.evaluation.generation.questions import Question, check_questions
 from llava_kd.evaluation.generation.ranks import join_ranks
-from llava_kd.evaluation.runner import Model, answer_questions, unreadable, versions
+from llava_kd.evaluation.runner import Asking, Model, answer_questions, unreadable, versions
+
+_ASKING = Asking()
 
 
 class BenchmarkSummary(TypedDict):
@@ -44,18 +46,14 @@ def evaluate_benchmarks(
     *,
     quirks: Quirks | None = None,
     server_figures: Mapping[str, float] | None = None,
-    batch_size: int = 32,
-    max_new_tokens: int | None = None,
     limit: int | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    progress: bool = True,
+    asking: Asking = _ASKING,
 ) -> dict[str, BenchmarkSummary]:
     """Run benchmarks ("pope,gqa", a list, or "all"): OUT/NAME/ for each, and OUT/table.md and table.html.
 
     Every file is checked before the model is loaded. `server_figures` puts the figures of VQAv2 and VizWiz,
-    once their servers have answered, into the table. `limit` asks the first questions only, for a trial;
-    `max_new_tokens` replaces each benchmark's own. What OUT holds of this model stays in the table.
+    once their servers have answered, into the table. `limit` asks the first questions only, for a trial. What
+    OUT holds of this model stays in the table.
     """
     model_dir, root, out_dir = model_directory(model_dir), Path(data_root), Path(out_dir)
     quirks = quirks or Quirks()
@@ -65,7 +63,7 @@ def evaluate_benchmarks(
         if benchmark.score is not None:
             score_answers(benchmark, root, questions[benchmark.name], {}, quirks)
     ranks = join_ranks()
-    model = Model(model_dir, ranks=ranks, device=device, dtype=dtype)
+    model = Model(model_dir, ranks=ranks, device=asking.device, dtype=asking.dtype)
     summaries = {}
     for benchmark in chosen:
         asked, folder = questions[benchmark.name], out_dir / benchmark.name
@@ -73,9 +71,9 @@ def evaluate_benchmarks(
             model,
             asked,
             folder,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens or benchmark.max_new_tokens,
-            progress=progress,
+            batch_size=asking.batch_size,
+            max_new_tokens=asking.max_new_tokens or benchmark.max_new_tokens,
+            progress=asking.progress,
         )
         given = {answer["id"]: answer["answer"] for answer in answers}
         if ranks.rank == 0:

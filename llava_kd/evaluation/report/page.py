@@ -25,33 +25,29 @@ from llava_kd.evaluation.report.results import (
 from llava_kd.evaluation.report.style import CSS
 from llava_kd.evaluation.scorers.exact import is_correct
 
-TERMS = {
-    "cross_entropy": "next response token, against the data; nats a token",
-    "response_kl": "response tokens, against the teacher; nats a token",
-    "visual_kl": "visual tokens, against the teacher; nats a token",
-    "relation": "similarities between visual tokens, against the teacher; 1 - cosine, a mean over images",
-    "response_dbild": "differences of response logits, against the teacher; nats a token",
-    "visual_switch": "the teacher behind the student's visual tokens; nats a token",
-    "attention": "between visual tokens, against the teacher; sum of 1 - cosine over layers",
-}
 NAMES = {"teacher": "Teacher", "baseline": "Undistilled", "distilled": "Distilled"}
 
 
-def report(run_dir: str | Path, *, distilled: str = "kd") -> Path:
-    """Write RUN/results.json and RUN/report.html from a run directory (layout: see `results`)."""
+def report(run_dir: str | Path, *, terms: Mapping[str, str], distilled: str = "kd") -> Path:
+    """Write RUN/results.json and RUN/report.html from a run directory (layout: see `results`).
+
+    `terms`: the figures to draw, each with what it says.
+    """
     run = read_run(run_dir, distilled=distilled)
     results = collect_results(run)
     write_atomic(run.directory / "results.json", json.dumps(results, indent=2) + "\n")
-    return write_report(run, run.directory / "report.html")
+    return write_report(run, run.directory / "report.html", terms)
 
 
-def write_report(run: Run, out_html: str | Path, *, title: str = "Distillation report") -> Path:
+def write_report(
+    run: Run, out_html: str | Path, terms: Mapping[str, str], *, title: str = "Distillation report"
+) -> Path:
     """Write the page of one run; its path."""
     sections = [
         _headline(run, title),
         _by_type(run),
         _seeds(run),
-        _curves(run),
+        _curves(run, terms),
         _examples(run),
         _facts(run),
     ]
@@ -172,18 +168,18 @@ def _seeds(run: Run) -> str:
     return f'<h2>By seed</h2><div class="card narrow">{table}</div>'
 
 
-def _curves(run: Run) -> str:
+def _curves(run: Run, terms: Mapping[str, str]) -> str:
     """A row of charts per term, a column per stage; every seed is a line."""
     roles = {run.baseline: "baseline", run.distilled: "distilled"}
     stages = sorted({stage for arms in run.logs.values() for arm in arms.values() for stage in arm})
     if not stages:
         return ""
     cells = [f'<div class="head"><b>{escape(stage)}</b>, optimiser steps</div>' for stage in stages]
-    for term, meaning in TERMS.items():
+    for term, meaning in terms.items():
         charts = [line_chart(_lines(run, roles, stage, term), title=f"{term}, {stage}") for stage in stages]
         if not any(charts):
             continue
-        cells.append(f'<div class="term">{term}<small>{meaning}</small></div>')
+        cells.append(f'<div class="term">{escape(term)}<small>{escape(meaning)}</small></div>')
         cells += [
             f'<div class="chart" data-stage="{escape(stage)}">{chart}</div>'
             if chart

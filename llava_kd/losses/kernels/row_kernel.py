@@ -260,14 +260,16 @@ def mixture(
                 student_part = p_s * _over_mixture(s, t, 1 - share)
                 divergence += share * p_t * _over_mixture(t, s, share) + (1 - share) * student_part
                 mean_slope += student_part
-            if KIND == "skewed_forward":
+            elif KIND == "skewed_forward":
                 over = _over_mixture(t, s, share)
                 divergence += p_t * over
                 mean_slope += p_s * tl.exp(over)
-            if KIND == "skewed_reverse":
+            elif KIND == "skewed_reverse":
                 over = _over_mixture(s, t, share)
                 divergence += p_s * over
                 mean_slope += p_s * (over - share * tl.exp(over))
+            else:
+                tl.static_assert(False, "mixture lacks this kind of divergence")
         tl.store(statistics_row + 3, tl.sum(mean_slope))
         tl.store(kl_ptr + row, _finite_or_nan(tl.sum(divergence) * squared_temperature))
 
@@ -276,18 +278,20 @@ def mixture(
 def _slope(s, t, mean_slope, share, KIND: tl.constexpr):
     """d divergence / d (z / T) of some columns, from the two log-softmaxes."""
     p_s = tl.exp(s)
-    slope = p_s
+    slope = p_s  # for type checkers: one of the branches below is taken, or nothing compiles
     if KIND == "forward":
         slope = p_s - tl.exp(t)
-    if KIND == "reverse":
+    elif KIND == "reverse":
         slope = p_s * (s - t - mean_slope)
-    if KIND == "jsd":
+    elif KIND == "jsd":
         slope = (1 - share) * p_s * (_over_mixture(s, t, 1 - share) - mean_slope)
-    if KIND == "skewed_forward":
+    elif KIND == "skewed_forward":
         slope = (1 - share) * p_s * (mean_slope - tl.exp(_over_mixture(t, s, share)))
-    if KIND == "skewed_reverse":
+    elif KIND == "skewed_reverse":
         over = _over_mixture(s, t, share)
         slope = p_s * (over - share * tl.exp(over) - mean_slope)
+    else:
+        tl.static_assert(False, "_slope lacks this kind of divergence")
     return slope
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_kd.losses.reference import Divergence, over_mixture
+from llava_kd.losses.reference import Divergence, lacking, over_mixture
 
 ELEMENTS_AT_A_TIME = 2**17  # half a megabyte of fp32: the handful of temporaries stays in a core's cache
 
@@ -124,6 +124,8 @@ def _divergence(s_RV: Tensor, t_RV: Tensor, divergence: Divergence) -> tuple[Ten
             value_R = _dot(p_s_RV, ratio_RV)
             ratio_RV -= ratio_RV.exp().mul_(mix)
             return value_R, ratio_RV.sub_(_dot(p_s_RV, ratio_RV).unsqueeze(1)).mul_(p_s_RV)
+        case _:
+            raise lacking(divergence)
 
 
 def _dot(a_RV: Tensor, b_RV: Tensor) -> Tensor:

@@ -38,10 +38,6 @@ class ReusedProjector(nn.Module):
     def forward(self, features_INE: Tensor) -> Tensor:
         return self.width_map(self.linear_2(self.act(self.linear_1(features_INE))))
 
-    def freeze_reused(self) -> None:
-        for layer in (self.linear_1, self.linear_2):
-            layer.requires_grad_(False)
-
 
 class ReusedProjectorLlava(LlavaForConditionalGeneration):
     """A stock LLaVA in all but the projector."""

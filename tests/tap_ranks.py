@@ -1,13 +1,12 @@
-"""One update of a student whose loss is of tapped states, under a named engine: what test_taps.py launches.
+"""One update of a student whose loss is of tapped states, under a named engine: what test_taps.py starts.
 
-Usage: tap_ranks.py ENGINE STUDENT OUT. Rank 0 writes the weights after it, and the tapped states' mean.
+Rank 0 writes the weights after it, and the loss.
 
 Shape legend: I images, N tokens of an image, E tower width.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -54,12 +53,11 @@ def main(kind: str, student: str, out: str) -> None:
     module = Watched(mllm).train()
     group = ParameterGroup(names=tuple(n for n, p in module.named_parameters() if p.requires_grad), lr=1e-2)
     if kind == "zero3":
-        from llava_kd.parallel.deepspeed_engine import DeepSpeedEngine
+        from llava_kd.parallel.deepspeed_engine import DeepSpeedEngine, Zero
 
-        sizes = {"max_grad_norm": 1.0, "micro_batch_size": 1, "accumulation": len(RECORDS) // world.size}
-        engine = DeepSpeedEngine(
-            module, [group], world=world, zero_stage=3, adamw=AdamWSettings(), bf16=False, **sizes
-        )
+        accumulation = len(RECORDS) // world.size
+        zero = Zero(stage=3, max_grad_norm=1.0, micro_batch_size=1, accumulation=accumulation)
+        engine = DeepSpeedEngine(module, [group], world=world, zero=zero, adamw=AdamWSettings(), bf16=False)
     else:
         units = [*mllm.language_model.layers, mllm.multi_modal_projector]
         engine = TorchEngine(
@@ -78,7 +76,3 @@ def main(kind: str, student: str, out: str) -> None:
     weights = engine.parameters()
     if world.is_main:
         save_file({n: t.float().contiguous() for n, t in weights.items()} | {"loss": total}, Path(out))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

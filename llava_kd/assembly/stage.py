@@ -1,0 +1,239 @@
+"""A stage from its loaded models to its trainer, in steps of which each takes what the one before gave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_kd.assembly.parts.adapters import adapt_student
+from llava_kd.assembly.parts.data import make_loader
+from llava_kd.assembly.parts.engine import make_engine
+from llava_kd.assembly.parts.held_out import evaluator
+from llava_kd.assembly.parts.models import choose_attention, compute_dtype, place, student_dtypes
+from llava_kd.assembly.parts.objective import objective
+from llava_kd.assembly.parts.teacher import say_left_out, teaching_of
+from llava_kd.config import TrainConfig, dump
+from llava_kd.data.batches.loader import Loader
+from llava_kd.data.sources.conversation import Source
+from llava_kd.distill.student import Student
+from llava_kd.distill.teaching.door import Teaching
+from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.language_model import checkpoint_activations
+from llava_kd.models.mllm import MLLM
+from llava_kd.parallel.engine import Engine
+from llava_kd.parallel.world import World
+from llava_kd.training.checkpoint import Checkpoints
+from llava_kd.training.metrics import Metrics, TensorBoardTracker, Tracker, WandbTracker
+from llava_kd.training.schedule import Cadence, Schedule, cosine_with_warmup
+from llava_kd.training.trainer import Output, Trainer
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapted:
+    """The student with its decoder in few bits and its adapters in, where they are asked for."""
+
+    student: Parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """It on its device, in its types, what trains marked, each layer with its kernel of attention."""
+
+    adapted: Adapted
+    mllm: MLLM
+    kernel: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fed:
+    """With the loader, which knows whether the teacher sees through the student's tower."""
+
+    placed: Placed
+    teacher: Parts | None
+    loader: Loader
+    shares_tower: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accompanied:
+    """With whoever teaches: both models are watched and placed, and no engine has sharded anything."""
+
+    fed: Fed
+    teaching: Teaching | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """All that trains, as the one module that an engine wraps."""
+
+    accompanied: Accompanied
+    module: Student
+
+
+@dataclass(frozen=True, kw_only=True)
+class Driven:
+    """Under its engine."""
+
+    joined: Joined
+    engine: Engine
+
+
+def assemble(
+    config: TrainConfig,
+    world: World,
+    student: Parts,
+    teacher: Parts | None,
+    say: Say = print,
+    *,
+    identity: Mapping[str, str] | None = None,
+    source: Source | None = None,
+) -> tuple[Trainer, Engine]:
+    """Trainer and engine of a stage from its loaded models.
+
+    `identity` is of what its checkpoints rely on (see `Checkpoints`), before the models are placed. `source`
+    is the records, where they are read already.
+    """
+    adapted = _adapt(config, student, say)
+    placed = _place(config, world, adapted)
+    fed = _feed(config, world, placed, teacher, source)
+    accompanied = _accompany(config, world, fed, say)
+    joined = _join(config, accompanied, say)
+    driven = _drive(config, world, joined, say)
+    return _trainer(config, driven, say, identity or {}), driven.engine
+
+
+def _adapt(config: TrainConfig, student: Parts, say: Say) -> Adapted:
+    adapt_student(student, config.student, compute_dtype=compute_dtype(config), seed=config.seed, say=say)
+    return Adapted(student=student)
+
+
+def _place(config: TrainConfig, world: World, adapted: Adapted) -> Placed:
+    stock = adapted.student.stock
+    mllm = MLLM(stock, trainable=config.trainable, tower_last_layers=config.vision_tower_last_layers)
+    place(mllm, world.device, student_dtypes(config))
+    kernel = choose_attention(
+        mllm.language_model, world.device, compute_dtype(config),
+        whose="student", is_packed=config.data.packing is not None,
+    )  # fmt: skip
+    if config.engine.activation_checkpointing:
+        checkpoint_activations(stock)
+    return Placed(adapted=adapted, mllm=mllm, kernel=kernel)
+
+
+def _feed(
+    config: TrainConfig, world: World, placed: Placed, teacher: Parts | None, source: Source | None
+) -> Fed:
+    loader, shares_tower = make_loader(config, world, placed.adapted.student, teacher, source)
+    return Fed(placed=placed, teacher=teacher, loader=loader, shares_tower=shares_tower)
+
+
+def _accompany(config: TrainConfig, world: World, fed: Fed, say: Say) -> Accompanied:
+    if fed.teacher is None:
+        return Accompanied(fed=fed, teaching=None)
+    student, mllm = fed.placed.adapted.student, fed.placed.mllm
+    shares = fed.shares_tower
+    teaching = teaching_of(config, world, (student, mllm), fed.teacher, say, shares_tower=shares)
+    return Accompanied(fed=fed, teaching=teaching)
+
+
+def _join(config: TrainConfig, accompanied: Accompanied, say: Say) -> Joined:
+    fed = accompanied.fed
+    student, teacher = fed.placed.adapted.student, fed.teacher
+    terms = objective(config.objective, student, teacher, config.data.visual_alignment, seed=config.seed)
+    if teacher is not None and (num_common := terms.common.num_common) is not None:
+        say_left_out(config, student, teacher, num_common, say)
+    module = Student(fed.placed.mllm, terms, accompanied.teaching).train()
+    return Joined(accompanied=accompanied, module=module)
+
+
+def _drive(config: TrainConfig, world: World, joined: Joined, say: Say) -> Driven:
+    num_steps(config, joined.accompanied.fed.loader.steps_per_epoch)  # a run without a step is refused before
+    engine = make_engine(config, world, joined.module)
+    say(f"attention of the student: {joined.accompanied.fed.placed.kernel}")
+    return Driven(joined=joined, engine=engine)
+
+
+def _trainer(config: TrainConfig, driven: Driven, say: Say, identity: Mapping[str, str]) -> Trainer:
+    module, engine, fed = driven.joined.module, driven.engine, driven.joined.accompanied.fed
+    total = num_steps(config, fed.loader.steps_per_epoch)
+    evaluate = None
+    if config.evaluate is not None:
+        evaluate = evaluator(config, config.evaluate, fed.placed.adapted.student, module, engine)
+    return Trainer(
+        engine=engine,
+        student=module,
+        loader=fed.loader,
+        schedule=_schedule(config, total),
+        cadence=Cadence(
+            save_every=config.checkpoint.every,
+            log_every=config.log.every,
+            evaluate_every=0 if config.evaluate is None else config.evaluate.every,
+        ),
+        output=Output(
+            checkpoints=_checkpoints(config, {**identity, "data or tokenizer": fed.loader.fingerprint}),
+            metrics=_metrics(config, engine.world, total),
+            say=say,
+        ),
+        evaluate=evaluate,
+        seed=config.seed,
+    )
+
+
+def _schedule(config: TrainConfig, total: int) -> Schedule:
+    optim = config.optim
+    rates = {part: optim.lr_by_part.get(part, optim.lr) for part in config.trainable}
+    return Schedule(
+        num_steps=total,
+        base_lr=optim.lr,
+        lr_multiplier=lambda step: cosine_with_warmup(step, num_steps=total, warmup_ratio=optim.warmup_ratio),
+        max_grad_norm=optim.max_grad_norm,
+        lr_of_part=rates if optim.lr_by_part else {},
+    )
+
+
+def _checkpoints(config: TrainConfig, identity: Mapping[str, str]) -> Checkpoints:
+    return Checkpoints(
+        Path(config.output_dir) / "checkpoints",
+        keep=config.checkpoint.keep,
+        best=config.checkpoint.best,
+        extra_files={"config.yaml": dump(config)},
+        identity=identity,
+    )
+
+
+def num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimiser steps of the whole stage. Raises ValueError if there is none."""
+    steps = math.ceil(steps_per_epoch * config.epochs) if config.max_steps is None else config.max_steps
+    if steps < 1:
+        raise ValueError(
+            f"the run has no step: {steps_per_epoch} steps an epoch, epochs={config.epochs}, "
+            f"max_steps={config.max_steps}; lower global_batch_size or give more records"
+        )
+    return steps
+
+
+def _metrics(config: TrainConfig, world: World, num_steps: int) -> Metrics | None:
+    if not world.is_main:
+        return None
+    output = Path(config.output_dir)
+    trackers: list[Tracker] = []
+    if config.log.wandb_project is not None:
+        settings = {"config": dump(config)}
+        trackers.append(
+            WandbTracker(output, project=config.log.wandb_project, name=output.name, config=settings)
+        )
+    if config.log.tensorboard:
+        trackers.append(TensorBoardTracker(output / "tensorboard"))
+    return Metrics(
+        output,
+        num_steps=num_steps,
+        every=config.log.every,
+        trackers=trackers,
+        progress=config.log.progress,
+        title=f"{output.parent.name}/{output.name}",
+        line=config.log.progress_line,
+    )

@@ -1,0 +1,44 @@
+"""The command that shows the settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from llava_kd.cli.words import Commands, command
+
+
+def add(commands: Commands) -> None:
+    what = "show every setting with its type, default, range and help, or those of a stage"
+    show = command(commands, "config", _config, what, takes_settings=True)
+    which = "a setting such as optim.lr, or a stage's YAML file with settings after it (default: all)"
+    show.add_argument("of", nargs="?", metavar="KEY_OR_FILE", help=which)
+    form = show.add_mutually_exclusive_group()
+    form.add_argument("--json_schema", action="store_true", help="as JSON Schema, for editors")
+    form.add_argument("--markdown", action="store_true", help="as the page docs/settings.md")
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    """A stage is shown as YAML that loads, with comments where it is not the default."""
+    from llava_kd.assembly.settings import load, stage
+    from llava_kd.config.describe.json_schema import json_schema
+    from llava_kd.config.describe.pages import markdown, marked, text
+    from llava_kd.config.describe.tree import branch, walk
+
+    of = arguments.of
+    is_whole = arguments.json_schema or arguments.markdown
+    if is_whole and (of or arguments.overrides):
+        raise ValueError(f"--json_schema and --markdown are of all settings; leave out {of or 'the others'}")
+    if of is not None and (of.endswith((".yaml", ".yml")) or Path(of).is_file()):
+        print(marked(load(of, arguments.overrides)))
+        return 0
+    if arguments.overrides:
+        raise ValueError(f"settings go with a stage's YAML file; got {' '.join(arguments.overrides)} alone")
+    if arguments.json_schema:
+        print(json.dumps(json_schema(stage()), indent=2))
+    elif arguments.markdown:
+        print(markdown(stage()), end="")
+    else:
+        print(text(walk(stage()) if of is None else branch(stage(), of)))
+    return 0

@@ -1,0 +1,1 @@
+"""What the settings say of themselves, for people and for editors, from any section that is handed in."""

@@ -1,0 +1,75 @@
+"""The settings of the student and of the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from typing_extensions import Doc
+
+from llava_kd.config.adapters import LoraConfig, check_teacher_bits
+from llava_kd.config.ranges import require
+
+PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Bits = Literal["4bit", "8bit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """Either `checkpoint`, or the parts of a new model."""
+
+    checkpoint: Annotated[str | None, Doc("LLaVA directory to go on from, instead of the parts.")] = None
+    vision_tower: Annotated[
+        str | None, Doc("Tower of a new student: a local path or an id; `timm:` and `open_clip:` too.")
+    ] = None
+    language_model: Annotated[str | None, Doc("Language model of a new student: a local path or an id.")] = (
+        None
+    )
+    vision_feature_layer: Annotated[
+        int, Doc("Layer of the tower that features come from; below 0 it counts from the last.")
+    ] = -2
+    vision_feature_select_strategy: Annotated[
+        Literal["default", "full"], Doc("`default` drops the first token of the tower, `full` keeps all.")
+    ] = "full"
+    lora: Annotated[LoraConfig | None, Doc("Trains the language model through adapters alone.")] = None
+    quantize: Annotated[Bits | None, Doc("Few bits for the weights of the language model, under `lora`.")] = (
+        None
+    )
+    projector: Annotated[
+        Literal["own", "teacher"],
+        Doc("A new one of its `own`, or the `teacher`'s, frozen, with a trained linear map to its width."),
+    ] = "own"
+    template: Annotated[str | None, Doc("Template of its prompts; null is that of `data`.")] = None
+
+    def __post_init__(self) -> None:
+        parts = (self.vision_tower, self.language_model)
+        require(
+            (self.checkpoint is not None) != any(parts) and (self.checkpoint is not None or all(parts)),
+            "`student` needs either `checkpoint`, or both `vision_tower` and `language_model`; got "
+            f"checkpoint={self.checkpoint}, vision_tower={parts[0]}, language_model={parts[1]}",
+        )
+        require(
+            self.projector == "own" or self.checkpoint is None,
+            "`student.projector` is of a new student; one that goes on from `student.checkpoint` keeps the "
+            "projector it has, its teacher's too: leave projector out",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    checkpoint: Annotated[str, Doc("Stock LLaVA directory.")]
+    dtype: Annotated[Dtype, Doc("Of its weights.")] = "bfloat16"
+    quantize: Annotated[Literal["8bit"] | None, Doc("Few bits for the weights of its language model.")] = None
+    placement: Annotated[
+        Literal["replicated", "fsdp", "cpu_offload"],
+        Doc("Whole on every rank, its decoder layers spread over them, or on the CPU until they are used."),
+    ] = "replicated"
+    cache: Annotated[
+        str | None, Doc("Directory of `llava-kd cache-teacher`, whose predictions are read in its place.")
+    ] = None
+    template: Annotated[str | None, Doc("Template of its prompts; null is that of `data`.")] = None
+
+    def __post_init__(self) -> None:
+        check_teacher_bits(self.quantize, self.placement)

@@ -1,0 +1,91 @@
+"""The settings of the optimiser, the engine, the log and the checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import Gt, Interval, Le
+from typing_extensions import Doc
+
+from llava_kd.config.models import PARTS
+from llava_kd.config.ranges import (
+    NotNegativeFloat,
+    NotNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    require,
+)
+
+_Beta = Annotated[float, Interval(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with a cosine schedule."""
+
+    lr: Annotated[
+        PositiveFloat, Doc("Highest learning rate, after the warm-up; then a half cosine down to 0.")
+    ]
+    lr_by_part: Annotated[dict[str, PositiveFloat], Doc("Other rates than `lr`, by the name of a part.")] = (
+        field(default_factory=dict)
+    )
+    betas: Annotated[tuple[_Beta, _Beta], Doc("Decay of AdamW's means of the gradient and its square.")] = (
+        0.9,
+        0.999,
+    )
+    eps: Annotated[PositiveFloat, Doc("AdamW's addend to the root of the mean square.")] = 1e-8
+    weight_decay: Annotated[NotNegativeFloat, Doc("AdamW's, times the rate.")] = 0.0
+    warmup_ratio: Annotated[Share, Doc("Share of the steps in which the rate rises from 0.")] = 0.03
+    max_grad_norm: Annotated[PositiveFloat, Doc("Longer gradients are scaled down to this norm.")] = 1.0
+
+    def __post_init__(self) -> None:
+        unknown = set(self.lr_by_part) - set(PARTS)
+        require(not unknown, f"`optim.lr_by_part` names no part {sorted(unknown)}; parts are {list(PARTS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    kind: Annotated[
+        Literal["auto", "single", "ddp", "fsdp2", "deepspeed"],
+        Doc("`auto` is `single` on one process and `ddp` on several."),
+    ] = "auto"
+    zero_stage: Annotated[Literal[1, 2, 3] | None, Doc("Of `deepspeed` alone; null is 3.")] = None
+    precision: Annotated[Literal["bf16", "fp32"], Doc("What forward and backward compute in.")] = "bf16"
+    activation_checkpointing: Annotated[
+        bool, Doc("Recompute the activations of decoder layers in the backward, to hold fewer.")
+    ] = False
+    device: Annotated[Literal["auto", "cpu", "cuda"], Doc("`auto` is a GPU where there is one.")] = "auto"
+    timeout_minutes: Annotated[
+        float, Gt(0), Le(525_600), Doc("How long a rank waits for the others before it gives up.")
+    ] = 60.0
+
+    def __post_init__(self) -> None:
+        require(
+            self.zero_stage is None or self.kind == "deepspeed",
+            f"`engine.zero_stage` is {self.zero_stage} but `engine.kind` is {self.kind}: two engines; set "
+            "engine.kind to deepspeed, or zero_stage to null",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """`metrics.jsonl` is always written; the trackers are extra."""
+
+    every: Annotated[PositiveInt, Doc("Steps from one line of figures to the next.")] = 10
+    wandb_project: Annotated[str | None, Doc("Project of Weights & Biases; null is none.")] = None
+    tensorboard: Annotated[bool, Doc("Write TensorBoard's files too.")] = False
+    progress: Annotated[bool, Doc("Show a bar.")] = True
+    progress_line: Annotated[NotNegativeInt, Doc("Line of the terminal where the bar stands.")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: Annotated[PositiveInt, Doc("Steps from one to the next; there is one at the end as well.")] = 500
+    keep: Annotated[PositiveInt, Doc("How many of the newest are kept.")] = 2
+    best: Annotated[
+        str | None,
+        Doc("Figure such as `slice/NAME` or `loss/NAME`; the checkpoint where it was best is kept too."),
+    ] = None
+    export: Annotated[Literal["last", "best"], Doc("Which of them the stage's `model/` is.")] = "last"

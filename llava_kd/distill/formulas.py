@@ -1,0 +1,50 @@
+"""What the terms of one objective share: the formulas, fast or plain, and how the two models line up.
+
+Shape legend: I images, M and N visual tokens of an image on the teacher's and the student's side, E width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llava_kd.losses import dbild, head_loss, reference, reference_top_k, relation, top_k
+from llava_kd.losses.reference import HeadLoss, RowsLoss
+
+Align = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formulas:
+    head_loss: Callable[..., HeadLoss]
+    top_k_head_loss: Callable[..., HeadLoss]
+    relation_rows: Callable[..., Tensor]
+    dbild_loss: Callable[..., RowsLoss]
+
+
+REFERENCE = Formulas(
+    head_loss=reference.head_loss,
+    top_k_head_loss=reference_top_k.top_k_head_loss,
+    relation_rows=reference.relation_rows,
+    dbild_loss=reference.dbild_loss,
+)
+FAST = Formulas(
+    head_loss=head_loss.head_loss,
+    top_k_head_loss=top_k.top_k_head_loss,
+    relation_rows=relation.relation_rows,
+    dbild_loss=dbild.dbild_loss,
+)
+FORMULAS: Mapping[str, Formulas] = {"fast": FAST, "reference": REFERENCE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """`num_common` is the number of vocabulary columns that both heads share; `align` carries the teacher's
+    features of each image, [I, M, E], to the student's tokens, None where both have the same.
+    """
+
+    num_common: int | None = None
+    align: Align | None = None
+    formulas: Formulas = REFERENCE

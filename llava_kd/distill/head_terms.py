@@ -1,0 +1,165 @@
+"""Terms that need logits: those of equal temperature and divergence go through the head together.
+
+Shape legend: B rows, T tokens, N selected rows, M visual tokens of an image, I images, D and E widths of
+student and teacher, V and U rows of their heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from llava_kd.batch import Batch, Counts
+from llava_kd.distill.formulas import Common
+from llava_kd.distill.rows import Place, Rows, count, fill, visual_features
+from llava_kd.distill.taught import TopKPrediction
+from llava_kd.distill.terms.term import HeadRequest, Term
+from llava_kd.losses.reference import Divergence, HeadLoss
+from llava_kd.models.mllm import Prediction
+
+Kind = tuple[float, Divergence]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Block:
+    """Rows of one place in a call of the head: what is asked of them, by the names of the terms."""
+
+    place: Place
+    cross_entropy: str | None = None
+    kl: str | None = None
+
+
+def head_requests(terms: Mapping[str, Term]) -> dict[str, HeadRequest]:
+    """Of the terms that go through the head. ValueError for rows that a term does not declare to read."""
+    found = {name: request for name, term in terms.items() if (request := term.head_request()) is not None}
+    for name, request in found.items():
+        if request.place not in terms[name].reads.places:
+            raise ValueError(
+                f"the term {name} asks for {request.place} rows, which its `reads` does not name"
+            )
+    return found
+
+
+def blocks(requests: Mapping[str, HeadRequest]) -> dict[Kind | None, list[_Block]]:
+    """One list a call of the head; cross-entropy joins the first call that has its rows already."""
+    calls: dict[Kind | None, list[_Block]] = {}
+    for name, request in requests.items():
+        if request.divergence is not None:
+            kind = request.temperature, request.divergence
+            calls.setdefault(kind, []).append(_Block(place=request.place, kl=name))
+    for name, request in requests.items():
+        if request.divergence is None:
+            _join(calls, name, request.place)
+    return calls
+
+
+def _join(calls: dict[Kind | None, list[_Block]], name: str, place: Place) -> None:
+    for listed in calls.values():
+        for number, block in enumerate(listed):
+            if block.place == place and block.cross_entropy is None:
+                listed[number] = replace(block, cross_entropy=name)
+                return
+    calls.setdefault(None, []).append(_Block(place=place, cross_entropy=name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTerms:
+    """The terms of an objective that go through the head, for one micro-batch."""
+
+    terms: Mapping[str, Term]
+    common: Common
+    student: Prediction
+    teacher: Prediction | TopKPrediction | None
+    batch: Batch
+    counts: Counts
+
+    def __call__(self) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Their weighted sum and each one's mean; None where there is none of them."""
+        calls = blocks(head_requests(self.terms))
+        if not calls:
+            return None
+        loss = self.student.hidden_BTD.new_zeros((), dtype=torch.float32)
+        means: dict[str, Tensor] = {}
+        for kind, listed in calls.items():
+            rows = [
+                Rows.select(
+                    block.place,
+                    self.batch,
+                    with_teacher=kind is not None and not self._is_aligned(block.place),
+                )
+                for block in listed
+            ]
+            result = self._one_call(listed, rows, kind)
+            loss = loss + result.loss
+            ends = list(accumulate(len(r.student_N) for r in rows))
+            for begin, end, block in zip([0, *ends[:-1]], ends, listed, strict=True):
+                for name, values_N in ((block.cross_entropy, result.ce_N), (block.kl, result.kl_N)):
+                    if name is not None:
+                        means[name] = values_N[begin:end].sum() * self._share(name).float()
+        return loss, means
+
+    def _share(self, name: str) -> Tensor:
+        return 1.0 / count(self.counts, self.terms[name].denominator.name)
+
+    def _weights(self, rows: Rows, name: str | None) -> Tensor:
+        return fill(rows, 0.0 if name is None else self.terms[name].weight * self._share(name))
+
+    def _one_call(self, listed: list[_Block], rows: list[Rows], kind: Kind | None) -> HeadLoss:
+        student, teacher, formulas = self.student, self.teacher, self.common.formulas
+        flat_D = student.hidden_BTD.flatten(0, 1)
+        student_ND = flat_D[torch.cat([r.student_N for r in rows])]
+        targets_N = torch.cat([r.targets_N for r in rows])
+        pairs = list(zip(listed, rows, strict=True))
+        ce_N = torch.cat([self._weights(r, block.cross_entropy) for block, r in pairs])
+        common = {"student_bias_V": student.bias_V, "ce_weight_N": ce_N}
+        if kind is None or teacher is None:
+            active = (0, sum(len(r.targets_N) for block, r in pairs if self._counts(block.cross_entropy)))
+            return formulas.head_loss(student_ND, student.head_VD, targets_N, **common, active_rows=active)
+        common["kl_weight_N"] = torch.cat([self._weights(r, block.kl) * r.is_shared_N for block, r in pairs])
+        common |= {"temperature": kind[0], "divergence": kind[1], "num_common": self.common.num_common}
+        if isinstance(teacher, TopKPrediction):
+            top = teacher.top_k(torch.cat([r.teacher_N for r in rows]))
+            return formulas.top_k_head_loss(student_ND, student.head_VD, targets_N, **common, top=top)
+        return formulas.head_loss(
+            student_ND,
+            student.head_VD,
+            targets_N,
+            **common,
+            teacher_NE=torch.cat([self._teacher_rows(r, teacher) for r in rows]),
+            teacher_head_UE=teacher.head_VD,
+            teacher_bias_U=teacher.bias_V,
+            active_rows=self._active_rows(pairs),
+        )
+
+    def _counts(self, name: str | None) -> bool:
+        return name is not None and self.terms[name].weight > 0
+
+    def _active_rows(self, pairs: list[tuple[_Block, Rows]]) -> tuple[int, int] | None:
+        """Rows with a KL weight, and those with cross-entropy alone; None where they must be looked for."""
+        num_kl = num_ce_alone = 0
+        for block, rows in pairs:
+            shared = len(rows.student_N)
+            if block.place == "response" and self.batch.teacher is not None:
+                if self.batch.num_shared_targets is None:
+                    return None
+                shared = self.batch.num_shared_targets
+            with_kl = shared if self._counts(block.kl) else 0
+            num_kl += with_kl
+            if self._counts(block.cross_entropy):
+                num_ce_alone += len(rows.student_N) - with_kl
+        return num_kl, num_ce_alone
+
+    def _is_aligned(self, place: Place) -> bool:
+        return place == "visual" and self.common.align is not None
+
+    def _teacher_rows(self, rows: Rows, teacher: Prediction) -> Tensor:
+        """[N, E] that the student's rows are compared with."""
+        align = self.common.align
+        if rows.place != "visual" or align is None:
+            return teacher.hidden_BTD.flatten(0, 1)[rows.teacher_N]
+        features_IME = align(visual_features(teacher, self.batch.teacher_inputs, "hidden"))
+        return features_IME[self.batch.student.places.valid_images_N].flatten(0, 1)

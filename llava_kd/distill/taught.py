@@ -1,0 +1,47 @@
+"""What a teacher says of a micro-batch, however it came to say it.
+
+Shape legend: B rows, T tokens, N selected rows, K stored columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from llava_kd.losses.reference_top_k import TopK
+from llava_kd.models.mllm import Prediction
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKPrediction:
+    """The largest logits of each place, their columns, and the log of what the others' exp(z / T) sum to."""
+
+    logits_BTK: Tensor
+    columns_BTK: Tensor
+    rest_BT: Tensor
+
+    def top_k(self, rows_N: Tensor) -> TopK:
+        """Of these flat places."""
+        return TopK(
+            logits_NK=self.logits_BTK.flatten(0, 1)[rows_N],
+            columns_NK=self.columns_BTK.flatten(0, 1)[rows_N],
+            rest_N=self.rest_BT.flatten()[rows_N],
+        )
+
+
+AnyPrediction = Prediction | TopKPrediction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taught:
+    """What the terms compare the student with.
+
+    `prediction` is on the teacher's side of the batch. `switched` is the teacher's over the student's visual
+    output. `others` are further ones by name, such as on other pixels, for the terms that ask for them.
+    """
+
+    prediction: AnyPrediction | None = None
+    switched: Prediction | None = None
+    others: Mapping[str, AnyPrediction] = field(default_factory=dict)

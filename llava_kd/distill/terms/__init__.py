@@ -1,0 +1,22 @@
+"""The loss terms, a file each; their names are those of the settings, the log and the report."""
+
+from collections.abc import Mapping
+
+from llava_kd.distill.terms.attention import Attention
+from llava_kd.distill.terms.cross_entropy import CrossEntropy
+from llava_kd.distill.terms.relation import Relation
+from llava_kd.distill.terms.response_dbild import ResponseDBiLD
+from llava_kd.distill.terms.response_kl import ResponseKL
+from llava_kd.distill.terms.term import Term
+from llava_kd.distill.terms.visual_kl import VisualKL
+from llava_kd.distill.terms.visual_switch import VisualSwitch
+
+TERMS: Mapping[str, type[Term]] = {
+    "cross_entropy": CrossEntropy,
+    "response_kl": ResponseKL,
+    "visual_kl": VisualKL,
+    "relation": Relation,
+    "response_dbild": ResponseDBiLD,
+    "visual_switch": VisualSwitch,
+    "attention": Attention,
+}

@@ -1,0 +1,57 @@
+"""1 - cosine between the visual tokens' similarity matrices, one value an image.
+
+Shape legend: I images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge
+from torch import Tensor
+from typing_extensions import Doc
+
+from llava_kd.distill.rows import Tap
+from llava_kd.distill.terms.seen import Seen
+from llava_kd.distill.terms.term import IMAGES, Denominator, Reads, Term
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relation(Term):
+    weight: Annotated[float, Ge(0), Doc("Factor of this term in the loss.")] = 0.5
+    tap: Annotated[Tap, Doc("What is compared: LM-head logits, hidden states or projector output.")] = (
+        "logits"
+    )
+    centre: Annotated[bool, Doc("Subtract the mean over an image's tokens first.")] = False
+    normalise: Annotated[bool, Doc("Scale each token to length one first.")] = False
+
+    label: ClassVar[str] = (
+        "similarities between visual tokens, against the teacher; 1 - cosine, a mean over images"
+    )
+    paper: ClassVar[str] = "LLaVA-KD, arXiv 2410.16236, L_rel"
+    denominator: ClassVar[Denominator] = IMAGES
+
+    @property
+    def reads(self) -> Reads:
+        at_projector = self.tap == "projector"
+        return Reads(
+            teacher="states",
+            places=() if at_projector else ("visual",),
+            projector=at_projector,
+            grids=True,
+            head_gram=self.tap == "logits",
+            before_decoder=at_projector,
+        )
+
+    def total(self, seen: Seen) -> Tensor:
+        heads = {}
+        if self.tap == "logits":
+            student, teacher = seen.heads()
+            heads = {"student_head_VD": student.head_VD, "teacher_head_UE": teacher.head_VD}
+            if teacher.gram_DD is not None:
+                heads["teacher_gram_EE"] = teacher.gram_DD
+        rows_I = seen.formulas.relation_rows(
+            *seen.features(self.tap), centre=self.centre, normalise=self.normalise, **heads
+        )
+        return (rows_I * seen.is_valid_I).sum()

@@ -1,0 +1,161 @@
+"""What a term is shown of one micro-batch: what it declares to read, and nothing else.
+
+Shape legend: N selected rows, V vocabulary rows, I images, N and M visual tokens of an image, L layers, D
+and E width of student and teacher.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llava_kd.batch import Batch
+from llava_kd.distill.formulas import Align, Common, Formulas
+from llava_kd.distill.rows import Place, Rows, Tap, visual_features
+from llava_kd.distill.terms.term import Need, Reads
+from llava_kd.models.mllm import Prediction
+
+NEEDS: tuple[Need, ...] = ("nothing", "logits", "states", "model")  # each serves those before it
+
+
+class Head(NamedTuple):
+    """Logits are `hidden @ head_VD.T (+ bias_V)`; the Gram matrix is that of a frozen head, if declared."""
+
+    head_VD: Tensor
+    bias_V: Tensor | None
+    gram_DD: Tensor | None
+
+
+class Seen:
+    """One micro-batch as one term sees it. Whatever it did not declare is a ValueError that says so."""
+
+    def __init__(
+        self,
+        name: str,
+        reads: Reads,
+        batch: Batch,
+        common: Common,
+        *,
+        student: Prediction,
+        teacher: Prediction | None,
+        switched: Prediction | None = None,
+        module: nn.Module | None = None,
+    ) -> None:
+        """`name` is the term's in the table, `module` what its own `module` made."""
+        self.batch = batch
+        self._name = name
+        self._reads = reads
+        self._common = common
+        self._student = student
+        self._teacher = teacher
+        self._switched = switched
+        self._module = module
+
+    @property
+    def formulas(self) -> Formulas:
+        return self._common.formulas
+
+    @property
+    def num_common(self) -> int | None:
+        """Vocabulary columns that both heads share."""
+        self._declared(self._reads.vocabulary, "vocabulary=True")
+        return self._common.num_common
+
+    @property
+    def module(self) -> nn.Module:
+        if self._module is None:
+            raise ValueError(f"the term {self._name} has no module of its own; its `module` must make one")
+        return self._module
+
+    @property
+    def has_module(self) -> bool:
+        return self._module is not None
+
+    @property
+    def is_valid_I(self) -> Tensor:
+        """False for the stand-in of an image that could not be read: it adds to no sum."""
+        return self.batch.student.image_is_valid_I
+
+    def rows(self, place: Place) -> Rows:
+        self._declared(place in self._reads.places, f"places=({place!r}, ...)")
+        return Rows.select(place, self.batch, with_teacher=self._reads.teacher != "nothing")
+
+    def states(self, place: Place) -> tuple[Tensor, Tensor]:
+        """Final hidden states of student [N, D] and teacher [N, E] at rows that both answer alike."""
+        rows = self.rows(place)
+        student_N, teacher_N = rows.student_N, rows.teacher_N
+        if place == "response" and self.batch.teacher is not None:
+            is_shared_N = rows.is_shared_N > 0  # other tokens have no common place in the two vocabularies
+            student_N, teacher_N = student_N[is_shared_N], teacher_N[is_shared_N]
+        return _at(self._student, student_N), _at(self._of_teacher("states"), teacher_N)
+
+    def switched_states(self, place: Place) -> tuple[Tensor, Tensor]:
+        """[N, E] of the teacher over the student's visual output, and over its own."""
+        self._declared(self._reads.switched is not None, "switched")
+        rows_N = self.rows(place).teacher_N
+        if self._switched is None:
+            raise ValueError("the visual switch got no prediction over the student's visual output")
+        return _at(self._switched, rows_N), _at(self._of_teacher("model"), rows_N)
+
+    def student_features(self, tap: Tap) -> Tensor:
+        """[I, N, D] of the visual tokens; at the logits, the states that the head reads."""
+        self._declare_tap(tap)
+        return visual_features(self._student, self.batch.student, tap)
+
+    def features(self, tap: Tap) -> tuple[Tensor, Tensor]:
+        """`student_features`, and [I, N, E] of the teacher, carried to the student's tokens."""
+        student_IND = self.student_features(tap)
+        self._declared(self._reads.grids, "grids=True")
+        features_IME = visual_features(self._of_teacher("states"), self.batch.teacher_inputs, tap)
+        align = self._common.align
+        return student_IND, features_IME if align is None else align(features_IME)
+
+    def attention_maps(self) -> tuple[Tensor, Tensor]:
+        """[L, I, N, N] of both sides. ValueError if one does not show its attention."""
+        self._declared(self._reads.attention is not None, "attention")
+        student_LINN = self._student.attention_LINN
+        teacher_LIMM = self._of_teacher("model").attention_LINN
+        if student_LINN is None or teacher_LIMM is None:
+            raise ValueError("the attention term needs predictions of models whose attention is watched")
+        align = self._common.align
+        return student_LINN, teacher_LIMM if align is None else _aligned(teacher_LIMM, align)
+
+    def heads(self) -> tuple[Head, Head]:
+        """Of the student and of the teacher."""
+        teacher = self._of_teacher("states")
+        gram_DD = teacher.head_gram_DD if self._reads.head_gram else None
+        student = self._student
+        return Head(student.head_VD, student.bias_V, None), Head(teacher.head_VD, teacher.bias_V, gram_DD)
+
+    def _declare_tap(self, tap: Tap) -> None:
+        if tap == "projector":
+            self._declared(self._reads.projector, "projector=True")
+        else:
+            self._declared("visual" in self._reads.places, "places=('visual', ...)")
+
+    def _of_teacher(self, need: Need) -> Prediction:
+        self._declared(NEEDS.index(need) <= NEEDS.index(self._reads.teacher), f"teacher={need!r}")
+        if self._teacher is None:
+            raise ValueError(f"the term {self._name} got no teacher prediction")
+        return self._teacher
+
+    def _declared(self, is_declared: bool, what: str) -> None:
+        if not is_declared:
+            raise ValueError(
+                f"the term {self._name} reads what it does not declare: add {what} to its `reads`"
+            )
+
+
+def _at(prediction: Prediction, rows_N: Tensor) -> Tensor:
+    return prediction.hidden_BTD.flatten(0, 1)[rows_N]
+
+
+def _aligned(maps_LIMM: Tensor, align: Align) -> Tensor:
+    """Maps on the other grid: queries are carried over, then keys; no token sees a later one."""
+    layers = []
+    for maps_IMM in maps_LIMM:
+        queries_INM = align(maps_IMM)
+        layers.append(align(queries_INM.mT).mT.tril())
+    return torch.stack(layers)

@@ -1,0 +1,122 @@
+"""What a loss term is: a frozen dataclass whose fields are its settings, and what it says of itself.
+
+A new term is a file like those beside this one and a line in the table `TERMS`. The settings, the objective,
+a cache of the teacher, the checks before a run and the report read what they need here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Ge
+from torch import Tensor, nn
+from typing_extensions import Doc
+
+from llava_kd.batch import Batch
+from llava_kd.distill.rows import Place
+from llava_kd.losses.reference import Divergence
+
+if TYPE_CHECKING:
+    from llava_kd.distill.terms.seen import Seen
+
+Need = Literal["nothing", "logits", "states", "model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reads:
+    """What must be there for a term. What is not named here, a term is not shown.
+
+    `teacher`: `nothing` of it; its `logits`, for which a cache of the largest ones serves; its `states`,
+    hidden or projected, which a cache of hidden states holds; or the `model` itself. `places`: whose rows, of
+    student and teacher. `projector`: its output. `vocabulary`: tokens are compared by their number in it.
+    `grids`: visual tokens are compared one by one. `head_gram`: the Gram matrix of a head, computed once for
+    a frozen one. `attention`: in layers from one share of the depth to another. `switched`: the teacher over
+    the student's visual output, of its tower or projector. `before_decoder`: no gradient of the term reaches
+    the language model.
+    """
+
+    teacher: Need = "nothing"
+    places: tuple[Place, ...] = ()
+    projector: bool = False
+    vocabulary: bool = False
+    grids: bool = False
+    head_gram: bool = False
+    attention: tuple[float, float] | None = None
+    switched: Literal["tower", "projector"] | None = None
+    before_decoder: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denominator:
+    """What a sum is divided by, counted over all ranks and micro-batches of a step.
+
+    `count`: of one micro-batch, where it is none of those that a batch counts itself. `by_share`: a sum is
+    multiplied by one over the count, as rows of the head are, instead of divided: the two round differently.
+    """
+
+    name: str
+    count: Callable[[Batch], Tensor] | None = None
+    by_share: bool = False
+
+
+RESPONSE_TOKENS = Denominator(name="response_tokens", by_share=True)
+VISUAL_TOKENS = Denominator(name="visual_tokens", by_share=True)
+IMAGES = Denominator(name="images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRequest:
+    """Logits that a term needs: the cross-entropy of their targets, or T^2 times a divergence, row by row.
+
+    Requests of equal temperature and divergence go through the head together.
+    """
+
+    place: Place
+    temperature: float = 1.0
+    divergence: Divergence | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widths:
+    """Of the hidden states that a term with weights of its own may join."""
+
+    student: int
+    teacher: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """A sum over rows of one micro-batch, times `weight`, divided by a count of the whole step.
+
+    `label` is for a report, `paper` where it comes from. A term either asks the head for
+    rows, or gives its `total`.
+    """
+
+    weight: Annotated[float, Ge(0), Doc("Factor of this term in the loss.")] = 1.0
+
+    label: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    denominator: ClassVar[Denominator] = RESPONSE_TOKENS
+
+    @property
+    def reads(self) -> Reads:
+        return Reads()
+
+    def head_request(self) -> HeadRequest | None:
+        return None
+
+    def total(self, seen: Seen) -> Tensor:
+        """The differentiable sum over the rows of a micro-batch; none of them may be of an image that is
+        a stand-in. A term with a module must call it for every batch, be it with no row.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither a total nor a request to the head")
+
+    def module(self, widths: Widths) -> nn.Module | None:
+        """Weights of the term's own, made anew: the student's engine trains, shards and saves them."""
+        del widths
+        return None
+
+    def fits(self, trainable: Sequence[str], placement: str) -> None:
+        """ValueError where the term could move nothing that is trained, or not run the teacher so placed."""

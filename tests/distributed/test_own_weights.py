@@ -1,0 +1,50 @@
+"""Weights that a loss term brings are trained alike by every engine, and saved whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.distributed
+
+ENGINES = {
+    "ddp": ["--engine.kind=ddp"],
+    "fsdp2": ["--engine.kind=fsdp2"],
+    "zero3": ["--engine.kind=deepspeed", "--engine.zero_stage=3"],
+}
+RANK = Path(__file__).parent / "own_weights_rank.py"
+
+
+def train(config: Path, *words: str, ranks: int) -> dict[str, torch.Tensor]:
+    """The state of the last checkpoint, without the steps of the optimiser."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [str(RANK), "train", str(config), "--objective.mapped={weight: 0.5}", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (last,) = sorted((config.with_suffix("") / "checkpoints").glob("step-*"))[-1:]
+    found = {n: t for file in last.glob("*.safetensors") for n, t in load_file(file).items()}
+    return {name: tensor for name, tensor in found.items() if name.startswith("parameter/")}
+
+
+@pytest.fixture
+def one(stage: Callable[..., Path]) -> dict[str, torch.Tensor]:
+    return train(stage("one", max_steps=3), ranks=1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_train_a_terms_own_weights_as_one_device_does(stage, one, engine: str) -> None:
+    if engine == "zero3":
+        pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
+    got = train(stage("two", max_steps=3), *ENGINES[engine], ranks=2)
+    assert got.keys() == one.keys()
+    assert "parameter/terms.mapped.weight" in got
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, one[name], rtol=1e-5, atol=1e-5, msg=name)
