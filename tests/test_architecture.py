@@ -26,9 +26,10 @@ ROOMS = {
     "distill": {"batch", "losses", "models"},
     "training": {"batch", "checksums", "distill", "parallel", "tensor_files"},
     "evaluation": {"batch", "data", "models"},
+    "search": {"config", "evaluation"},
     "assembly": {
         *("batch", "config", "data", "distill", "evaluation", "losses", "models", "parallel", "training"),
-        *("checksums", "plugin_file", "tensor_files"),
+        *("checksums", "plugin_file", "search", "tensor_files"),
     },
     "cli": {"assembly", "config", "data", "evaluation"},
 }
@@ -60,6 +61,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "benchmarks": {"", "generation", "report", "scorers"},
     },
     "losses": {"kernels": {""}, "": {"kernels"}},
+    "search": {"grids": set(), "findings": {"grids"}, "running": {"findings", "grids"}, "": set()},
     "assembly": {"parts": {"", "runs"}, "runs": {""}, "": {"parts", "runs"}},
 }
 MAX_PARAMETERS = 8

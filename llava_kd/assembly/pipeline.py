@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import yaml
 
+from llava_kd.assembly.runs.children import Children
 from llava_kd.assembly.runs.run_dir import differences
-from llava_kd.assembly.runs.stopping import INTERRUPTED, STOPS
-from llava_kd.assembly.runs.supervise import end_with_parent
+from llava_kd.assembly.runs.stopping import INTERRUPTED
 from llava_kd.assembly.settings import load
 from llava_kd.config import TrainConfig
 
@@ -66,10 +63,10 @@ def read_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     outputs = [stage.output.absolute() for stage in stages]
     if doubled := {str(output) for output in outputs if outputs.count(output) > 1}:
         raise ValueError(f"{path}: every stage needs its own output_dir; {sorted(doubled)} comes twice")
-    return Pipeline(command=_command(tree.get("command") or _COMMAND, path), stages=stages)
+    return Pipeline(command=command_words(tree.get("command") or _COMMAND, path), stages=stages)
 
 
-def _command(text: object, path: Path) -> tuple[str, ...]:
+def command_words(text: object, path: Path) -> tuple[str, ...]:
     """Its words; scripts among them are found beside the pipeline file, like stage files."""
     words = shlex.split(str(text))
     for i, word in enumerate(words):
@@ -106,11 +103,11 @@ def run_pipeline(pipeline: Pipeline, say: Callable[[str], None] = print) -> int:
 
     Raises ValueError if a stage fails, or a complete one was run with other settings.
     """
-    with Forwarding() as stops:
+    with Children() as stops:
         return _run_stages(pipeline, say, stops)
 
 
-def _run_stages(pipeline: Pipeline, say: Callable[[str], None], stops: Forwarding) -> int:
+def _run_stages(pipeline: Pipeline, say: Callable[[str], None], stops: Children) -> int:
     for number, stage in enumerate(pipeline.stages, start=1):
         name = f"stage {number} of {len(pipeline.stages)}, {stage.path.name} into {stage.output}"
         if stage.is_complete:
@@ -131,43 +128,5 @@ def _run_stages(pipeline: Pipeline, say: Callable[[str], None], stops: Forwardin
     return 0
 
 
-class Forwarding:
-    """Signals that ask for a stop go to the stage that runs, which saves first, and no other one starts."""
-
-    def __init__(self) -> None:
-        self.asked: list[int] = []
-        self._process: subprocess.Popen | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Forwarding:
-        self._previous = {number: signal.signal(number, self._receive) for number in STOPS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        self.asked.append(number)
-        if self._process is not None:
-            self._process.send_signal(number)
-
-    def run(self, command: Sequence[str]) -> int:
-        """Exit status; 0 without a start where a stop has been asked for."""
-        if self.asked:
-            return 0
-        with subprocess.Popen(command, preexec_fn=end_with_parent()) as self._process:
-            if self.asked:  # while it started
-                self._process.send_signal(self.asked[0])
-            return self._process.wait()
-
-    def explained(self, status: int) -> signal.Signals | None:
-        """The signal that ended a stage, which may have been too young to answer it; None if none did."""
-        if status == INTERRUPTED and not self.asked:
-            return signal.SIGINT  # it was sent to the stage alone
-        ends = {0, INTERRUPTED, *(-number for number in STOPS), *(128 + number for number in STOPS)}
-        return signal.Signals(self.asked[0]) if self.asked and status in ends else None
-
-
-def _run(command: Sequence[str], stops: Forwarding) -> int:
+def _run(command: Sequence[str], stops: Children) -> int:
     return stops.run(command)

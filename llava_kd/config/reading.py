@@ -15,30 +15,7 @@ from draccus.utils import DraccusException
 from llava_kd.config.checks import check_section, check_value
 from llava_kd.config.objective import Table, stage_type
 from llava_kd.config.sections import TrainConfig
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML loader that refuses a key given twice: plain YAML lets the second win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        doubled = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if doubled:
-            raise ValueError(f"line {node.start_mark.line + 1}: the key {doubled} is given twice")
-        return super().construct_mapping(node, deep)
-
-
-def _apply(tree: dict, override: str) -> None:
-    """Set the dotted key of `--a.b=value` in `tree`; the value is read as YAML."""
-    if not override.startswith("--") or "=" not in override:
-        raise ValueError(f"an override looks like --optim.lr=1e-4; got {override!r}")
-    dotted, text = override[2:].split("=", 1)
-    *parents, last = dotted.split(".")
-    for name in parents:
-        if not isinstance(tree.get(name), dict):
-            tree[name] = {}
-        tree = tree[name]
-    tree[last] = yaml.safe_load(text)
+from llava_kd.config.trees import UniqueKeyLoader, parse_override, set_dotted
 
 
 def _messages(error: BaseException) -> str:
@@ -80,11 +57,11 @@ def plugins_of(path: str | Path, overrides: Sequence[str] = ()) -> list[str]:
 
 
 def _tree(path: Path, overrides: Sequence[str]) -> dict:
-    tree = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
+    tree = yaml.load(path.read_text(), Loader=UniqueKeyLoader)
     if not isinstance(tree, dict):
         raise ValueError("the file must hold `key: value` lines")
     for override in overrides:
-        _apply(tree, override)
+        set_dotted(tree, *parse_override(override))
     return tree
 
 

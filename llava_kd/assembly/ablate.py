@@ -1,0 +1,212 @@
+"""`llava-kd ablate`: an ablation file run to its results, each stage a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from llava_kd.assembly.pipeline import command_words
+from llava_kd.assembly.runs.children import Children
+from llava_kd.assembly.runs.run_dir import locked
+from llava_kd.assembly.runs.stopping import INTERRUPTED
+from llava_kd.assembly.settings import load
+from llava_kd.search.findings.grid_results import RESULTS, read_results
+from llava_kd.search.findings.grid_tables import score_lines
+from llava_kd.search.findings.words import duration
+from llava_kd.search.findings.writing import write_results
+from llava_kd.search.grids.grid import Grid, read_grid
+from llava_kd.search.grids.manifest import keep_manifest, refuse_changes
+from llava_kd.search.grids.sharing import Plan, StageRun, check_arms, make_plan
+from llava_kd.search.running.pricing import Clock, price_text
+from llava_kd.search.running.schedule import Job, Outcome, run_jobs
+from llava_kd.search.running.work import faults, make_jobs, write_work
+
+CLI = (sys.executable, "-m", "llava_kd.cli")
+# Keep freed memory: fetching it from the system anew costs a tenth of a step of small models.
+_KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 31),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What of the file this call runs; None: all of it, on all cores or GPUs."""
+
+    output: str | None = None
+    arms: Sequence[str] | None = None
+    seeds: Sequence[int] | None = None
+    num_jobs: int | None = None
+
+
+def ablate(path: str | Path, overrides: Sequence[str], choice: Choice, *, is_dry: bool = False) -> int:
+    """Train what is missing, score it, write the results; with `is_dry` say what that would take.
+
+    0, or 130 where Ctrl-C stopped it; the same call then goes on. Raises ValueError for a file that does not
+    fit itself or what has run, and at the end where a stage failed, the others being finished.
+    """
+    grid = read_grid(path, overrides, output=choice.output)
+    plan = make_plan(grid)
+    check_arms(grid, plan, _settings)
+    refuse_changes(grid, plan)
+    arms, seeds = _chosen(grid, choice)
+    slots = _slots(plan, choice.num_jobs, is_whole=grid.command is not None)
+    results = grid.output / RESULTS
+    if results.is_file():
+        read_results(results)
+    if is_dry:
+        print(price_text(plan, arms, seeds, num_slots=len(slots)))
+        return 0
+    with locked(grid.output, "output"), Children() as children, _ended(children):
+        keep_manifest(grid, plan)
+        write_work(grid, plan)
+        runs = [run for run in plan.runs if run.arm in arms and run.seed in seeds]
+        train = (*CLI, "train") if grid.command is None else command_words(grid.command, grid.path)
+        jobs = make_jobs(grid, plan, runs, train=train, evaluate=(*CLI, "eval"))
+        if any(not job.is_done() for job in jobs):
+            _prepare(grid, children)
+        outcome = _run(grid, plan, jobs, _Slots(children, slots))
+        write_results(grid, plan, faults(plan, jobs, outcome))
+        return _end(grid, plan, jobs, outcome, children)
+
+
+def _end(grid: Grid, plan: Plan, jobs: Sequence[Job], outcome: Outcome, children: Children) -> int:
+    if outcome.is_stopped or children.asked:
+        number = children.asked[0] if children.asked else signal.SIGTERM
+        print(f"stopped by {signal.Signals(number).name}; the same command goes on", flush=True)
+        return INTERRUPTED if number == signal.SIGINT else 0
+    for line in score_lines(read_results(grid.output / RESULTS)):
+        print(line)
+    print(f"open {grid.output / 'results.html'}", flush=True)
+    if outcome.failed:
+        names = {job.key: job.name for job in jobs}
+        broken = faults(plan, jobs, outcome)
+        first = next(iter(outcome.failed))
+        raise ValueError(
+            f"{len(outcome.failed)} of {len(jobs)} jobs failed, so {len(broken)} arms and seeds are not "
+            f"finished: {', '.join(broken)}. The first: {names[first]} {outcome.failed[first]}; mend it, and "
+            "the same command goes on"
+        )
+    return 0
+
+
+def _settings(stage: StageRun) -> Mapping[str, object]:
+    """All settings of a stage, those too that no file names. ValueError for what `train` would refuse."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / stage.recipe.name
+        path.write_text(yaml.safe_dump(stage.tree), encoding="utf-8")
+        try:
+            return dataclasses.asdict(load(path))
+        except ValueError as error:
+            said = str(error).replace(str(path), str(stage.recipe))
+            raise ValueError(f"stage {stage.label}: {said}") from error
+
+
+def _chosen(grid: Grid, choice: Choice) -> tuple[list[str], list[int]]:
+    """The arms and seeds of this call, in the order of the file."""
+    for what, asked, known in (("arm", choice.arms, grid.arms), ("seed", choice.seeds, grid.seeds)):
+        if unknown := [one for one in asked or () if one not in known]:
+            listed = ", ".join(map(str, known))
+            raise ValueError(f"{grid.path} has no {what} {unknown[0]}; there are {listed}")
+    arms = [arm for arm in grid.arms if choice.arms is None or arm in choice.arms]
+    return arms, [seed for seed in grid.seeds if choice.seeds is None or seed in choice.seeds]
+
+
+def _prepare(grid: Grid, children: Children) -> None:
+    for line in grid.prepare:
+        words = shlex.split(line)
+        print(f"llava-kd {line}", flush=True)
+        status = children.run([*CLI, *words])
+        if status != 0 and not children.asked:
+            raise ValueError(f"{grid.path}: `prepare` failed with status {status}: llava-kd {line}")
+    if not children.asked:
+        for test in grid.tests.values():
+            if not Path(test.data).is_file():
+                raise ValueError(f"{grid.path}: test {test.name}: there is no file {test.data}")
+
+
+def _run(grid: Grid, plan: Plan, jobs: Sequence[Job], slots: _Slots) -> Outcome:
+    """A line for each job that ends; the results as they are then."""
+    clock = Clock(plan, jobs, num_slots=len(slots.environments))
+
+    def finished(job: Job, seconds: float, outcome: Outcome) -> None:
+        clock.ended(job, seconds)
+        rest = clock.left(outcome.settled())
+        print(f"[{len(outcome.done)} of {len(jobs)}] {job.name}: {duration(seconds)}; {rest}", flush=True)
+        if job.key not in plan.stages:
+            write_results(grid, plan, faults(plan, jobs, outcome))
+
+    def failed(job: Job, why: str) -> None:
+        print(f"{job.name} {why}; what does not need it goes on", flush=True)
+
+    return run_jobs(jobs, slots, num_slots=len(slots.environments), finished=finished, failed=failed)
+
+
+class _Slots:
+    """A core or a GPU for each job that runs."""
+
+    def __init__(self, children: Children, environments: Sequence[Mapping[str, str]]) -> None:
+        self.environments = environments
+        self._children = children
+
+    def start(self, job: Job, slot: int) -> subprocess.Popen:
+        return self._children.start(job.command, job.log, self.environments[slot])
+
+    def ended(self, process: subprocess.Popen) -> int | None:
+        return self._children.ended(process)
+
+    def is_stopping(self) -> bool:
+        return bool(self._children.asked)
+
+
+def _slots(plan: Plan, num_jobs: int | None, *, is_whole: bool) -> list[dict[str, str]]:
+    """The environment of each job that may run at once; `is_whole`: a job takes devices by its own means."""
+    if is_whole:
+        return [dict(os.environ)] * (num_jobs or 1)
+    devices = [] if all(_is_for_cpu(stage) for stage in plan.stages.values()) else gpus()
+    if devices:
+        count = num_jobs or len(devices)
+        return [{**os.environ, "CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} for slot in range(count)]
+    alone = {"OMP_NUM_THREADS": "1", **_KEEP_MEMORY, **os.environ}
+    return [alone] * (num_jobs or len(os.sched_getaffinity(0)))
+
+
+def _is_for_cpu(stage: StageRun) -> bool:
+    engine = stage.tree.get("engine")
+    return isinstance(engine, Mapping) and engine.get("device") == "cpu"
+
+
+def gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them: those of this process, or all that nvidia-smi lists."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip() and name.strip() != "-1"]
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = listed.stdout.splitlines() if listed.returncode == 0 else []
+    return [str(k) for k, line in enumerate(lines) if line.startswith("GPU ")]
+
+
+@contextmanager
+def _ended(children: Children) -> Iterator[None]:
+    """Leave no child behind where this process fails itself."""
+    try:
+        yield
+    finally:
+        children.end_all()

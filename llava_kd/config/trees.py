@@ -1,0 +1,52 @@
+"""YAML trees before they are settings: read without doubled keys, changed by dotted names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML loader that refuses a key given twice: plain YAML lets the second win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        doubled = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if doubled:
+            raise ValueError(f"line {node.start_mark.line + 1}: the key {doubled} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_tree(path: Path) -> dict:
+    """The `key: value` lines of a file that is there. ValueError for anything else, and for a doubled key."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
+    except RecursionError:
+        raise ValueError(f"{path}: it is nested too deeply") from None
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: the file must hold `key: value` lines")
+    return tree
+
+
+def parse_override(override: str) -> tuple[str, object]:
+    """Dotted name and value of `--a.b=value`; the value is read as YAML."""
+    if not override.startswith("--") or "=" not in override:
+        raise ValueError(f"an override looks like --optim.lr=1e-4; got {override!r}")
+    dotted, text = override[2:].split("=", 1)
+    try:
+        return dotted, yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def set_dotted(tree: dict, dotted: str, value: object) -> None:
+    """Set `a.b` in `tree`, making the sections that lead there."""
+    *parents, last = dotted.split(".")
+    for name in parents:
+        if not isinstance(tree.get(name), dict):
+            tree[name] = {}
+        tree = tree[name]
+    tree[last] = value

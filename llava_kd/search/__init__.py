@@ -1,0 +1,1 @@
+"""Grids of runs: what differs, what is shared, what came out."""

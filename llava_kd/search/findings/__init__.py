@@ -1,0 +1,1 @@
+"""What a grid found: curves, statistics, tables and the page."""

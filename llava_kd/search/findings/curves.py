@@ -1,0 +1,97 @@
+"""What an arm knew after how many steps and seconds, from the logs of its stages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_kd.evaluation.report.results import read_metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measurement: the figure after so many steps, and seconds of training, of the whole chain."""
+
+    steps: int
+    seconds: float
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Points in order, and where the chain ends."""
+
+    points: tuple[Point, ...]
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A line of a stage's log: seconds since its start, questions and checkpoints left out."""
+
+    step: int
+    seconds: float
+    figures: dict[str, float]
+
+
+def stage_log(directory: Path) -> list[Line]:
+    """Empty where nothing has been logged."""
+    path = directory / "metrics.jsonl"
+    lines: list[Line] = []
+    if not path.is_file():
+        return lines
+    step, seconds = 0, 0.0
+    for row in read_metrics(path):
+        # After a kill the rate of the first line stands for the steps before it too, whose time was lost.
+        seconds += (int(row["step"]) - step) * row.get("seconds_per_step", 0.0)
+        step = int(row["step"])
+        lines.append(Line(step=step, seconds=seconds, figures=row))
+    return lines
+
+
+def chain_curve(directories: Sequence[Path], figure: str | None) -> Curve:
+    """The stages one after the other, a shared one counted in full."""
+    points, steps, seconds = [], 0, 0.0
+    for directory in directories:
+        lines = stage_log(directory)
+        points += [
+            Point(steps=steps + line.step, seconds=seconds + line.seconds, value=line.figures[figure])
+            for line in lines
+            if figure is not None and figure in line.figures
+        ]
+        if lines:
+            steps, seconds = steps + lines[-1].step, seconds + lines[-1].seconds
+    return Curve(points=tuple(points), steps=steps, seconds=seconds)
+
+
+def value_at(curve: Curve, *, steps: float | None = None, seconds: float | None = None) -> float | None:
+    """The last measurement up to there, never one between two; None before the first."""
+    reached = [
+        point
+        for point in curve.points
+        if (steps is None or point.steps <= steps) and (seconds is None or point.seconds <= seconds)
+    ]
+    return reached[-1].value if reached else None
+
+
+def finished_steps(directory: Path) -> int | None:
+    """Of a complete stage, as its run.json has it."""
+    record = run_record(directory)
+    return None if record is None else int(record["steps"])
+
+
+def run_record(directory: Path) -> dict | None:
+    path = directory / "run.json"
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        int(record["steps"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}); remove it, and the same command finishes that stage again"
+        ) from error
+    return record

@@ -1,0 +1,214 @@
+"""results.json of a grid: every arm's scores, its differences to the baseline, what it cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_kd.evaluation.report.results import Evaluated, read_evaluated
+from llava_kd.search.findings.curves import Curve, chain_curve, run_record, stage_log, value_at
+from llava_kd.search.findings.sameness import mixtures
+from llava_kd.search.findings.statistics import estimate, paired, spearman
+from llava_kd.search.findings.words import WAITING
+from llava_kd.search.grids.grid import Arm, Grid
+from llava_kd.search.grids.sharing import ArmRun, Plan
+
+VERSION = 1
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """An arm with one seed, to its end: its scores by test, and the curve of its stages."""
+
+    seed: int
+    scores: Mapping[str, Evaluated]
+    curve: Curve
+
+
+def read_results(path: Path) -> dict:
+    """ValueError for a file that is damaged, or of another version."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        version = results["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no results file ({error!r}); remove it, and it is written anew"
+        ) from error
+    if version != VERSION:
+        raise ValueError(
+            f"{path} was written by another version (format {version}, this one reads {VERSION}); move it "
+            "away, and it is written anew from the runs"
+        )
+    return results
+
+
+def collect(grid: Grid, plan: Plan, faults: Mapping[str, str] | None = None) -> dict:
+    """Everything that is finished. `faults` by the key of an arm and seed (`fault_key`): why it is not."""
+    faults = faults or {}
+    scored = {name: _scored(grid, plan, name) for name in grid.arms}
+    arms = {name: _arm(grid, plan, arm, scored, faults) for name, arm in grid.arms.items()}
+    return {
+        "version": VERSION,
+        "name": grid.name,
+        "what": grid.what,
+        "seeds": list(grid.seeds),
+        "baseline": grid.baseline,
+        "tests": {
+            name: {"data": test.data, "questions": _questions(scored, name)}
+            for name, test in grid.tests.items()
+        },
+        "curve": grid.curve,
+        "arms": arms,
+        "cost": _cost(plan),
+        "rank": _rank(grid, scored),
+        "commits": _recorded(plan, "commit"),
+        "warnings": mixtures(plan),
+    }
+
+
+def fault_key(run: ArmRun) -> str:
+    return f"{run.arm} seed {run.seed}"
+
+
+def _scored(grid: Grid, plan: Plan, arm: str) -> list[Scored]:
+    """The seeds of an arm that have an answer to every test."""
+    found = []
+    for run in plan.of(arm):
+        where = {name: run.directory / "eval" / name for name in grid.tests}
+        if all((path / "summary.json").is_file() for path in where.values()):
+            curve = chain_curve([plan.stages[key].directory for key in run.chain], grid.curve)
+            scores = {name: read_evaluated(path) for name, path in where.items()}
+            found.append(Scored(seed=run.seed, scores=scores, curve=curve))
+    return found
+
+
+def _arm(
+    grid: Grid, plan: Plan, arm: Arm, scored: Mapping[str, Sequence[Scored]], faults: Mapping[str, str]
+) -> dict:
+    own, base = scored[arm.name], scored[grid.baseline]
+    runs = {run.seed: run for run in plan.of(arm.name)}
+    done = {one.seed for one in own}
+    missing = {str(s): faults.get(fault_key(runs[s]), WAITING) for s in grid.seeds if s not in done}
+    steps = sorted({one.curve.steps for one in own})
+    entry: dict = {
+        "what": arm.what,
+        "published": arm.published,
+        "stages": [{"label": stage.label, "recipe": str(stage.recipe)} for stage in arm.stages],
+        "seeds": [one.seed for one in own],
+        "missing": missing,
+        "runs": {str(run.seed): list(run.chain) for run in runs.values()},
+        "steps": steps[0] if len(steps) == 1 else None,
+        "seconds": estimate([one.curve.seconds for one in own]) if own else None,
+        "tests": {name: _test(name, own, base, is_baseline=arm.name == grid.baseline) for name in grid.tests},
+    }
+    if arm.name != grid.baseline:
+        entry["equal_steps"] = _at_equal(grid, own, base, "steps")
+        entry["equal_time"] = _at_equal(grid, own, base, "seconds")
+    return entry
+
+
+def _test(name: str, own: Sequence[Scored], base: Sequence[Scored], *, is_baseline: bool) -> dict | None:
+    """Accuracies of a test file, by question type too, and the differences where it is not the baseline."""
+    if not own:
+        return None
+    by_seed = {one.seed: one.scores[name].accuracy for one in own}
+    of_base = {one.seed: one.scores[name].accuracy for one in base}
+    kinds = sorted({kind for one in own for kind in one.scores[name].by_type})
+    found: dict = {
+        "accuracy": estimate(list(by_seed.values())),
+        "by_seed": {str(seed): value for seed, value in by_seed.items()},
+        "by_type": {kind: estimate(list(_of_type(own, name, kind).values())) for kind in kinds},
+    }
+    if not is_baseline:
+        found["gain"] = paired(by_seed, of_base)
+        found["gain_by_type"] = {
+            kind: paired(_of_type(own, name, kind), _of_type(base, name, kind)) for kind in kinds
+        }
+    return found
+
+
+def _of_type(scored: Sequence[Scored], test: str, kind: str) -> dict[int, float]:
+    return {one.seed: one.scores[test].by_type[kind] for one in scored if kind in one.scores[test].by_type}
+
+
+def _at_equal(grid: Grid, own: Sequence[Scored], base: Sequence[Scored], what: str) -> dict:
+    """The difference when both have had the steps, or the seconds, that the baseline took; else why not.
+
+    At equal steps the finished students are compared on the first test; all else is read from the curve.
+    """
+    partners = {one.seed: one.curve for one in base}
+    pairs = {one.seed: (one.curve, partners[one.seed]) for one in own if one.seed in partners}
+    if not pairs:
+        return _none("no seed that both have finished")
+    if what == "steps" and all(mine.steps == its.steps for mine, its in pairs.values()):
+        test = next(iter(grid.tests))
+        values, others = ({s.seed: s.scores[test].accuracy for s in side} for side in (own, base))
+        return {"gain": paired(values, others), "figure": f"test {test}", "not_measured": None}
+    if grid.curve is None:
+        return _none("no slice is asked while training")
+    gaps: list[float] = []
+    for mine, its in pairs.values():
+        mark = {"steps": its.steps} if what == "steps" else {"seconds": its.seconds}
+        value, other = value_at(mine, **mark), value_at(its, **mark)
+        if value is None or other is None:
+            whose = "this arm" if value is None else "the baseline"
+            return _none(f"{grid.curve} of {whose} was not asked by then")
+        gaps.append(value - other)
+    return {"gain": estimate(gaps), "figure": grid.curve, "not_measured": None}
+
+
+def _none(why: str) -> dict:
+    return {"gain": None, "figure": None, "not_measured": why}
+
+
+def _cost(plan: Plan) -> dict:
+    """Training seconds of what is finished: each stage once, and what arms saved by sharing some."""
+    seconds = {
+        key: lines[-1].seconds
+        for key, stage in plan.stages.items()
+        if stage.is_complete and (lines := stage_log(stage.directory))
+    }
+    whole = [run for run in plan.runs if seconds.keys() >= set(run.chain)]
+    each = [seconds[key] for run in whole for key in run.chain]
+    return {
+        "stages": len(plan.stages),
+        "finished": sum(stage.is_complete for stage in plan.stages.values()),
+        "seconds": sum(seconds.values()),
+        "saved_by_sharing": sum(each) - sum(seconds[key] for key in {k for run in whole for k in run.chain}),
+    }
+
+
+def _rank(grid: Grid, scored: Mapping[str, Sequence[Scored]]) -> dict | None:
+    """Agreement with the published order on the first test: of the means, and of seeds with all arms."""
+    test = next(iter(grid.tests))
+    published = {
+        name: arm.published for name, arm in grid.arms.items() if arm.published is not None and scored[name]
+    }
+    if not published:
+        return None
+    by_arm = {name: {one.seed: one.scores[test].accuracy for one in scored[name]} for name in published}
+    # Rounded, as two sums of the same scores may differ in their last digit, and equal arms share a rank.
+    means = [round(sum(values.values()) / len(values), 9) for values in by_arm.values()]
+    seeds = [seed for seed in grid.seeds if all(seed in values for values in by_arm.values())]
+    return {
+        "test": test,
+        "arms": len(published),
+        "spearman": spearman(means, list(published.values())),
+        "by_seed": {
+            str(seed): spearman([values[seed] for values in by_arm.values()], list(published.values()))
+            for seed in seeds
+        },
+    }
+
+
+def _questions(scored: Mapping[str, Sequence[Scored]], test: str) -> int | None:
+    return next((one.scores[test].count for side in scored.values() for one in side), None)
+
+
+def _recorded(plan: Plan, what: str) -> list[str]:
+    """What the finished stages say of themselves, each once."""
+    records = [run_record(stage.directory) for stage in plan.stages.values()]
+    return sorted({str(record[what]) for record in records if record and record.get(what)})
