@@ -1,4 +1,4 @@
-"""Peak memory of a distillation step against what `llava-kd check` estimates (llava_kd/assembly/estimate.py).
+"""Peak memory of a distillation step against the estimate of `llava-kd check` (llava_kd/assembly/planning/estimate.py).
 
 Random weights; every row is full, two micro-batches make a step, and the peak is that of the second step,
 where moments exist. On a GPU it is what its allocator held in tensors; on a CPU what PyTorch's allocator did,
@@ -19,10 +19,10 @@ from _common import Row, meta, parser, print_table, write_json
 from step import CASES, Case, random_batch, random_model
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from llava_kd.assembly.estimate import Sizes, memory
 from llava_kd.assembly.parts.engine import make_engine
 from llava_kd.assembly.parts.models import DTYPES, place, student_dtypes
 from llava_kd.assembly.parts.objective import terms_of
+from llava_kd.assembly.planning.estimate import Sizes, memory
 from llava_kd.config import (
     DataConfig,
     EngineConfig,

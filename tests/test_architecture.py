@@ -62,7 +62,12 @@ FLOORS: dict[str, dict[str, set[str]]] = {
     },
     "losses": {"kernels": {""}, "": {"kernels"}},
     "search": {"grids": set(), "findings": {"grids"}, "running": {"findings", "grids"}, "": set()},
-    "assembly": {"parts": {"", "runs"}, "runs": {""}, "": {"parts", "runs"}},
+    "assembly": {
+        "parts": {"", "runs"},
+        "planning": {"", "parts", "runs"},
+        "runs": {""},
+        "": {"parts", "planning", "runs"},
+    },
 }
 MAX_PARAMETERS = 8
 # Formulas of the losses read two models' rows, heads and biases: grouped, each would take them apart again.

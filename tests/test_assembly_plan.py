@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_kd.assembly import dry_run as build_plan
-from llava_kd.assembly.estimate import Sizes, memory, refuse_too_large, traffic
+from llava_kd.assembly.planning import dry_run as build_plan
+from llava_kd.assembly.planning.estimate import Sizes, memory, refuse_too_large, traffic
 from llava_kd.assembly.settings import load
 from llava_kd.assembly.stage import assemble
 from llava_kd.cli import main

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_kd.assembly.estimate import Sizes
+from llava_kd.assembly.planning.estimate import Sizes
+from llava_kd.assembly.planning.throughput import Network, Rate, step_seconds, throughput
 from llava_kd.assembly.settings import load
-from llava_kd.assembly.throughput import Network, Rate, step_seconds, throughput
 from llava_kd.cli import main
 from llava_kd.config import TrainConfig
 

@@ -8,12 +8,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from extending_page import PLUGINS, write_plugins
 
 from llava_kd.assembly.settings import load, stage
+from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
 from llava_kd.config import TrainConfig
 from llava_kd.config.describe.tree import walk
+from llava_kd.models.mllm import Prediction
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -47,13 +50,38 @@ def test_the_settings_that_the_pages_name_exist() -> None:
     assert {"objective.relation.tap", "data.packing.max_tokens", "checkpoint.best"} <= known
 
 
+@pytest.fixture
+def example() -> dict[str, object]:
+    """What the snippets find already made: a prediction over one row with one image, its batch and counts."""
+    ids_BT = torch.arange(8).view(1, 8)
+    visual_BT = torch.tensor([[False, True, True, True, False, False, False, False]])
+    labels_BT = torch.where(ids_BT > 4, ids_BT, IGNORE_INDEX)
+    inputs = Inputs(
+        input_ids_BT=ids_BT,
+        labels_BT=labels_BT,
+        position_ids_BT=ids_BT,
+        segment_ids_BT=torch.ones_like(ids_BT),
+        visual_BT=visual_BT,
+        pixels_ICHW=torch.zeros(1, 3, 8, 8),
+        image_is_valid_I=torch.tensor([True]),
+    )
+    batch = Batch(student=inputs, record_ids=("one",))
+    prediction = Prediction(
+        hidden_BTD=torch.randn(1, 8, 4),
+        projected_IND=torch.randn(1, 3, 4),
+        head_VD=torch.randn(9, 4),
+        bias_V=None,
+    )
+    return {"prediction": prediction, "batch": batch, "counts": batch.counts()}
+
+
 SNIPPETS = [code for code in blocks("docs/extending.md", "python") if code not in PLUGINS.values()]
 
 
 @pytest.mark.parametrize("code", SNIPPETS, ids=lambda code: code.split("\n")[-2])
-def test_a_worked_change_runs(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worked_change_runs(code: str, example: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    exec(compile(code, "docs/extending.md", "exec"), {})
+    exec(compile(code, "docs/extending.md", "exec"), dict(example))
 
 
 @pytest.mark.parametrize("text", yaml_blocks(), ids=lambda text: text.split(":")[0])

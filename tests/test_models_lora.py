@@ -21,8 +21,8 @@ pytest.importorskip("peft", reason="the lora extra is not installed")
 
 import ranks
 
-from llava_kd.assembly.estimate import Sizes, memory
 from llava_kd.assembly.parts.models import place
+from llava_kd.assembly.planning.estimate import Sizes, memory
 from llava_kd.assembly.settings import load
 from llava_kd.batch import Batch
 from llava_kd.cli import main

@@ -16,8 +16,8 @@ from tiny_objectives import objective_of
 from tiny_towers import TOWERS, make_language_model, make_tower
 from torch import Tensor
 
-from llava_kd.assembly.estimate import Sizes
 from llava_kd.assembly.parts.identity import frozen_fingerprints
+from llava_kd.assembly.planning.estimate import Sizes
 from llava_kd.assembly.settings import load
 from llava_kd.assembly.train import train
 from llava_kd.batch import Batch

@@ -10,8 +10,8 @@ import torch
 import yaml
 from tiny_llava import make_tiny_llava
 
-from llava_kd.assembly.estimate import Sizes
 from llava_kd.assembly.parts.identity import frozen_fingerprints
+from llava_kd.assembly.planning.estimate import Sizes
 from llava_kd.assembly.settings import load
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM

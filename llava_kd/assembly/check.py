@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llava_kd.assembly.dry_run import plan
 from llava_kd.assembly.parts.data import same_tower, side_in, source_in
 from llava_kd.assembly.parts.lending import with_projector
 from llava_kd.assembly.parts.models import choose_attention, student_in
@@ -13,8 +12,9 @@ from llava_kd.assembly.parts.objective import objective
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.stored_teacher import open_cache
 from llava_kd.assembly.parts.teacher import is_cached, teacher_parts, teacher_template
+from llava_kd.assembly.planning.dry_run import plan
+from llava_kd.assembly.planning.throughput import Network
 from llava_kd.assembly.settings import tables_of
-from llava_kd.assembly.throughput import Network
 from llava_kd.batch import IGNORE_INDEX
 from llava_kd.config import TrainConfig
 from llava_kd.data.pixels.images import MAX_PIXELS, decode

@@ -10,7 +10,6 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from llava_kd.assembly.estimate import Sizes, memory, refuse_too_large
 from llava_kd.assembly.parts.adapters import check_bits
 from llava_kd.assembly.parts.data import BAD_RECORDS, bad_records, served, source_in
 from llava_kd.assembly.parts.held_out import read_held_out
@@ -25,6 +24,7 @@ from llava_kd.assembly.parts.teacher import (
     teacher_parts,
     teacher_template,
 )
+from llava_kd.assembly.planning.estimate import Sizes, memory, refuse_too_large
 from llava_kd.assembly.runs.provenance import checked_parent, finish
 from llava_kd.assembly.runs.run_dir import check_world, claim
 from llava_kd.assembly.stage import assemble

@@ -51,7 +51,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     if arguments.dry_run:
         config = load(arguments.config, arguments.overrides)
-        from llava_kd.assembly.dry_run import plan, ranks_from_environment
+        from llava_kd.assembly.planning.dry_run import plan, ranks_from_environment
 
         ranks = arguments.ranks or ranks_from_environment()
         print(plan(config, ranks, arguments.measured, network(arguments)))

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llava_kd.assembly.planning.throughput import Network
     from llava_kd.assembly.plugins import Tables
-    from llava_kd.assembly.throughput import Network
 
 Commands = argparse._SubParsersAction
 
@@ -59,7 +59,7 @@ def add_rates(command: argparse.ArgumentParser, when: str = "") -> None:
 
 
 def network(arguments: argparse.Namespace) -> Network:
-    from llava_kd.assembly.throughput import Network
+    from llava_kd.assembly.planning.throughput import Network
 
     given = vars(arguments)
     return Network(**{name: given[name] for name in ("inside", "between") if given[name] is not None})

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_kd.assembly.estimate import GB, Sizes, accumulation, traffic
+from llava_kd.assembly.planning.estimate import GB, Sizes, accumulation, traffic
 from llava_kd.assembly.runs.run_dir import differences
 from llava_kd.assembly.settings import load
 from llava_kd.config import TrainConfig

@@ -8,16 +8,24 @@ from pathlib import Path
 
 import torch
 
-from llava_kd.assembly.estimate import GB, Sizes, accumulation, engine_kind, memory, refuse_too_large, traffic
 from llava_kd.assembly.parts.data import side_of, source_in
 from llava_kd.assembly.parts.held_out import read_held_out
 from llava_kd.assembly.parts.models import student_in
 from llava_kd.assembly.parts.slices import read_slices
+from llava_kd.assembly.planning.estimate import (
+    GB,
+    Sizes,
+    accumulation,
+    engine_kind,
+    memory,
+    refuse_too_large,
+    traffic,
+)
+from llava_kd.assembly.planning.throughput import Network, Rate, throughput
 from llava_kd.assembly.runs.provenance import checked_parent
 from llava_kd.assembly.runs.run_dir import check_world, refuse_other_run
 from llava_kd.assembly.settings import tables_of
 from llava_kd.assembly.stage import num_steps
-from llava_kd.assembly.throughput import Network, Rate, throughput
 from llava_kd.config import TrainConfig
 from llava_kd.models.files.checkpoint import load_config, load_processor
 from llava_kd.parallel.world import World
