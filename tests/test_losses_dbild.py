@@ -207,3 +207,37 @@ def test_no_fp32_copy_of_the_teachers_head_is_made(num_common: int) -> None:
     assert 0 < made.elements < inputs["teacher_head_UE"].numel() / 2
     expected = reference.dbild_loss(**inputs, num_common=num_common)
     torch.testing.assert_close(result.rows_N, expected.rows_N, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("trained", "wide_copies"), [(False, 0), (True, 1)])
+def test_the_students_head_is_widened_for_its_gradient_alone(trained: bool, wide_copies: int) -> None:
+    inputs = {
+        "student_ND": normal(24, 64, seed=1, dtype=torch.bfloat16).requires_grad_(),
+        "student_head_VD": normal(20_480, 64, seed=2, dtype=torch.bfloat16).requires_grad_(trained),
+        "teacher_NE": normal(24, 4, seed=3, dtype=torch.bfloat16),
+        "teacher_head_UE": normal(20_480, 4, seed=4, dtype=torch.bfloat16),
+    }
+    size = inputs["student_head_VD"].numel()
+    with NewStorages(size) as made:
+        dbild.dbild_loss(**inputs, chunk_rows=8)
+    assert len(made.found) == wide_copies
+
+
+class NewStorages(TorchDispatchMode):
+    """Where the fp32 tensors of at least so many elements, that any operation returned, lie in memory."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements = elements
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # pyright: ignore
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.dtype == torch.float32
+                and tensor.numel() >= self.elements
+            ):
+                self.found.add(tensor.untyped_storage().data_ptr())
+        return result

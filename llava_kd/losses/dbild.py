@@ -1,9 +1,10 @@
 """The fast form of reference.dbild_loss: a few rows' logits at a time, their gradient finished on the spot.
 
-No logits outlive their chunk, and the head is read in the forward alone,
-where a sharding engine has gathered it.
+No logits outlive their chunk, no head is widened whole, and the heads are read in the forward alone, where a
+sharding engine has gathered them.
 
-Shape legend: N rows, V student vocabulary, U teacher vocabulary, D student width, E teacher width.
+Shape legend: N rows, V student vocabulary, U teacher vocabulary, D student width, E teacher width,
+C rows of a chunk.
 """
 
 from __future__ import annotations
@@ -74,31 +75,22 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(student_ND)
         is_16_bit = gemm.product_dtype(student_ND.device) is not None or gemm.is_half(head_VD.dtype)
-        needs = [wants_gradient and need for need in ctx.needs_input_grad[:3]]
-        sources = [student_ND, head_VD, bias_V]
+        sources = (student_ND, head_VD, bias_V)
+        # Summed over chunks before they are rounded.
         gradients = [
-            torch.zeros_like(source, dtype=dtype) if need and source is not None else None
-            for need, source in zip(needs, sources, strict=True)
+            torch.zeros_like(source, dtype=dtype) if wants_gradient and need and source is not None else None
+            for need, source in zip(ctx.needs_input_grad[:3], sources, strict=True)
         ]
-        # Widened once, so that the head's gradient is summed over chunks before it is rounded.
-        wide = [None if source is None else source.detach().to(dtype) for source in sources]
-        wide_ND = wide[0]
-        assert wide_ND is not None
         rows = [student_ND.new_zeros(0, dtype=dtype)]
         for first in range(0, student_ND.shape[0], chunk_rows):
             part = slice(first, first + chunk_rows)
-            leaves = [
-                None if tensor is None else tensor.detach().requires_grad_(need)
-                for tensor, need in zip((wide_ND[part], *wide[1:]), needs, strict=True)
-            ]
-            wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-            with torch.enable_grad(), gemm.tf32_on_cuda(student_ND.device, is_16_bit):
-                result = _of_chunk(leaves, teacher, part, options)
-                found = iter(torch.autograd.grad(result.loss, wanted) if wanted else ())
-            rows.append(result.rows_N)
-            for number, total in enumerate(gradients):
-                if total is not None:
-                    (total[part] if number == 0 else total).add_(next(found))
+            sides = (student_ND[part].detach(), head_VD.detach(), bias_V)
+            of_teacher = (teacher[0][part], *teacher[1:])
+            with gemm.tf32_on_cuda(student_ND.device, is_16_bit):
+                rows_C, gradient_CV = _of_chunk(sides, of_teacher, options, wants_gradient=_any(gradients))
+                rows.append(rows_C)
+                if gradient_CV is not None:
+                    _add(gradients, part, gradient_CV, sides)
         rows_N = torch.cat(rows)
         ctx.present = [gradient is not None for gradient in gradients]
         ctx.save_for_backward(
@@ -121,30 +113,53 @@ class _Chunked(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
+def _any(gradients: list[Tensor | None]) -> bool:
+    return any(gradient is not None for gradient in gradients)
+
+
 def _of_chunk(
-    leaves: list[Tensor | None],
+    student: tuple[Tensor, Tensor, Tensor | None],
     teacher: tuple[Tensor, Tensor, Tensor | None],
-    part: slice,
     options: dict[str, float | int],
-) -> RowsLoss:
-    """The teacher's head is read block by block, and no farther than the common columns."""
-    student_ND, head_VD, bias_V = leaves
-    teacher_NE, teacher_head_UE, teacher_bias_U = teacher
-    assert student_ND is not None
-    assert head_VD is not None
+    *,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Values of the rows, and the gradient of the student's logits, over the common columns alone."""
     num_common = int(options["num_common"])
-    with torch.autocast(student_ND.device.type, enabled=False):
-        student_NV = student_ND @ head_VD.T
-        if bias_V is not None:
-            student_NV = student_NV + bias_V
-        dtype = accumulation_dtype(teacher_NE)
-        teacher_NC = gemm.wide_logits(teacher_NE[part].detach(), teacher_head_UE[:num_common], dtype)
-        if teacher_bias_U is not None:
-            teacher_NC += teacher_bias_U.detach()[:num_common]
-        rows_N = reference.dbild_rows(
-            student_NV[:, :num_common],
-            teacher_NC,
+    with torch.autocast(student[0].device.type, enabled=False), torch.enable_grad():
+        student_CV, teacher_CV = (_logits(side, num_common) for side in (student, teacher))
+        student_CV.requires_grad_(wants_gradient)
+        rows_C = reference.dbild_rows(
+            student_CV,
+            teacher_CV,
             temperature=float(options["temperature"]),
             candidates=int(options["candidates"]),
         )
-    return RowsLoss(loss=rows_N.sum(), rows_N=rows_N.detach())
+        gradient_CV = torch.autograd.grad(rows_C.sum(), student_CV)[0] if wants_gradient else None
+    return rows_C.detach(), gradient_CV
+
+
+def _logits(side: tuple[Tensor, Tensor, Tensor | None], num_common: int) -> Tensor:
+    """The head is read block by block, and no farther than the common columns."""
+    hidden_CD, head_VD, bias_V = side
+    with torch.no_grad():
+        logits_CV = gemm.wide_logits(hidden_CD, head_VD[:num_common], accumulation_dtype(hidden_CD))
+        return logits_CV if bias_V is None else logits_CV.add_(bias_V[:num_common])
+
+
+def _add(
+    gradients: list[Tensor | None],
+    part: slice,
+    gradient_CV: Tensor,
+    student: tuple[Tensor, Tensor, Tensor | None],
+) -> None:
+    """What the gradient of some rows' logits gives those rows, the head and its bias."""
+    hidden_CD, head_VD, _ = student
+    num_common = gradient_CV.shape[1]
+    dX_ND, dW_VD, db_V = gradients
+    if dX_ND is not None:
+        dX_ND[part] = gemm.wide_times_head(gradient_CV, head_VD[:num_common], dX_ND.dtype)
+    if dW_VD is not None:
+        gemm.add_outer(dW_VD[:num_common], gradient_CV, hidden_CD)
+    if db_V is not None:
+        db_V[:num_common] += gradient_CV.sum(0)

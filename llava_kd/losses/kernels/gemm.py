@@ -80,6 +80,13 @@ def times_head(gradient_CV: Tensor, head_VD: Tensor, dtype: torch.dtype) -> Tens
         return gradient_CV @ head_VD
     if gradient_CV.is_cuda:
         return torch.mm(gradient_CV, head_VD, out_dtype=dtype)
+    return wide_times_head(gradient_CV, head_VD, dtype)
+
+
+def wide_times_head(gradient_CV: Tensor, head_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient @ head of operands widened to `dtype`, without a wide copy of the whole head."""
+    if gradient_CV.dtype == head_VD.dtype == dtype:
+        return gradient_CV @ head_VD
     result_CD = gradient_CV.new_zeros((gradient_CV.shape[0], head_VD.shape[1]), dtype=dtype)
     for block, head_WD in _wide_blocks(head_VD, dtype):
         result_CD.addmm_(gradient_CV[:, block].to(dtype), head_WD)
