@@ -230,6 +230,17 @@ def test_a_stage_that_never_began_may_be_mended(grid: Path, fake: FakeRuns, caps
     assert main(["ablate", str(grid)]) == 0
 
 
+def test_a_model_that_was_replaced_after_it_began_is_refused(grid: Path, fake: FakeRuns, capsys) -> None:
+    """Its path says the same; arms that are added later would start from another student."""
+    student = grid.parent / "student"
+    student.mkdir()
+    (student / "model.safetensors").write_bytes(b"weights")
+    assert main(["ablate", str(grid), "--arms=AA"]) == 0
+    assert main(["ablate", str(grid), "--arms=AB"]) == 0
+    (student / "model.safetensors").write_bytes(b"WEIGHTS")
+    assert f"model {student} (other files)" in refusal(grid, capsys)
+
+
 def test_a_test_that_has_been_answered_may_not_change(grid: Path, fake: FakeRuns, capsys) -> None:
     assert main(["ablate", str(grid)]) == 0
     (grid.parent / "other.json").write_text("[]")

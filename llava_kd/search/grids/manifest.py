@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llava_kd.evaluation.answers import write_atomic
 from llava_kd.search.grids.grid import Grid
+from llava_kd.search.grids.models import model_prints
 from llava_kd.search.grids.sharing import Plan, own_settings
 
 VERSION = 1
@@ -28,6 +29,7 @@ def keep_manifest(grid: Grid, plan: Plan) -> None:
         "name": grid.name,
         "arms": arms,
         "tests": {**(before["tests"] if before else {}), **tests},
+        "models": {**(before["models"] if before else {}), **model_prints(plan)},
     }
     grid.output.mkdir(parents=True, exist_ok=True)
     write_atomic(grid.output / MANIFEST, json.dumps(record, indent=1, default=str) + "\n")
@@ -52,6 +54,11 @@ def refuse_changes(grid: Grid, plan: Plan) -> None:
         began = any(grid.output.glob(f"arms/*/seed*/eval/{name}/run.json"))
         if began and name in before["tests"] and before["tests"][name] != asdict(test):
             faults.append(f"test {name} ({_first(before['tests'][name], asdict(test))})")
+    if any(_has_begun(run) for run in grid.output.glob("stages/*")):
+        now = model_prints(plan)
+        faults += [
+            f"model {p} (other files)" for p, old in before["models"].items() if now.get(p, old) != old
+        ]
     if faults:
         raise ValueError(
             f"{grid.path} was edited after it began: {'; '.join(faults)}. Restore that, give it a new name "
