@@ -1,4 +1,4 @@
-"""Peak memory of a distillation step against the estimate of `llava-kd check` (llava_kd/assembly/planning/estimate.py).
+"""Peak memory of a distillation step against what `llava-kd check` estimates (assembly/planning/estimate.py).
 
 Random weights; every row is full, two micro-batches make a step, and the peak is that of the second step,
 where moments exist. On a GPU it is what its allocator held in tensors; on a CPU what PyTorch's allocator did,
