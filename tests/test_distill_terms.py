@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+import extra_terms
 import pytest
 import torch
 from extra_terms import Mapped
@@ -300,9 +301,12 @@ def state(run: Path, step: int) -> dict[str, Tensor]:
     return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
-def test_weights_that_a_term_brings_are_trained_saved_and_resumed(stage, monkeypatch) -> None:
-    monkeypatch.setattr(settings, "TERMS", {**TERMS, "mapped": Mapped})
-    words = ["--objective.mapped={weight: 0.5}", "--checkpoint.every=1"]
+def test_weights_that_a_term_brings_are_trained_saved_and_resumed(stage) -> None:
+    words = [
+        f"--plugins=[{extra_terms.__file__}]",
+        "--objective.mapped={weight: 0.5}",
+        "--checkpoint.every=1",
+    ]
     whole, half = stage("whole", max_steps=3), stage("half", max_steps=3)
     assert main(["train", str(whole), *words]) == 0
     name = "parameter/terms.mapped.weight"

@@ -11,6 +11,7 @@ from llava_kd.assembly.parts.adapters import adapt_student
 from llava_kd.assembly.parts.data import make_loader
 from llava_kd.assembly.parts.engine import make_engine
 from llava_kd.assembly.parts.held_out import evaluator
+from llava_kd.assembly.parts.lending import tap_student
 from llava_kd.assembly.parts.models import choose_attention, compute_dtype, place, student_dtypes
 from llava_kd.assembly.parts.objective import objective
 from llava_kd.assembly.parts.teacher import say_left_out, teaching_of
@@ -121,6 +122,7 @@ def _place(config: TrainConfig, world: World, adapted: Adapted) -> Placed:
     )  # fmt: skip
     if config.engine.activation_checkpointing:
         checkpoint_activations(stock)
+    tap_student(config, mllm)
     return Placed(adapted=adapted, mllm=mllm, kernel=kernel)
 
 

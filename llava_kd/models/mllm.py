@@ -6,8 +6,8 @@ model, V vocabulary rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from llava_kd.batch import Inputs
 from llava_kd.models.attention import packed as packed_attention
 from llava_kd.models.attention.visual import VisualMaps, check_maps, watchable
+from llava_kd.models.taps import Tap, Taps
 from llava_kd.models.towers.vision_tower import feature_layer, image_features, vision_config
 from llava_kd.models.trained import PARTS, trained_of
 
@@ -26,6 +27,7 @@ class Prediction:
 
     `head_gram_DD` is `head_VD.T @ head_VD` where it is known already, as for a head that never moves.
     `attention_LINN` is how the visual tokens of each image attend to each other, in watched layers.
+    `tapped` is what went through watched modules, by the tap.
     """
 
     hidden_BTD: Tensor
@@ -34,6 +36,7 @@ class Prediction:
     bias_V: Tensor | None
     head_gram_DD: Tensor | None = None
     attention_LINN: Tensor | None = None
+    tapped: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class MLLM(nn.Module):
@@ -55,6 +58,7 @@ class MLLM(nn.Module):
         """`tower_last_layers`: how many layers of a trained tower; None for the whole of it."""
         super().__init__()
         self._watched: range | None = None
+        self._taps: Taps | None = None
         self._stock = (stock,)  # in a tuple, so that nn.Module does not register it
         self.multi_modal_projector = stock.model.multi_modal_projector
         self.language_model = stock.model.language_model
@@ -122,8 +126,30 @@ class MLLM(nn.Module):
         check_maps(self.language_model, layers, dtype)
         self._watched = layers
 
+    def watch_taps(self, taps: Sequence[str]) -> None:
+        """Let predictions hold what goes through these modules, such as `language_model.layers.12`.
+
+        Raises ValueError for a path that the model has not, and for one of the tower, which runs apart, or of
+        the head, whose weight alone is used.
+        """
+        parsed = [Tap.parse(text) for text in dict.fromkeys(taps)]
+        for tap in parsed:
+            if tap.path.split(".")[0] in ("vision_tower", "lm_head"):
+                raise ValueError(
+                    f"the tap {str(tap)!r} must lie in multi_modal_projector or language_model: the tower "
+                    "runs apart from them, and of the head only the weight is used"
+                )
+        self._taps = Taps(self, parsed)
+
     def forward(self, inputs: Inputs, features_INE: Tensor) -> Prediction:
         """Final hidden states of every position. Raises ValueError if features and placeholders differ."""
+        if self._taps is None:
+            return self._predict(inputs, features_INE)
+        with self._taps.watch() as seen:
+            prediction = self._predict(inputs, features_INE)
+        return replace(prediction, tapped={str(tap): value for tap, value in seen.items()})
+
+    def _predict(self, inputs: Inputs, features_INE: Tensor) -> Prediction:
         maps = None if self._watched is None else VisualMaps(self._watched, inputs)
         embedded_BTD = self.language_model.get_input_embeddings()(inputs.input_ids_BT)
         projected_IND = self.project(features_INE.to(embedded_BTD.dtype))

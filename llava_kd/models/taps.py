@@ -9,11 +9,12 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from llava_kd.models.mllm import MLLM
+if TYPE_CHECKING:
+    from llava_kd.models.mllm import MLLM
 
 _SIDES = ("input", "output")
 

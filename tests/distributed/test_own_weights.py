@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import extra_terms
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,13 +20,17 @@ ENGINES = {
     "fsdp2": ["--engine.kind=fsdp2"],
     "zero3": ["--engine.kind=deepspeed", "--engine.zero_stage=3"],
 }
-RANK = Path(__file__).parent / "own_weights_rank.py"
+OWN = [
+    f"--plugins=[{extra_terms.__file__}]",
+    "--objective.mapped={weight: 0.5}",
+    "--objective.layer_states={weight: 0.5}",
+]
 
 
 def train(config: Path, *words: str, ranks: int) -> dict[str, torch.Tensor]:
     """The state of the last checkpoint, without the steps of the optimiser."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [str(RANK), "train", str(config), "--objective.mapped={weight: 0.5}", *words]
+    command += ["-m", "llava_kd.cli", "train", str(config), *OWN, *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -40,7 +45,7 @@ def one(stage: Callable[..., Path]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks_train_a_terms_own_weights_as_one_device_does(stage, one, engine: str) -> None:
+def test_two_ranks_train_own_weights_and_tapped_states_as_one_device_does(stage, one, engine: str) -> None:
     if engine == "zero3":
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
     got = train(stage("two", max_steps=3), *ENGINES[engine], ranks=2)

@@ -45,6 +45,7 @@ def lend(
     terms = terms_of(config.objective)
     _watch(terms, student_mllm, compute_dtype(config))
     _watch(terms, teacher_mllm, DTYPES[config.teacher.dtype])
+    _tap(teacher_mllm, {name: term.reads.teacher_taps for name, term in terms.items()}, "the teacher")
     return _switch(terms, student, teacher, teacher_mllm, config.data.visual_alignment)
 
 
@@ -52,6 +53,22 @@ def _watch(terms: Mapping[str, Term], model: MLLM, dtype: torch.dtype) -> None:
     shares = _agreed({name: term.reads.attention for name, term in terms.items()}, "the attention of")
     if shares is not None:
         model.watch_attention(middle_layers(len(model.language_model.layers), *shares), dtype)
+
+
+def tap_student(config: TrainConfig, student_mllm: MLLM) -> None:
+    """Let the student show what goes through the modules that terms name. ValueError where it has none."""
+    terms = terms_of(config.objective)
+    _tap(student_mllm, {name: term.reads.student_taps for name, term in terms.items()}, "the student")
+
+
+def _tap(model: MLLM, asked: Mapping[str, tuple[str, ...]], whose: str) -> None:
+    names = [name for name, taps in asked.items() if taps]
+    if not names:
+        return
+    try:
+        model.watch_taps([tap for taps in asked.values() for tap in taps])
+    except ValueError as error:
+        raise ValueError(f"{' and '.join(names)} reads {whose}: {error}") from error
 
 
 def _agreed(asked: Mapping[str, T | None], what: str) -> T | None:

@@ -16,6 +16,7 @@ from llava_kd.distill.formulas import Align, Common, Formulas
 from llava_kd.distill.rows import Place, Rows, Tap, visual_features
 from llava_kd.distill.terms.term import Need, Reads
 from llava_kd.models.mllm import Prediction
+from llava_kd.models.taps import Tap as TapOf
 
 NEEDS: tuple[Need, ...] = ("nothing", "logits", "states", "model")  # each serves those before it
 
@@ -111,6 +112,16 @@ class Seen:
         features_IME = visual_features(self._of_teacher("states"), self.batch.teacher_inputs, tap)
         align = self._common.align
         return student_IND, features_IME if align is None else align(features_IME)
+
+    def tapped(self, tap: str) -> Tensor:
+        """Of the student's module: [B, T, D] in the language model, as the batch lies; [I, N, D] before."""
+        self._declared(tap in self._reads.student_taps, f"student_taps=({tap!r}, ...)")
+        return self._student.tapped[str(TapOf.parse(tap))]
+
+    def teacher_tapped(self, tap: str) -> Tensor:
+        """The same of the teacher's module, without gradient; its rows are of the teacher's side."""
+        self._declared(tap in self._reads.teacher_taps, f"teacher_taps=({tap!r}, ...)")
+        return self._of_teacher("model").tapped[str(TapOf.parse(tap))]
 
     def attention_maps(self) -> tuple[Tensor, Tensor]:
         """[L, I, N, N] of both sides. ValueError if one does not show its attention."""

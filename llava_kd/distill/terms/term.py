@@ -33,8 +33,9 @@ class Reads:
     student and teacher. `projector`: its output. `vocabulary`: tokens are compared by their number in it.
     `grids`: visual tokens are compared one by one. `head_gram`: the Gram matrix of a head, computed once for
     a frozen one. `attention`: in layers from one share of the depth to another. `switched`: the teacher over
-    the student's visual output, of its tower or projector. `before_decoder`: no gradient of the term reaches
-    the language model.
+    the student's visual output, of its tower or projector. `student_taps` and `teacher_taps`: what goes
+    through modules of a model, by their paths, as `models.taps` writes them; a teacher's need the `model`.
+    `before_decoder`: no gradient of the term reaches the language model.
     """
 
     teacher: Need = "nothing"
@@ -45,7 +46,16 @@ class Reads:
     head_gram: bool = False
     attention: tuple[float, float] | None = None
     switched: Literal["tower", "projector"] | None = None
+    student_taps: tuple[str, ...] = ()
+    teacher_taps: tuple[str, ...] = ()
     before_decoder: bool = False
+
+    def __post_init__(self) -> None:
+        if self.teacher_taps and self.teacher != "model":
+            raise ValueError(
+                f"taps of the teacher ({', '.join(self.teacher_taps)}) need the model itself: declare "
+                f"teacher='model' in `reads`, not {self.teacher!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
