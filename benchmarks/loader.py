@@ -30,7 +30,7 @@ from transformers import SiglipImageProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava_kd.data.batches.collate import RawImages
-from llava_kd.data.batches.packing import Packing, Sizes, pack
+from llava_kd.data.batches.packing import Packing, RecordSizes, pack
 from llava_kd.data.batches.plan import Plan, permutation
 from llava_kd.data.pixels.device_decode import plain_jpeg_size
 from llava_kd.data.pixels.images import ImageTransform, decode
@@ -192,14 +192,14 @@ def _bands(size_in: int, size_out: int, resample: int, group: int = 16) -> tuple
     return torch.from_numpy(bands), firsts
 
 
-def llava_like(num_records: int) -> Sizes:
+def llava_like(num_records: int) -> RecordSizes:
     rng = np.random.default_rng(0)
     images = (rng.random(num_records) < 0.94).astype(np.int32)
     text = np.clip(rng.lognormal(5.2, 0.75, num_records), 12, 1300).astype(np.int32)
-    return Sizes(tokens=np.minimum(images * 729 + text, 2048), images=images)
+    return RecordSizes(tokens=np.minimum(images * 729 + text, 2048), images=images)
 
 
-def best_fit_decreasing(order: np.ndarray, sizes: Sizes, packing: Packing) -> int:
+def best_fit_decreasing(order: np.ndarray, sizes: RecordSizes, packing: Packing) -> int:
     """Number of packs that the textbook method makes of each window."""
     num_packs = 0
     for start in range(0, len(order), packing.window):

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from llava_kd.assembly.parts.engine import make_engine
 from llava_kd.assembly.parts.models import DTYPES, place, student_dtypes
 from llava_kd.assembly.parts.objective import terms_of
-from llava_kd.assembly.planning.estimate import Sizes, memory
+from llava_kd.assembly.planning.estimate import ModelSizes, memory
 from llava_kd.config import (
     DataConfig,
     EngineConfig,
@@ -105,7 +105,7 @@ class Run:
         teacher_dtype = DTYPES[config.teacher.dtype]
         teacher = random_model(case.teacher, case.tower, device=device, dtype=teacher_dtype, seed=0)
         student = random_model(case.student, case.tower, device=device, dtype=torch.float32, seed=1)
-        self.sizes = Sizes.of(student, config), Sizes.of(teacher)
+        self.sizes = ModelSizes.of(student, config), ModelSizes.of(teacher)
         self.mllm = MLLM(student, trainable=config.trainable)
         place(self.mllm, world.device, student_dtypes(config))
         if config.engine.activation_checkpointing:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llava_kd.assembly.planning import dry_run as build_plan
-from llava_kd.assembly.planning.estimate import Sizes, memory, refuse_too_large, traffic
+from llava_kd.assembly.planning.estimate import ModelSizes, memory, refuse_too_large, traffic
 from llava_kd.assembly.settings import load
 from llava_kd.assembly.stage import assemble
 from llava_kd.cli import main
@@ -71,8 +71,8 @@ def test_sizes_from_the_configuration_alone_are_those_of_the_model(
 ) -> None:
     for directory in (student_dir, teacher_dir):
         stock = load_stock(str(directory)).stock
-        assert Sizes.of_directory(str(directory)) == Sizes.of(stock)
-        assert sum(Sizes.of(stock).parameters.values()) == sum(p.numel() for p in stock.parameters())
+        assert ModelSizes.of_directory(str(directory)) == ModelSizes.of(stock)
+        assert sum(ModelSizes.of(stock).parameters.values()) == sum(p.numel() for p in stock.parameters())
 
 
 @pytest.mark.parametrize(
@@ -93,14 +93,14 @@ def test_states_are_what_a_run_holds(
         "optimiser": sum(t.numel() * 4 for name, t in engine.state().items() if "exp_avg" in name),
         "teacher": sum(p.numel() * p.element_size() for p in teacher.stock.parameters()),
     }
-    found = memory(config, 1, Sizes.of(student.stock, config), Sizes.of(teacher.stock))
+    found = memory(config, 1, ModelSizes.of(student.stock, config), ModelSizes.of(teacher.stock))
     assert {name: found[name] for name in held} == held
     assert trainer.num_steps == config.max_steps
 
 
 def test_sharding_divides_what_it_should(stage, student_dir: Path) -> None:
     config = load(stage("run", distilled=False))
-    sizes = Sizes.of_directory(str(student_dir), config)
+    sizes = ModelSizes.of_directory(str(student_dir), config)
 
     def held(kind: str, zero_stage: int | None = None, ranks: int = 4) -> dict[str, float]:
         engine = replace(config.engine, kind=kind, zero_stage=zero_stage, precision="bf16")
@@ -115,7 +115,7 @@ def test_sharding_divides_what_it_should(stage, student_dir: Path) -> None:
 
 def test_a_spread_teacher_leaves_a_share_of_its_layers(stage, student_dir: Path, teacher_dir: Path) -> None:
     config = load(stage("run"), ["--teacher.placement=fsdp"])
-    student, teacher = Sizes.of_directory(str(student_dir)), Sizes.of_directory(str(teacher_dir))
+    student, teacher = ModelSizes.of_directory(str(student_dir)), ModelSizes.of_directory(str(teacher_dir))
     layers = teacher.layers * teacher.largest_unit
     rest = sum(teacher.parameters.values()) - layers
     assert memory(config, 1, student, teacher)["teacher"] == 4 * (rest + layers)
@@ -124,7 +124,7 @@ def test_a_spread_teacher_leaves_a_share_of_its_layers(stage, student_dir: Path,
 
 def test_a_ring_sends_twice_the_gradients(stage, student_dir: Path) -> None:
     config = load(stage("run", engine="auto", trainable=("multi_modal_projector",)))
-    sizes = Sizes.of_directory(str(student_dir), config)
+    sizes = ModelSizes.of_directory(str(student_dir), config)
     count = sizes.parameters["multi_modal_projector"]
     assert traffic(config, 1, sizes) == 0
     assert traffic(config, 4, sizes) == 2 * 0.75 * 4 * count
@@ -134,7 +134,10 @@ def test_a_spread_teacher_is_gathered_for_every_micro_batch(
     stage, student_dir: Path, teacher_dir: Path
 ) -> None:
     config = load(stage("run", engine="auto", global_batch_size=8), ["--teacher.placement=fsdp"])
-    student, teacher = Sizes.of_directory(str(student_dir), config), Sizes.of_directory(str(teacher_dir))
+    student, teacher = (
+        ModelSizes.of_directory(str(student_dir), config),
+        ModelSizes.of_directory(str(teacher_dir)),
+    )
     gathered = traffic(config, 2, student, teacher) - traffic(config, 2, student)
     assert gathered == 2 * 0.5 * 4 * teacher.layers * teacher.largest_unit
 

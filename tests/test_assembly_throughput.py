@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_kd.assembly.planning.estimate import Sizes
+from llava_kd.assembly.planning.estimate import ModelSizes
 from llava_kd.assembly.planning.throughput import Network, Rate, step_seconds, throughput
 from llava_kd.assembly.settings import load
 from llava_kd.cli import main
@@ -23,8 +23,8 @@ def config(stage) -> TrainConfig:
 
 
 @pytest.fixture
-def student(config: TrainConfig, student_dir: Path) -> Sizes:
-    return Sizes.of_directory(str(student_dir), config)
+def student(config: TrainConfig, student_dir: Path) -> ModelSizes:
+    return ModelSizes.of_directory(str(student_dir), config)
 
 
 def rate_of(config: TrainConfig, *, ranks: int = 2, seconds: float = 4.0) -> Rate:
@@ -34,28 +34,30 @@ def rate_of(config: TrainConfig, *, ranks: int = 2, seconds: float = 4.0) -> Rat
     )
 
 
-def exchange(student: Sizes, ranks: int) -> float:
+def exchange(student: ModelSizes, ranks: int) -> float:
     """Bytes of an all-reduce of fp32 gradients in a ring."""
     return 2 * (ranks - 1) / ranks * 4 * student.trained
 
 
-def test_the_measured_machine_gives_back_its_rate(config: TrainConfig, student: Sizes) -> None:
+def test_the_measured_machine_gives_back_its_rate(config: TrainConfig, student: ModelSizes) -> None:
     slow = Network(inside=exchange(student, 2) / 1e9, between=1e-9)  # a second of the four
     assert step_seconds(config, rate_of(config), slow, 1, student, None) == pytest.approx((4.0, 4.0))
 
 
-def test_without_any_exchange_the_rate_grows_with_the_machines(config: TrainConfig, student: Sizes) -> None:
+def test_without_any_exchange_the_rate_grows_with_the_machines(
+    config: TrainConfig, student: ModelSizes
+) -> None:
     for machines in (1, 2, 8):
         found = step_seconds(config, rate_of(config), FAST, machines, student, None)
         assert found == pytest.approx((4.0 / machines,) * 2)
 
 
-def test_a_larger_batch_takes_longer_in_proportion(config: TrainConfig, student: Sizes) -> None:
+def test_a_larger_batch_takes_longer_in_proportion(config: TrainConfig, student: ModelSizes) -> None:
     larger = replace(config, global_batch_size=48)
     assert step_seconds(larger, rate_of(config), FAST, 2, student, None) == pytest.approx((6.0, 6.0))
 
 
-def test_exchanges_come_on_top_or_behind_the_computation(config: TrainConfig, student: Sizes) -> None:
+def test_exchanges_come_on_top_or_behind_the_computation(config: TrainConfig, student: ModelSizes) -> None:
     """Two ranks exchange for 0.5 s of 4; four on two machines for 0.8 or 8 s, and compute for half."""
     inside = exchange(student, 2) / 1e9 / 0.5
     for seconds, hidden in ((0.8, 2.0), (8.0, 8.0)):
@@ -65,7 +67,7 @@ def test_exchanges_come_on_top_or_behind_the_computation(config: TrainConfig, st
 
 
 def test_the_table_has_a_line_for_each_power_of_two_and_says_what_does_not_divide(
-    config: TrainConfig, student: Sizes
+    config: TrainConfig, student: ModelSizes
 ) -> None:
     lines = throughput(config, 12, rate_of(config), FAST, student, None)
     rows = [" ".join(line.split()) for line in lines[2:-1]]
@@ -77,20 +79,24 @@ def test_the_table_has_a_line_for_each_power_of_two_and_says_what_does_not_divid
     ]
 
 
-def test_micro_batches_smaller_than_the_measured_are_pointed_out(config: TrainConfig, student: Sizes) -> None:
+def test_micro_batches_smaller_than_the_measured_are_pointed_out(
+    config: TrainConfig, student: ModelSizes
+) -> None:
     lines = throughput(config, 16, rate_of(config), FAST, student, None)
     assert [line for line in lines if "smaller micro-batches" in line] == [lines[5]]
     assert lines[5].split()[:2] == ["8", "16"]
 
 
-def test_settings_that_the_rate_does_not_carry_over_are_named(config: TrainConfig, student: Sizes) -> None:
+def test_settings_that_the_rate_does_not_carry_over_are_named(
+    config: TrainConfig, student: ModelSizes
+) -> None:
     measured = replace(config, micro_batch_size=4, output_dir="elsewhere", max_steps=1)
     lines = throughput(config, 2, rate_of(measured), FAST, student, None)
     assert lines[1].endswith("not accounted for: micro_batch_size: 4 -> 2")
 
 
 def test_a_bandwidth_that_the_measured_run_contradicts_is_refused(
-    config: TrainConfig, student: Sizes
+    config: TrainConfig, student: ModelSizes
 ) -> None:
     slow = Network(inside=exchange(student, 2) / 5e9)
     with pytest.raises(ValueError, match=r"the exchange of a step takes 5 s, and .* took 4 s; .*--inside"):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_kd.data.batches.packing import Packing, Sizes, pack
+from llava_kd.data.batches.packing import Packing, RecordSizes, pack
 from llava_kd.data.batches.plan import Plan, permutation
 
 cases = st.fixed_dictionaries(
@@ -27,9 +27,9 @@ cases = st.fixed_dictionaries(
 )
 
 
-def sizes_of(case: dict) -> Sizes:
+def sizes_of(case: dict) -> RecordSizes:
     tokens = np.array(case["tokens"], dtype=np.int32)
-    return Sizes(tokens=tokens, images=np.array(case["images"][: len(tokens)], dtype=np.int32))
+    return RecordSizes(tokens=tokens, images=np.array(case["images"][: len(tokens)], dtype=np.int32))
 
 
 def packing_of(case: dict) -> Packing:
@@ -111,12 +111,12 @@ def test_number_of_ranks_does_not_change_a_step(packed: bool, case: dict) -> Non
     assert rows_of(one, range(5), 1) == rows_of(several, range(5), case["world_size"])
 
 
-def llava_like(num_records: int) -> Sizes:
+def llava_like(num_records: int) -> RecordSizes:
     """729 places an image, text lengths lognormal, a share of text-only records, cut at 2,048."""
     rng = np.random.default_rng(0)
     images = (rng.random(num_records) < 0.94).astype(np.int32)
     text = np.clip(rng.lognormal(5.2, 0.75, num_records), 12, 1300).astype(np.int32)
-    return Sizes(tokens=np.minimum(images * 729 + text, 2048), images=images)
+    return RecordSizes(tokens=np.minimum(images * 729 + text, 2048), images=images)
 
 
 def test_packs_are_full_on_a_llava_like_mixture() -> None:
@@ -125,7 +125,7 @@ def test_packs_are_full_on_a_llava_like_mixture() -> None:
     assert sizes.tokens.sum() / (8192 * len(packs)) > 0.99
 
 
-def tokens_of_ranks(plan: Plan, sizes: Sizes, steps: int, world_size: int) -> np.ndarray:
+def tokens_of_ranks(plan: Plan, sizes: RecordSizes, steps: int, world_size: int) -> np.ndarray:
     """[steps, ranks]"""
     return np.array(
         [
@@ -209,6 +209,6 @@ def test_order_is_pinned() -> None:
     ],
 )
 def test_record_over_a_budget_is_an_error(budget: dict, reason: str) -> None:
-    sizes = Sizes(tokens=np.array([5, 10]), images=np.array([0, 2]))
+    sizes = RecordSizes(tokens=np.array([5, 10]), images=np.array([0, 2]))
     with pytest.raises(ValueError, match=reason):
         pack(np.arange(2), sizes, Packing(**({"max_tokens": 20, "max_images": 4} | budget)))

@@ -22,7 +22,7 @@ pytest.importorskip("peft", reason="the lora extra is not installed")
 import ranks
 
 from llava_kd.assembly.parts.models import place
-from llava_kd.assembly.planning.estimate import Sizes, memory
+from llava_kd.assembly.planning.estimate import ModelSizes, memory
 from llava_kd.assembly.settings import load
 from llava_kd.batch import Batch
 from llava_kd.cli import main
@@ -95,7 +95,7 @@ def test_only_adapters_of_an_adapted_part_are_trained(student_dir: Path) -> None
 def test_the_plan_counts_the_adapters_and_the_bits(stage, student_dir: Path) -> None:
     path = stage("run", distilled=False)
     config = load(path, [LORA])
-    planned = Sizes.of_directory(str(student_dir), config)
+    planned = ModelSizes.of_directory(str(student_dir), config)
     stock = load_stock(str(student_dir)).stock
     linear = sum(layer.weight.numel() for layer in linear_layers(stock).values())
     add_adapters(stock, **SETTINGS)

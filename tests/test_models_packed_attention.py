@@ -20,7 +20,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from llava_kd.batch import Inputs
 from llava_kd.models.attention import packed as packed_attention
-from llava_kd.models.attention.packed import BY_RECORD, FLASH, MASKED, VARLEN, Circumstances, choose, use
+from llava_kd.models.attention.packed import BY_RECORD, FLASH, MASKED_SDPA, VARLEN, Circumstances, choose, use
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.language_model import checkpoint_activations
 from llava_kd.models.mllm import MLLM
@@ -54,8 +54,8 @@ H200 = Circumstances(
         ({"head_width": 320}, BY_RECORD),
         ({"head_width": 12}, BY_RECORD),
         ({"device_type": "cpu", "compute_capability": 0}, BY_RECORD),
-        ({"takes_any_kernel": False, "takes_flash": False}, MASKED),
-        ({"takes_any_kernel": False, "dtype": torch.float32}, MASKED),
+        ({"takes_any_kernel": False, "takes_flash": False}, MASKED_SDPA),
+        ({"takes_any_kernel": False, "dtype": torch.float32}, MASKED_SDPA),
     ],
 )
 def test_the_first_kernel_that_can_be_used_is_chosen(changes: dict[str, object], kernel: str) -> None:
@@ -151,7 +151,7 @@ def hidden_BTD(model: Qwen2Model, batch: Inputs) -> Tensor:
     ).last_hidden_state
 
 
-@pytest.mark.parametrize("kernel", [BY_RECORD, MASKED])
+@pytest.mark.parametrize("kernel", [BY_RECORD, MASKED_SDPA])
 @pytest.mark.parametrize("window", [{}, WINDOW], ids=["full", "sliding window"])
 @pytest.mark.parametrize("rows", [ROWS, [[6], [4]], [[8]]], ids=["packed", "padded", "one"])
 def test_each_record_is_read_as_if_it_were_alone(
@@ -178,7 +178,7 @@ def test_gradients_are_those_of_the_block_mask() -> None:
     real_BT1 = (batch.segment_ids_BT > 0).unsqueeze(-1)
     weights_D = torch.randn(32, generator=torch.Generator().manual_seed(0))
     gradients = []
-    for kernel in (MASKED, BY_RECORD):
+    for kernel in (MASKED_SDPA, BY_RECORD):
         model = language_model().train()
         checkpoint_activations(model)
         use(model, kernel)
@@ -207,12 +207,12 @@ def test_a_model_with_other_layers_keeps_its_own_attention() -> None:
     model = language_model()
     model.config.layer_types = ["full_attention", "linear_attention"]
     found = packed_attention.circumstances(model, device=torch.device("cpu"), dtype=torch.float32)
-    assert choose(found) == MASKED
+    assert choose(found) == MASKED_SDPA
     eager = language_model()
     eager.set_attn_implementation("eager")
     found = packed_attention.circumstances(eager, device=torch.device("cpu"), dtype=torch.float32)
-    assert choose(found) == MASKED
-    assert use(eager, MASKED) == "eager"
+    assert choose(found) == MASKED_SDPA
+    assert use(eager, MASKED_SDPA) == "eager"
 
 
 def test_generation_by_a_trained_model_is_as_before(student_dir: Path, tmp_path: Path) -> None:

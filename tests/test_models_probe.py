@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from llava_kd.models.attention.packed import BY_RECORD, MASKED, read_rows
+from llava_kd.models.attention.packed import BY_RECORD, MASKED_SDPA, read_rows
 from llava_kd.models.attention.probe import choose_kernel, rows_of
 from llava_kd.models.attention.row_limits import check_rows
 from llava_kd.models.language_model import prepare_language_model
@@ -42,7 +42,7 @@ def test_a_model_that_mixes_packed_records_is_refused_by_name(kind: str) -> None
         ValueError, match=rf"{kind}.* of the student .*`data.packing`.*set data.packing to null"
     ):
         choose(model, is_packed=True)
-    assert choose(model, is_packed=False) in (MASKED, "eager")
+    assert choose(model, is_packed=False) in (MASKED_SDPA, "eager")
     differences = measured(model.base_model, tiny_decoder(kind).base_model, lengths=(9, 5, 7), is_packed=True)
     assert differences["packed"] > 1e-3
     assert max(differences["padded"], differences["later"]) < 1e-5
@@ -61,7 +61,7 @@ def test_a_model_that_drops_keywords_does_without_the_kernel(monkeypatch: pytest
         monkeypatch.setattr(
             layer.self_attn, "forward", lambda records=None, attend=attend, **known: attend(**known)
         )
-    assert choose(model, is_packed=True) == MASKED
+    assert choose(model, is_packed=True) == MASKED_SDPA
     model.base_model.set_attn_implementation(BY_RECORD)
     with pytest.raises(ValueError, match="drops what it should hand on to its attention"):
         read_rows(model.base_model, batch := rows_of([[[1, 2]]], CPU), embedded(model.base_model, batch))

@@ -17,7 +17,7 @@ from tiny_towers import TOWERS, make_language_model, make_tower
 from torch import Tensor
 
 from llava_kd.assembly.parts.identity import frozen_fingerprints
-from llava_kd.assembly.planning.estimate import Sizes
+from llava_kd.assembly.planning.estimate import ModelSizes
 from llava_kd.assembly.settings import load
 from llava_kd.assembly.train import train
 from llava_kd.batch import Batch
@@ -179,7 +179,11 @@ def test_the_plan_counts_only_what_moves(stage, student_dir: Path) -> None:
     stock = load_stock(str(student_dir)).stock
     layer = stock.model.vision_tower.encoder.layers[0]
     expected = sum(p.numel() for p in layer.parameters())
-    assert Sizes.of(stock, config).trained == Sizes.of_directory(str(student_dir), config).trained == expected
+    assert (
+        ModelSizes.of(stock, config).trained
+        == ModelSizes.of_directory(str(student_dir), config).trained
+        == expected
+    )
 
 
 def test_the_setting_needs_a_trained_tower(stage) -> None:

@@ -11,7 +11,7 @@ import yaml
 from tiny_llava import make_tiny_llava
 
 from llava_kd.assembly.parts.identity import frozen_fingerprints
-from llava_kd.assembly.planning.estimate import Sizes
+from llava_kd.assembly.planning.estimate import ModelSizes
 from llava_kd.assembly.settings import load
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM
@@ -66,7 +66,7 @@ def test_counting_and_hashing_leave_a_model_as_it_is(stage, student_dir: Path) -
     parts = load_stock(str(student_dir))
     MLLM(parts.stock, trainable=("language_model",))
     before = {name: parameter.requires_grad for name, parameter in parts.stock.named_parameters()}
-    Sizes.of(parts.stock, config)
+    ModelSizes.of(parts.stock, config)
     frozen_fingerprints(config, parts, None)
     assert {n: p.requires_grad for n, p in parts.stock.named_parameters()} == before
 

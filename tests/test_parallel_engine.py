@@ -21,7 +21,7 @@ from llava_kd.parallel.torch_engine import TorchEngine
 from llava_kd.parallel.world import World, join, leave
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
-Kind = Literal["single", "ddp", "fsdp2"]
+EngineKind = Literal["single", "ddp", "fsdp2"]
 State = dict[str, Tensor]
 
 
@@ -44,7 +44,11 @@ def names_of(part: str) -> tuple[str, ...]:
 
 
 def engine_of(
-    kind: Kind = "single", world: World = ALONE, *, parts: Sequence[str] = ("first", "last"), lr: float = 0.01
+    kind: EngineKind = "single",
+    world: World = ALONE,
+    *,
+    parts: Sequence[str] = ("first", "last"),
+    lr: float = 0.01,
 ) -> TorchEngine:
     net = Net()
     groups = [ParameterGroup(names=names_of(part), lr=lr) for part in parts]
@@ -167,7 +171,7 @@ def test_a_missing_cuda_device_is_said() -> None:
         join("cuda")
 
 
-def sharded(rank: int, kind: Kind, port: int, folder: str) -> None:
+def sharded(rank: int, kind: EngineKind, port: int, folder: str) -> None:
     """On one of two ranks: go on from the state in `folder` and leave the next one there."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -185,7 +189,7 @@ def sharded(rank: int, kind: Kind, port: int, folder: str) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_state_moves_from_one_device_to_two_ranks_and_back(tmp_path: Path, kind: Kind) -> None:
+def test_a_state_moves_from_one_device_to_two_ranks_and_back(tmp_path: Path, kind: EngineKind) -> None:
     engine = engine_of()
     for step in range(2):
         do_step(engine, step)

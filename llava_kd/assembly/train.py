@@ -24,7 +24,7 @@ from llava_kd.assembly.parts.teacher import (
     teacher_parts,
     teacher_template,
 )
-from llava_kd.assembly.planning.estimate import Sizes, memory, refuse_too_large
+from llava_kd.assembly.planning.estimate import ModelSizes, memory, refuse_too_large
 from llava_kd.assembly.runs.provenance import checked_parent, finish
 from llava_kd.assembly.runs.run_dir import check_world, claim
 from llava_kd.assembly.stage import assemble
@@ -74,8 +74,8 @@ def _train(config: TrainConfig, world: World) -> str | None:
     student = with_projector(config, student, teacher)
     identity = frozen_fingerprints(config, student, teacher)
     if world.device.type == "cuda":
-        sizes = Sizes.of(student.stock, config)
-        needs = memory(config, world.size, sizes, teacher and Sizes.of(teacher.stock))
+        sizes = ModelSizes.of(student.stock, config)
+        needs = memory(config, world.size, sizes, teacher and ModelSizes.of(teacher.stock))
         refuse_too_large(needs, torch.cuda.get_device_properties(world.device).total_memory)
     trainer, engine = assemble(config, world, student, teacher, say, identity=identity, source=source)
     if (stopped := trainer.fit()) is not None:

@@ -21,7 +21,7 @@ from llava_kd.distill.terms.term import HeadRequest, Term
 from llava_kd.losses.reference import Divergence, HeadLoss
 from llava_kd.models.mllm import Prediction
 
-Kind = tuple[float, Divergence]
+Softening = tuple[float, Divergence]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,9 @@ def head_requests(terms: Mapping[str, Term]) -> dict[str, HeadRequest]:
     return found
 
 
-def blocks(requests: Mapping[str, HeadRequest]) -> dict[Kind | None, list[_Block]]:
+def blocks(requests: Mapping[str, HeadRequest]) -> dict[Softening | None, list[_Block]]:
     """One list a call of the head; cross-entropy joins the first call that has its rows already."""
-    calls: dict[Kind | None, list[_Block]] = {}
+    calls: dict[Softening | None, list[_Block]] = {}
     for name, request in requests.items():
         if request.divergence is not None:
             kind = request.temperature, request.divergence
@@ -57,7 +57,7 @@ def blocks(requests: Mapping[str, HeadRequest]) -> dict[Kind | None, list[_Block
     return calls
 
 
-def _join(calls: dict[Kind | None, list[_Block]], name: str, place: Place) -> None:
+def _join(calls: dict[Softening | None, list[_Block]], name: str, place: Place) -> None:
     for listed in calls.values():
         for number, block in enumerate(listed):
             if block.place == place and block.cross_entropy is None:
@@ -108,7 +108,7 @@ class HeadTerms:
     def _weights(self, rows: Rows, name: str | None) -> Tensor:
         return fill(rows, 0.0 if name is None else self.terms[name].weight * self._share(name))
 
-    def _one_call(self, listed: list[_Block], rows: list[Rows], kind: Kind | None) -> HeadLoss:
+    def _one_call(self, listed: list[_Block], rows: list[Rows], kind: Softening | None) -> HeadLoss:
         student, teacher, formulas = self.student, self.teacher, self.common.formulas
         flat_D = student.hidden_BTD.flatten(0, 1)
         student_ND = flat_D[torch.cat([r.student_N for r in rows])]

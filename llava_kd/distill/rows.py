@@ -15,7 +15,7 @@ from llava_kd.batch import IGNORE_INDEX, Batch, Counts, Inputs
 from llava_kd.models.mllm import Prediction
 
 Place = Literal["response", "visual"]
-Tap = Literal["logits", "hidden", "projector"]
+VisualTap = Literal["logits", "hidden", "projector"]
 
 
 def count(counts: Counts, name: str) -> Tensor:
@@ -39,7 +39,7 @@ def visual_rows(inputs: Inputs) -> Tensor:
     return inputs.places.distilled_N
 
 
-def visual_features(prediction: Prediction, inputs: Inputs, tap: Tap) -> Tensor:
+def visual_features(prediction: Prediction, inputs: Inputs, tap: VisualTap) -> Tensor:
     """[I, M, D] of the tap; the logits tap reads hidden states, its head is applied by the loss.
 
     ValueError for a prediction without the projector's output: nothing may be broadcast in its place.

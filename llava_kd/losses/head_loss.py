@@ -24,7 +24,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from llava_kd.losses.checks import check_head_inputs, check_targets
 from llava_kd.losses.kernels import gemm
 from llava_kd.losses.kernels.row_torch import torch_rows
-from llava_kd.losses.kernels.rows import Rows
+from llava_kd.losses.kernels.rows import HeadRows
 from llava_kd.losses.reference import FORWARD, Divergence, HeadLoss, accumulation_dtype
 
 try:
@@ -73,7 +73,7 @@ def head_loss(
         raise ValueError(f"chunk_rows must be positive; got {chunk_rows}")
     if targets_N.device.type == "cpu":
         check_targets(targets_N, ce_weight_N, student_head_VD.shape[0])
-    rows = Rows(
+    rows = HeadRows(
         targets_N=targets_N,
         ce_weight_N=ce_weight_N.detach(),
         kl_weight_N=None if kl_weight_N is None else kl_weight_N.detach(),
@@ -200,7 +200,7 @@ class _HeadLoss(torch.autograd.Function):
         student_bias_V: Tensor | None,
         student: _Side,
         teacher: _Side | None,
-        rows: Rows,
+        rows: HeadRows,
         gradients: _Gradients,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(student_ND.device.type, enabled=False):
@@ -224,7 +224,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _run(
-    student: _Side, teacher: _Side | None, rows: Rows, gradients: _Gradients
+    student: _Side, teacher: _Side | None, rows: HeadRows, gradients: _Gradients
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and its rows; fills `gradients` on the way."""
     operands = student.gradient_operands()

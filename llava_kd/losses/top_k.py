@@ -17,7 +17,7 @@ from torch import Tensor
 from llava_kd.losses.checks import check_head_inputs, check_targets, check_top_k
 from llava_kd.losses.head_loss import _Gradients, _HeadLoss, _Side
 from llava_kd.losses.kernels import gemm
-from llava_kd.losses.kernels.rows import Rows
+from llava_kd.losses.kernels.rows import HeadRows
 from llava_kd.losses.reference import FORWARD, Divergence, HeadLoss, accumulation_dtype
 from llava_kd.losses.reference_top_k import TopK
 
@@ -51,7 +51,7 @@ def top_k_head_loss(
     check_top_k(student_ND, student_head_VD, top.logits_NK, top.columns_NK, top.rest_N, num_common)
     if targets_N.device.type == "cpu":
         check_targets(targets_N, ce_weight_N, student_head_VD.shape[0])
-    rows = Rows(
+    rows = HeadRows(
         targets_N=targets_N,
         ce_weight_N=ce_weight_N.detach(),
         kl_weight_N=kl_weight_N.detach(),

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llava_kd.parallel.engine import STATE_KINDS, AdamWSettings, ParameterGroup, check_parts, split_state
 from llava_kd.parallel.world import World
 
-Kind = Literal["single", "ddp", "fsdp2"]
+EngineKind = Literal["single", "ddp", "fsdp2"]
 
 
 class TorchEngine:
@@ -29,7 +29,7 @@ class TorchEngine:
         groups: Sequence[ParameterGroup],
         *,
         world: World,
-        kind: Kind,
+        kind: EngineKind,
         adamw: AdamWSettings,
         bf16: bool,
         shard_units: Sequence[nn.Module] = (),

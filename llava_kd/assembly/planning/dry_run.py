@@ -14,7 +14,7 @@ from llava_kd.assembly.parts.models import student_in
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.planning.estimate import (
     GB,
-    Sizes,
+    ModelSizes,
     accumulation,
     engine_kind,
     memory,
@@ -75,13 +75,13 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     return "\n".join(lines)
 
 
-def sizes(config: TrainConfig) -> tuple[Sizes, Sizes | None]:
+def sizes(config: TrainConfig) -> tuple[ModelSizes, ModelSizes | None]:
     """Of student and teacher; a student that is still to be composed is composed on the CPU."""
     if config.student.checkpoint is not None:
-        student = Sizes.of_directory(config.student.checkpoint, config)
+        student = ModelSizes.of_directory(config.student.checkpoint, config)
     else:
-        student = Sizes.of(student_in(config).stock, config)
-    teacher = None if config.teacher is None else Sizes.of_directory(config.teacher.checkpoint)
+        student = ModelSizes.of(student_in(config).stock, config)
+    teacher = None if config.teacher is None else ModelSizes.of_directory(config.teacher.checkpoint)
     return student, teacher
 
 
@@ -101,7 +101,7 @@ def ranks_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _parts(found: Sizes) -> str:
+def _parts(found: ModelSizes) -> str:
     listed = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in found.parameters.items())
     return f"{sum(found.parameters.values()) / 1e6:.2f} M parameters ({listed})"
 

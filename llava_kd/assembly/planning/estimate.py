@@ -28,7 +28,7 @@ GB = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class ModelSizes:
     """Parameters of each part and those that are trained, and the shapes that decide activations."""
 
     parameters: Mapping[str, int]
@@ -44,7 +44,7 @@ class Sizes:
     tokens_per_image: int
 
     @staticmethod
-    def of(stock: LlavaForConditionalGeneration, config: TrainConfig | None = None) -> Sizes:
+    def of(stock: LlavaForConditionalGeneration, config: TrainConfig | None = None) -> ModelSizes:
         """`config` is of the stage that trains it; None for a model that is only used."""
         text, vision = text_config(stock.config), vision_config(stock.config)
         seen: set[int] = set()
@@ -60,7 +60,7 @@ class Sizes:
             seen |= owned.keys()
         counts["language_model"] += adapters
         layers = stock.model.language_model.layers
-        return Sizes(
+        return ModelSizes(
             parameters=counts,
             trained=adapters + sum({id(named[name]): named[name].numel() for name in trained}.values()),
             linear=sum(layer.weight.numel() for layer in linear_layers(stock).values()),
@@ -75,13 +75,13 @@ class Sizes:
         )
 
     @staticmethod
-    def of_directory(name: str, stage: TrainConfig | None = None) -> Sizes:
+    def of_directory(name: str, stage: TrainConfig | None = None) -> ModelSizes:
         """From the configuration alone."""
         config = read_config(existing(name, "the LLaVA checkpoint"))
         if not isinstance(config, LlavaConfig):
             raise ValueError(f"{name} is a {config.model_type!r} model; a LLaVA checkpoint must be 'llava'")
         with torch.device("meta"):
-            return Sizes.of(llava_class(config)(config), stage)
+            return ModelSizes.of(llava_class(config)(config), stage)
 
 
 def _adapters(stock: LlavaForConditionalGeneration, lora: LoraConfig | None) -> int:
@@ -101,7 +101,9 @@ def engine_kind(config: TrainConfig, ranks: int) -> str:
     return f"zero{config.engine.zero_stage or 3}" if kind == "deepspeed" else kind
 
 
-def memory(config: TrainConfig, ranks: int, student: Sizes, teacher: Sizes | None) -> dict[str, float]:
+def memory(
+    config: TrainConfig, ranks: int, student: ModelSizes, teacher: ModelSizes | None
+) -> dict[str, float]:
     """Bytes on one rank, by what takes them."""
     bf16 = config.engine.precision == "bf16"
     width = 2 if bf16 else 4
@@ -139,7 +141,7 @@ def memory(config: TrainConfig, ranks: int, student: Sizes, teacher: Sizes | Non
 
 
 def _states(
-    kind: str, ranks: int, trained: int, frozen: int, tower: int, width: int, student: Sizes
+    kind: str, ranks: int, trained: int, frozen: int, tower: int, width: int, student: ModelSizes
 ) -> dict[str, float]:
     copy = trained * width if width == 2 else 0  # what the forward reads beside the fp32 masters
     moments, gathered = 8.0 * trained, 0.0
@@ -168,7 +170,7 @@ def _states(
 
 
 def _activations(
-    config: TrainConfig, student: Sizes, teacher: Sizes | None, width: int, *, is_autocast: bool
+    config: TrainConfig, student: ModelSizes, teacher: ModelSizes | None, width: int, *, is_autocast: bool
 ) -> float:
     """The most of what one moment holds: the tower, the teacher's forward, or the student's graph."""
     rows, tokens = config.micro_batch_size, config.micro_batch_size * config.data.max_length
@@ -191,7 +193,7 @@ def _activations(
     return max(graph, around + forward, 16.0 * tower)
 
 
-def _layer(student: Sizes, tokens: int, width: int, *, is_trained: bool) -> float:
+def _layer(student: ModelSizes, tokens: int, width: int, *, is_trained: bool) -> float:
     """Bytes that a decoder layer keeps for its backward. Norms compute in fp32 whatever the width is.
 
     Frozen products keep no input.
@@ -201,7 +203,9 @@ def _layer(student: Sizes, tokens: int, width: int, *, is_trained: bool) -> floa
     return tokens * ((22 if width == 4 else 14) * student.hidden + 3 * width * student.inner)
 
 
-def _head(config: TrainConfig, student: Sizes, teacher: Sizes | None, tokens: int, width: int) -> float:
+def _head(
+    config: TrainConfig, student: ModelSizes, teacher: ModelSizes | None, tokens: int, width: int
+) -> float:
     """Logits of a chunk on both sides, their gradient, and that of the head's weight before it is added."""
     logits = 4 * (student.vocabulary + (0 if teacher is None else teacher.vocabulary))
     if config.engine.device == "cpu":
@@ -220,14 +224,14 @@ def _head(config: TrainConfig, student: Sizes, teacher: Sizes | None, tokens: in
     return rows * (logits + extra) + weight
 
 
-def traffic(config: TrainConfig, ranks: int, student: Sizes, teacher: Sizes | None = None) -> float:
+def traffic(config: TrainConfig, ranks: int, student: ModelSizes, teacher: ModelSizes | None = None) -> float:
     """Bytes that one rank sends in an optimiser step, for gradients and gathered weights."""
     if ranks == 1:
         return 0.0
     return _students_traffic(config, ranks, student) + _teachers_traffic(config, ranks, teacher)
 
 
-def _teachers_traffic(config: TrainConfig, ranks: int, teacher: Sizes | None) -> float:
+def _teachers_traffic(config: TrainConfig, ranks: int, teacher: ModelSizes | None) -> float:
     """Layers that are spread over the ranks are gathered once for each micro-batch."""
     settings = config.teacher
     if teacher is None or settings is None or settings.placement != "fsdp" or settings.cache is not None:
@@ -236,7 +240,7 @@ def _teachers_traffic(config: TrainConfig, ranks: int, teacher: Sizes | None) ->
     return accumulation(config, ranks) * (ranks - 1) / ranks * spread
 
 
-def _students_traffic(config: TrainConfig, ranks: int, student: Sizes) -> float:
+def _students_traffic(config: TrainConfig, ranks: int, student: ModelSizes) -> float:
     kind = engine_kind(config, ranks)
     width = 2 if config.engine.precision == "bf16" else 4
     trained = student.trained

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_kd.assembly.planning.estimate import GB, Sizes, accumulation, traffic
+from llava_kd.assembly.planning.estimate import GB, ModelSizes, accumulation, traffic
 from llava_kd.assembly.runs.run_dir import differences
 from llava_kd.assembly.settings import load
 from llava_kd.config import TrainConfig
@@ -92,7 +92,12 @@ class Network:
 
 
 def step_seconds(
-    config: TrainConfig, rate: Rate, network: Network, machines: int, student: Sizes, teacher: Sizes | None
+    config: TrainConfig,
+    rate: Rate,
+    network: Network,
+    machines: int,
+    student: ModelSizes,
+    teacher: ModelSizes | None,
 ) -> tuple[float, float]:
     """Seconds of a step of `config` on so many machines: its exchange wholly hidden, and not at all."""
     then = network.seconds(traffic(rate.config, rate.ranks, student, teacher), 1)
@@ -109,7 +114,12 @@ def step_seconds(
 
 
 def throughput(
-    config: TrainConfig, ranks: int, rate: Rate, network: Network, student: Sizes, teacher: Sizes | None
+    config: TrainConfig,
+    ranks: int,
+    rate: Rate,
+    network: Network,
+    student: ModelSizes,
+    teacher: ModelSizes | None,
 ) -> list[str]:
     """Lines for 1, 2, 4, ... machines, up to as many as have `ranks` together."""
     if ranks % rate.ranks:

@@ -28,7 +28,7 @@ class Item:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class CollatedRows:
     """`Inputs` before the pixels are normalised; `images_IHWC` has no image where they were left raw."""
 
     input_ids_BT: Tensor
@@ -41,7 +41,7 @@ class Rows:
     places: Places
     is_packed: bool
 
-    def pinned(self) -> Rows:
+    def pinned(self) -> CollatedRows:
         """The same in page-locked memory, so that copying to a GPU does not wait."""
         pinned = {name: t.pin_memory() for name, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, places=self.places.map(Tensor.pin_memory), **pinned)
@@ -88,7 +88,7 @@ def masked(item: Item) -> Item:
     return replace(item, encoded=replace(item.encoded, labels=labels), is_valid=False)
 
 
-def collate(rows: Sequence[Sequence[Item]], *, pad_id: int, size: tuple[int, int]) -> Rows:
+def collate(rows: Sequence[Sequence[Item]], *, pad_id: int, size: tuple[int, int]) -> CollatedRows:
     """Lay each row's items one after the other and pad the rows on the right to the longest.
 
     Padding is a segment of its own, number 0, with positions that start again.
@@ -117,7 +117,7 @@ def collate(rows: Sequence[Sequence[Item]], *, pad_id: int, size: tuple[int, int
     places = Places.find(
         labels_BT=labels_BT, visual_BT=visual_BT, position_ids_BT=position_ids_BT, image_is_valid_I=valid
     )
-    return Rows(
+    return CollatedRows(
         input_ids_BT=input_ids_BT,
         labels_BT=labels_BT,
         position_ids_BT=position_ids_BT,

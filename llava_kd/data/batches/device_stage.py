@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llava_kd.batch import Batch, Inputs
-from llava_kd.data.batches.collate import RawImages, Rows
+from llava_kd.data.batches.collate import CollatedRows, RawImages
 from llava_kd.data.batches.micro_batches import Micro
 from llava_kd.data.batches.model_side import Side
 from llava_kd.data.pixels.images import ImageTransform
@@ -51,7 +51,7 @@ def _on_device(raw: RawImages, record_ids: tuple[str, ...], device: torch.device
         ) from error
 
 
-def _num_shared_targets(sides: tuple[Rows, ...]) -> int | None:
+def _num_shared_targets(sides: tuple[CollatedRows, ...]) -> int | None:
     """Counted on the host; None with one side, or with sides that do not line up."""
     targets = [rows.labels_BT.flatten()[rows.places.response_N + 1] for rows in sides]
     if len(targets) < 2 or len(targets[0]) != len(targets[1]):
@@ -59,7 +59,9 @@ def _num_shared_targets(sides: tuple[Rows, ...]) -> int | None:
     return int((targets[0] == targets[1]).sum())
 
 
-def _inputs(rows: Rows, transform: ImageTransform, raw: list[Tensor] | None, device: torch.device) -> Inputs:
+def _inputs(
+    rows: CollatedRows, transform: ImageTransform, raw: list[Tensor] | None, device: torch.device
+) -> Inputs:
     if raw is None:
         images_IHWC = rows.images_IHWC.to(device, non_blocking=True)
     else:

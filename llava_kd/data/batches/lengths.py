@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_kd.data.batches.model_side import Side
-from llava_kd.data.batches.packing import Sizes
+from llava_kd.data.batches.packing import RecordSizes
 from llava_kd.data.sources.cache import build_once, default_cache
 from llava_kd.data.sources.conversation import Source
 
@@ -25,20 +25,20 @@ def record_sizes(
     *,
     cache: str | Path | None = None,
     progress: bool = False,
-) -> Sizes:
+) -> RecordSizes:
     """Places that each record takes, on the side where it takes more, and its number of images.
 
     A record that turns out bad takes no more places than this.
     """
     if cache is None and len(source) < _CACHED_FROM_RECORDS:
         table = _compute(source, sides, progress)
-        return Sizes(tokens=table[0], images=table[1])
+        return RecordSizes(tokens=table[0], images=table[1])
     parts = (source.fingerprint, *(side.text_fingerprint for side in sides))
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     folder = Path(cache or default_cache()) / f"lengths{_LAYOUT}-{key}"
     build_once(folder, lambda scratch: np.save(scratch / _FILE, _compute(source, sides, progress)))
     table = np.load(folder / _FILE)
-    return Sizes(tokens=table[0], images=table[1])
+    return RecordSizes(tokens=table[0], images=table[1])
 
 
 def _compute(source: Source, sides: tuple[Side, ...], progress: bool) -> np.ndarray:

@@ -22,7 +22,7 @@ from llava_kd.data.batches.listed_plan import Listing
 from llava_kd.data.batches.micro_batches import Micro, MicroBatches
 from llava_kd.data.batches.model_side import Side
 from llava_kd.data.batches.order import Order, Reading
-from llava_kd.data.batches.packing import Packing, Sizes
+from llava_kd.data.batches.packing import Packing, RecordSizes
 from llava_kd.data.batches.plan import Plan
 from llava_kd.data.batches.worker_processes import Guarded, Refusal, end_with_parent, worker_context
 from llava_kd.data.pixels.device_decode import check_decoder
@@ -159,7 +159,7 @@ def _plan(source: Source, sides: tuple[Side, ...], order: Order, reading: Readin
 
 def _sizes(
     source: Source, sides: tuple[Side, ...], packing: Packing | None, reading: Reading
-) -> Sizes | None:
+) -> RecordSizes | None:
     if packing is None:
         return None
     longest = max(side.max_length for side in sides)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from llava_kd.batch import IGNORE_INDEX, TeacherRows
 from llava_kd.data.batches.bad_records import BadRecord
-from llava_kd.data.batches.collate import Item, RawImages, Rows, collate, masked
+from llava_kd.data.batches.collate import CollatedRows, Item, RawImages, collate, masked
 from llava_kd.data.batches.listed_plan import Listing
 from llava_kd.data.batches.model_side import Side
 from llava_kd.data.batches.order import Order, Reading
@@ -33,7 +33,7 @@ class Micro:
     `sources` names where each record comes from.
     """
 
-    rows: tuple[Rows, ...]
+    rows: tuple[CollatedRows, ...]
     raw: RawImages | None
     record_ids: tuple[str, ...]
     sources: tuple[str, ...]

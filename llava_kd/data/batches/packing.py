@@ -18,7 +18,7 @@ _CARRIED_SHARE = 1 / 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class RecordSizes:
     """Tokens and images of every record, by its number."""
 
     tokens: np.ndarray
@@ -39,7 +39,7 @@ class Packing:
     window: int = 4096
 
 
-def pack(order: np.ndarray, sizes: Sizes, packing: Packing) -> list[list[int]]:
+def pack(order: np.ndarray, sizes: RecordSizes, packing: Packing) -> list[list[int]]:
     """Packs that hold every record of `order` once. ValueError if a single record is over a budget."""
     for values, budget, what in (
         (sizes.tokens, packing.max_tokens, "tokens"),

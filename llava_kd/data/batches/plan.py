@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_kd.data.batches.packing import Packing, Sizes, pack
+from llava_kd.data.batches.packing import Packing, RecordSizes, pack
 from llava_kd.data.sources.mixture import permutation
 
 
@@ -57,7 +57,7 @@ class Plan:
         global_batch_size: int,
         world_size: int,
         packing: Packing | None = None,
-        sizes: Sizes | None = None,
+        sizes: RecordSizes | None = None,
     ) -> None:
         if (packing is None) != (sizes is None):
             raise ValueError("packing and the sizes of the records come together; got one without the other")

@@ -12,7 +12,7 @@ from annotated_types import Ge
 from torch import Tensor
 from typing_extensions import Doc
 
-from llava_kd.distill.rows import Tap
+from llava_kd.distill.rows import VisualTap
 from llava_kd.distill.terms.seen import Seen
 from llava_kd.distill.terms.term import IMAGES, Denominator, Reads, Term
 
@@ -20,7 +20,7 @@ from llava_kd.distill.terms.term import IMAGES, Denominator, Reads, Term
 @dataclass(frozen=True, kw_only=True)
 class Relation(Term):
     weight: Annotated[float, Ge(0), Doc("Factor of this term in the loss.")] = 0.5
-    tap: Annotated[Tap, Doc("What is compared: LM-head logits, hidden states or projector output.")] = (
+    tap: Annotated[VisualTap, Doc("What is compared: LM-head logits, hidden states or projector output.")] = (
         "logits"
     )
     centre: Annotated[bool, Doc("Subtract the mean over an image's tokens first.")] = False

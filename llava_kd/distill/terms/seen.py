@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from llava_kd.batch import Batch
 from llava_kd.distill.formulas import Align, Common, Formulas
-from llava_kd.distill.rows import Place, Rows, Tap, visual_features
+from llava_kd.distill.rows import Place, Rows, VisualTap, visual_features
 from llava_kd.distill.terms.term import Need, Reads
 from llava_kd.models.mllm import Prediction
-from llava_kd.models.taps import Tap as TapOf
+from llava_kd.models.taps import Tap
 
 NEEDS: tuple[Need, ...] = ("nothing", "logits", "states", "model")  # each serves those before it
 
@@ -100,12 +100,12 @@ class Seen:
             raise ValueError("the visual switch got no prediction over the student's visual output")
         return _at(self._switched, rows_N), _at(self._of_teacher("model"), rows_N)
 
-    def student_features(self, tap: Tap) -> Tensor:
+    def student_features(self, tap: VisualTap) -> Tensor:
         """[I, N, D] of the visual tokens; at the logits, the states that the head reads."""
         self._declare_tap(tap)
         return visual_features(self._student, self.batch.student, tap)
 
-    def features(self, tap: Tap) -> tuple[Tensor, Tensor]:
+    def features(self, tap: VisualTap) -> tuple[Tensor, Tensor]:
         """`student_features`, and [I, N, E] of the teacher, carried to the student's tokens."""
         student_IND = self.student_features(tap)
         self._declared(self._reads.grids, "grids=True")
@@ -116,12 +116,12 @@ class Seen:
     def tapped(self, tap: str) -> Tensor:
         """Of the student's module: [B, T, D] in the language model, as the batch lies; [I, N, D] before."""
         self._declared(tap in self._reads.student_taps, f"student_taps=({tap!r}, ...)")
-        return self._student.tapped[str(TapOf.parse(tap))]
+        return self._student.tapped[str(Tap.parse(tap))]
 
     def teacher_tapped(self, tap: str) -> Tensor:
         """The same of the teacher's module, without gradient; its rows are of the teacher's side."""
         self._declared(tap in self._reads.teacher_taps, f"teacher_taps=({tap!r}, ...)")
-        return self._of_teacher("model").tapped[str(TapOf.parse(tap))]
+        return self._of_teacher("model").tapped[str(Tap.parse(tap))]
 
     def attention_maps(self) -> tuple[Tensor, Tensor]:
         """[L, I, N, N] of both sides. ValueError if one does not show its attention."""
@@ -140,7 +140,7 @@ class Seen:
         student = self._student
         return Head(student.head_VD, student.bias_V, None), Head(teacher.head_VD, teacher.bias_V, gram_DD)
 
-    def _declare_tap(self, tap: Tap) -> None:
+    def _declare_tap(self, tap: VisualTap) -> None:
         if tap == "projector":
             self._declared(self._reads.projector, "projector=True")
         else:

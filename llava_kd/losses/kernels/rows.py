@@ -22,7 +22,7 @@ CPU_CHUNK_BYTES = 160 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class HeadRows:
     """What is asked of the rows. `active_rows`: how many have a KL weight, and another alone."""
 
     targets_N: Tensor

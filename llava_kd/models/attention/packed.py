@@ -41,7 +41,7 @@ except ImportError:
 FLASH = "flash_attention_2"
 VARLEN = "llava_kd_varlen"
 BY_RECORD = "llava_kd_by_record"
-MASKED = "sdpa"
+MASKED_SDPA = "sdpa"
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -86,7 +86,7 @@ KERNELS: dict[str, Callable[[Circumstances], bool]] = {
     VARLEN: lambda c: c.has_varlen and c.takes_any_kernel and c.suits_flash and not c.attention_dropout,
     FLASH: lambda c: c.has_flash and c.takes_flash and c.suits_flash,
     BY_RECORD: lambda c: c.takes_any_kernel,
-    MASKED: lambda c: True,
+    MASKED_SDPA: lambda c: True,
 }
 
 
@@ -96,7 +96,7 @@ def circumstances(model: PreTrainedModel, *, device: torch.device, dtype: torch.
     settings = text.to_dict()
     layers = set(settings.get("layer_types") or ["full_attention"])
     is_plain = (
-        layers <= {"full_attention", "sliding_attention"} and model.config._attn_implementation == MASKED
+        layers <= {"full_attention", "sliding_attention"} and model.config._attn_implementation == MASKED_SDPA
     )
     # Some types have other names for these, which the config knows as attributes alone.
     width = settings.get("head_dim") or text.hidden_size // text.num_attention_heads
@@ -134,7 +134,7 @@ def _insists_on_cudnn(device: torch.device) -> bool:
 
 
 def usable(found: Circumstances) -> list[str]:
-    """Names of the kernels for packed rows, the best first; `MASKED` is always among them."""
+    """Names of the kernels for packed rows, the best first; `MASKED_SDPA` is always among them."""
     return [name for name, is_usable in KERNELS.items() if is_usable(found)]
 
 
@@ -144,8 +144,8 @@ def choose(found: Circumstances) -> str:
 
 
 def use(model: PreTrainedModel, kernel: str) -> str:
-    """Let a language model compute its attention by `kernel`; what it then does. `MASKED` changes nothing."""
-    if kernel != MASKED:
+    """Let a language model compute its attention by `kernel`, and say by what; `MASKED_SDPA` changes nothing."""
+    if kernel != MASKED_SDPA:
         for name, function in ((VARLEN, _varlen), (BY_RECORD, _by_record)):
             if name not in AttentionInterface():
                 AttentionInterface.register(name, function)
