@@ -144,7 +144,7 @@ def choose(found: Circumstances) -> str:
 
 
 def use(model: PreTrainedModel, kernel: str) -> str:
-    """Let a language model compute its attention by `kernel`, and say by what; `MASKED_SDPA` changes nothing."""
+    """Let a language model compute its attention by `kernel`; what it then does. `MASKED_SDPA`: as it did."""
     if kernel != MASKED_SDPA:
         for name, function in ((VARLEN, _varlen), (BY_RECORD, _by_record)):
             if name not in AttentionInterface():
