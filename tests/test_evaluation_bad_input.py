@@ -232,7 +232,7 @@ def test_an_unknown_benchmark_lists_the_ten(
     model: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refused(model, root, "pope,mmvet", capsys)
-    assert said.startswith(f"no benchmark 'mmvet'; the ten are {TEN}, other splits ")
+    assert said.startswith(f"no benchmark 'mmvet'; the ten are {TEN}, others ")
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_slices_that_cannot_be_asked_are_refused_before_any_model(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("llava_kd.assembly.train.student_parts", refuse)
+    monkeypatch.setattr("llava_kd.assembly.train.student_in", refuse)
     part = {"data": str(shapes_dir / "validation.json"), "images": str(tmp_path)}
     if missing == "file":
         part = {"data": str(tmp_path / "none.json")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from annotated_types import Ge, Le
+from annotated_types import Interval
 from torch import Tensor
 from typing_extensions import Doc
 
@@ -19,8 +19,8 @@ from llava_kd.losses.reference import attention_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(Term):
-    first: Annotated[float, Ge(0), Le(1), Doc("Layers from this share of the decoder's depth.")] = 0.3
-    last: Annotated[float, Ge(0), Le(1), Doc("To below this share of it.")] = 0.7
+    first: Annotated[float, Interval(ge=0, le=1), Doc("Layers from this share of the decoder's depth.")] = 0.3
+    last: Annotated[float, Interval(ge=0, le=1), Doc("To below this share of it.")] = 0.7
     drop_sinks: Annotated[bool, Doc("Leave out entries above mean + deviation of either side.")] = True
 
     label: ClassVar[str] = "between visual tokens, against the teacher; sum of 1 - cosine over layers"
