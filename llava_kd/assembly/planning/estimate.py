@@ -12,9 +12,12 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llava_kd.assembly.parts.models import wholly_trained
+from llava_kd.assembly.parts.objective import terms_of
 from llava_kd.config import LoraConfig, TrainConfig
+from llava_kd.distill.terms.term import Term
 from llava_kd.losses.kernels.gemm import HEAD_ROWS_AT_A_TIME
 from llava_kd.losses.kernels.rows import CPU_CHUNK_BYTES, CUDA_MEMORY_SHARE, MAX_CHUNK_ROWS
+from llava_kd.models.attention.visual import middle_layers
 from llava_kd.models.lora import chosen_layers, linear_layers
 from llava_kd.models.projectors.reused import llava_class
 from llava_kd.models.reading import existing, read_config
@@ -25,6 +28,7 @@ from llava_kd.parallel.engine import REDUCE_BUCKET
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 BYTES = {"4bit": 0.516, "8bit": 1.0}  # of a quantized weight and its share of the scales
 GB = 1e9
+MAPS_KEPT = 3  # times the size of a map of visual attention: it, its means over layers, what is left of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,10 +191,44 @@ def _activations(
         # A layer is computed again in the backward. Autocast leaves what runs between layers in fp32.
         kept = student.layers * tokens * student.hidden * (4 if is_autocast and is_trained else width)
         backward += layer
+    kept += memory_of_terms(
+        terms_of(config.objective),
+        student,
+        teacher,
+        rows=rows,
+        tokens=tokens,
+        teacher_width=4 if config.teacher is None else WIDTHS[config.teacher.dtype],
+    )
     # The buffers of the head are free when the backward comes to the layers.
     graph = kept + around + max(_head(config, student, teacher, tokens, width), backward)
     forward = 0.0 if teacher is None else tokens * width * (8 * teacher.hidden + 3 * teacher.inner)
     return max(graph, around + forward, 16.0 * tower)
+
+
+def memory_of_terms(
+    terms: Mapping[str, Term],
+    student: ModelSizes,
+    teacher: ModelSizes | None,
+    *,
+    rows: int,
+    tokens: int,
+    teacher_width: int = 4,
+) -> float:
+    """Bytes that terms keep for the backward beside rows of the head, of so many rows with one image each.
+
+    `tokens`: places of all rows; `teacher_width`: bytes of a number of the teacher.
+    """
+    found, reads = 0.0, [term.reads for term in terms.values()]
+    if teacher is None:
+        return found
+    if any(read.switched for read in reads):  # the graph of its second pass
+        found += teacher.layers * _layer(teacher, tokens, teacher_width, is_trained=False)
+        found += 2 * tokens * teacher.hidden * teacher_width
+    if shares := next((read.attention for read in reads if read.attention), None):
+        for side, copies in ((student, MAPS_KEPT), (teacher, 1)):
+            map_bytes = 4 * rows * side.tokens_per_image**2
+            found += copies * map_bytes * len(middle_layers(side.layers, *shares))
+    return found
 
 
 def _layer(student: ModelSizes, tokens: int, width: int, *, is_trained: bool) -> float:
