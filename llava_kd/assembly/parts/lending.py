@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Literal, TypeVar
 
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor
 
 from llava_kd.assembly.parts.models import DTYPES, compute_dtype
-from llava_kd.assembly.parts.objective import terms_of
+from llava_kd.assembly.parts.objective import carried, terms_of
 from llava_kd.config import TrainConfig
-from llava_kd.distill.formulas import Align
 from llava_kd.distill.teaching.switch import Switch
 from llava_kd.distill.terms.term import Term
 from llava_kd.models.attention.visual import middle_layers
@@ -21,7 +19,6 @@ from llava_kd.models.mllm import MLLM
 from llava_kd.models.projectors.from_teacher import with_teacher_projector
 from llava_kd.models.projectors.width_map import width_map
 from llava_kd.models.towers.vision_tower import vision_config
-from llava_kd.models.towers.visual_grid import check_resample, resample
 from llava_kd.models.vocabulary import num_common_columns
 
 T = TypeVar("T")
@@ -109,10 +106,12 @@ def _switch(
         )
         map_DE = width_map(_embeddings(student, common), _embeddings(teacher, common))
         map_DE = map_DE.to(teacher.stock.lm_head.weight.device)
+    grids = student.visual_grid, teacher.visual_grid
+    refusal = f"visual_switch puts the student's {grids[0]} in the places of the teacher's {grids[1]}"
     return Switch(
         teacher=teacher_mllm,
         source=source,
-        align=_to_the_teacher(student, teacher, visual_alignment),
+        align=carried(*grids, visual_alignment, refusal=refusal, onto="teacher"),
         width_map_DE=map_DE,
     )
 
@@ -122,19 +121,3 @@ def _embeddings(parts: Parts, num_tokens: int) -> Tensor:
     """What the language model reads for each of the first tokens, as its own scale makes it."""
     table = parts.stock.get_input_embeddings()
     return table(torch.arange(num_tokens, device=parts.stock.lm_head.weight.device))
-
-
-def _to_the_teacher(
-    student: Parts, teacher: Parts, visual_alignment: Literal["refuse", "resample"]
-) -> Align | None:
-    source, target = student.visual_grid, teacher.visual_grid
-    if source == target:
-        return None
-    if visual_alignment == "refuse":
-        raise ValueError(
-            f"visual_switch puts the student's {source} in the places of the teacher's {target}; set "
-            "data.visual_alignment to resample, use the teacher's tower, layer and "
-            "vision_feature_select_strategy, or drop the term"
-        )
-    check_resample(source, target, onto="teacher")
-    return functools.partial(resample, source=source, target=target)

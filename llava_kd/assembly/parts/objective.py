@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llava_kd.config import ObjectiveConfig
-from llava_kd.distill.formulas import FORMULAS, Common
+from llava_kd.distill.formulas import FORMULAS, Align, Common
 from llava_kd.distill.objective import Objective
 from llava_kd.distill.terms.term import Term, Widths
 from llava_kd.models.files.checkpoint import Parts
-from llava_kd.models.towers.visual_grid import check_resample, resample
+from llava_kd.models.towers.visual_grid import VisualGrid, check_resample, resample
 from llava_kd.models.vocabulary import num_common_columns
 
 
@@ -47,7 +47,11 @@ def objective(
     by_grid = [name for name, term in terms.items() if term.reads.grids]
     align = None
     if by_grid and teacher is not None:
-        align = _alignment(student, teacher, visual_alignment, by_grid)
+        grids = teacher.visual_grid, student.visual_grid
+        needs = (
+            f"{' and '.join(by_grid)} need equal grids: the student has {grids[1]}, the teacher {grids[0]}"
+        )
+        align = carried(*grids, visual_alignment, refusal=needs)
     return Objective(
         terms=terms,
         common=Common(num_common=num_common, align=align, formulas=FORMULAS[config.losses]),
@@ -73,20 +77,26 @@ def _modules(
     return made
 
 
-def _alignment(
-    student: Parts, teacher: Parts, visual_alignment: Literal["refuse", "resample"], names: list[str]
-) -> Callable[[Tensor], Tensor] | None:
-    """None where both grids are equal. Raises ValueError where they may not, or cannot, be resampled."""
-    target, source = student.visual_grid, teacher.visual_grid
+def carried(
+    source: VisualGrid,
+    target: VisualGrid,
+    visual_alignment: Literal["refuse", "resample"],
+    *,
+    refusal: str,
+    onto: Literal["student", "teacher"] = "student",
+) -> Align | None:
+    """How features of one grid come to another; None where both are equal.
+
+    Raises ValueError, which begins with `refusal`, where they may not be resampled, or cannot.
+    """
     if source == target:
         return None
     if visual_alignment == "refuse":
         raise ValueError(
-            f"{' and '.join(names)} need equal grids: the student has {target}, the teacher "
-            f"{source}; set data.visual_alignment to resample, use the teacher's tower, layer and "
-            "vision_feature_select_strategy, or drop these terms"
+            f"{refusal}; set data.visual_alignment to resample, use the teacher's tower, layer and "
+            "vision_feature_select_strategy, or leave these terms out"
         )
-    check_resample(source, target)
+    check_resample(source, target, onto=onto)
     return functools.partial(resample, source=source, target=target)
 
 
