@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -334,3 +336,11 @@ def test_usage_is_shown_for_a_command_line_that_is_none(
         main(words)
     assert caught.value.code == 2
     assert "usage: llava-kd" in capsys.readouterr().err
+
+
+def test_a_reader_may_leave_before_the_end() -> None:
+    line = f'set -o pipefail; "{sys.executable}" -m llava_kd.cli config --markdown | head -n 1'
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "# Settings\n")
+    assert "Broken" not in done.stderr
+    assert "Exception" not in done.stderr

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from llava_kd.cli.words import Commands, add_plugins, command, count, plugins
+from llava_kd.cli.words import Commands, add_plugins, command, count, plugins, show
 
 
 def add(commands: Commands) -> None:
@@ -47,7 +47,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         found = verify(
             arguments.benchmark, arguments.data, num_threads=arguments.threads, table=tables.benchmarks
         )
-        print(describe(found))
+        show(describe(found))
         return int(any(verification.problems for verification in found.values()))
     from llava_kd.assembly.verify import verify_data
     from llava_kd.config import DataConfig
@@ -66,11 +66,11 @@ def _verify(arguments: argparse.Namespace) -> int:
         num_threads=arguments.threads,
         tables=tables,
     )
-    print(report.summary())
+    show(report.summary())
     if arguments.report:
         report.save(arguments.report)
     if arguments.write_sound:
-        print(f"{len(report.unsound)} records left out of {arguments.write_sound}")
+        show(f"{len(report.unsound)} records left out of {arguments.write_sound}")
     return int(not report.is_sound)
 
 
@@ -84,5 +84,5 @@ def _shapes(arguments: argparse.Namespace) -> int:
         num_test=arguments.num_test,
         seed=arguments.seed,
     )
-    print(f"accuracy without looking: {json.dumps(dict(blind))}")
+    show(f"accuracy without looking: {json.dumps(dict(blind))}")
     return 0

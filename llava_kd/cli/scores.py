@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from llava_kd.cli.words import Commands, add_plugins, command, count, plugins
+from llava_kd.cli.words import Commands, add_plugins, command, count, plugins, show
 
 
 def add(commands: Commands) -> None:
@@ -52,7 +52,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             table=tables.benchmarks,
         )
         if _is_first_rank():
-            print((Path(arguments.out) / "table.md").read_text())
+            show((Path(arguments.out) / "table.md").read_text())
         return 0
     summary = evaluate(
         arguments.model,
@@ -64,7 +64,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     )
     if _is_first_rank():
         shown = {name: summary[name] for name in ("accuracy", "count", "unreadable", "by_type")}
-        print(json.dumps(shown, indent=2))
+        show(json.dumps(shown, indent=2))
     return 0
 
 
@@ -78,6 +78,6 @@ def _report(arguments: argparse.Namespace) -> int:
     from llava_kd.evaluation.report.results import read_run, table
 
     written = report(arguments.directory, terms=labels(arguments.plugin))
-    print(table(read_run(arguments.directory)))
-    print(f"open {written}")
+    show(table(read_run(arguments.directory)))
+    show(f"open {written}")
     return 0

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from llava_kd.cli.words import Commands, add_plugins, command
+from llava_kd.cli.words import Commands, add_plugins, command, show
 
 
 def add(commands: Commands) -> None:
@@ -32,15 +32,15 @@ def _config(arguments: argparse.Namespace) -> int:
     if is_whole and (of or arguments.overrides):
         raise ValueError(f"--json_schema and --markdown are of all settings; leave out {of or 'the others'}")
     if of is not None and (of.endswith((".yaml", ".yml")) or Path(of).is_file()):
-        print(marked(load(of, arguments.overrides)))
+        show(marked(load(of, arguments.overrides)))
         return 0
     if arguments.overrides:
         raise ValueError(f"settings go with a stage's YAML file; got {' '.join(arguments.overrides)} alone")
     section = stage(arguments.plugin)
     if arguments.json_schema:
-        print(json.dumps(json_schema(section), indent=2))
+        show(json.dumps(json_schema(section), indent=2))
     elif arguments.markdown:
-        print(markdown(section), end="")
+        show(markdown(section).removesuffix("\n"))
     else:
-        print(text(walk(section) if of is None else branch(section, of)))
+        show(text(walk(section) if of is None else branch(section, of)))
     return 0

@@ -7,7 +7,7 @@ import signal
 from functools import partial
 
 from llava_kd.assembly.runs.stopping import status_after, stoppable
-from llava_kd.cli.words import Commands, add_rates, command, count, network
+from llava_kd.cli.words import Commands, add_rates, command, count, network, show
 
 
 def add(commands: Commands) -> None:
@@ -54,7 +54,7 @@ def _train(arguments: argparse.Namespace) -> int:
         from llava_kd.assembly.planning.dry_run import plan, ranks_from_environment
 
         ranks = arguments.ranks or ranks_from_environment()
-        print(plan(config, ranks, arguments.measured, network(arguments)))
+        show(plan(config, ranks, arguments.measured, network(arguments)))
         return 0
     with stoppable():
         config = load(arguments.config, arguments.overrides)
@@ -76,7 +76,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     config = load(arguments.config, arguments.overrides)
 
-    print(
+    show(
         check(
             config,
             ranks=arguments.ranks,

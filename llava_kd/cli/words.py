@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -31,6 +33,14 @@ def command(
     parser = group.add_parser(name, help=what, description=what)
     parser.set_defaults(run=run, command=name, takes_settings=takes_settings)
     return parser
+
+
+def show(text: str) -> None:
+    """Print what a command was asked for. Whoever reads it may leave when they have seen enough."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 
 
 def add_plugins(command: argparse.ArgumentParser, what: str) -> None:
