@@ -8,6 +8,7 @@ checked against its kernel's arguments. The autograd engine needs a driver too, 
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -113,6 +114,14 @@ class _Stream:
     wait_stream = wait_event = record = synchronize = nothing
 
 
+def forget_tensors() -> None:
+    """Of all caches of the package that may hold one."""
+    for module in [m for name, m in sys.modules.items() if name.startswith("llava_kd.data.pixels.")]:
+        for kept in vars(module).values():
+            if hasattr(kept, "cache_clear"):
+                kept.cache_clear()
+
+
 @contextmanager
 def fake_cuda() -> Iterator[tuple[FakeTensorMode, Watch]]:
     """The mode that holds the tensors, and a watch that sees nothing until it is entered."""
@@ -157,8 +166,12 @@ def fake_cuda() -> Iterator[tuple[FakeTensorMode, Watch]]:
         patch.setattr(mllm, "check_maps", lambda *_, **__: None)
         patch.setattr(torch, "_check_tensor_all_with", lambda *_: None)
         patch.setattr(torch._C, "_current_graph_task_id", lambda: 1)  # one recomputation a checkpoint
-        with FakeTensorMode() as mode:
-            yield mode, watch
+        forget_tensors()  # what is kept from before has values, and is refused inside
+        try:
+            with FakeTensorMode() as mode:
+                yield mode, watch
+        finally:
+            forget_tensors()  # what is kept from inside has none, and other tests would be given it
 
 
 def _apply(

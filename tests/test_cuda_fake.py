@@ -5,7 +5,7 @@ Stages are assembled and stepped as `llava-kd train` does it, on tensors without
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -30,7 +30,6 @@ from llava_kd.assembly.stage import assemble
 from llava_kd.batch import Batch
 from llava_kd.data.batches.device_stage import tensors_of, to_batch
 from llava_kd.data.batches.plan import Plan
-from llava_kd.data.pixels import images, resize
 from llava_kd.data.sources.llava_json import LlavaJson
 from llava_kd.evaluation.generation.generate import Generator
 from llava_kd.models.files.checkpoint import load_stock
@@ -211,15 +210,6 @@ def test_the_largest_logits_are_products_of_16_bits() -> None:
     assert [p.precision for p in watch.products] == ["bfloat16"]
 
 
-@pytest.fixture
-def no_constants() -> Iterator[None]:
-    """What is kept for a device is without values here: nobody else may see it."""
-    yield
-    for kept in (images._constants, images._arithmetic_is_exact, resize._taps_on):
-        kept.cache_clear()
-
-
-@pytest.mark.usefixtures("no_constants")
 def test_images_are_made_on_the_device(tmp_path: Path) -> None:
     """The last stage of loading, from raw images of several sizes; transforms of two sides."""
     entries = [entry(i, images=i % 3) for i in range(8)]
