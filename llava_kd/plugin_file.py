@@ -104,7 +104,7 @@ def _from_file(unique: str, path: str) -> ModuleType:
     sys.modules[unique] = module  # dataclasses and pickles look for it there
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException:  # Ctrl-C too leaves no half-run module behind; it is raised again
         del sys.modules[unique]
         raise
     return module

@@ -93,7 +93,7 @@ def _answer(connection: socket.socket) -> None:
         code = main(words)
     except SystemExit as error:
         code = error.code
-    except BaseException:
+    except BaseException:  # as the interpreter does at its top: shown, and status 1
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -26,7 +26,7 @@ class PluggedSource:
     def __setstate__(self, state: tuple[PluginFile, bytes]) -> None:
         self._plugin, pickled = state
         self._plugin.module()
-        self._source = pickle.loads(pickled)
+        self._source = pickle.loads(pickled)  # from the process that started this one, never from a file
 
     def __len__(self) -> int:
         return len(self._source)
