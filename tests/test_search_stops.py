@@ -266,6 +266,6 @@ def test_two_real_arms_to_their_results(stage, shapes_dir: Path, tmp_path: Path,
 
 
 def test_children_are_ended_where_this_process_fails(tmp_path: Path) -> None:
-    with Children() as children, ablate_module._ended(children):
+    with Children() as children:
         child = children.start(["sleep", "60"], tmp_path / "log", dict(os.environ))
     assert child.poll() == -signal.SIGKILL

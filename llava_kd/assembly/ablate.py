@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +68,7 @@ def ablate(path: str | Path, overrides: Sequence[str], choice: Choice, *, is_dry
     if is_dry:
         print(price_text(plan, arms, seeds, num_slots=len(slots)))
         return 0
-    with locked(grid.output, "output"), Children() as children, _ended(children):
+    with locked(grid.output, "output"), Children() as children:
         keep_manifest(grid, plan)
         write_work(grid, plan)
         runs = [run for run in plan.runs if run.arm in arms and run.seed in seeds]
@@ -201,12 +200,3 @@ def gpus() -> list[str]:
         return []
     lines = listed.stdout.splitlines() if listed.returncode == 0 else []
     return [str(k) for k, line in enumerate(lines) if line.startswith("GPU ")]
-
-
-@contextmanager
-def _ended(children: Children) -> Iterator[None]:
-    """Leave no child behind where this process fails itself."""
-    try:
-        yield
-    finally:
-        children.end_all()

@@ -29,6 +29,7 @@ class Children:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end_all()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -75,7 +76,7 @@ class Children:
             self._running.remove(process)
         return status
 
-    def end_all(self) -> None:
+    def _end_all(self) -> None:
         """Kill what still runs: after a fault of this process, which leaves nobody to ask them."""
         for process in list(self._running):
             process.kill()
