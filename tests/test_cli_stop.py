@@ -33,6 +33,27 @@ def test_a_signal_before_the_first_step_ends_the_run_in_one_line(
     assert main(["train", str(config)]) == 0
 
 
+def test_a_library_that_stumbles_over_the_stop_does_not_make_a_failure_of_it(
+    stage, capfd, monkeypatch
+) -> None:
+    """torch's modes, interrupted between a pop and its push, raise another error on the way up."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            raise RuntimeError("trying to pop from empty mode stack")
+
+    config = stage("run", distilled=False, max_steps=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(build_train, "student_in", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            main(["train", str(config)])
+    assert ended.value.code == 0
+    assert capfd.readouterr().err == "stopped by SIGTERM outside of any step; the same command goes on\n"
+    assert main(["train", str(config)]) == 0
+
+
 def test_what_a_file_refuses_is_one_line(stage, capsys) -> None:
     config = stage("run", distilled=False, max_steps=1)
     assert main(["train", str(config)]) == 0

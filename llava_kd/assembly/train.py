@@ -102,7 +102,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
                 identity=trainer.identity,
                 parent=parent,
                 exported=best,
-                reading=reading_notes(student.processor),
+                reading=reading_notes(finished.processor),
             )
     if world.is_main and (bad := bad_records(output)):
         say(f"{bad} records were bad and are not trained on: {output / BAD_RECORDS} names them")

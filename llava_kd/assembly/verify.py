@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from llava_kd.assembly.parts.data import side_of
@@ -11,6 +12,7 @@ from llava_kd.data.sound import write_sound_entries, write_sound_records
 from llava_kd.data.sources.kinds import Place, kind_of, open_source
 from llava_kd.data.verify import Report, verify, verify_file
 from llava_kd.models.files.checkpoint import load_config, load_processor
+from llava_kd.models.files.upright import reads_upright
 
 
 def verify_data(
@@ -34,7 +36,9 @@ def verify_data(
         _check_new(Path(sound), (".json", ".jsonl") if kind.is_llava else (".tar", ".parquet"))
     side = None
     if model is not None:
-        side = side_of(load_processor(model), load_config(model), config, templates=tables.templates)
+        processor = load_processor(model)
+        reading = replace(config, exif="apply" if reads_upright(processor) else "ignore")
+        side = side_of(processor, load_config(model), reading, templates=tables.templates)
     if not kind.is_llava:
         source = open_source(place, tables.sources)
         report = verify(source, side=side, num_threads=num_threads, progress=True)

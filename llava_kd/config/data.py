@@ -54,6 +54,10 @@ class DataConfig:
         Literal["square", "pad"],
         Doc("`square` as the image processor does; `pad` with the mean colour first, as the saved one does."),
     ] = "square"
+    exif: Annotated[
+        Literal["ignore", "apply"],
+        Doc("Orientation tag of photos; `apply` turns them upright first, in eval and chat too."),
+    ] = "ignore"
     decode: Annotated[
         Literal["cpu", "nvjpeg"],
         Doc("`nvjpeg`: baseline JPEGs on the GPU, other pixels; a damaged one then stops the run."),

@@ -27,6 +27,7 @@ from llava_kd.data.text.template_choice import choose
 from llava_kd.data.text.template_table import TEMPLATES
 from llava_kd.models.attention.row_limits import check_rows
 from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.files.upright import reads_upright, remember
 from llava_kd.models.towers.vision_tower import input_size, text_config, tokens_per_image, tower_fingerprint
 from llava_kd.parallel.world import World
 
@@ -57,7 +58,16 @@ def side_of(
     *,
     templates: Mapping[str, Template] = TEMPLATES,
 ) -> Side:
-    """The same from what needs no weights. ValueError for longer rows than the language model can read."""
+    """The same from what needs no weights.
+
+    ValueError for longer rows than the language model can read, and for a model that was trained on photos
+    turned upright where `config` leaves them as they are stored.
+    """
+    if config.exif == "ignore" and reads_upright(processor):
+        raise ValueError(
+            "`data.exif` is ignore, but the image processor of a model here has do_exif_transpose: it was "
+            "trained on photos turned upright; set data.exif to apply, which changes no picture without a tag"
+        )
     max_tokens = None if config.packing is None else config.packing.max_tokens
     check_rows(text_config(model), max_length=config.max_length, max_tokens=max_tokens)
     return Side(
@@ -75,13 +85,15 @@ def side_of(
             processor.image_processor, config.image_aspect, exact=config.resize == "exact"
         ),
         max_length=config.max_length,
+        upright=config.exif == "apply",
     )
 
 
 def served(parts: Parts, config: DataConfig) -> Parts:
     """The model with a processor of its own that makes the pixels of `config`, for whoever loads it later.
 
-    Stock LLaVA's image processor is the one that pads to a square, as `image_aspect: pad` does.
+    Stock LLaVA's image processor is the one that pads to a square, as `image_aspect: pad` does. None turns
+    photos upright: `data.exif` is remembered for our own commands, and the model card says it to others.
     """
     processor = copy.copy(parts.processor)
     if config.image_aspect == "pad":
@@ -98,6 +110,7 @@ def served(parts: Parts, config: DataConfig) -> Parts:
             image_mean=list(transform.mean),
             image_std=list(transform.std),
         )
+    remember(processor, upright=config.exif == "apply")
     return Parts(stock=parts.stock, processor=processor)
 
 

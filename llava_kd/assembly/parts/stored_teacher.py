@@ -43,6 +43,7 @@ def identity(config: TrainConfig, reader: Side, source: Source) -> dict[str, str
         "teacher.dtype": config.teacher.dtype,
         "teacher.quantize": str(config.teacher.quantize),
         "image processor": _sha(repr(reader.transform)),
+        "data.exif": "apply" if reader.upright else "ignore",
         "tokenizer": _sha(reader.tokenizer.backend_tokenizer.to_str()),
         "data.template": f"{reader.template.name}, {_sha(repr(reader.template))}",
         "visual tokens": f"{reader.tokens_per_image} an image, id {reader.image_token_id}",
@@ -52,7 +53,8 @@ def identity(config: TrainConfig, reader: Side, source: Source) -> dict[str, str
 
 
 def refuse_other(there: Mapping[str, str], here: Mapping[str, str], directory: str | Path) -> None:
-    """ValueError naming every entry that differs."""
+    """ValueError naming every entry that differs; one of an older version ignored orientation tags."""
+    there = {"data.exif": "ignore", **there}
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     if names:
         shown = [f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} here" for name in names]

@@ -31,10 +31,13 @@ def stoppable() -> Iterator[None]:
 
     The handler of Python runs between two of its instructions, and a library may swallow what it raises. So
     a thread reads from a pipe that signals are told to at once, and ends the process where it has not ended
-    soon: in a rendezvous, say, that other ranks never come to.
+    soon: in a rendezvous, say, that other ranks never come to. A library that is interrupted between taking
+    something and giving it back may also raise an error of its own instead, which says nothing to a user.
     """
+    told: list[int] = []
 
     def stop(number: int, _frame: FrameType | None) -> None:
+        told.append(number)
         _say(number)
         if os.environ.get("WORLD_SIZE", "1") != "1":
             # Nobody may be left to take leave of: to end Python with a group that others have left can abort.
@@ -59,6 +62,10 @@ def stoppable() -> Iterator[None]:
     try:
         _obey()
         yield
+    except BaseException:
+        if told:
+            raise SystemExit(status_after(told[0])) from None
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

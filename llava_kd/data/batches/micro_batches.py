@@ -17,7 +17,8 @@ from llava_kd.data.batches.model_side import Side
 from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.batches.plan import Plan
 from llava_kd.data.pixels.device_decode import plain_jpeg_size
-from llava_kd.data.pixels.images import GREY, check_size, decode
+from llava_kd.data.pixels.images import GREY, check_size, decode, orientation
+from llava_kd.data.pixels.orientation import AS_STORED
 from llava_kd.data.sources.conversation import Record, Source
 from llava_kd.data.teacher_store.store import TeacherCache, Wanted
 from llava_kd.data.text.alignment import matched
@@ -84,6 +85,7 @@ class MicroBatches(Dataset[Micro]):
         self._micro_batch_size = order.micro_batch_size
         self._rank = order.rank
         self._max_pixels = reading.max_pixels
+        (self._upright,) = {side.upright for side in sides}
         self._leaves_raw = leaves_raw
         self._leaves_encoded = leaves_raw and reading.decoder == "nvjpeg"
         self._one_record_per_row = order.one_record_per_row
@@ -177,11 +179,12 @@ class MicroBatches(Dataset[Micro]):
         return images, reasons
 
     def _pixels(self, data: bytes) -> Tensor:
-        """Decoded, or the bytes themselves where a device decodes them."""
+        """Decoded, or the bytes themselves where a device decodes them, which turns no picture."""
         if self._leaves_encoded and (size := plain_jpeg_size(data)) is not None:
             check_size(size[1], size[0], self._max_pixels)
-            return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return decode(data, max_pixels=self._max_pixels)
+            if not self._upright or orientation(data, max_pixels=self._max_pixels) == AS_STORED:
+                return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return decode(data, max_pixels=self._max_pixels, upright=self._upright)
 
     def _encode(self, i: int, record: Record) -> tuple[Encoded, ...] | str:
         """The record's tokens on each side, or why it has none; kept in memory while there is room."""

@@ -15,7 +15,10 @@ from llava_kd.data.text.template import Template
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """Tokenizer, template and image transform of a model. An image fills `tokens_per_image` positions."""
+    """Tokenizer, template and image transform of a model. An image fills `tokens_per_image` positions.
+
+    `upright`: photos are turned by their orientation tags first, for both models of a stage or for neither.
+    """
 
     tokenizer: PreTrainedTokenizerFast
     template: Template
@@ -23,6 +26,7 @@ class Side:
     tokens_per_image: int
     transform: ImageTransform
     max_length: int
+    upright: bool = False
 
     def encoder(self) -> Encoder:
         return Encoder(
@@ -67,4 +71,5 @@ class Side:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides the tokens and pixels."""
-        return hashlib.sha256(f"{self.text_fingerprint}\0{self.transform!r}".encode()).hexdigest()
+        turns = "\0upright" if self.upright else ""  # older runs have hashed no word for what they did not do
+        return hashlib.sha256(f"{self.text_fingerprint}\0{self.transform!r}{turns}".encode()).hexdigest()

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor
 
 from llava_kd.data.pixels.modes import to_rgb
+from llava_kd.data.pixels.orientation import AS_STORED, may_be_tagged, tag_of, turned
 from llava_kd.data.pixels.png_text import without_text
 from llava_kd.data.pixels.resize import Axis, check_filter, resize, resize_fast, resize_part
 
@@ -59,14 +60,33 @@ _PILLOW_ERRORS = (
 )
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, upright: bool = False) -> Tensor:
     """RGB pixels as uint8 [H, W, 3]; ValueError for what is not a whole, readable image of bounded size.
 
     The orientation tag is ignored and other modes become RGB as Pillow's `convert` does where that is
     faithful, since that is how published checkpoints were trained; of several frames the first is taken.
+    With `upright` the picture is turned by it. Which pictures are bad does not depend on that.
     Quick JPEG decoders are used where installed; a JPEG that they cannot settle is Pillow's to judge, so
     every installation gives the same pixels.
     """
+    pixels_HWC = _as_stored(data, max_pixels)
+    if upright:
+        pixels_HWC = turned(pixels_HWC, orientation(data, max_pixels=max_pixels))
+    return torch.from_numpy(pixels_HWC)
+
+
+def orientation(data: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
+    """The tag by which an image is to be turned; `AS_STORED` where it has none that can be read."""
+    if not may_be_tagged(data):
+        return AS_STORED
+    try:
+        with _open(data, max_pixels) as image:
+            return tag_of(image)
+    except _PILLOW_ERRORS:
+        return AS_STORED
+
+
+def _as_stored(data: bytes, max_pixels: int) -> np.ndarray:
     if not data:
         raise ValueError("the image file is empty")
     if data.startswith(_JPEG_MAGIC):
@@ -77,8 +97,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         else:
             pixels = None
         if pixels is not None:
-            return torch.from_numpy(pixels)
-    return torch.from_numpy(_decode_pillow(data, max_pixels))
+            return pixels
+    return _decode_pillow(data, max_pixels)
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:

@@ -13,6 +13,7 @@ from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER
 from llava_kd.evaluation.generation.generate import Generator
 from llava_kd.evaluation.generation.pictures import open_picture
 from llava_kd.evaluation.generation.prompt import model_inputs, render_talk
+from llava_kd.models.files.upright import reads_upright
 
 
 @dataclass
@@ -28,7 +29,8 @@ class Chat:
         """Raises ValueError for a directory that is no stock LLaVA or an image that cannot be read."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         generator = Generator.load(directory, device=device, max_new_tokens=max_new_tokens)
-        return Chat(generator, [_open(path) for path in images])
+        upright = reads_upright(generator.processor)
+        return Chat(generator, [_open(path, upright) for path in images])
 
     @torch.no_grad()
     def stream(self, question: str) -> Iterator[str]:
@@ -72,8 +74,8 @@ class Chat:
         return question if places else f"{IMAGE_PLACEHOLDER}\n" * expected + question
 
 
-def _open(path: str) -> Image.Image:
+def _open(path: str, upright: bool) -> Image.Image:
     try:
-        return open_picture(Path(path))
+        return open_picture(Path(path), upright)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error

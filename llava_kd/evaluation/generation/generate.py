@@ -30,6 +30,7 @@ from llava_kd.evaluation.generation.questions import Question
 from llava_kd.evaluation.generation.ranks import Ranks
 from llava_kd.models.attention.packed import leave_out_cudnn
 from llava_kd.models.files.checkpoint import load_processor, load_stock
+from llava_kd.models.files.upright import reads_upright
 
 
 @dataclass(frozen=True)
@@ -137,17 +138,18 @@ class Prepared:
 
 def prepare(processor: LlavaProcessor, questions: Sequence[Question]) -> Prepared:
     texts = [render_talk(processor, q.messages, has_images=bool(q.images)) for q in questions]
-    opened = [pictures(question) for question in questions]
+    upright = reads_upright(processor)
+    opened = [pictures(question, upright) for question in questions]
     images = [image for found, _ in opened for image in found]
     return Prepared(model_inputs(processor, texts, images), [fault for _, fault in opened])
 
 
-def pictures(question: Question) -> tuple[list[Image.Image], str]:
+def pictures(question: Question, upright: bool = False) -> tuple[list[Image.Image], str]:
     """The images, a grey one in the place of one that cannot be read, and what is wrong with that."""
     found, fault = [], ""
     for index in range(len(question.images)):
         try:
-            found.append(_open_image(question, index))
+            found.append(_open_image(question, index, upright))
         except (OSError, ValueError) as error:
             found.append(Image.new("RGB", (32, 32), (GREY, GREY, GREY)))
             source = question.images[index]
@@ -156,10 +158,10 @@ def pictures(question: Question) -> tuple[list[Image.Image], str]:
     return found, fault
 
 
-def _open_image(question: Question, index: int) -> Image.Image:
+def _open_image(question: Question, index: int, upright: bool) -> Image.Image:
     source = question.images[index]
     try:
-        return open_picture(source)
+        return open_picture(source, upright)
     except FileNotFoundError:
         raise ValueError(f"no image file {source}; check the image root") from None
 

@@ -17,10 +17,10 @@ from llava_kd.data.sources.image_paths import read_regular
 _PLAIN_RATIO, _PLAIN_SIDE = 8, 4096  # what is within both is never thin
 
 
-def open_picture(source: Path | bytes) -> Image.Image:
+def open_picture(source: Path | bytes, upright: bool = False) -> Image.Image:
     """RGB pixels as training sees them. ValueError or OSError for what cannot be read."""
     data = source if isinstance(source, bytes) else read_regular(source)
-    return Image.fromarray(decode(data).numpy())
+    return Image.fromarray(decode(data, upright=upright).numpy())
 
 
 def thin_pixels(processor: BaseImageProcessor, images: Sequence[Image.Image]) -> dict[int, Tensor]:

@@ -9,6 +9,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import yaml
 from transformers import LlavaProcessor
 
+from llava_kd.models.files.upright import reads_upright
+
 HEADING = "## Provenance"
 # An absolute path, or one from the home or a parent folder, inside a longer text; not the slashes of an URL.
 _INSIDE = re.compile(r"(?<![\w/.~])(?:~[\w.-]*|\.{1,2})?/(?!/)(?:[^\s?&,;:'\"|]*/)?([^\s?&,;:'\"|/]*)")
@@ -80,7 +82,23 @@ def _lineage(parent: object) -> str:
 
 
 def reading_notes(processor: LlavaProcessor) -> list[str]:
-    """What somebody must know who renders text first and makes tokens of it later."""
+    """What somebody must know who opens pictures, or renders text before tokens, without our code."""
+    return [*_orientation_note(processor), *_bos_note(processor)]
+
+
+def _orientation_note(processor: LlavaProcessor) -> list[str]:
+    """Nothing for what the published models do too."""
+    if not reads_upright(processor):
+        return []
+    return [
+        "Photos were turned upright by their EXIF orientation before anything else. The image processor "
+        "remembers it (`do_exif_transpose`), and `llava-kd eval` and `chat` do so; no stock image processor "
+        "does. Give it pictures that are turned: `PIL.ImageOps.exif_transpose(PIL.Image.open(path))`, or "
+        "`transformers.image_utils.load_image(path)`, which turns them too; `PIL.Image.open` alone does not."
+    ]
+
+
+def _bos_note(processor: LlavaProcessor) -> list[str]:
     tokenizer = processor.tokenizer
     bos, template = tokenizer.bos_token, processor.chat_template
     if bos is None or not isinstance(template, str) or not ("bos_token" in template or bos in template):
