@@ -20,6 +20,7 @@ from tiny_towers import make_language_model, make_tower
 from llava_kd.assembly.parts.models import student_parts
 from llava_kd.assembly.settings import load
 from llava_kd.assembly.train import train
+from llava_kd.cli import main
 from llava_kd.config import StudentConfig
 from llava_kd.models.files.card import public, reading_notes
 from llava_kd.models.files.checkpoint import load_stock, save_stock
@@ -110,6 +111,25 @@ def test_a_tied_head_is_written_once(tmp_path: Path) -> None:
                 assert [name for name in stream.keys() if "lm_head" in name] == []  # noqa: SIM118
             again = load_stock(str(tmp_path / folder)).stock
             assert again.lm_head.weight is again.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("words", [[], ["--student.lora={rank: 2}"]], ids=["whole", "adapters"])
+def test_what_a_run_and_an_export_write_is_each_weight_once(
+    tmp_path: Path, stage: Callable[..., Path], words: list[str]
+) -> None:
+    """At a head of most of the weights, as small language models have it: 1.6 times as much with two."""
+    if words:
+        pytest.importorskip("peft", reason="the lora extra is not installed")
+    student = make_tiny_llava(tmp_path / "student", hidden=32, vocab_size=6000, tied=True)
+    config = stage("run", distilled=False, max_steps=1)
+    assert main(["train", str(config), f"--student.checkpoint={student}", *words]) == 0
+    export(tmp_path / "run" / "model", tmp_path / "export")
+    stock = load_stock(str(student)).stock
+    once = sum(parameter.nbytes for parameter in stock.parameters())  # each one once
+    assert stock.lm_head.weight.nbytes > 0.6 * once
+    for directory in (tmp_path / "run" / "model", tmp_path / "export"):
+        written = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+        assert 0.85 * once < written < 1.05 * once, directory  # an export leaves a SigLIP tower's pooler out
 
 
 def test_a_card_says_where_two_first_tokens_would_come_from(tmp_path: Path) -> None:

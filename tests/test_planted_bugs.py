@@ -1,4 +1,7 @@
-"""Every hazard of docs/reliability.md has a bug that its named test catches; see planted_bugs.py."""
+"""Every hazard of docs/reliability.md, and every fault from the field, has a bug that its named test catches.
+
+See planted_bugs.py and planted_field_bugs.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from pathlib import Path
 
 import planted_bugs
 import pytest
-from planted_bugs import BUGS, Bug
+from planted_bugs import BUGS, Bug, try_all
+from planted_field_bugs import FIELD_BUGS
 
 PAGE = (planted_bugs.ROOT / "docs" / "reliability.md").read_text()
 
@@ -22,6 +26,21 @@ def test_every_hazard_has_a_bug_for_a_test_that_its_row_names() -> None:
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.hazard}-{Path(bug.file).stem}")
 def test_a_bug_still_has_its_place_in_the_code(bug: Bug) -> None:
     compile(planted_bugs.planted(bug), bug.file, "exec")
+
+
+@pytest.mark.parametrize("name", FIELD_BUGS)
+def test_a_fault_from_the_field_still_has_its_place_and_its_test(name: str) -> None:
+    bug = FIELD_BUGS[name]
+    compile(planted_bugs.planted(bug), bug.file, "exec")
+    file, _, test = bug.test.partition("::")
+    assert f"def {test}(" in (Path(__file__).parent / file).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_every_fault_from_the_field_is_caught(capfd: pytest.CaptureFixture[str]) -> None:
+    """An hour on two cores: each in a copy, after a run of all their tests without a bug."""
+    assert try_all(FIELD_BUGS) == 0, capfd.readouterr().out
 
 
 @pytest.mark.slow

@@ -24,12 +24,11 @@ from llava_kd.assembly.checkpoints import export_to
 from llava_kd.assembly.parts.models import student_parts
 from llava_kd.config import StudentConfig
 from llava_kd.models.files.checkpoint import save_stock
-from llava_kd.models.files.export import LANGUAGES_OF_4, TOWERS_OF_4
+from llava_kd.models.files.export import LANGUAGES_OF_4, TOWERS_OF_4, VERSION_OF_4
 
 pytestmark = pytest.mark.slow
 
 PYTHON = "LLAVA_KD_TRANSFORMERS_4"
-VERSION = "4.57.6"
 NUM_QUESTIONS = 60
 QUICKSTART = Path(__file__).parents[1] / "scripts" / "quickstart" / "backbones" / "teacher"
 # By name: the kind of language model, and settings that transformers 4 keeps elsewhere or under other names.
@@ -66,7 +65,7 @@ def python_4(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = tmp_path_factory.mktemp("transformers4")
     venv.create(root, with_pip=True)
     python = str(root / "bin" / "python")
-    wanted = [f"transformers=={VERSION}", "pillow"]
+    wanted = [f"transformers=={VERSION_OF_4}", "pillow"]
     subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True, timeout=500)
     (site,) = root.glob("lib/python*/site-packages")
     here = Path(torch.__file__).parents[1]
@@ -107,7 +106,7 @@ def test_sixty_answers_of_three_students_are_ours_there_and_here(
         questions = noise_questions(tmp_path / name, size)
         here, expected = answers_here(str(directory), questions), ours(directory, questions)
         there = answers_there(python_4, {name: directory}, questions, tmp_path)[name]
-        assert there["version"] == VERSION or PYTHON in os.environ
+        assert there["version"] == VERSION_OF_4 or PYTHON in os.environ
         for found in (here, there):
             assert found.get("error") is None
             assert found["missing"] == []
@@ -151,7 +150,9 @@ def test_what_the_card_says_of_transformers_4_is_so(tmp_path: Path, shapes_dir: 
         here = answers_here(str(directory), questions)
         same = all(here[key] == there[name].get(key) for key in ("ids", "alone", "batched", "missing"))
         alike[name] = same or there[name].get("error") or "other answers"
+    cards = {name: (directory / "README.md").read_text() for name, directory in exports.items()}
     said = {n: kinds[n][0] in TOWERS_OF_4 and kinds[n][1] in LANGUAGES_OF_4 for n in exports}
+    assert {name: VERSION_OF_4 in card for name, card in cards.items()} == said
     print(json.dumps(alike, indent=1))
     assert {name: alike[name] for name, is_said in said.items() if is_said and alike[name] is not True} == {}
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 
 from llava_kd import __version__
+from llava_kd.assembly.runs.ending import broken_off, is_rank_of_several, left
 from llava_kd.assembly.runs.stopping import INTERRUPTED, end_with_torchrun, was_told
 from llava_kd.cli import comparisons, datasets, models, scores, settings, stages
 
@@ -23,28 +25,36 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments.overrides = rest
     end_with_torchrun()
     try:
-        return arguments.run(arguments)
-    except ValueError as error:
-        print(f"llava-kd {arguments.command}: {error}", file=sys.stderr)
-        return 2
-    except ConnectionError as error:  # another rank is gone: its own message says more than a traceback here
+        status = arguments.run(arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        return broken_off(_status_after(error, arguments.command))
+    return left(status)
+
+
+def _status_after(error: Exception | KeyboardInterrupt, command: str) -> int:
+    """What is said of it, and the exit status; an error of the program itself goes on up."""
+    status, said = 2, str(error)
+    if isinstance(error, ConnectionError):  # another rank is gone: its message says more than a traceback
         if was_told():
             return 0  # it had nothing to save, and left before this one
-        print(f"llava-kd {arguments.command}: {error}", file=sys.stderr)
+        status = 1
+    elif isinstance(error, OSError):  # a file, a directory, a disk
+        said = " ".join(said.split())
+    elif isinstance(error, ImportError):  # a package that is not there
+        said = f"{' '.join(said.split())}; install what is missing"
+    elif isinstance(error, RecursionError):  # of other libraries' readers, as the next
+        said = "a file that it reads is nested too deeply"
+    elif isinstance(error, MemoryError):
+        said = "a file that it reads needs more memory than there is"
+    elif isinstance(error, KeyboardInterrupt):
+        status, said = INTERRUPTED, "interrupted"
+    elif not isinstance(error, ValueError):
+        if not is_rank_of_several():
+            raise error
+        traceback.print_exception(error, file=sys.stderr)
         return 1
-    except (OSError, ImportError) as error:  # a file, a directory, a disk; a package that is not there
-        what = "; install what is missing" if isinstance(error, ImportError) else ""
-        print(f"llava-kd {arguments.command}: {' '.join(str(error).split())}{what}", file=sys.stderr)
-        return 2
-    except (RecursionError, MemoryError) as error:  # of other libraries' readers
-        what = (
-            "is nested too deeply" if isinstance(error, RecursionError) else "needs more memory than there is"
-        )
-        print(f"llava-kd {arguments.command}: a file that it reads {what}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"llava-kd {arguments.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    print(f"llava-kd {command}: {said}", file=sys.stderr)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
