@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from test_data_orientation import photo
 from tiny_runs import write_stage
 from transformers import AutoProcessor
@@ -57,11 +58,12 @@ def test_eval_chat_and_slices_of_it_turn_photos_and_those_of_others_do_not(
     question = Question(id="q", text="<image>\nWhat is it?", images=(path,))
     for directory, upright in ((finished, True), (student_dir, False)):
         processor = Generator.load(directory, device=torch.device("cpu")).processor
-        image = decode(path.read_bytes(), upright=upright).numpy()
+        image = Image.fromarray(decode(path.read_bytes(), upright=upright).numpy())
         expected = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
         assert torch.equal(prepare(processor, [question]).inputs["pixel_values"], expected)
         (seen,) = Chat.load(str(directory), [str(path)]).images
-        assert seen.size == (image.shape[1], image.shape[0])
+        assert seen.tobytes() == image.tobytes()
+        assert seen.size == image.size
 
 
 def test_a_slice_sees_what_the_run_trains_on_before_the_model_is_written(student_dir: Path) -> None:
