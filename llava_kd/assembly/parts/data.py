@@ -69,6 +69,12 @@ def side_of(
             "trained on photos turned upright; set data.exif to apply, which changes no picture without a tag"
         )
     max_tokens = None if config.packing is None else config.packing.max_tokens
+    own = sorted({part.template for part in config.sources if part.template is not None})
+    if unknown := [name for name in own if name not in templates]:
+        raise ValueError(
+            f"`data.sources[].template` must be one of {', '.join(templates)}, or null for data.template; "
+            f"got {unknown[0]!r}"
+        )
     check_rows(text_config(model), max_length=config.max_length, max_tokens=max_tokens)
     return Side(
         tokenizer=processor.tokenizer,
@@ -86,6 +92,7 @@ def side_of(
         ),
         max_length=config.max_length,
         upright=config.exif == "apply",
+        source_templates={name: templates[name] for name in own},
     )
 
 
@@ -146,7 +153,13 @@ def make_source(config: DataConfig, *, seed: int = 0, kinds: Mapping[str, Source
         file if files.count(file) == 1 else part.path
         for file, part in zip(files, config.sources, strict=True)
     ]
-    return Mixture(sources, [part.weight for part in config.sources], names=names, seed=seed)
+    return Mixture(
+        sources,
+        [part.weight for part in config.sources],
+        names=names,
+        templates=[part.template for part in config.sources],
+        seed=seed,
+    )
 
 
 def source_in(config: TrainConfig) -> Source:

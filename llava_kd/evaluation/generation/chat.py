@@ -74,7 +74,7 @@ class Chat:
         return question if places else f"{IMAGE_PLACEHOLDER}\n" * expected + question
 
 
-def _open(path: str, upright: bool) -> Image.Image:
+def _open(path: str, upright: bool = False) -> Image.Image:
     try:
         return open_picture(Path(path), upright)
     except (OSError, ValueError) as error:

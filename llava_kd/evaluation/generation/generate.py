@@ -158,7 +158,7 @@ def pictures(question: Question, upright: bool = False) -> tuple[list[Image.Imag
     return found, fault
 
 
-def _open_image(question: Question, index: int, upright: bool) -> Image.Image:
+def _open_image(question: Question, index: int, upright: bool = False) -> Image.Image:
     source = question.images[index]
     try:
         return open_picture(source, upright)
