@@ -10,17 +10,24 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-
-import torch.distributed as dist
+from types import ModuleType
 
 
 def is_rank_of_several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return _group() is not None
+
+
+def _group() -> ModuleType | None:
+    """torch.distributed where this process is in a group; a command that never imported it is in none."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        return None
+    return dist if dist.get_world_size() > 1 else None
 
 
 def left(status: int) -> int:
     """`status` of a command that went to its end: its group is left first, which waits for those threads."""
-    if is_rank_of_several():
+    if (dist := _group()) is not None:
         dist.destroy_process_group()
     return status
 
