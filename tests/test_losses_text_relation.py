@@ -15,8 +15,9 @@ from torch import Tensor
 from llava_kd.losses import reference, relation
 from llava_kd.losses.text_relation import text_relation_rows
 
-I, P, N, D, E = 3, 4, 5, 6, 7
-HOW = [dict(zip(("centre", "normalise", "normalise_rows"), bits)) for bits in product((False, True), repeat=3)]
+IMAGES, P, N, D, E = 3, 4, 5, 6, 7
+NAMES = ("centre", "normalise", "normalise_rows")
+HOW = [dict(zip(NAMES, bits, strict=True)) for bits in product((False, True), repeat=3)]
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -25,10 +26,14 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 def sides() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
     is_there_IP = torch.tensor([[True, True, True, True], [True, False, True, False], [False] * 4])
-    return (normal(I, P, D, seed=1), normal(I, N, D, seed=2)), (
-        normal(I, P, E, seed=3),
-        normal(I, N, E, seed=4),
-    ), is_there_IP
+    return (
+        (normal(IMAGES, P, D, seed=1), normal(IMAGES, N, D, seed=2)),
+        (
+            normal(IMAGES, P, E, seed=3),
+            normal(IMAGES, N, E, seed=4),
+        ),
+        is_there_IP,
+    )
 
 
 def unit(vector: list[float]) -> list[float]:
@@ -52,7 +57,7 @@ def test_each_row_is_the_distance_of_two_matrices_written_out(how: dict[str, boo
     student, teacher, is_there_IP = sides()
     got_I = text_relation_rows(student, teacher, is_there_IP, **how)
     expected = []
-    for i in range(I):
+    for i in range(IMAGES):
         there = is_there_IP[i].nonzero().squeeze(1)
         if not len(there):
             expected.append(0.0)
@@ -117,9 +122,9 @@ def test_sides_that_do_not_match_are_refused() -> None:
 def test_normalised_rows_are_compared_token_by_token(path, centre: bool, normalise: bool) -> None:
     """The mean over tokens of 1 - cosine, and N / 2 times the loss of Similarity-Preserving KD."""
     heads = {"student_head_VD": normal(9, D, seed=5), "teacher_head_UE": normal(11, E, seed=6)}
-    sides = {"student_IND": normal(I, N, D, seed=2), "teacher_IME": normal(I, N, E, seed=4)}
+    sides = {"student_IND": normal(IMAGES, N, D, seed=2), "teacher_IME": normal(IMAGES, N, E, seed=4)}
     got_I = path.relation_rows(**sides, **heads, centre=centre, normalise=normalise, normalise_rows=True)
-    for i in range(I):
+    for i in range(IMAGES):
         grams = []
         for side, head in zip(sides.values(), heads.values(), strict=True):
             logits = side[i] @ head.T
@@ -136,10 +141,13 @@ def test_both_forms_of_normalised_rows_have_one_gradient() -> None:
     heads = {"student_head_VD": normal(9, D, seed=5), "teacher_head_UE": normal(11, E, seed=6)}
     found = []
     for path in (reference, relation):
-        leaves = [normal(I, N, D, seed=2).requires_grad_(), heads["student_head_VD"].clone().requires_grad_()]
+        leaves = [
+            normal(IMAGES, N, D, seed=2).requires_grad_(),
+            heads["student_head_VD"].clone().requires_grad_(),
+        ]
         rows_I = path.relation_rows(
             leaves[0],
-            normal(I, N, E, seed=4),
+            normal(IMAGES, N, E, seed=4),
             student_head_VD=leaves[1],
             teacher_head_UE=heads["teacher_head_UE"],
             normalise_rows=True,
@@ -150,7 +158,7 @@ def test_both_forms_of_normalised_rows_have_one_gradient() -> None:
 
 
 def test_a_token_whose_similarities_are_zero_stays_so() -> None:
-    sides = {"student_IND": normal(I, N, D, seed=2), "teacher_IME": normal(I, N, E, seed=4)}
+    sides = {"student_IND": normal(IMAGES, N, D, seed=2), "teacher_IME": normal(IMAGES, N, E, seed=4)}
     sides["student_IND"][0, 2] = 0
     leaf_IND = sides["student_IND"].requires_grad_()
     for path in (reference, relation):
