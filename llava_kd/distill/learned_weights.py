@@ -50,9 +50,13 @@ class LearnedWeights(nn.Module):
         """
         of = [terms[name].denominator.name for name in self.names]
         share_K = torch.stack([(own[name] / count(counts, name)).float() for name in of])
-        weight_K = s_K.new_tensor([terms[name].weight for name in self.names])
-        mean_K = torch.stack([means[name] for name in self.names])
-        added = learned_loss(s_K, weight_K, mean_K, share_K, strength=self._strength)
-        part = (sum(own.values()) / sum(counts.values()).clamp_min(1)).float()
-        logged_K = weight_K * (-s_K.detach()).exp() * part
-        return added, dict(zip((f"weight/{name}" for name in self.names), logged_K.unbind(), strict=True))
+        # A tensor of the weights would be made of host values, which waits for the device.
+        weighted_K = torch.stack([terms[name].weight * means[name] for name in self.names])
+        added = learned_loss(s_K, weighted_K, share_K, strength=self._strength)
+        part = (_sum(own) / _sum(counts).clamp_min(1)).float()
+        factors = self.factors(s_K)
+        return added, {f"weight/{name}": terms[name].weight * factors[name] * part for name in self.names}
+
+
+def _sum(counts: Counts) -> Tensor:
+    return torch.stack(list(counts.values())).sum()

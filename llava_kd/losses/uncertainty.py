@@ -32,14 +32,12 @@ def log_variances(free_K: Tensor, most: float) -> Tensor:
     return fixed_K + GRADIENT_SCALE * (s_K - fixed_K)
 
 
-def learned_loss(
-    s_K: Tensor, weight_K: Tensor, mean_K: Tensor, share_K: Tensor, *, strength: float
-) -> Tensor:
+def learned_loss(s_K: Tensor, weighted_K: Tensor, share_K: Tensor, *, strength: float) -> Tensor:
     """What learning s adds to a loss that has the sum of w exp(-s) L already, without a gradient to s.
 
-    In value the c s alone; in gradient to s the whole. Of a part of a step: `mean_K` is the part's share of
-    the means, `share_K` the part's share of the rows that they are taken over.
+    In value the c s alone; in gradient to s the whole. Of a part of a step: `weighted_K` is w L, the
+    part's share of the means, and `share_K` its share of the rows that they are taken over.
     """
     factor_K = (-s_K).exp()
-    to_s = (weight_K * mean_K.detach() * (factor_K - factor_K.detach())).sum()
+    to_s = (weighted_K.detach() * (factor_K - factor_K.detach())).sum()
     return to_s + strength * (s_K * share_K).sum()
