@@ -396,6 +396,32 @@ def test_tokens_that_are_not_trusted_have_no_gradient_and_others_all_of_theirs(s
     assert not any(bool(gradient.any()) for gradient in gradients.values())
 
 
+def test_tokens_that_the_sides_answer_otherwise_are_neither_related_nor_trusted(student, teacher) -> None:
+    """The teacher's template ends in another token."""
+    ours, theirs = ([record(1), record(2, images=2, answer=3)] for _ in range(2))
+    for item in theirs:
+        item.ids[-1] = item.labels[-1] = (item.ids[-1] + 1) % 256
+    batch = Batch(student=inputs(*ours), teacher=inputs(*theirs), record_ids=("a", "b"))
+    related, trusted, count = [], 0.0, 0
+    for mine, his in zip(ours, theirs, strict=True):
+        answers = [place - 1 for place in range(len(mine.ids)) if mine.labels[place] >= 0]
+        count += len(answers)
+        pair = ((student, mine), (teacher.mllm, his))
+        states = [stock_states_TD(side, item) for side, item in pair]
+        for place_N in mine.visual.nonzero().squeeze(1).split(TOKENS):
+            sides = [(s[answers[:-1]].unsqueeze(0), s[place_N].unsqueeze(0)) for s in states]
+            there = torch.ones(1, len(answers) - 1, dtype=torch.bool)
+            related.append(text_relation_rows(sides[0], sides[1], there, centre=True, normalise_rows=True))
+        s_TV, t_TV = (logits_TV(side, item)[:, :COMMON] for side, item in pair)
+        for place in answers[:-1]:
+            p_t = t_TV[place].softmax(0)
+            kl = kl_div(s_TV[place].log_softmax(0), p_t, reduction="sum")
+            trusted += float(p_t[mine.ids[place + 1]] * kl)
+    means, _ = run([batch], among(ALL, "response_kl", "text_relation"), student, teacher)
+    assert float(means["text_relation"]) == pytest.approx(float(torch.cat(related).mean()), rel=1e-4)
+    assert float(means["response_kl"]) == pytest.approx(trusted / count, rel=1e-4)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("trust", ["first", "probability"])
 def test_a_cache_of_the_largest_logits_is_exact_where_it_holds_the_labels(
