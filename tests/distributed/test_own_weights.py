@@ -1,4 +1,4 @@
-"""Weights that a loss term brings, and weights of terms: every engine trains them alike, and saves them."""
+"""Weights that a loss term brings are trained alike by every engine, and saved whole."""
 
 from __future__ import annotations
 
@@ -24,10 +24,6 @@ OWN = [
     f"--plugins=[{extra_terms.__file__}]",
     "--objective.mapped={weight: 0.5}",
     "--objective.layer_states={weight: 0.5}",
-    "--objective.learned_weights={strength: 0.5}",
-    "--objective.visual_kl={share: 0.25}",
-    "--objective.text_relation={normalise_rows: true}",
-    "--objective.response_kl={trust: first}",
 ]
 
 
@@ -54,6 +50,6 @@ def test_two_ranks_train_own_weights_and_tapped_states_as_one_device_does(stage,
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
     got = train(stage("two", max_steps=3), *ENGINES[engine], ranks=2)
     assert got.keys() == one.keys()
-    assert {"parameter/terms.mapped.weight", "parameter/learned_weights.free_K"} <= got.keys()
+    assert "parameter/terms.mapped.weight" in got
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, one[name], rtol=1e-5, atol=1e-5, msg=name)
