@@ -1,4 +1,4 @@
-"""Options beyond the paper on two ranks: the losses, weights and learned weights of one device, in every engine."""
+"""Options beyond the paper on two ranks: what one device logs and learns, in every engine."""
 
 from __future__ import annotations
 
