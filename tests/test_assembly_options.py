@@ -101,3 +101,15 @@ def test_settings_that_cannot_be_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load(stage("refused"), words)
+
+
+def test_the_shipped_grid_has_an_arm_for_each_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    words = ["ablate", "ablations/options.yaml", "--dry_run", "--seeds=0", f"--out={tmp_path / 'out'}"]
+    assert main(words) == 0, "every stage of every arm has settings that load"
+    assert "31,500 steps" in capsys.readouterr().out
+    text = Path("ablations/options.yaml").read_text()
+    for option in ("normalise_rows", "text_relation", "share", "learned_weights", "trust"):
+        assert option in text

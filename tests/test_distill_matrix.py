@@ -171,7 +171,7 @@ def test_every_term_takes_every_kind_of_batch(sides: Sides, case: str, kind: str
     assert all(bool(value.isfinite().all()) for value in found.values())
     if kind in SILENT:
         assert not any(bool(value.any()) for value in found.values())
-    if kind == "images":
+    if kind == "images" and case != "response_kl trust=first":  # which a teacher of random weights never is
         assert float(found["loss"]) > 0
     if kind == "text only":
         sides.run(terms, "reference", sides.batch(*KINDS[kind]))
