@@ -1,7 +1,7 @@
 """What flows between the rooms.
 
 Shape legend: B rows, T tokens, I images, C channels, H height, W width, M places with a stored prediction,
-N tokens of an image, E teacher width, K stored columns.
+N tokens of an image, P response targets of a record (fewer are filled up), E teacher width, K stored columns.
 """
 
 from __future__ import annotations
@@ -124,6 +124,26 @@ class Inputs:
     def distilled_visual_BT(self) -> Tensor:
         """Visual positions whose image is valid."""
         return _of_valid_images(self.visual_BT, self.image_is_valid_I)
+
+    def answers_of_images(self) -> tuple[Tensor, Tensor]:
+        """Which of `places.response_N` are of the record of each image: their numbers, and which are there.
+
+        Both [I, P]. P is known on the host: as many as the longest record may have beside an image.
+        """
+        places, num_images = self.places, self.num_images
+        per_image = len(places.visual_N) // max(num_images, 1)
+        num = min(len(places.response_N), max(0, max(places.lengths) - per_image)) if num_images else 0
+        order_P = torch.arange(num, device=places.response_N.device)
+        if num_images == 0 or num == 0:
+            empty_IP = order_P.expand(num_images, num)
+            return empty_IP, empty_IP.bool()
+        boundaries_N = places.boundaries_N.long()
+        before_N = torch.searchsorted(places.response_N, boundaries_N)  # targets before each record
+        first_I = places.visual_N.view(num_images, -1)[:, 0].contiguous()
+        record_I = torch.searchsorted(boundaries_N, first_I, right=True) - 1
+        index_IP = before_N[record_I].unsqueeze(1) + order_P
+        is_there_IP = index_IP < before_N[record_I + 1].unsqueeze(1)
+        return torch.where(is_there_IP, index_IP, 0), is_there_IP
 
     def to(self, device: torch.device | str) -> Inputs:
         def move(tensor: Tensor) -> Tensor:

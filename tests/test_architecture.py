@@ -78,8 +78,9 @@ MANY_PARAMETERS = {
     "losses/kernels/row_torch.py": {"torch_rows"},
     "losses/kernels/row_triton.py": {"triton_rows"},
     "losses/kernels/row_kernel.py": {"gradient", "mixture", "statistics"},
-    "losses/reference.py": {"dbild_loss", "head_loss"},
+    "losses/reference.py": {"dbild_loss", "head_loss", "relation_rows"},
     "losses/reference_top_k.py": {"top_k_head_loss"},
+    "losses/relation.py": {"relation_rows"},
     "losses/top_k.py": {"top_k_head_loss"},
 }
 MAX_FILES = 12

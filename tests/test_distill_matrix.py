@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial, reduce
-from itertools import product
 from operator import add
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -40,19 +39,26 @@ SMALL, LARGE = VisualGrid(rows=4, columns=4), VisualGrid(rows=5, columns=5)
 
 
 def options(kind: type[Term]) -> Iterator[tuple[str, Term]]:
-    """A term of the table with every choice that its settings give, and what was chosen."""
+    """A term of the table with each choice that one setting gives, the others as they are by default.
+
+    All that are on or off are on in one more; formulas are compared in their own tests in every combination.
+    """
     hints = {f.name: get_type_hints(kind)[f.name] for f in fields(kind)}
     choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
     choices |= {name: (False, True) for name, hint in hints.items() if hint is bool}
     heat = {"temperature": 2.0} if "temperature" in hints else {}
-    for chosen in product(*choices.values()):
-        named = dict(zip(choices, chosen, strict=True))
-        yield " ".join(f"{name}={value}" for name, value in named.items()), kind(**named, **heat)
+    alone = [{name: value} for name, values in choices.items() for value in values]
+    together = [{name: True for name, hint in hints.items() if hint is bool}]
+    for named in [{}, *alone, *together]:
+        term = kind(**named, **heat)
+        if named == {} or term != kind(**heat):
+            yield " ".join(f"{name}={value}" for name, value in named.items()), term
 
 
 CASES: dict[str, dict[str, Term]] = {
     f"{name} {chosen}".strip(): {name: term} for name, kind in TERMS.items() for chosen, term in options(kind)
 }
+CASES["visual_kl share=0.3"] = {"visual_kl": VisualKL(share=0.3)}
 CASES["all"] = {name: kind() for name, kind in TERMS.items()} | {
     "visual_switch": VisualSwitch(source="projector")
 }
@@ -152,6 +158,7 @@ def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     teacher = MLLM(load_stock(str(theirs)).stock)
     student.watch_attention(range(1, 2))
     teacher.watch_attention(range(1, 3))
+    teacher.watch_answers(range(1, 3))
     return Sides(student=student, teacher=Teacher(teacher, shares_tower=False), is_resampled=is_resampled)
 
 
@@ -164,7 +171,7 @@ def test_every_term_takes_every_kind_of_batch(sides: Sides, case: str, kind: str
     assert all(bool(value.isfinite().all()) for value in found.values())
     if kind in SILENT:
         assert not any(bool(value.any()) for value in found.values())
-    if kind == "images":
+    if kind == "images" and case != "response_kl trust=first":  # which a teacher of random weights never is
         assert float(found["loss"]) > 0
     if kind == "text only":
         sides.run(terms, "reference", sides.batch(*KINDS[kind]))

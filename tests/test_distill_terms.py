@@ -132,7 +132,8 @@ def test_a_cache_of_what_terms_declare_gives_the_live_loss(
     cached = CachedTeacher(live.head_VD, live.bias_V)(stored)
     own = predicted(student, MIXED)
     losses = [objective(own, Taught(prediction=p), MIXED, MIXED.counts()).loss for p in (live, cached)]
-    assert float(losses[0].detach()) > 0
+    is_never_right = isinstance(term, ResponseKL) and term.trust == "first"  # a teacher of random weights
+    assert float(losses[0].detach()) > 0 or is_never_right
     torch.testing.assert_close(losses[1], losses[0])
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_kd.batch import Batch, Inputs
 from llava_kd.distill.formulas import REFERENCE
+from llava_kd.distill.learned_weights import LearnedWeights, learnable
 from llava_kd.distill.objective import Objective
 from llava_kd.distill.student import Student
 from llava_kd.distill.taught import Taught
@@ -24,6 +25,7 @@ from llava_kd.distill.teaching.live import Teacher
 from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.distill.terms.relation import Relation
 from llava_kd.distill.terms.response_kl import ResponseKL
+from llava_kd.distill.terms.text_relation import TextRelation
 from llava_kd.distill.terms.visual_kl import VisualKL
 from llava_kd.losses.checks import check_targets
 from llava_kd.losses.kernels.row_torch import torch_rows
@@ -68,6 +70,12 @@ OBJECTIVES = {
         cross_entropy=CrossEntropy(weight=0), response_kl=ResponseKL(weight=0), **FAST
     ),
     "cross-entropy": objective_of(cross_entropy=CrossEntropy(weight=0.5), **FAST),
+    "other relations": objective_of(
+        relation=Relation(normalise_rows=True),
+        text_relation=TextRelation(centre=True, normalise_rows=True),
+        visual_kl=VisualKL(share=0.3),
+        **FAST,
+    ),
     "visual tokens resampled": objective_of(
         cross_entropy=CrossEntropy(),
         visual_kl=VisualKL(),
@@ -119,6 +127,7 @@ def models(student_dir, teacher_dir) -> tuple[MLLM, MLLM]:
     teacher = MLLM(load_stock(str(teacher_dir)).stock)
     for model in (student, teacher):
         packed_attention.use(model.language_model, BY_RECORD)
+    teacher.watch_answers(range(1, 2))
     return student, teacher
 
 
@@ -159,6 +168,15 @@ def test_two_sides_wait_for_nothing(models: tuple[MLLM, MLLM]) -> None:
     batch = two_sides(num_shared=len(batch_of(is_packed=False, is_known=True).student.places.response_N) - 2)
     for name in ("all", "two kinds of KL", "cross-entropy beside visual KL", "weights of zero"):
         assert callers_of_a_step(models, OBJECTIVES[name], batch) <= CPU_ONLY, name
+
+
+def test_only_trust_in_the_teacher_waits_for_what_it_says(models: tuple[MLLM, MLLM]) -> None:
+    batch = batch_of(is_packed=True, is_known=True)
+    for trust in ("first", "probability"):
+        trusting = objective_of(cross_entropy=CrossEntropy(), response_kl=ResponseKL(trust=trust), **FAST)
+        assert callers_of_a_step(models, trusting, batch) - CPU_ONLY == {"chunks"}
+    learned = replace(OBJECTIVES["all"], learned=LearnedWeights(learnable(OBJECTIVES["all"].terms)))
+    assert callers_of_a_step(models, learned, batch) <= CPU_ONLY
 
 
 def test_sides_that_nobody_compared_are_looked_at(models: tuple[MLLM, MLLM]) -> None:

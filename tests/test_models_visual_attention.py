@@ -124,7 +124,7 @@ def test_other_families_show_their_maps(family: str) -> None:
         embedded = decoder.get_input_embeddings()(batch.input_ids_BT)
         maps = VisualMaps(range(1, 3), batch)
         watchable(decoder)
-        decoder(inputs_embeds=embedded, use_cache=False, visual_maps=maps)
+        decoder(inputs_embeds=embedded, use_cache=False, visual_maps=[maps])
         got = maps.take()
         decoder.set_attn_implementation("eager")
         attentions = decoder(inputs_embeds=embedded, use_cache=False, output_attentions=True).attentions

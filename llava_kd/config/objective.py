@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, make_dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, get_args, get_type_hints
 
+from annotated_types import Gt
 from typing_extensions import Doc
 
-from llava_kd.config.ranges import require
+from llava_kd.config.ranges import PositiveFloat, require
 
 if TYPE_CHECKING:
     from llava_kd.config.sections import TrainConfig
@@ -40,6 +41,17 @@ Table = Mapping[str, type[TermSettings]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class LearnedWeightsConfig:
+    """Weights of the terms that read the teacher, learned as log-variances; they begin at `weight`."""
+
+    lr: Annotated[PositiveFloat, Doc("Their own rate, with the schedule of `optim.lr`.")] = 1e-2
+    strength: Annotated[
+        PositiveFloat, Doc("What each of these terms, times its weight, comes to in the loss.")
+    ] = 1.0
+    most: Annotated[float, Gt(1), Doc("A weight stays within this factor of its setting.")] = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """A term that is absent is off. `objective_type` adds a setting for each term of a table."""
 
@@ -47,6 +59,9 @@ class ObjectiveConfig:
         Literal["fast", "reference"],
         Doc("The fast kernels, or the plain formulas that they are tested against."),
     ] = "fast"
+    learned_weights: Annotated[
+        LearnedWeightsConfig | None, Doc("Learn the weights of terms; null keeps them as they are set.")
+    ] = None
 
     def __post_init__(self) -> None:
         require(bool(self.terms), "`objective` has no term; give it at least one")
@@ -55,11 +70,18 @@ class ObjectiveConfig:
             f"the weights of `objective` are all 0 ({', '.join(self.terms)}): nothing would be learned; set "
             "one of them to more",
         )
+        require(
+            self.learned_weights is None
+            or any(t.weight > 0 and t.reads.teacher != "nothing" for t in self.terms.values()),
+            f"`objective.learned_weights` has no weight to learn: no term of {', '.join(self.terms)} reads "
+            "the teacher and counts; add one such as response_kl, or set learned_weights to null",
+        )
 
     @property
     def terms(self) -> dict[str, TermSettings]:
         """Those that are on, by name, in the order of the table."""
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "losses"}
+        own = {f.name for f in fields(ObjectiveConfig)}
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
         return {name: term for name, term in found.items() if term is not None}
 
     @property

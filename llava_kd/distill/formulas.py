@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llava_kd.losses import dbild, head_loss, reference, reference_top_k, relation, top_k
+from llava_kd.losses import dbild, head_loss, label, reference, reference_top_k, relation, top_k
+from llava_kd.losses.label import LabelRows
 from llava_kd.losses.reference import HeadLoss, RowsLoss
 
 Align = Callable[[Tensor], Tensor]
@@ -22,6 +23,7 @@ class Formulas:
     top_k_head_loss: Callable[..., HeadLoss]
     relation_rows: Callable[..., Tensor]
     dbild_loss: Callable[..., RowsLoss]
+    label_rows: Callable[..., LabelRows]
 
 
 REFERENCE = Formulas(
@@ -29,12 +31,14 @@ REFERENCE = Formulas(
     top_k_head_loss=reference_top_k.top_k_head_loss,
     relation_rows=reference.relation_rows,
     dbild_loss=reference.dbild_loss,
+    label_rows=label.label_rows,
 )
 FAST = Formulas(
     head_loss=head_loss.head_loss,
     top_k_head_loss=top_k.top_k_head_loss,
     relation_rows=relation.relation_rows,
     dbild_loss=dbild.dbild_loss,
+    label_rows=label.label_rows_by_chunk,
 )
 FORMULAS: Mapping[str, Formulas] = {"fast": FAST, "reference": REFERENCE}
 

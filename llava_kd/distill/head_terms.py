@@ -7,7 +7,7 @@ student and teacher, V and U rows of their heads.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llava_kd.batch import Batch, Counts
 from llava_kd.distill.formulas import Common
+from llava_kd.distill.row_choice import Chosen, choose
 from llava_kd.distill.rows import Place, Rows, count, fill, visual_features
 from llava_kd.distill.taught import TopKPrediction
 from llava_kd.distill.terms.term import HeadRequest, Term
@@ -68,7 +69,10 @@ def _join(calls: dict[Softening | None, list[_Block]], name: str, place: Place) 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadTerms:
-    """The terms of an objective that go through the head, for one micro-batch."""
+    """The terms of an objective that go through the head, for one micro-batch.
+
+    `factors`: scalars without gradient that multiply the weights of some terms.
+    """
 
     terms: Mapping[str, Term]
     common: Common
@@ -76,6 +80,7 @@ class HeadTerms:
     teacher: Prediction | TopKPrediction | None
     batch: Batch
     counts: Counts
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Their weighted sum and each one's mean; None where there is none of them."""
@@ -85,31 +90,35 @@ class HeadTerms:
         loss = self.student.hidden_BTD.new_zeros((), dtype=torch.float32)
         means: dict[str, Tensor] = {}
         for kind, listed in calls.items():
-            rows = [
-                Rows.select(
-                    block.place,
-                    self.batch,
-                    with_teacher=kind is not None and not self._is_aligned(block.place),
-                )
-                for block in listed
-            ]
-            result = self._one_call(listed, rows, kind)
+            chosen = [self._choose(block, has_teacher=kind is not None) for block in listed]
+            result = self._one_call(listed, chosen, kind)
             loss = loss + result.loss
-            ends = list(accumulate(len(r.student_N) for r in rows))
-            for begin, end, block in zip([0, *ends[:-1]], ends, listed, strict=True):
-                for name, values_N in ((block.cross_entropy, result.ce_N), (block.kl, result.kl_N)):
-                    if name is not None:
-                        means[name] = values_N[begin:end].sum() * self._share(name).float()
+            ends = list(accumulate(len(c.rows.student_N) for c in chosen))
+            for begin, end, block, of_block in zip([0, *ends[:-1]], ends, listed, chosen, strict=True):
+                if (name := block.cross_entropy) is not None:
+                    means[name] = result.ce_N[begin:end].sum() * self._share(name).float()
+                if (name := block.kl) is not None:
+                    values_N = result.kl_N[begin:end] * of_block.factor_N
+                    means[name] = values_N.sum() * self._share(name).float()
         return loss, means
+
+    def _choose(self, block: _Block, *, has_teacher: bool) -> Chosen:
+        with_teacher = has_teacher and not self._is_aligned(block.place)
+        rows = Rows.select(block.place, self.batch, with_teacher=with_teacher)
+        request = None if block.kl is None else self.terms[block.kl].head_request()
+        return choose(rows, request, self.batch, self.teacher, self.common)
 
     def _share(self, name: str) -> Tensor:
         return 1.0 / count(self.counts, self.terms[name].denominator.name)
 
     def _weights(self, rows: Rows, name: str | None) -> Tensor:
-        return fill(rows, 0.0 if name is None else self.terms[name].weight * self._share(name))
+        if name is None:
+            return fill(rows, 0.0)
+        return fill(rows, self.terms[name].weight * self._share(name) * self.factors.get(name, 1.0))
 
-    def _one_call(self, listed: list[_Block], rows: list[Rows], kind: Softening | None) -> HeadLoss:
+    def _one_call(self, listed: list[_Block], chosen: list[Chosen], kind: Softening | None) -> HeadLoss:
         student, teacher, formulas = self.student, self.teacher, self.common.formulas
+        rows = [c.rows for c in chosen]
         flat_D = student.hidden_BTD.flatten(0, 1)
         student_ND = flat_D[torch.cat([r.student_N for r in rows])]
         targets_N = torch.cat([r.targets_N for r in rows])
@@ -119,7 +128,9 @@ class HeadTerms:
         if kind is None or teacher is None:
             active = (0, sum(len(r.targets_N) for block, r in pairs if self._counts(block.cross_entropy)))
             return formulas.head_loss(student_ND, student.head_VD, targets_N, **common, active_rows=active)
-        common["kl_weight_N"] = torch.cat([self._weights(r, block.kl) * r.is_shared_N for block, r in pairs])
+        common["kl_weight_N"] = torch.cat(
+            [self._weights(c.rows, block.kl) * c.factor_N for block, c in zip(listed, chosen, strict=True)]
+        )
         common |= {"temperature": kind[0], "divergence": kind[1], "num_common": self.common.num_common}
         if isinstance(teacher, TopKPrediction):
             top = teacher.top_k(torch.cat([r.teacher_N for r in rows]))
@@ -129,10 +140,10 @@ class HeadTerms:
             student.head_VD,
             targets_N,
             **common,
-            teacher_NE=torch.cat([self._teacher_rows(r, teacher) for r in rows]),
+            teacher_NE=torch.cat([self._teacher_rows(c, teacher) for c in chosen]),
             teacher_head_UE=teacher.head_VD,
             teacher_bias_U=teacher.bias_V,
-            active_rows=self._active_rows(pairs),
+            active_rows=self._active_rows(pairs) if all(c.is_counted for c in chosen) else None,
         )
 
     def _counts(self, name: str | None) -> bool:
@@ -156,10 +167,11 @@ class HeadTerms:
     def _is_aligned(self, place: Place) -> bool:
         return place == "visual" and self.common.align is not None
 
-    def _teacher_rows(self, rows: Rows, teacher: Prediction) -> Tensor:
+    def _teacher_rows(self, chosen: Chosen, teacher: Prediction) -> Tensor:
         """[N, E] that the student's rows are compared with."""
         align = self.common.align
-        if rows.place != "visual" or align is None:
-            return teacher.hidden_BTD.flatten(0, 1)[rows.teacher_N]
+        if chosen.rows.place != "visual" or align is None:
+            return teacher.hidden_BTD.flatten(0, 1)[chosen.rows.teacher_N]
         features_IME = align(visual_features(teacher, self.batch.teacher_inputs, "hidden"))
-        return features_IME[self.batch.student.places.valid_images_N].flatten(0, 1)
+        features_NE = features_IME[self.batch.student.places.valid_images_N].flatten(0, 1)
+        return features_NE if chosen.picked_N is None else features_NE[chosen.picked_N]

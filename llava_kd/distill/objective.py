@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llava_kd.batch import Batch, Counts
 from llava_kd.distill.formulas import Common
 from llava_kd.distill.head_terms import HeadTerms, head_requests
+from llava_kd.distill.learned_weights import LearnedWeights
 from llava_kd.distill.rows import Place, count
 from llava_kd.distill.taught import Taught, TopKPrediction
 from llava_kd.distill.terms.seen import Seen
@@ -38,11 +39,15 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """`terms` are those that are on, by their names in the table; `modules` the weights that they brought."""
+    """`terms` are those that are on, by their names in the table; `modules` the weights that they brought.
+
+    `learned` holds the weights of terms where they are learned; a term's own setting is where they begin.
+    """
 
     terms: Mapping[str, Term]
     common: Common = field(default_factory=Common)
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    learned: LearnedWeights | None = None
 
     def __post_init__(self) -> None:
         head_requests(self.terms)
@@ -72,6 +77,10 @@ class Objective:
         states = self._states(taught)
         loss = touch(student)
         means: dict[str, Tensor] = {}
+        log_variance_K = None if self.learned is None else self.learned()
+        factors: dict[str, Tensor] = {}
+        if self.learned is not None and log_variance_K is not None:
+            factors = self.learned.factors(log_variance_K)
         head = HeadTerms(
             terms=self.terms,
             common=self.common,
@@ -79,6 +88,7 @@ class Objective:
             teacher=taught.prediction,
             batch=batch,
             counts=counts,
+            factors=factors,
         )()
         if head is not None:
             loss = loss + head[0]
@@ -97,7 +107,10 @@ class Objective:
                 module=self.modules.get(name),
             )
             share, means[name] = _weighted(term, seen, counts)
-            loss = loss + share
+            loss = loss + share * factors.get(name, 1.0)
+        if self.learned is not None and log_variance_K is not None:
+            added, figures = self.learned.loss(log_variance_K, self.terms, means, self.counts(batch), counts)
+            loss, means = loss + added, means | figures
         return Losses(loss=loss, means=means)
 
     def _states(self, taught: Taught) -> Prediction | None:

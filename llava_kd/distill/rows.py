@@ -76,6 +76,16 @@ class Rows:
     targets_N: Tensor
     is_shared_N: Tensor
 
+    def take(self, picked_N: Tensor) -> Rows:
+        """Those of these numbers, in their order."""
+        return Rows(
+            place=self.place,
+            student_N=self.student_N[picked_N],
+            teacher_N=self.teacher_N[picked_N],
+            targets_N=self.targets_N[picked_N],
+            is_shared_N=self.is_shared_N[picked_N],
+        )
+
     @staticmethod
     def select(place: Place, batch: Batch, *, with_teacher: bool) -> Rows:
         choose = response_rows if place == "response" else visual_rows

@@ -18,6 +18,7 @@ from llava_kd.models.mllm import MLLM
 
 Step = tuple[Tensor, dict[str, Tensor]]
 BUFFER = "buffer/teaching."
+LEARNED_WEIGHTS = "learned_weights."  # how the names of their parameters begin
 
 
 class Student(nn.Module):
@@ -32,6 +33,8 @@ class Student(nn.Module):
         self.teaching = self._door[0].modules()
         if objective.modules:  # weights that terms bring are trained, sharded and saved with the student's
             self.terms = nn.ModuleDict(objective.modules)
+        if objective.learned is not None:
+            self.learned_weights = objective.learned
 
     def counts(self, batch: Batch) -> Counts:
         """The denominators that the terms are divided by, of this micro-batch."""

@@ -293,6 +293,7 @@ def relation_rows(
     teacher_head_UE: Tensor | None = None,
     centre: bool = False,
     normalise: bool = False,
+    normalise_rows: bool = False,
     student_gram_DD: Tensor | None = None,
     teacher_gram_EE: Tensor | None = None,
 ) -> Tensor:
@@ -300,8 +301,10 @@ def relation_rows(
 
     Y is the logits where heads are given and the features themselves where they are not; the two vocabularies
     need not agree. `centre` subtracts from Y its mean over the tokens of the image, `normalise` then scales
-    each token to length one. The Gram matrices are taken so that this function and the fast one can be
-    exchanged; the oracle does not use them, it forms the logits.
+    each token to length one, `normalise_rows` each row of R, which makes the value the mean over the tokens
+    of 1 - cos between their rows: N / 2 times the loss of Similarity-Preserving KD (arXiv 1907.09682). The
+    Gram matrices are taken so that this function and the fast one can be exchanged; the oracle does not use
+    them, it forms the logits.
     """
     check_relation_inputs(student_IND, teacher_IME, student_head_VD, teacher_head_UE)
     del student_gram_DD, teacher_gram_EE
@@ -310,6 +313,8 @@ def relation_rows(
         student_INN = _relation(student_IND, student_head_VD, dtype, centre=centre, normalise=normalise)
         with torch.no_grad():
             teacher_INN = _relation(teacher_IME, teacher_head_UE, dtype, centre=centre, normalise=normalise)
+        if normalise_rows:
+            student_INN, teacher_INN = unit_rows(student_INN), unit_rows(teacher_INN)
         return cosine_distance_rows(student_INN, teacher_INN)
 
 
@@ -322,7 +327,7 @@ def _relation(
     if centre:
         y_INV = y_INV - y_INV.mean(1, keepdim=True)
     if normalise:
-        y_INV = y_INV / root_or_one((y_INV * y_INV).sum(2, keepdim=True))
+        y_INV = unit_rows(y_INV)
     return y_INV @ y_INV.mT
 
 
@@ -336,6 +341,11 @@ def cosine_distance_rows(a_INN: Tensor, b_INN: Tensor) -> Tensor:
     difference_INN = a_INN / root_or_one(aa_I11) - b_INN / root_or_one(bb_I11)
     zeros_I = ((aa_I11 == 0).to(a_INN.dtype) + (bb_I11 == 0).to(a_INN.dtype)).flatten()
     return ((difference_INN * difference_INN).sum((1, 2)) + zeros_I) / 2
+
+
+def unit_rows(x_IMN: Tensor) -> Tensor:
+    """Each row of each matrix at length one; a row of zeros as it is."""
+    return x_IMN / root_or_one((x_IMN * x_IMN).sum(2, keepdim=True))
 
 
 def root_or_one(square: Tensor) -> Tensor:

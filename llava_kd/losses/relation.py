@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from llava_kd.losses.checks import check_relation_inputs
 from llava_kd.losses.kernels import gemm
-from llava_kd.losses.reference import accumulation_dtype, cosine_distance_rows, root_or_one
+from llava_kd.losses.reference import accumulation_dtype, cosine_distance_rows, root_or_one, unit_rows
 
 
 @gemm.not_compiled
@@ -29,6 +29,7 @@ def relation_rows(
     teacher_head_UE: Tensor | None = None,
     centre: bool = False,
     normalise: bool = False,
+    normalise_rows: bool = False,
     student_gram_DD: Tensor | None = None,
     teacher_gram_EE: Tensor | None = None,
 ) -> Tensor:
@@ -48,10 +49,11 @@ def relation_rows(
             student_gram_DD = head_gram(student_head_VD, read_as=read_as)
         if teacher_gram_EE is None and teacher_head_UE is not None:
             teacher_gram_EE = head_gram(teacher_head_UE.detach())
+        how = {"centre": centre, "normalise": normalise, "normalise_rows": normalise_rows}
         rows = [
             cosine_distance_rows(
-                _relation(student_ND, student_gram_DD, centre=centre, normalise=normalise),
-                _relation(teacher_ME.detach(), teacher_gram_EE, centre=centre, normalise=normalise),
+                _relation(student_ND, student_gram_DD, **how),
+                _relation(teacher_ME.detach(), teacher_gram_EE, **how),
             )
             for student_ND, teacher_ME in zip(student_IND, teacher_IME, strict=True)
         ]
@@ -69,7 +71,9 @@ def head_gram(head_VD: Tensor, *, read_as: torch.dtype | None = None) -> Tensor:
     return _Gram.apply(head_VD, read_as or head_VD.dtype)
 
 
-def _relation(features_ND: Tensor, gram_DD: Tensor | None, *, centre: bool, normalise: bool) -> Tensor:
+def _relation(
+    features_ND: Tensor, gram_DD: Tensor | None, *, centre: bool, normalise: bool, normalise_rows: bool
+) -> Tensor:
     """R of one image, as a batch of one."""
     dtype = accumulation_dtype(features_ND)
     if centre:
@@ -83,7 +87,8 @@ def _relation(features_ND: Tensor, gram_DD: Tensor | None, *, centre: bool, norm
     if normalise:
         length_N = root_or_one(relation_NN.diagonal().clamp_min(0))  # rounding can leave it below
         relation_NN = relation_NN / length_N / length_N.unsqueeze(1)
-    return relation_NN.unsqueeze(0)
+    relation_1NN = relation_NN.unsqueeze(0)
+    return unit_rows(relation_1NN) if normalise_rows else relation_1NN
 
 
 class _Context(FunctionCtx):

@@ -15,7 +15,8 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_kd.batch import Inputs
 from llava_kd.models.attention import packed as packed_attention
-from llava_kd.models.attention.visual import VisualMaps, check_maps, watchable
+from llava_kd.models.attention.answers import AnswerAttention
+from llava_kd.models.attention.visual import VisualMaps, Watcher, check_maps, watchable
 from llava_kd.models.taps import Tap, Taps
 from llava_kd.models.towers.vision_tower import feature_layer, image_features, vision_config
 from llava_kd.models.trained import PARTS, trained_of
@@ -27,6 +28,7 @@ class Prediction:
 
     `head_gram_DD` is `head_VD.T @ head_VD` where it is known already, as for a head that never moves.
     `attention_LINN` is how the visual tokens of each image attend to each other, in watched layers.
+    `attended_IN` is how much the response tokens of their record attend to each visual token, there too.
     `tapped` is what went through watched modules, by the tap.
     """
 
@@ -36,6 +38,7 @@ class Prediction:
     bias_V: Tensor | None
     head_gram_DD: Tensor | None = None
     attention_LINN: Tensor | None = None
+    attended_IN: Tensor | None = None
     tapped: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -58,6 +61,7 @@ class MLLM(nn.Module):
         """`tower_last_layers`: how many layers of a trained tower; None for the whole of it."""
         super().__init__()
         self._watched: range | None = None
+        self._watched_answers: range | None = None
         self._taps: Taps | None = None
         self._stock = (stock,)  # in a tuple, so that nn.Module does not register it
         self.multi_modal_projector = stock.model.multi_modal_projector
@@ -126,6 +130,13 @@ class MLLM(nn.Module):
         check_maps(self.language_model, layers, dtype)
         self._watched = layers
 
+    def watch_answers(self, layers: range, dtype: torch.dtype = torch.float32) -> None:
+        """Let predictions show what response tokens attend to in these layers; as `watch_attention`."""
+        setting = "objective.visual_kl"
+        watchable(self.language_model, setting=setting)
+        check_maps(self.language_model, layers, dtype, setting=setting)
+        self._watched_answers = layers
+
     def watch_taps(self, taps: Sequence[str]) -> None:
         """Let predictions hold what goes through these modules, such as `language_model.layers.12`.
 
@@ -151,10 +162,18 @@ class MLLM(nn.Module):
 
     def _predict(self, inputs: Inputs, features_INE: Tensor) -> Prediction:
         maps = None if self._watched is None else VisualMaps(self._watched, inputs)
+        answers = None if self._watched_answers is None else AnswerAttention(self._watched_answers, inputs)
+        watchers = [watcher for watcher in (maps, answers) if watcher is not None]
         embedded_BTD = self.language_model.get_input_embeddings()(inputs.input_ids_BT)
         projected_IND = self.project(features_INE.to(embedded_BTD.dtype))
-        prediction = self._read(inputs, embedded_BTD, projected_IND, maps)
-        return prediction if maps is None else replace(prediction, attention_LINN=maps.take())
+        prediction = self._read(inputs, embedded_BTD, projected_IND, watchers)
+        if not watchers:
+            return prediction
+        return replace(
+            prediction,
+            attention_LINN=None if maps is None else maps.take(),
+            attended_IN=None if answers is None else answers.take(),
+        )
 
     def project(self, features_INE: Tensor) -> Tensor:
         """Features as the language model reads them; of one stand-in where there is no image."""
@@ -165,10 +184,10 @@ class MLLM(nn.Module):
     def read(self, inputs: Inputs, projected_IND: Tensor) -> Prediction:
         """The prediction with `projected_IND`, of whatever origin, in the places of the images."""
         embedded_BTD = self.language_model.get_input_embeddings()(inputs.input_ids_BT)
-        return self._read(inputs, embedded_BTD, projected_IND, None)
+        return self._read(inputs, embedded_BTD, projected_IND, ())
 
     def _read(
-        self, inputs: Inputs, embedded_BTD: Tensor, projected_IND: Tensor, maps: VisualMaps | None
+        self, inputs: Inputs, embedded_BTD: Tensor, projected_IND: Tensor, watchers: Sequence[Watcher]
     ) -> Prediction:
         places = inputs.places
         if inputs.num_images == 0:
@@ -182,7 +201,7 @@ class MLLM(nn.Module):
             embedded_BTD = flat_D.view_as(embedded_BTD)
         # Without an attention mask the model is causal within each run of positions: right padding is
         # never seen by a real token, and packed records never see each other.
-        watching = {} if maps is None else {"visual_maps": maps}
+        watching = {"visual_maps": watchers} if watchers else {}
         hidden_BTD = packed_attention.read_rows(self.language_model, inputs, embedded_BTD, **watching)
         return Prediction(
             hidden_BTD=hidden_BTD,

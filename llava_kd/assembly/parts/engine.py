@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llava_kd.config import TrainConfig
-from llava_kd.distill.student import Student
+from llava_kd.distill.student import LEARNED_WEIGHTS, Student
 from llava_kd.parallel.engine import AdamWSettings, Engine, ParameterGroup
 from llava_kd.parallel.torch_engine import TorchEngine
 from llava_kd.parallel.world import World
@@ -50,6 +50,9 @@ def parameter_groups(config: TrainConfig, module: Student) -> list[ParameterGrou
         groups.append(ParameterGroup(names=tuple(owned), lr=lr))
     taken = {name for group in groups for name in group.names}
     others = [name for name, p in module.named_parameters() if p.requires_grad and name not in taken]
-    if others:  # what terms and teachings bring
+    weights = [name for name in others if name.startswith(LEARNED_WEIGHTS)]
+    if others := [name for name in others if name not in weights]:  # what terms and teachings bring
         groups.append(ParameterGroup(names=tuple(others), lr=config.optim.lr))
+    if weights and (settings := config.objective.learned_weights) is not None:
+        groups.append(ParameterGroup(names=tuple(weights), lr=settings.lr))
     return groups

@@ -42,6 +42,7 @@ def lend(
     terms = terms_of(config.objective)
     _watch(terms, student_mllm, compute_dtype(config))
     _watch(terms, teacher_mllm, DTYPES[config.teacher.dtype])
+    _watch_answers(terms, teacher_mllm, DTYPES[config.teacher.dtype])
     _tap(teacher_mllm, {name: term.reads.teacher_taps for name, term in terms.items()}, "the teacher")
     return _switch(terms, student, teacher, teacher_mllm, config.data.visual_alignment)
 
@@ -50,6 +51,13 @@ def _watch(terms: Mapping[str, Term], model: MLLM, dtype: torch.dtype) -> None:
     shares = _agreed({name: term.reads.attention for name, term in terms.items()}, "the attention of")
     if shares is not None:
         model.watch_attention(middle_layers(len(model.language_model.layers), *shares), dtype)
+
+
+def _watch_answers(terms: Mapping[str, Term], teacher: MLLM, dtype: torch.dtype) -> None:
+    asked = {name: term.reads.attended for name, term in terms.items()}
+    if (shares := _agreed(asked, "what the teacher attends to in")) is not None:
+        num_layers = len(teacher.language_model.layers)
+        teacher.watch_answers(middle_layers(num_layers, *shares, setting="objective.visual_kl"), dtype)
 
 
 def tap_student(config: TrainConfig, student_mllm: MLLM) -> None:

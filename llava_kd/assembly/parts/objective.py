@@ -11,6 +11,7 @@ from torch import nn
 
 from llava_kd.config import ObjectiveConfig
 from llava_kd.distill.formulas import FORMULAS, Align, Common
+from llava_kd.distill.learned_weights import LearnedWeights, learnable
 from llava_kd.distill.objective import Objective
 from llava_kd.distill.terms.term import Term, Widths
 from llava_kd.models.files.checkpoint import Parts
@@ -56,7 +57,16 @@ def objective(
         terms=terms,
         common=Common(num_common=num_common, align=align, formulas=FORMULAS[config.losses]),
         modules=_modules(terms, student, teacher, seed),
+        learned=_learned(config, terms, student),
     )
+
+
+def _learned(config: ObjectiveConfig, terms: Mapping[str, Term], student: Parts) -> LearnedWeights | None:
+    settings = config.learned_weights
+    if settings is None:
+        return None
+    made = LearnedWeights(learnable(terms), strength=settings.strength, most=settings.most)
+    return made.to(student.stock.lm_head.weight.device)
 
 
 def _modules(

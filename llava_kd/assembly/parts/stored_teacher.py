@@ -75,6 +75,10 @@ def temperatures(terms: Mapping[str, Term]) -> set[float]:
     return {r.temperature for r in head_requests(terms).values() if r.divergence is not None}
 
 
+def trusted_by_probability(terms: Mapping[str, Term]) -> list[str]:
+    return [name for name, request in head_requests(terms).items() if request.trust == "probability"]
+
+
 def _refuse_missing(contents: Contents, terms: Mapping[str, Term], directory: str) -> None:
     """ValueError if a term reads what is not kept."""
     lacking = ""
@@ -84,6 +88,11 @@ def _refuse_missing(contents: Contents, terms: Mapping[str, Term], directory: st
         lacking = f"the projector's output, which {' and '.join(names)} reads there"
     if contents.mode == "topk" and (names := beyond_top_k(terms)):
         lacking = f"what {' and '.join(names)} compares: it has the largest logits alone; set that to null"
+    if contents.mode == "topk" and contents.temperature != 1 and (names := trusted_by_probability(terms)):
+        lacking = (
+            f"the label's probability, by which {' and '.join(names)} trusts the teacher: that needs the "
+            f"rest's mass at temperature 1, and it was written for {contents.temperature:g}"
+        )
     if contents.mode == "topk" and temperatures(terms) != {contents.temperature}:
         found = ", ".join(f"{t:g}" for t in sorted(temperatures(terms)))
         lacking = f"the rest's mass at temperature {found}; it was written for {contents.temperature:g}"

@@ -8,6 +8,7 @@ from llava_kd.distill.terms.relation import Relation
 from llava_kd.distill.terms.response_dbild import ResponseDBiLD
 from llava_kd.distill.terms.response_kl import ResponseKL
 from llava_kd.distill.terms.term import Term
+from llava_kd.distill.terms.text_relation import TextRelation
 from llava_kd.distill.terms.visual_kl import VisualKL
 from llava_kd.distill.terms.visual_switch import VisualSwitch
 
@@ -16,6 +17,7 @@ TERMS: Mapping[str, type[Term]] = {
     "response_kl": ResponseKL,
     "visual_kl": VisualKL,
     "relation": Relation,
+    "text_relation": TextRelation,
     "response_dbild": ResponseDBiLD,
     "visual_switch": VisualSwitch,
     "attention": Attention,

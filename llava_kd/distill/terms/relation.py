@@ -25,6 +25,9 @@ class Relation(Term):
     )
     centre: Annotated[bool, Doc("Subtract the mean over an image's tokens first.")] = False
     normalise: Annotated[bool, Doc("Scale each token to length one first.")] = False
+    normalise_rows: Annotated[bool, Doc("Scale each token's similarities to the others to length one.")] = (
+        False
+    )
 
     label: ClassVar[str] = (
         "similarities between visual tokens, against the teacher; 1 - cosine, a mean over images"
@@ -52,6 +55,10 @@ class Relation(Term):
             if teacher.gram_DD is not None:
                 heads["teacher_gram_EE"] = teacher.gram_DD
         rows_I = seen.formulas.relation_rows(
-            *seen.features(self.tap), centre=self.centre, normalise=self.normalise, **heads
+            *seen.features(self.tap),
+            centre=self.centre,
+            normalise=self.normalise,
+            normalise_rows=self.normalise_rows,
+            **heads,
         )
         return (rows_I * seen.is_valid_I).sum()

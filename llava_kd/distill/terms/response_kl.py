@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
+
+from typing_extensions import Doc
 
 from llava_kd.distill.rows import Place
 from llava_kd.distill.terms.kl import KL
+from llava_kd.distill.terms.term import HeadRequest, Trust
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseKL(KL):
+    trust: Annotated[
+        Trust,
+        Doc(
+            "At `all` tokens, where the teacher's `first` choice is the label, or by the label's probability."
+        ),
+    ] = "all"
+
     label: ClassVar[str] = "response tokens, against the teacher; nats a token"
     paper: ClassVar[str] = "LLaVA-KD, arXiv 2410.16236, L_res"
     place: ClassVar[Place] = "response"
+
+    def head_request(self) -> HeadRequest:
+        return replace(super().head_request(), trust=self.trust)

@@ -1,7 +1,7 @@
 """What a term is shown of one micro-batch: what it declares to read, and nothing else.
 
-Shape legend: N selected rows, V vocabulary rows, I images, N and M visual tokens of an image, L layers, D
-and E width of student and teacher.
+Shape legend: N selected rows, V vocabulary rows, I images, N and M visual tokens of an image, P response
+tokens of its record (fewer are filled up), L layers, D and E width of student and teacher.
 """
 
 from __future__ import annotations
@@ -112,6 +112,19 @@ class Seen:
         features_IME = visual_features(self._of_teacher("states"), self.batch.teacher_inputs, tap)
         align = self._common.align
         return student_IND, features_IME if align is None else align(features_IME)
+
+    def answers_of_images(self) -> tuple[Tensor, Tensor, Tensor]:
+        """[I, P, D] and [I, P, E]: final states of the response tokens of each image's record.
+
+        [I, P]: which are there and are answered alike by both sides; the others hold anything.
+        """
+        rows = self.rows("response")
+        index_IP, is_there_IP = self.batch.student.answers_of_images()
+        return (
+            _at(self._student, rows.student_N[index_IP]),
+            _at(self._of_teacher("states"), rows.teacher_N[index_IP]),
+            is_there_IP & (rows.is_shared_N[index_IP] > 0),
+        )
 
     def tapped(self, tap: str) -> Tensor:
         """Of the student's module: [B, T, D] in the language model, as the batch lies; [I, N, D] before."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llava_kd.distill.terms.seen import Seen
 
 Need = Literal["nothing", "logits", "states", "model"]
+Trust = Literal["all", "first", "probability"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class Reads:
     hidden or projected, which a cache of hidden states holds; or the `model` itself. `places`: whose rows, of
     student and teacher. `projector`: its output. `vocabulary`: tokens are compared by their number in it.
     `grids`: visual tokens are compared one by one. `head_gram`: the Gram matrix of a head, computed once for
-    a frozen one. `attention`: in layers from one share of the depth to another. `switched`: the teacher over
+    a frozen one. `attention`: in layers from one share of the depth to another. `attended`: how much the
+    teacher's response tokens attend to each visual token, in such layers. `switched`: the teacher over
     the student's visual output, of its tower or projector. `student_taps` and `teacher_taps`: what goes
     through modules of a model, by their paths, as `models.taps` writes them; a teacher's need the `model`.
     `before_decoder`: no gradient of the term reaches the language model.
@@ -45,6 +47,7 @@ class Reads:
     grids: bool = False
     head_gram: bool = False
     attention: tuple[float, float] | None = None
+    attended: tuple[float, float] | None = None
     switched: Literal["tower", "projector"] | None = None
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
@@ -55,6 +58,11 @@ class Reads:
             raise ValueError(
                 f"taps of the teacher ({', '.join(self.teacher_taps)}) need the model itself: declare "
                 f"teacher='model' in `reads`, not {self.teacher!r}"
+            )
+        if self.attended is not None and self.teacher != "model":
+            raise ValueError(
+                "what the teacher attends to is not stored: declare teacher='model' in `reads`, not "
+                f"{self.teacher!r}"
             )
 
 
@@ -80,10 +88,15 @@ IMAGES = Denominator(name="images")
 class HeadRequest:
     """Logits that a term needs: the cross-entropy of their targets, or T^2 times a divergence, row by row.
 
-    Requests of equal temperature and divergence go through the head together.
+    Requests of equal temperature and divergence go through the head together. `share`: of the visual tokens
+    of an image, those that the teacher's response tokens attend to most, each counting as one over the share
+    rows. `trust` in the teacher at a response token: full, full or none by whether its first choice is the
+    label, or its probability of the label; a row's divergence is multiplied by it.
     """
 
     place: Place
+    share: float = 1.0
+    trust: Trust = "all"
     temperature: float = 1.0
     divergence: Divergence | None = None
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +23,26 @@ from llava_kd.batch import Inputs
 from llava_kd.models.attention.packed import read_rows
 from llava_kd.models.attention.probe import rows_of, sample_ids, undisturbed
 
+_SETTING = "objective.attention"
 _TOKENS, _IMAGE = 7, slice(2, 6)
 _TOLERANCE, _TOLERANCE_HALF = 1e-3, 0.05
 
 
-def middle_layers(num_layers: int, first: float, last: float) -> range:
-    """Layers from the share `first` of the depth to below the share `last`. ValueError if there is none."""
+def middle_layers(num_layers: int, first: float, last: float, *, setting: str = _SETTING) -> range:
+    """Layers from the share `first` of the depth to below the share `last`. ValueError if there is none.
+
+    `setting`, here and below: of the term that asks, for messages.
+    """
     layers = range(math.ceil(first * num_layers - 1e-9), math.ceil(last * num_layers - 1e-9))
     if not layers:
         raise ValueError(
             f"no layer of {num_layers} lies between {first:g} and {last:g} of the depth; widen the range "
-            "with objective.attention.first and last"
+            f"with {setting}.first and last"
         )
     return layers
 
 
-def watchable(language_model: nn.Module) -> None:
+def watchable(language_model: nn.Module, *, setting: str = _SETTING) -> None:
     """Register the model's kernel again under its name, with a look at queries and keys.
 
     To be called after the kernel was chosen. Raises ValueError for a model without one of the registered.
@@ -47,14 +51,16 @@ def watchable(language_model: nn.Module) -> None:
     name, kernels = language_model.config._attn_implementation, AttentionInterface()
     if name is None or name not in kernels:
         raise ValueError(
-            f"`objective.attention` reads the maps beside a registered kernel such as sdpa; this "
+            f"`{setting}` reads the maps beside a registered kernel such as sdpa; this "
             f"{language_model.config.model_type!r} model uses {name!r}: take another model or drop the term"
         )
     if not isinstance(kernels[name], _Watched):
         AttentionInterface.register(name, _Watched(kernels[name]))
 
 
-def check_maps(language_model: PreTrainedModel, layers: range, dtype: torch.dtype) -> None:
+def check_maps(
+    language_model: PreTrainedModel, layers: range, dtype: torch.dtype, *, setting: str = _SETTING
+) -> None:
     """ValueError where the maps are not those of the model's own eager attention, tried once on a few tokens.
 
     Such a model adds something of its own to what its queries and keys give. `dtype`: what it computes in.
@@ -72,7 +78,7 @@ def check_maps(language_model: PreTrainedModel, layers: range, dtype: torch.dtyp
     maps = VisualMaps(layers, inputs)
     with undisturbed(language_model, device=device, dtype=dtype):
         embedded_BTD = language_model.get_input_embeddings()(inputs.input_ids_BT)
-        read_rows(language_model, inputs, embedded_BTD, visual_maps=maps)
+        read_rows(language_model, inputs, embedded_BTD, visual_maps=[maps])
         maps_LINN = maps.take()
         language_model.set_attn_implementation("eager")
         try:
@@ -82,21 +88,35 @@ def check_maps(language_model: PreTrainedModel, layers: range, dtype: torch.dtyp
     attentions = output.attentions or ()
     if len(attentions) <= layers[-1] or any(attentions[layer] is None for layer in layers):
         raise ValueError(
-            f"`objective.attention` cannot be checked: this {kind!r} model does not show its own attention; "
+            f"`{setting}` cannot be checked: this {kind!r} model does not show its own attention; "
             "take another model or drop the term"
         )
     eager_LNN = torch.stack([attentions[layer][0].float().mean(0)[_IMAGE, _IMAGE] for layer in layers])
     difference = float((maps_LINN[:, 0] - eager_LNN).abs().max())
     if not difference <= (_TOLERANCE if dtype == torch.float32 else _TOLERANCE_HALF):
         raise ValueError(
-            f"`objective.attention` would compare other maps than this {kind!r} model attends by: it adds "
+            f"`{setting}` would read other maps than this {kind!r} model attends by: it adds "
             f"something of its own to its queries and keys (off by {difference:.2g}); take another model or "
             "drop the term"
         )
 
 
+class Watcher(Protocol):
+    """Is shown queries and keys of a layer, with the scale of their products and the sliding window."""
+
+    def see(
+        self,
+        layer: int,
+        query_BHTK: Tensor,
+        key_BGTK: Tensor,
+        scaling: float | None,
+        window: int | None,
+        /,
+    ) -> None: ...
+
+
 class _Watched:
-    """A kernel that shows its queries and keys to `visual_maps`, where a forward has one."""
+    """A kernel that shows its queries and keys to each of `visual_maps`, where a forward has some."""
 
     def __init__(self, kernel: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
         self._kernel = kernel
@@ -107,18 +127,18 @@ class _Watched:
         query: Tensor,
         key: Tensor,
         *rest: Any,
-        visual_maps: VisualMaps | None = None,
+        visual_maps: Sequence[Watcher] | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if visual_maps is not None:
+        for watcher in visual_maps or ():
             assert isinstance(module.layer_idx, int)
             scaling, window = options.get("scaling"), options.get("sliding_window")
-            visual_maps.see(module.layer_idx, query, key, scaling, window)
+            watcher.see(module.layer_idx, query, key, scaling, window)
         return self._kernel(module, query, key, *rest, **options)
 
 
 class VisualMaps:
-    """Takes the maps of `layers` in one forward; handed to the language model as a keyword."""
+    """Takes the maps of `layers` in one forward; handed to the language model by a keyword."""
 
     def __init__(self, layers: Sequence[int], inputs: Inputs) -> None:
         self._layers = layers
@@ -145,7 +165,13 @@ class VisualMaps:
             segments_T, query_HTK, key_GTK = (
                 tensor.index_select(0, row_1)[0] for tensor in (self._segments_BT, query_BHTK, key_BGTK)
             )
-            wanted = (query_HTK[:, place_N], key_GTK, _seen(segments_T, place_N, window), place_N, scaling)
+            wanted = (
+                query_HTK[:, place_N],
+                key_GTK,
+                tokens_seen(segments_T, place_N, window),
+                place_N,
+                scaling,
+            )
             maps.append(checkpoint(_map, *wanted, use_reentrant=False, preserve_rng_state=False))
         if self._maps is not None and layer not in self._maps:
             empty_INN = query_BHTK.new_zeros(0, 1, 1, dtype=torch.float32)
@@ -162,7 +188,7 @@ class VisualMaps:
         return torch.stack([maps[layer] for layer in sorted(maps)])
 
 
-def _seen(segments_T: Tensor, place_N: Tensor, window: int | None) -> Tensor:
+def tokens_seen(segments_T: Tensor, place_N: Tensor, window: int | None) -> Tensor:
     """[N, T]: which tokens a query at each place sees; those before it in its record, within the window."""
     distance_NT = place_N.unsqueeze(1) - torch.arange(len(segments_T), device=place_N.device)
     seen_NT = (distance_NT >= 0) & (segments_T == segments_T[place_N].unsqueeze(1))
@@ -171,6 +197,11 @@ def _seen(segments_T: Tensor, place_N: Tensor, window: int | None) -> Tensor:
 
 def _map(query_HNK: Tensor, key_GTK: Tensor, seen_NT: Tensor, place_N: Tensor, scaling: float) -> Tensor:
     """[N, N] of one image, fp32."""
+    return attention_of(query_HNK, key_GTK, seen_NT, scaling)[..., place_N].mean(0)
+
+
+def attention_of(query_HNK: Tensor, key_GTK: Tensor, seen_NT: Tensor, scaling: float) -> Tensor:
+    """[H, N, T] of some queries of a row, fp32."""
     grouped_GXNK = query_HNK.unflatten(0, (key_GTK.shape[0], -1))
     scores_HNT = (grouped_GXNK @ key_GTK.to(query_HNK.dtype).unsqueeze(1).mT).flatten(0, 1).float() * scaling
-    return scores_HNT.masked_fill(~seen_NT, -torch.inf).softmax(-1)[..., place_N].mean(0)
+    return scores_HNT.masked_fill(~seen_NT, -torch.inf).softmax(-1)

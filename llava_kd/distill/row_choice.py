@@ -1,0 +1,85 @@
+"""Which of a term's rows count, and by how much, where its request to the head asks for less than all alike.
+
+Shape legend: N selected rows, M and N visual tokens of an image on the teacher's and the student's side,
+I images, J valid images, K chosen tokens of an image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llava_kd.batch import Batch
+from llava_kd.distill.formulas import Align, Common
+from llava_kd.distill.rows import Rows
+from llava_kd.distill.taught import AnyPrediction, TopKPrediction
+from llava_kd.distill.terms.term import HeadRequest, Trust
+from llava_kd.losses.label import top_k_label_rows
+from llava_kd.models.mllm import Prediction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """Rows of a term, and what each one's divergence is multiplied by.
+
+    `picked_N`: their numbers among all rows of the place, None where all are there.
+    `is_counted`: how many have a factor of 0 is known on the host.
+    """
+
+    rows: Rows
+    factor_N: Tensor
+    picked_N: Tensor | None = None
+    is_counted: bool = True
+
+
+def choose(
+    rows: Rows, request: HeadRequest | None, batch: Batch, teacher: AnyPrediction | None, common: Common
+) -> Chosen:
+    """Of all rows of a place, those of a request for a divergence; None stands for no such request."""
+    every = Chosen(rows=rows, factor_N=rows.is_shared_N)
+    if request is None or teacher is None:
+        return every
+    if request.share < 1:
+        return _most_attended(rows, request.share, batch, teacher, common.align)
+    if request.trust != "all":
+        factor_N = rows.is_shared_N * _trust(rows, request.trust, teacher, common)
+        return replace(every, factor_N=factor_N, is_counted=False)
+    return every
+
+
+def _most_attended(
+    rows: Rows, share: float, batch: Batch, teacher: AnyPrediction, align: Align | None
+) -> Chosen:
+    """The same number of every image. Of one whose record has no response target, its first tokens."""
+    attended_IM = teacher.attended_IN if isinstance(teacher, Prediction) else None
+    if attended_IM is None:
+        raise ValueError("a share of the visual tokens needs the prediction of a teacher that is watched")
+    attended_IN = attended_IM if align is None else align(attended_IM.unsqueeze(2)).squeeze(2)
+    attended_JN = attended_IN[batch.student.places.valid_images_N]
+    num_images, num_tokens = attended_JN.shape
+    kept = math.ceil(share * num_tokens - 1e-9)
+    # Stable, so that ties fall alike on every device.
+    order_JN = attended_JN.sort(dim=1, descending=True, stable=True).indices
+    first_J1 = torch.arange(num_images, device=order_JN.device).unsqueeze(1) * num_tokens
+    picked_N = (order_JN[:, :kept] + first_J1).flatten()
+    taken = rows.take(picked_N)
+    factor_N = taken.is_shared_N * (num_tokens / max(kept, 1))
+    return Chosen(rows=taken, factor_N=factor_N, picked_N=picked_N)
+
+
+@torch.no_grad()
+def _trust(rows: Rows, trust: Trust, teacher: AnyPrediction, common: Common) -> Tensor:
+    if isinstance(teacher, TopKPrediction):
+        found = top_k_label_rows(teacher.top_k(rows.teacher_N), rows.targets_N)
+    else:
+        found = common.formulas.label_rows(
+            teacher.hidden_BTD.flatten(0, 1)[rows.teacher_N],
+            teacher.head_VD,
+            rows.targets_N,
+            bias_V=teacher.bias_V,
+            num_common=common.num_common,
+        )
+    return found.is_first_N.float() if trust == "first" else found.probability_N

@@ -1,0 +1,100 @@
+"""What a model says of the labels themselves: their probability, and whether no token has a larger logit.
+
+With p = softmax(z) over the columns that both models share, at temperature 1: p(label), and whether
+z(label) >= z(v) for every column v. A label that is no common column has probability 0 and is never first.
+To follow a teacher only where its first choice is the label is conditional teacher-student learning (Meng et
+al., arXiv 1904.12399), where the label alone is learned elsewhere. Logits that are not numbers count as first
+choice, so that what reads them is not a number either.
+
+Shape legend: N rows, V vocabulary, D width, C rows of a chunk, K kept columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llava_kd.losses.head_loss import _Side
+from llava_kd.losses.kernels import gemm
+from llava_kd.losses.kernels.rows import chunk_size
+from llava_kd.losses.reference import accumulation_dtype
+from llava_kd.losses.reference_top_k import TopK
+
+
+class LabelRows(NamedTuple):
+    """fp32 probabilities of the labels, and whether each is its row's first choice. No gradient."""
+
+    probability_N: Tensor
+    is_first_N: Tensor
+
+
+@torch.no_grad()
+def label_rows(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    num_common: int | None = None,
+) -> LabelRows:
+    """The plain form: all logits at once, over the first `num_common` columns (default: all)."""
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        dtype = accumulation_dtype(hidden_ND)
+        logits_NV = hidden_ND.to(dtype) @ head_VD.to(dtype).T
+        if bias_V is not None:
+            logits_NV = logits_NV + bias_V.to(dtype)
+        return _of_logits(logits_NV[:, :num_common], labels_N)
+
+
+@torch.no_grad()
+@gemm.not_compiled
+def label_rows_by_chunk(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    num_common: int | None = None,
+    chunk_rows: int | None = None,
+) -> LabelRows:
+    """What `label_rows` returns, in memory that does not grow with rows times vocabulary.
+
+    `chunk_rows` overrides the chunk size, which otherwise depends on sizes and the device alone.
+    """
+    side = _Side(hidden_ND, head_VD, bias_V, torch.float32)
+    index_N = torch.arange(len(labels_N), device=labels_N.device)
+    if len(labels_N) == 0:
+        return LabelRows(index_N.to(torch.float32), index_N.bool())
+    rows = chunk_rows or chunk_size(len(index_N), bytes_per_row=side.bytes_per_row, device=index_N.device)
+    buffer_CV = side.buffer(min(rows, len(index_N)))
+    found = []
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        for index_C in index_N.split(rows):
+            logits_CV = side.logits(index_C, buffer_CV)
+            if side.bias_V is not None:
+                logits_CV += side.bias_V
+            found.append(_of_logits(logits_CV[:, :num_common], labels_N[index_C]))
+    return LabelRows(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+@torch.no_grad()
+def top_k_label_rows(top: TopK, labels_N: Tensor) -> LabelRows:
+    """Of the largest logits of a teacher, and of the others' mass at temperature 1.
+
+    Exact where the label is among them; elsewhere it is not the first choice, and its probability, which was
+    not kept, counts as 0.
+    """
+    logits_NK = top.logits_NK.float()
+    is_label_NK = top.columns_NK == labels_N.unsqueeze(1)
+    label_N = torch.where(is_label_NK, logits_NK, -torch.inf).amax(1)
+    mass_N = torch.logaddexp(logits_NK.logsumexp(1), top.rest_N.float())
+    return LabelRows((label_N - mass_N).exp(), is_label_NK.any(1) & ~(label_N < logits_NK.amax(1)))
+
+
+def _of_logits(logits_CV: Tensor, labels_C: Tensor) -> LabelRows:
+    is_common_C = (labels_C >= 0) & (labels_C < logits_CV.shape[1])
+    label_C = logits_CV.gather(1, torch.where(is_common_C, labels_C, 0).unsqueeze(1)).squeeze(1)
+    probability_C = (label_C - logits_CV.logsumexp(1)).exp().float()
+    return LabelRows(probability_C * is_common_C, ~(label_C < logits_CV.amax(1)) & is_common_C)
