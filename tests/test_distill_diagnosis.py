@@ -5,20 +5,18 @@ Shape legend: B rows, T tokens, N rows, V vocabulary, D width of the student.
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 from extra_terms import Mapped
-from test_training_trainer import OBJECTIVE, STEPS, Run, TinyLoader
+from test_training_trainer import OBJECTIVE
 from tiny_batches import inputs, record
 from tiny_objectives import among, changed
 from torch import Tensor
 
-from llava_kd.batch import Batch, Counts, Inputs, TeacherRows
+from llava_kd.batch import Batch, Counts, Inputs
 from llava_kd.distill.diagnosis import Diagnosis, measured
 from llava_kd.distill.formulas import FAST, REFERENCE
 from llava_kd.distill.objective import Objective
@@ -72,7 +70,9 @@ class Case:
             records = [record(i, answer=3 + i) for i in range(4)][rows]
             length = self.batch.student.input_ids_BT.shape[1]
             batch = Batch(student=inputs(*records, pad_to=length), record_ids=("r",) * size)
-            student, teacher = (replace(p, hidden_BTD=p.hidden_BTD[rows]) for p in (self.student, self.teacher))
+            student, teacher = (
+                replace(p, hidden_BTD=p.hidden_BTD[rows]) for p in (self.student, self.teacher)
+            )
             found.append((student, Taught(prediction=teacher), batch))
         return found
 
@@ -145,7 +145,8 @@ def test_tokens_that_pull_apart_cancel(case: Case) -> None:
             return first.sum() + self.sign * second.sum()
 
     together, apart = (
-        case.figures(replace(FULL, terms={"apart": Apart(sign=sign)}))["gradient/apart"] for sign in (1.0, -1.0)
+        case.figures(replace(FULL, terms={"apart": Apart(sign=sign)}))["gradient/apart"]
+        for sign in (1.0, -1.0)
     )
     assert together > 1e-3
     assert apart == pytest.approx(0, abs=1e-12)
@@ -173,9 +174,9 @@ def test_the_tokens_are_those_of_whole_softmaxes(case: Case) -> None:
     for row in rows:
         choices, losses = [], []
         for whose, side in (("student", case.student), ("teacher", case.teacher)):
-            logits = (side.hidden_BTD.flatten(0, 1)[row] @ side.head_VD.T + side.bias_V).tolist()
-            total = sum(torch.tensor(logits).double().exp().tolist())
-            losses.append(-torch.tensor(logits[int(targets_N[row])]).double().item() + torch.tensor(total).log().item())
+            logits_V = side.hidden_BTD.flatten(0, 1)[row] @ side.head_VD.T + side.bias_V
+            logits = logits_V.tolist()
+            losses.append(math.log(sum(map(math.exp, logits))) - logits[int(targets_N[row])])
             common = torch.tensor(logits[:COMMON]).double()
             probabilities = torch.softmax(common, 0)
             sums[f"{whose}_nll"] += losses[-1]
@@ -190,7 +191,8 @@ def test_the_tokens_are_those_of_whole_softmaxes(case: Case) -> None:
 def test_a_model_beside_itself_agrees_everywhere_and_is_nowhere_better(case: Case) -> None:
     case.teacher = case.student
     got = case.figures(OBJECTIVE)
-    assert got["tokens/top1_agreement"] == 1 and got["tokens/teacher_better"] == 0
+    assert got["tokens/top1_agreement"] == 1
+    assert got["tokens/teacher_better"] == 0
     assert got["tokens/teacher_nll"] == got["tokens/student_nll"]
     assert got["gradient/response_kl"] == pytest.approx(0, abs=1e-12)
 
@@ -244,5 +246,28 @@ def test_a_batch_without_a_target_or_a_picture_adds_nothing(case: Case) -> None:
     assert all(float(value) == 0 for value in diagnosis.figures(lambda values: values).values())
     diagnosis.look(case.student, Taught(prediction=case.teacher), case.batch, case.counts)
     got = {name: float(value) for name, value in diagnosis.figures(lambda values: values).items()}
-    student = replace(case.student, head_VD=student.head_VD, bias_V=student.bias_V)
     assert got == pytest.approx(case.figures(FULL), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rows_in_chunks_are_rows_at_once(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND, head_VD = (torch.randn(n, D, generator=generator).to(dtype) for n in (13, V))
+    bias_V = torch.randn(V, generator=generator).to(dtype)
+    targets_N = torch.randint(V, (13,), generator=generator)
+    wide = torch.promote_types(dtype, torch.float32)
+    whole = of_logits(hidden_ND.to(wide) @ head_VD.to(wide).T + bias_V.to(wide), targets_N, COMMON)
+    for chunk_rows in (None, 1, 4, 13, 100):
+        found = row_figures(hidden_ND, head_VD, bias_V, targets_N, num_common=COMMON, chunk_rows=chunk_rows)
+        for expected, got in zip(whole, found, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_target_that_is_no_token_is_not_a_number_and_a_certain_row_has_no_doubt() -> None:
+    logits_NV = torch.full((3, V), -torch.inf)
+    logits_NV[:, 5] = 2.0
+    found = of_logits(logits_NV, torch.tensor([5, V, -1]))
+    assert found.nll_N.isnan().tolist() == [False, True, True]
+    assert float(found.nll_N[0]) == 0
+    assert found.entropy_N.tolist() == [0, 0, 0]
+    assert found.choice_N.tolist() == [5, 5, 5]

@@ -22,10 +22,21 @@ from llava_kd.distill.terms.response_kl import ResponseKL
 from llava_kd.distill.terms.seen import Seen
 from llava_kd.distill.terms.term import Reads, Term
 
-SMALL, SATURATED, WORSE = "under 1% of the gradient", "saturated from the start", "holds the student back"
+SMALL, SATURATED = "under 1% of the gradient", "saturated from the start"
 TERMS = ("cross_entropy", "response_kl", "visual_kl", "relation")
-TOKENS = ("student_nll", "student_entropy", "teacher_nll", "teacher_entropy", "top1_agreement", "teacher_better")
-FIGURES = {f"gradient/{t}" for t in TERMS} | {f"gradient_share/{t}" for t in TERMS} | {f"tokens/{t}" for t in TOKENS}
+TOKENS = (
+    "student_nll",
+    "student_entropy",
+    "teacher_nll",
+    "teacher_entropy",
+    "top1_agreement",
+    "teacher_better",
+)
+FIGURES = (
+    {f"gradient/{t}" for t in TERMS}
+    | {f"gradient_share/{t}" for t in TERMS}
+    | {f"tokens/{t}" for t in TOKENS}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +95,9 @@ def test_they_stand_in_the_log_at_the_first_step_at_each_of_theirs_and_at_the_la
 
 
 @pytest.mark.parametrize("sizes", [(4,), (1, 3)], ids=str)
-def test_the_split_into_micro_batches_does_not_matter(run: Callable[..., Run], sizes: tuple[int, ...]) -> None:
+def test_the_split_into_micro_batches_does_not_matter(
+    run: Callable[..., Run], sizes: tuple[int, ...]
+) -> None:
     whole, cut = (run(name, diagnose_every=1, steps=1) for name in ("whole", "cut"))
     whole.fit(TinyLoader(sizes=(2, 2)))
     cut.fit(TinyLoader(sizes=sizes))
@@ -113,7 +126,6 @@ def test_terms_that_hardly_pull_and_terms_without_a_word_are_named_once(run: Cal
     assert len([line for line in one.said if line.startswith(f"response_kl is {SMALL} for 100 steps")]) == 1
     assert len([line for line in one.said if line.startswith(f"relation is {SATURATED}")]) == 1
     assert not any(line.startswith("cross_entropy is") for line in one.said)
-    assert not any(WORSE in line for line in one.said)
 
 
 def test_terms_that_pull_and_differ_are_not_accused(run: Callable[..., Run]) -> None:
@@ -161,7 +173,9 @@ def test_what_saturated_means(advice: Advice, values: dict[int, float], is_said:
     said = [line for step, value in values.items() for line in advice(step, figures(0.5, value))]
     assert len(said) == is_said
     if said:
-        assert said[0].startswith("relation is saturated from the start: 0.0110 at step 10 and 0.0090 at step")
+        assert said[0].startswith(
+            "relation is saturated from the start: 0.0110 at step 10 and 0.0090 at step"
+        )
         assert "set `centre` to true" in said[0]
 
 

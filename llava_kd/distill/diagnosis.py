@@ -1,14 +1,14 @@
-"""What a loss does not say: how hard each term pulls at the student, and how far teacher and student agree.
+"""What a loss does not say: how hard each term pulls at the student, and how far both models agree.
 
-**Gradients.** A term's gradient is taken with respect to the weight W, the identity, of a linear layer between
-the student's final hidden states h and its head: dL/dW = sum over tokens of g h^T, where g is the gradient of
-the weighted term with respect to W h. It is summed over all micro-batches and ranks of the optimiser step
-before its Frobenius norm is taken, so the norm does not depend on how a step is cut, and tokens that pull
-against each other cancel, as they do in any weight. GradNorm (arXiv 1711.02257) compares tasks by the
-gradient of the last shared layer for the same reason as here: the whole backward of each term would cost a
-step or more, and could not be had from sharded engines without their help. Neither the layer nor its gradient
-exists in training: the terms are computed a second time on states that are cut off its graph, and random
-numbers that they draw are given back.
+**Gradients.** A term's gradient is taken with respect to the weight W, the identity, of a linear layer
+between the student's final hidden states h and its head: dL/dW = sum over tokens of g h^T, where g is the
+gradient of the weighted term with respect to W h. It is summed over all micro-batches and ranks of the
+optimiser step before its Frobenius norm is taken, so the norm does not depend on how a step is cut, and
+tokens that pull against each other cancel, as they do in any weight. GradNorm (arXiv 1711.02257) compares
+tasks by the gradient of the last layer they share for the same reason as here: the whole backward of each
+term would cost a step or more, and could not be had from sharded engines without their help. Neither the
+layer nor its gradient exists in training: the terms are computed a second time on states that are cut off its
+graph, and random numbers that they draw are given back.
 
 **Tokens.** Loss, entropy and first choice of both models at the response targets that are the same tokens on
 both sides, at temperature 1.
@@ -70,9 +70,7 @@ class Diagnosis:
         names = list(self._sums)[1:]
         return found | {f"{TOKENS}{n}": v / rows.clamp_min(1) for n, v in zip(names, others, strict=True)}
 
-    def _outer(
-        self, name: str, student: Prediction, taught: Taught, batch: Batch, counts: Counts
-    ) -> Tensor:
+    def _outer(self, name: str, student: Prediction, taught: Taught, batch: Batch, counts: Counts) -> Tensor:
         """[D, D]: what the micro-batch adds to the gradient of one term alone."""
         hidden_BTD = student.hidden_BTD.detach().requires_grad_()
         cut = replace(
@@ -91,9 +89,7 @@ class Diagnosis:
             return gradient_ND.T @ states_ND
 
     @torch.no_grad()
-    def _compare(
-        self, student: Prediction, teacher: AnyPrediction | None, batch: Batch
-    ) -> dict[str, Tensor]:
+    def _compare(self, student: Prediction, teacher: AnyPrediction | None, batch: Batch) -> dict[str, Tensor]:
         """Sums over the rows that both sides answer alike, their number first."""
         rows = Rows.select("response", batch, with_teacher=teacher is not None)
         shared_N = rows.is_shared_N.double()

@@ -71,7 +71,9 @@ def chain_curve(directories: Sequence[Path], figure: str | None) -> Curve:
 
 def last_diagnosis(directory: Path) -> dict[str, float]:
     """What the last diagnosis of a stage found (docs/diagnostics.md); empty where there was none."""
-    of_lines = ({n: v for n, v in line.figures.items() if n.startswith(DIAGNOSED)} for line in stage_log(directory))
+    of_lines = (
+        {n: v for n, v in line.figures.items() if n.startswith(DIAGNOSED)} for line in stage_log(directory)
+    )
     return next((found for found in reversed(list(of_lines)) if found), {})
 
 
