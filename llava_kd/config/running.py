@@ -76,7 +76,7 @@ class LogConfig:
     every: Annotated[PositiveInt, Doc("Steps from one line of figures to the next.")] = 10
     diagnostics_every: Annotated[
         NotNegativeInt,
-        Doc("Steps from one look at each term's gradient and at both models' tokens to the next; 0: never."),
+        Doc("Steps from one look at gradients per term and at both models' tokens to the next; 0 is never."),
     ] = 50
     wandb_project: Annotated[str | None, Doc("Project of Weights & Biases; null is none.")] = None
     tensorboard: Annotated[bool, Doc("Write TensorBoard's files too.")] = False
