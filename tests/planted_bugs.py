@@ -190,6 +190,13 @@ BUGS = (
         "test_training_trainer.py::test_the_log_names_every_term_and_what_it_cost",
     ),
     Bug(
+        16,
+        "distill/advice.py",
+        "if share >= LEAST_SHARE:",
+        "if share >= 0:",
+        "test_training_diagnostics.py::test_a_hundred_steps_in_a_row_are_needed",
+    ),
+    Bug(
         17,
         "losses/reference.py",
         "kl_N = _spread(temperature**2 * kl, rows, kl_weight_N)",

@@ -283,9 +283,9 @@ def test_a_denominator_that_a_student_counts_is_the_one_of_all_micro_batches(
         records = torch.tensor(float(len(batch.record_ids)), dtype=torch.float64)
         return Counts(**counted(batch), records=records)
 
-    def noting(call, batch, counts, *, is_logged):
+    def noting(call, batch, counts, **asked):
         seen.append(counts)
-        return losses(call, batch, counts, is_logged=is_logged)
+        return losses(call, batch, counts, **asked)
 
     monkeypatch.setattr(run.student, "counts", own)
     monkeypatch.setattr(run.student, "losses", noting)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava_kd.assembly.settings import labels
 from llava_kd.evaluation.report.charts import Line, dot_rows, line_chart, nice_ticks, smooth, thin
-from llava_kd.evaluation.report.page import report
+from llava_kd.evaluation.report.page import GRADIENT_SHARE, TOKENS, report
 from llava_kd.evaluation.report.results import (
     collect_results,
     difference,
@@ -121,6 +121,17 @@ def test_the_page_has_a_row_for_each_type_and_a_chart_for_each_term(run_dir: Pat
     assert page.count('class="curve baseline"') == 2
     assert page.count('class="curve distilled"') == 4
     assert "visual_kl" not in page
+
+
+def test_the_page_draws_the_diagnostics_of_a_run_that_has_them(run_dir: Path) -> None:
+    assert "Diagnostics" not in report(run_dir, terms=labels()).read_text(encoding="utf-8")
+    figures = (f"{GRADIENT_SHARE}cross_entropy", f"{GRADIENT_SHARE}relation", *TOKENS)
+    write_log(run_dir / "seed0" / "kd" / "stage2", figures)
+    page = report(run_dir, terms=labels()).read_text(encoding="utf-8")
+    assert page.index("<h2>Losses</h2>") < page.index("<h2>Diagnostics</h2>")
+    for name in figures:
+        assert f"<title>{name}, stage2</title>" in page
+    assert f"{GRADIENT_SHARE}visual_kl" not in page
 
 
 def test_the_page_says_what_may_be_concluded(run_dir: Path, tmp_path: Path) -> None:

@@ -125,6 +125,13 @@ def test_cost_counts_a_shared_stage_once_in_all_and_whole_in_each_arm(grid: Path
     assert found["cost"]["saved_by_sharing"] == 2 * 10
 
 
+def test_the_last_diagnosis_of_each_stage_is_a_mean_over_seeds(grid: Path, fake: FakeRuns) -> None:
+    assert main(["ablate", str(grid)]) == 0
+    first, second = results(grid)["arms"]["AB"]["diagnostics"]
+    assert first == {"tokens/student_nll": pytest.approx((0.1 + 1.1) / 2)}
+    assert second == {"tokens/student_nll": pytest.approx((0.2 + 1.2) / 2)}
+
+
 def test_gains_at_equal_time_are_read_from_the_curves(grid: Path, fake: FakeRuns) -> None:
     """The baseline takes 20 s. BB has had 10 steps of 2 s by then: its first stage."""
     edit(grid, lambda t: t.update(common={"evaluate": {"every": 5, "slices": {"val": {"data": "v.json"}}}}))

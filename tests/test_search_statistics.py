@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_kd.search.findings.curves import Curve, Point, chain_curve, stage_log, value_at
+from llava_kd.search.findings.curves import (
+    Curve,
+    Point,
+    chain_curve,
+    last_diagnosis,
+    stage_log,
+    value_at,
+)
 from llava_kd.search.findings.statistics import estimate, paired, ranks, spearman
 
 
@@ -105,6 +112,15 @@ def test_seconds_add_up_over_lines_and_stages(tmp_path: Path) -> None:
     assert (curve.steps, curve.seconds) == (23, 26.0)
     assert curve.points == (Point(steps=19, seconds=18.0, value=0.25),)
     assert chain_curve([tmp_path / "none"], "slice/val") == Curve(points=(), steps=0, seconds=0.0)
+
+
+def test_the_last_diagnosis_is_the_last_line_that_has_one(tmp_path: Path) -> None:
+    found = {"gradient/relation": 0.5, "gradient_share/relation": 0.25, "tokens/top1_agreement": 0.75}
+    older = {name: 2 * value for name, value in found.items()}
+    lines = [{"step": 1, **older}, {"step": 50, "loss": 1.0, **found}, {"step": 60, "loss": 1.0}]
+    assert last_diagnosis(write_log(tmp_path / "run", lines)) == found
+    assert last_diagnosis(write_log(tmp_path / "old", [{"step": 10, "loss": 1.0}])) == {}
+    assert last_diagnosis(tmp_path / "none") == {}
 
 
 def test_a_curve_is_read_at_what_was_asked_by_then() -> None:

@@ -90,6 +90,8 @@ class Run:
     save_every: int = 2
     objective: Objective = OBJECTIVE
     teaching: Callable[[Teacher], Teaching] = FromTeacher
+    steps: int = STEPS
+    diagnose_every: int = 0
     said: list[str] = field(default_factory=list)
 
     def trainer(self, loader: TinyLoader, *, log_every: int = 10) -> Trainer:
@@ -111,14 +113,16 @@ class Run:
             student=self.student,
             loader=loader,
             schedule=Schedule(
-                num_steps=STEPS,
+                num_steps=self.steps,
                 base_lr=1e-3,
-                lr_multiplier=lambda step: cosine_with_warmup(step, num_steps=STEPS, warmup_ratio=0.2),
+                lr_multiplier=lambda step: cosine_with_warmup(step, num_steps=self.steps, warmup_ratio=0.2),
             ),
-            cadence=Cadence(save_every=self.save_every, log_every=log_every),
+            cadence=Cadence(
+                save_every=self.save_every, log_every=log_every, diagnose_every=self.diagnose_every
+            ),
             output=Output(
                 checkpoints=Checkpoints(self.directory / "checkpoints", keep=2),
-                metrics=Metrics(self.directory, num_steps=STEPS, every=1, progress=False),
+                metrics=Metrics(self.directory, num_steps=self.steps, every=1, progress=False),
                 say=self.said.append,
             ),
         )

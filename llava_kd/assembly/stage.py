@@ -174,6 +174,7 @@ def _trainer(config: TrainConfig, driven: Driven, say: Say, identity: Mapping[st
             save_every=config.checkpoint.every,
             log_every=config.log.every,
             evaluate_every=0 if config.evaluate is None else config.evaluate.every,
+            diagnose_every=config.log.diagnostics_every,
         ),
         output=Output(
             checkpoints=_checkpoints(config, {**identity, "data or tokenizer": fed.loader.fingerprint}),

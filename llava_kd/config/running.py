@@ -74,6 +74,10 @@ class LogConfig:
     """`metrics.jsonl` is always written; the trackers are extra."""
 
     every: Annotated[PositiveInt, Doc("Steps from one line of figures to the next.")] = 10
+    diagnostics_every: Annotated[
+        NotNegativeInt,
+        Doc("Steps from one look at gradients per term and at both models' tokens to the next; 0 is never."),
+    ] = 50
     wandb_project: Annotated[str | None, Doc("Project of Weights & Biases; null is none.")] = None
     tensorboard: Annotated[bool, Doc("Write TensorBoard's files too.")] = False
     progress: Annotated[bool, Doc("Show a bar.")] = True

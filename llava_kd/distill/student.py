@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_kd.batch import Batch, Counts
+from llava_kd.distill.diagnosis import Diagnosis
 from llava_kd.distill.objective import Losses, Objective
 from llava_kd.distill.taught import Taught
 from llava_kd.distill.teaching.door import Teaching
@@ -41,18 +42,25 @@ class Student(nn.Module):
         return self.objective.counts(batch)
 
     def losses(
-        self, call: Callable[..., Step], batch: Batch, counts: Counts, *, is_logged: bool = False
+        self,
+        call: Callable[..., Step],
+        batch: Batch,
+        counts: Counts,
+        *,
+        is_logged: bool = False,
+        diagnosis: Diagnosis | None = None,
     ) -> Step:
         """Loss and means of one micro-batch, with the teacher's own figures where the step is logged.
 
-        `call` is this module's `forward` as the engine wraps it; what needs no gradient is done before.
+        `call` is this module's `forward` as the engine wraps it; what needs no gradient is done before. What
+        `diagnosis` asks, where there is one, is added to it.
         """
         door = self._door[0]
         runs_inside = self.mllm.train_tower or door.changes_pictures
         features_INE = None if runs_inside else self.mllm.image_features(batch.student)
         with torch.no_grad():
             taught = door.outside(batch, features_INE)
-        loss, means = call(batch, counts, features_INE, taught)
+        loss, means = call(batch, counts, features_INE, taught, diagnosis=diagnosis)
         if is_logged:
             with torch.no_grad():
                 means = {**means, **door.figures(batch, taught, counts)}
@@ -65,10 +73,11 @@ class Student(nn.Module):
         features_INE: Tensor | None = None,
         taught: Taught | None = None,
         objective: Objective | None = None,
+        diagnosis: Diagnosis | None = None,
     ) -> Step:
         """Loss and logged means. `features_INE` is None where the tower runs here, as one that is trained.
 
-        `objective`: another than that of training, which reads the student alone.
+        `objective`: another than that of training, which reads the student alone. `diagnosis` looks on.
         """
         door = self._door[0] if objective is None else Teaching()
         if door.changes_pictures:
@@ -78,6 +87,8 @@ class Student(nn.Module):
         prediction = self.mllm(batch.student, features_INE)
         taught = door.inside(batch, prediction, features_INE, taught or Taught())
         losses: Losses = (objective or self.objective)(prediction, taught, batch, counts)
+        if diagnosis is not None:
+            diagnosis.look(prediction, taught, batch, counts)
         if (own := door.losses(batch, prediction, taught, counts)) is None:
             return losses.loss, losses.means
         return losses.loss + own[0], {**losses.means, **own[1]}

@@ -149,17 +149,17 @@ class Metrics:
         figures: Mapping[str, Tensor],
         amounts: Mapping[str, Tensor],
         telemetry: Callable[[], Mapping[str, float]],
-        evaluated: Mapping[str, float] | None = None,
+        measured: Mapping[str, float] | None = None,
     ) -> None:
         """`figures` are averaged, `amounts` become rates per second, `telemetry` is read once a line.
 
-        `evaluated` is what an evaluation after this step gave; the line is then written at once. `step`
-        counts updates from 1.
+        `measured` is what is had at a few steps alone, as by an evaluation after this one; the line is then
+        written at once. `step` counts updates from 1.
         """
         self._pending.append({**figures, **{f"amount/{name}": value for name, value in amounts.items()}})
         self._bar.update()
-        if step % self._every == 0 or step == self._num_steps or evaluated:
-            self._write(step, {**telemetry(), **(evaluated or {})})
+        if step % self._every == 0 or step == self._num_steps or measured:
+            self._write(step, {**telemetry(), **(measured or {})})
 
     def pause(self, seconds: float) -> None:
         """Leave `seconds` that were not spent on updates out of the rates."""

@@ -29,20 +29,27 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """After how many steps each is done, and at the end; no evaluation at 0."""
+    """After how many steps each is done, and at the end; evaluation and diagnosis never at 0.
+
+    Step 1 is diagnosed too: it says where training starts, and what a diagnosis takes is known at once.
+    """
 
     save_every: int = 500
     log_every: int = 10
     evaluate_every: int = 0
+    diagnose_every: int = 0
 
     def saves(self, done: int, end: int) -> bool:
         return done % self.save_every == 0 or done == end
 
     def logs(self, done: int, end: int) -> bool:
-        return done % self.log_every == 0 or done == end
+        return done % self.log_every == 0 or done == end or self.diagnoses(done, end)
 
     def evaluates(self, done: int, end: int) -> bool:
         return self.evaluate_every > 0 and (done % self.evaluate_every == 0 or done == end)
+
+    def diagnoses(self, done: int, end: int) -> bool:
+        return self.diagnose_every > 0 and (done % self.diagnose_every == 0 or done in (1, end))
 
 
 def cosine_with_warmup(step: int, *, num_steps: int, warmup_ratio: float) -> float:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from llava_kd.batch import Batch, Counts
+from llava_kd.distill.advice import Advice
+from llava_kd.distill.diagnosis import Diagnosis
 from llava_kd.distill.student import Student
 from llava_kd.parallel.engine import STATE_KINDS, Engine
 from llava_kd.training.checkpoint import Best, Checkpoints, Saved
@@ -32,9 +34,13 @@ class Loader(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Figures of one update, still on the device; `means` are global, `stop` says that a rank must stop."""
+    """Figures of one update, still on the device; `means` are global, `stop` says that a rank must stop.
+
+    `diagnosis` is empty but where the step is diagnosed.
+    """
 
     means: dict[str, Tensor]
+    diagnosis: dict[str, Tensor]
     grad_norm: Tensor
     counts: Counts
     num_samples: Tensor
@@ -82,6 +88,7 @@ class Trainer:
         self._evaluate = evaluate
         self._seed = seed
         self._sums = Sums(engine.world)
+        self._advice = Advice(student.objective.terms)
         self._stop = StopRequest()
         self._best: Best | None = None
 
@@ -129,8 +136,7 @@ class Trainer:
                 self._check_finite(result, batches, step)
                 done = step + 1
                 figures = self._evaluated(done)
-                if (advice := self._student.advice(result.means)) is not None:
-                    self._say(advice)
+                self._advise(result, done)
                 self._log(result, done, figures)
                 is_best = self._is_best(done, figures)
                 if self._cadence.saves(done, self.num_steps) or result.stop or is_best:
@@ -147,11 +153,15 @@ class Trainer:
         torch.manual_seed(((self._seed * 2**24 + step) * 2**16 + rank) % 2**63)
         counts, num_samples, stop = self._global_counts(batches)
         is_logged = self._cadence.logs(step + 1, self.num_steps)
+        is_diagnosed = self._cadence.diagnoses(step + 1, self.num_steps)
+        diagnosis = Diagnosis(self._student.objective) if is_diagnosed else None
         means: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             call = partial(self._engine.forward, is_last=is_last)
-            loss, of_batch = self._student.losses(call, batch, counts, is_logged=is_logged)
+            loss, of_batch = self._student.losses(
+                call, batch, counts, is_logged=is_logged, diagnosis=diagnosis
+            )
             self._engine.backward(loss, is_last=is_last)
             for name, value in {"loss": loss.detach(), **of_batch}.items():
                 means[name] = means.get(name, 0.0) + value
@@ -161,6 +171,7 @@ class Trainer:
         what = "figures of logged steps" if is_logged else "figures of steps"
         return StepResult(
             means=self._sums({name: value.float() for name, value in means.items()}, what),
+            diagnosis={} if diagnosis is None else diagnosis.figures(self._engine.world.sum),
             grad_norm=norm,
             counts=counts,
             num_samples=num_samples,
@@ -191,6 +202,14 @@ class Trainer:
             f"{float(result.grad_norm)}); nothing of this step was saved. Lower optim.lr or look at this "
             f"rank's records: {', '.join(ids)}"
         )
+
+    def _advise(self, result: StepResult, done: int) -> None:
+        """Tell the user what the figures say against the settings."""
+        if (advice := self._student.advice(result.means)) is not None:
+            self._say(advice)
+        if self._cadence.logs(done, self.num_steps):
+            for line in self._advice(done, {**result.means, **result.diagnosis}):
+                self._say(line)
 
     def _evaluated(self, done: int) -> Mapping[str, float]:
         if self._evaluate is None or not self._cadence.evaluates(done, self.num_steps):
@@ -227,7 +246,7 @@ class Trainer:
                 "ranks": self._engine.world.size,
                 **self._loader.telemetry(),
             },
-            evaluated,
+            {**{name: float(value) for name, value in result.diagnosis.items()}, **evaluated},
         )
 
     def _resume(self) -> int:

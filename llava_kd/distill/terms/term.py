@@ -65,6 +65,12 @@ class Reads:
                 f"{self.teacher!r}"
             )
 
+    @property
+    def at_final_states(self) -> bool:
+        """Whether all that the term reads of the student are its final hidden states."""
+        elsewhere = self.projector or self.before_decoder or self.attention or self.student_taps
+        return bool(self.places) and not elsewhere
+
 
 @dataclass(frozen=True, kw_only=True)
 class Denominator:
@@ -99,6 +105,14 @@ class HeadRequest:
     trust: Trust = "all"
     temperature: float = 1.0
     divergence: Divergence | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saturation:
+    """A mean below `below` from the first steps on, which hardly moves, has little to tell; then `remedy`."""
+
+    below: float
+    remedy: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +153,10 @@ class Term:
     def module(self, widths: Widths) -> nn.Module | None:
         """Weights of the term's own, made anew: the student's engine trains, shards and saves them."""
         del widths
+        return None
+
+    def saturation(self) -> Saturation | None:
+        """Below what the term, so set, has nothing to teach from the start; None where that is not known."""
         return None
 
     def fits(self, trainable: Sequence[str], placement: str) -> None:

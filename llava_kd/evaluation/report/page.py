@@ -25,6 +25,16 @@ from llava_kd.evaluation.report.results import (
 from llava_kd.evaluation.report.style import CSS
 from llava_kd.evaluation.scorers.exact import is_correct
 
+# docs/diagnostics.md; the gradients of the terms come first.
+GRADIENT_SHARE = "gradient_share/"
+TOKENS = {
+    "tokens/student_nll": "the student's loss at response tokens, nats",
+    "tokens/teacher_nll": "the teacher's, on the same tokens",
+    "tokens/student_entropy": "how much in doubt the student is, nats",
+    "tokens/teacher_entropy": "how much the teacher is",
+    "tokens/top1_agreement": "share of tokens with the same first choice",
+    "tokens/teacher_better": "share of tokens where the teacher's loss is less",
+}
 NAMES = {"teacher": "Teacher", "baseline": "Undistilled", "distilled": "Distilled"}
 
 
@@ -47,7 +57,8 @@ def write_report(
         _headline(run, title),
         _by_type(run),
         _seeds(run),
-        _curves(run, terms),
+        _losses(run, terms),
+        _diagnostics(run, terms),
         _examples(run),
         _facts(run),
     ]
@@ -168,28 +179,40 @@ def _seeds(run: Run) -> str:
     return f'<h2>By seed</h2><div class="card narrow">{table}</div>'
 
 
-def _curves(run: Run, terms: Mapping[str, str]) -> str:
-    """A row of charts per term, a column per stage; every seed is a line."""
+def _losses(run: Run, terms: Mapping[str, str]) -> str:
+    seeds = "One line a seed; r" if len(run.seeds) > 1 else "R"
+    note = f"{seeds}unning means over the training batches, before weighting; each axis has its own range."
+    return _curves(run, terms, title="Losses", note=note, lacking="not a term here")
+
+
+def _diagnostics(run: Run, terms: Mapping[str, str]) -> str:
+    """Below the losses, where a run was diagnosed."""
+    shares = {f"{GRADIENT_SHARE}{term}": "of the gradient at the final hidden states" for term in terms}
+    note = "Measured every few steps (docs/diagnostics.md); each axis has its own range."
+    return _curves(run, shares | TOKENS, title="Diagnostics", note=note, lacking="not known here")
+
+
+def _curves(run: Run, figures: Mapping[str, str], *, title: str, note: str, lacking: str) -> str:
+    """A row of charts per figure, a column per stage; every seed is a line."""
     roles = {run.baseline: "baseline", run.distilled: "distilled"}
     stages = sorted({stage for arms in run.logs.values() for arm in arms.values() for stage in arm})
-    if not stages:
-        return ""
     cells = [f'<div class="head"><b>{escape(stage)}</b>, optimiser steps</div>' for stage in stages]
-    for term, meaning in terms.items():
-        charts = [line_chart(_lines(run, roles, stage, term), title=f"{term}, {stage}") for stage in stages]
+    heads = len(cells)
+    for name, meaning in figures.items():
+        charts = [line_chart(_lines(run, roles, stage, name), title=f"{name}, {stage}") for stage in stages]
         if not any(charts):
             continue
-        cells.append(f'<div class="term">{escape(term)}<small>{escape(meaning)}</small></div>')
+        cells.append(f'<div class="term">{escape(name)}<small>{escape(meaning)}</small></div>')
         cells += [
             f'<div class="chart" data-stage="{escape(stage)}">{chart}</div>'
             if chart
-            else '<div class="none">not a term here</div>'
+            else f'<div class="none">{lacking}</div>'
             for stage, chart in zip(stages, charts, strict=True)
         ]
-    seeds = "One line a seed; r" if len(run.seeds) > 1 else "R"
-    note = f"{seeds}unning means over the training batches, before weighting; each axis has its own range."
+    if len(cells) == heads:
+        return ""
     return (
-        f'<h2>Losses</h2><p class="note">{note}</p>{_legend(["baseline", "distilled"])}'
+        f'<h2>{title}</h2><p class="note">{note}</p>{_legend(["baseline", "distilled"])}'
         '<div class="card"><div class="curves" '
         f'style="grid-template-columns:repeat({len(stages)},minmax(0,1fr))">'
         f"{''.join(cells)}</div></div>"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from llava_kd.evaluation.report.results import read_metrics
 
+DIAGNOSED = ("gradient/", "gradient_share/", "tokens/")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
@@ -65,6 +67,14 @@ def chain_curve(directories: Sequence[Path], figure: str | None) -> Curve:
         if lines:
             steps, seconds = steps + lines[-1].step, seconds + lines[-1].seconds
     return Curve(points=tuple(points), steps=steps, seconds=seconds)
+
+
+def last_diagnosis(directory: Path) -> dict[str, float]:
+    """What the last diagnosis of a stage found (docs/diagnostics.md); empty where there was none."""
+    of_lines = (
+        {n: v for n, v in line.figures.items() if n.startswith(DIAGNOSED)} for line in stage_log(directory)
+    )
+    return next((found for found in reversed(list(of_lines)) if found), {})
 
 
 def value_at(curve: Curve, *, steps: float | None = None, seconds: float | None = None) -> float | None:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llava_kd.evaluation.report.results import Evaluated, read_evaluated
-from llava_kd.search.findings.curves import Curve, chain_curve, run_record, stage_log, value_at
+from llava_kd.search.findings.curves import (
+    Curve,
+    chain_curve,
+    last_diagnosis,
+    run_record,
+    stage_log,
+    value_at,
+)
 from llava_kd.search.findings.sameness import mixtures
 from llava_kd.search.findings.statistics import estimate, paired, spearman
 from llava_kd.search.findings.words import WAITING
@@ -102,12 +110,23 @@ def _arm(
         "runs": {str(run.seed): list(run.chain) for run in runs.values()},
         "steps": steps[0] if len(steps) == 1 else None,
         "seconds": estimate([one.curve.seconds for one in own]) if own else None,
+        "diagnostics": _diagnostics(plan, [runs[one.seed] for one in own]),
         "tests": {name: _test(name, own, base, is_baseline=arm.name == grid.baseline) for name in grid.tests},
     }
     if arm.name != grid.baseline:
         entry["equal_steps"] = _at_equal(grid, own, base, "steps")
         entry["equal_time"] = _at_equal(grid, own, base, "seconds")
     return entry
+
+
+def _diagnostics(plan: Plan, runs: Sequence[ArmRun]) -> list[dict[str, float]]:
+    """Of each stage in order: the figures of its last diagnosis, a mean over the seeds that have them."""
+    stages = []
+    for keys in zip(*(run.chain for run in runs), strict=True):
+        found = [last_diagnosis(plan.stages[key].directory) for key in keys]
+        names = sorted(set().union(*found))
+        stages.append({n: statistics.fmean(one[n] for one in found if n in one) for n in names})
+    return stages
 
 
 def _test(name: str, own: Sequence[Scored], base: Sequence[Scored], *, is_baseline: bool) -> dict | None:

@@ -1,0 +1,79 @@
+"""What one model says at each row, for the log: its loss there, its doubt, and its first choice.
+
+With p = softmax(z) over all of its columns the loss is -log p[target]; with p over the first `num_common`
+columns, those that two models share, the doubt is the entropy -sum(p log p), in nats, and the first choice is
+the column of the largest logit, the first of equal ones. Temperature 1, no gradient.
+
+Shape legend: N rows, V vocabulary, D width, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llava_kd.losses.head_loss import _Side
+from llava_kd.losses.kernels import gemm
+from llava_kd.losses.kernels.rows import chunk_size
+from llava_kd.losses.reference import accumulation_dtype
+
+_COPIES = 4  # of a chunk's logits: as they come, widened, their softmax, what is summed
+
+
+class RowFigures(NamedTuple):
+    """`nll_N` and `entropy_N` in nats, at least fp32; `choice_N` a column."""
+
+    nll_N: Tensor
+    entropy_N: Tensor
+    choice_N: Tensor
+
+
+def of_logits(logits_NV: Tensor, targets_N: Tensor, num_common: int | None = None) -> RowFigures:
+    """The formulas, on logits that are there already. A target outside the vocabulary makes its loss NaN."""
+    wide_NV = logits_NV.to(accumulation_dtype(logits_NV))
+    num_classes = wide_NV.shape[1]
+    is_there_N = (targets_N >= 0) & (targets_N < num_classes)
+    target_N1 = targets_N.clamp(0, num_classes - 1).unsqueeze(1)
+    nll_N = wide_NV.logsumexp(1) - wide_NV.gather(1, target_N1).squeeze(1)
+    common_NV = wide_NV[:, :num_common]
+    return RowFigures(
+        nll_N=torch.where(is_there_N, nll_N, torch.nan),
+        entropy_N=torch.special.entr(common_NV.softmax(1)).sum(1),
+        choice_N=common_NV.argmax(1),
+    )
+
+
+@gemm.not_compiled
+@torch.no_grad()
+def row_figures(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    *,
+    num_common: int | None = None,
+    chunk_rows: int | None = None,
+) -> RowFigures:
+    """`of_logits` of hidden @ head.T (+ bias), a chunk of rows at a time: [N, V] logits never exist.
+
+    `chunk_rows` overrides the chunk size, which otherwise depends on sizes and the device alone.
+    """
+    side = _Side(hidden_ND, head_VD, bias_V, torch.float32)  # outside: it reads what autocast would round to
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        num_rows, device = len(hidden_ND), hidden_ND.device
+        nll_N = torch.empty(num_rows, dtype=accumulation_dtype(hidden_ND), device=device)
+        found = RowFigures(nll_N, torch.empty_like(nll_N), torch.empty_like(targets_N))
+        if num_rows == 0:
+            return found
+        size = chunk_rows or chunk_size(num_rows, bytes_per_row=_COPIES * side.bytes_per_row, device=device)
+        buffer_CV = side.buffer(min(size, num_rows))
+        for index_C in torch.arange(num_rows, device=device).split(size):
+            logits_CV = side.logits(index_C, buffer_CV)
+            if side.bias_V is not None:
+                logits_CV += side.bias_V
+            chunk = of_logits(logits_CV, targets_N[index_C], num_common)
+            for whole_N, of_chunk_C in zip(found, chunk, strict=True):
+                whole_N[index_C] = of_chunk_C
+        return found
