@@ -104,6 +104,16 @@ def deviation(centred_NC: Tensor) -> Tensor:
 
 def divergence_rows(student_logp_NC: Tensor, teacher_logp_NC: Tensor, divergence: Divergence) -> Tensor:
     """Divergence of each row between two log-softmaxes, without T^2. NaN where one is not finite."""
+    s, t = student_logp_NC, teacher_logp_NC
+    return _distance(s, t, divergence) + nan_unless_finite((s - t).detach())
+
+
+def nan_unless_finite(values_NC: Tensor) -> Tensor:
+    """[N], 0 for rows that are finite: a distance of masses alone would take -Inf for a mass of 0."""
+    return 0 * values_NC.sum(1)
+
+
+def _distance(student_logp_NC: Tensor, teacher_logp_NC: Tensor, divergence: Divergence) -> Tensor:
     s, t, mix = student_logp_NC, teacher_logp_NC, divergence.mix
     match divergence.kind:
         case "forward":
@@ -117,8 +127,7 @@ def divergence_rows(student_logp_NC: Tensor, teacher_logp_NC: Tensor, divergence
         case "skewed_reverse":
             return _kl_to_mixture(s, t, mix)
         case "total_variation":
-            unless_finite_N = 0 * (s - t).detach().sum(1)  # masses alone would take -Inf for a 0
-            return (t.exp() - s.exp()).abs().sum(1) / 2 + unless_finite_N
+            return (t.exp() - s.exp()).abs().sum(1) / 2
         case "symmetric":
             return (1 - mix) * _kl(t, s) + mix * _kl(s, t)
         case "adaptive":

@@ -24,10 +24,9 @@ def _scale_and_offset(row, bias_ptr, width, num_common, HAS_BIAS: tl.constexpr, 
         columns = start + lanes
         x = load(row, bias_ptr, columns, width, num_common, HAS_BIAS)
         count += 1.0
-        difference = x - mean
-        moved = mean + difference / count
-        square += tl.where(columns < num_common, difference * (x - moved), 0.0)
-        mean = tl.where(columns < num_common, moved, mean)
+        difference = tl.where(columns < num_common, x - mean, 0.0)
+        mean += difference / count
+        square += difference * (x - mean)
     counts = ((num_common - lanes + BLOCK - 1) // BLOCK).to(tl.float32)
     counts = tl.where(lanes < num_common, counts, 0.0)
     row_mean = tl.sum(counts * mean) / num_common

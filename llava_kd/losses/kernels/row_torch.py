@@ -18,6 +18,7 @@ from llava_kd.losses.divergence import (
     Temperature,
     deviation,
     lacking,
+    nan_unless_finite,
     over_mixture,
     share_outside,
     squared,
@@ -53,6 +54,7 @@ def torch_rows(
     teacher, every row has a KL weight. A target outside the vocabulary makes its row NaN.
     """
     num_rows, num_classes = student_CV.shape
+    is_std = isinstance(temperature, str)
     dtype = torch.promote_types(student_CV.dtype, torch.float32)
     ce_C, kl_C = student_CV.new_zeros((2, num_rows), dtype=dtype)
     step = max(1, ELEMENTS_AT_A_TIME // num_classes)
@@ -74,7 +76,8 @@ def torch_rows(
         teacher_RU = _as_logits(teacher_CU[rows], teacher_bias_U, dtype)
         if log_p_RV is None or temperature != 1 or num_common != num_classes:
             log_p_RV = _softened(logits_RV[:, :num_common], temperature)
-        log_q_RV = _softened(teacher_RU[:, :num_common], 1.0 if is_teacher_standard else temperature)
+        teacher_heat = 1.0 if is_std and is_teacher_standard else temperature
+        log_q_RV = _softened(teacher_RU[:, :num_common], teacher_heat)
         kl_R, kl_slope_RV = _divergence(log_p_RV, log_q_RV, divergence)
         kl_C[rows] = _nan_unless_finite(kl_R * squared(temperature))
         if gradient_RV is not None:
@@ -147,19 +150,18 @@ def _divergence(s_RV: Tensor, t_RV: Tensor, divergence: Divergence) -> tuple[Ten
             return value_R, ratio_RV.sub_(student_R.unsqueeze(1)).mul_(p_s_RV).mul_(1 - mix)
         case "skewed_forward":
             over_RV = over_mixture(t_RV, s_RV, mix)
-            value_R = _dot(t_RV.exp(), over_RV)
+            value_R = _dot(t_RV.exp(), over_RV) + nan_unless_finite(s_RV)
             share_RV = over_RV.exp_()
             mean_R = _dot(p_s_RV, share_RV)
             return value_R, share_RV.neg_().add_(mean_R.unsqueeze(1)).mul_(p_s_RV).mul_(1 - mix)
         case "skewed_reverse":
             ratio_RV = over_mixture(s_RV, t_RV, mix)
-            value_R = _dot(p_s_RV, ratio_RV)
+            value_R = _dot(p_s_RV, ratio_RV) + nan_unless_finite(t_RV)
             ratio_RV -= ratio_RV.exp().mul_(mix)
             return value_R, ratio_RV.sub_(_dot(p_s_RV, ratio_RV).unsqueeze(1)).mul_(p_s_RV)
         case "total_variation":
             ratio_RV = s_RV - t_RV
-            unless_finite_R = 0 * ratio_RV.sum(1)  # masses alone would take -Inf for a 0
-            value_R = (p_s_RV - t_RV.exp()).abs_().sum(1) / 2 + unless_finite_R
+            value_R = (p_s_RV - t_RV.exp()).abs_().sum(1) / 2 + nan_unless_finite(ratio_RV)
             sign_RV = ratio_RV.sign_()
             return value_R, sign_RV.sub_(_dot(p_s_RV, sign_RV).unsqueeze(1)).mul_(p_s_RV).div_(2)
         case "symmetric":
