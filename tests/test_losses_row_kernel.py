@@ -84,7 +84,7 @@ def compiled(name: str, *, kind: str, logits: str, gradient: str, is_std: bool =
         "IS_STD": is_std,
         "IS_TEACHER_STANDARD": False,
         "NUM_STATISTICS": row_triton.NUM_STATISTICS,
-        "BLOCK": row_triton.BLOCK,
+        "BLOCK": row_triton.BLOCK // (row_triton.TAIL_PART if name == "tail" else 1),
     }
     pointers = {"student_ptr": logits, "teacher_ptr": logits, "gradient_ptr": gradient, "target_ptr": "*i64"}
     integers = ("num_classes", "teacher_classes", "num_common", "student_stride", "teacher_stride")

@@ -18,6 +18,7 @@ ALL_STATISTICS = 11  # with those of `adaptive` and of the temperature `std`
 ONE_PASS = ("forward", "reverse", "symmetric")  # `statistics` has the whole divergence
 BLOCK = 2048  # at 8 warps 80 registers on sm_90: three programs on a multiprocessor, loads of 16 bytes
 NUM_WARPS = 8
+TAIL_PART = 2  # eight sums a lane: half as many lanes, or a multiprocessor has room for one program
 
 
 def triton_rows(
@@ -78,7 +79,7 @@ def triton_rows(
         )  # fmt: skip
         values = (*logits, kl_weight_C, kl_C, statistics_CS, *widths, *softening)
         if has_teacher and kind == "adaptive":
-            row_tail.tail[(num_rows,)](*values, IS_STD=is_std, **shared)
+            row_tail.tail[(num_rows,)](*values, IS_STD=is_std, **shared | {"BLOCK": BLOCK // TAIL_PART})
         elif has_teacher and kind not in ONE_PASS:
             row_kernel.mixture[(num_rows,)](*values, KIND=kind, IS_STD=is_std, **shared)
         if gradient_CV is not None:
