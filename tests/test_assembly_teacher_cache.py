@@ -177,7 +177,7 @@ def test_a_cache_from_before_std_is_read_and_not_taken_for_it(stage, tmp_path: P
     tree = json.loads((out / MANIFEST).read_text())
     tree = {name: value for name, value in tree.items() if name != "checksum"} | {"format": 2}
     (out / MANIFEST).write_text(json.dumps(sealed(tree)))
-    same(new, losses(config, "old", KL_ALONE, f"--teacher.cache={out}"), TERMS[:-1])
+    same(new, losses(config, "again", KL_ALONE, f"--teacher.cache={out}"), TERMS[:-1])
     capsys.readouterr()
     assert main(["train", str(config), KL_ALONE, *STD, f"--teacher.cache={out}"]) == 2
     assert "mass at temperature std; it was written for 1" in capsys.readouterr().err

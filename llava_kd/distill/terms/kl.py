@@ -25,8 +25,7 @@ class KL(Term):
         float,
         Interval(gt=0, lt=1),
         Doc(
-            "Beta of `jsd`, alpha of the skewed forms, the reverse share of `symmetric`, the head's mass of "
-            "`adaptive`; the others ignore it."
+            "Beta of `jsd`, alpha of the skewed forms, reverse share of `symmetric`, head mass of `adaptive`."
         ),
     ] = 0.5
 
