@@ -186,7 +186,8 @@ class TeacherRows:
     """Stored predictions of a teacher for one micro-batch, at flat places of the side that it reads.
 
     Either final hidden states, and the projector's output where it was kept; or, of each place, the largest
-    logits, their columns, and the log of what exp(logit / temperature) sums to over the columns left out.
+    logits, their columns, and the log of what exp(logit / temperature) sums to over the columns left out; at
+    the temperature `std` also that temperature, the standard deviation of all the logits of the place.
     """
 
     places_M: Tensor
@@ -195,6 +196,7 @@ class TeacherRows:
     top_logits_MK: Tensor | None = None
     top_columns_MK: Tensor | None = None
     rest_M: Tensor | None = None
+    std_M: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TeacherRows:
         """The same with every tensor changed."""

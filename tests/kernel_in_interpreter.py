@@ -12,17 +12,19 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from itertools import product
 
 os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 import torch
-from loss_inputs import make_inputs, result_and_gradients
+from loss_inputs import LEAVES, make_inputs, result_and_gradients
 from torch import Tensor
 
 from llava_kd.losses import head_loss as fast
-from llava_kd.losses import reference
+from llava_kd.losses import reference, reference_top_k, top_k
+from llava_kd.losses.divergence import KINDS, WHOLE_KINDS, Divergence, Temperature, divergence_rows
 from llava_kd.losses.kernels import row_triton
-from llava_kd.losses.reference import KINDS, Divergence
+from llava_kd.losses.reference_top_k import TopK
 
 ROWS, WIDTH = 8, 150
 
@@ -30,7 +32,7 @@ ROWS, WIDTH = 8, 150
 def errors(
     *,
     kind: str = "forward",
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     teacher: int = WIDTH,
     common: int = WIDTH,
     scale: float = 3.0,
@@ -92,6 +94,13 @@ def cases() -> Iterator[tuple[str, dict[str, float]]]:
         yield f"{kind} T=2 padded vocabulary", errors(kind=kind, temperature=2.0, teacher=170, common=101)
         yield f"{kind} T=1 same vocabulary", errors(kind=kind)
         yield f"{kind} bf16 gradient", errors(kind=kind, gradient_dtype=torch.bfloat16)
+        yield (
+            f"{kind} T=std padded vocabulary",
+            errors(kind=kind, temperature="std", teacher=170, common=101, bias=True),
+        )
+    yield "adaptive, flat", errors(kind="adaptive", scale=0.1)
+    yield "adaptive, peaked", errors(kind="adaptive", scale=9.0)
+    yield "one common column, T=std", errors(temperature="std", common=1)
     yield "wider student with bias", errors(teacher=130, common=130, bias=True)
     yield "wider student with bias, jsd", errors(teacher=130, common=130, bias=True, kind="jsd")
     yield "cross-entropy alone", errors(without_teacher=True)
@@ -133,15 +142,15 @@ def bad_target() -> list[bool]:
 def equal_models() -> dict[str, list[float]]:
     """Largest divergence and largest gradient between equal logits."""
     largest = {}
-    for kind in KINDS:
+    for kind, temperature in product(KINDS, (1.0, "std")):
         logits_NV, gradient_NV = 5 * torch.randn(4, WIDTH), torch.empty(4, WIDTH)
         _, kl_N = row_triton.triton_rows(
             logits_NV, logits_NV.clone(), targets_C=torch.zeros(4, dtype=torch.long),
             ce_weight_C=torch.zeros(4), kl_weight_C=torch.ones(4), student_bias_V=None, teacher_bias_U=None,
-            temperature=1.0, divergence=Divergence(kind, 0.3),  # pyright: ignore[reportArgumentType]
-            num_common=WIDTH, gradient_CV=gradient_NV,
+            temperature=temperature, divergence=Divergence(kind, 0.3), num_common=WIDTH,
+            gradient_CV=gradient_NV,
         )  # fmt: skip
-        largest[kind] = [float(kl_N.abs().max()), float(gradient_NV.abs().max())]
+        largest[f"{kind} T={temperature}"] = [float(kl_N.abs().max()), float(gradient_NV.abs().max())]
     return largest
 
 
@@ -152,7 +161,7 @@ def biases() -> dict[str, list[float]]:
     teacher_NV = student_NV + 1e-3 * torch.randn(16, 400)
     for kind in ("jsd", "skewed_forward", "skewed_reverse"):
         divergence = Divergence(kind, 0.3)  # pyright: ignore[reportArgumentType]
-        exact_N = reference.divergence_rows(
+        exact_N = divergence_rows(
             student_NV.double().log_softmax(1), teacher_NV.double().log_softmax(1), divergence
         )
         _, kl_N = row_triton.triton_rows(
@@ -164,18 +173,37 @@ def biases() -> dict[str, list[float]]:
     return found
 
 
-def whole_head_loss() -> float:
+def whole_head_loss(temperature: Temperature) -> float:
     """Largest relative error of the head loss with these kernels in place of the PyTorch rows."""
-    fast.torch_rows = row_triton.triton_rows
     inputs = make_inputs()
-    got = result_and_gradients(fast, inputs, chunk_rows=4, temperature=2.0)
-    want = result_and_gradients(reference, inputs, temperature=2.0)
+    got = result_and_gradients(fast, inputs, chunk_rows=4, temperature=temperature)
+    want = result_and_gradients(reference, inputs, temperature=temperature)
     return max(float((got[name] - want[name]).detach().norm() / want[name].detach().norm()) for name in want)
+
+
+def whole_top_k(kind: str, temperature: Temperature) -> float:
+    """The same of the head loss against the largest logits."""
+    inputs = make_inputs(teacher=65)
+    logits_NC = inputs["teacher_NE"] @ inputs["teacher_head_UE"].T + inputs["teacher_bias_U"]
+    top_NK, columns_NK = logits_NC.topk(6, dim=1)
+    std_N = logits_NC.std(1) if isinstance(temperature, str) else None
+    others_NC = logits_NC.scatter(1, columns_NK, -torch.inf)
+    others_NC = others_NC / (temperature if std_N is None else std_N.unsqueeze(1))
+    top = TopK(logits_NK=top_NK, columns_NK=columns_NK, rest_N=others_NC.logsumexp(1), std_N=std_N)
+    options = {"top": top, "num_common": 65, "temperature": temperature, "divergence": Divergence(kind, 0.3)}
+    results = []
+    for path in (top_k, reference_top_k):
+        given = {name: tensor for name, tensor in inputs.items() if not name.startswith("teacher")}
+        leaves = {name: given[name].clone().requires_grad_() for name in LEAVES}
+        found = path.top_k_head_loss(**given | leaves, **options)
+        results.append([found.kl_N, *torch.autograd.grad(found.loss, list(leaves.values()))])
+    return max(float((got - want).norm() / want.norm()) for got, want in zip(*results, strict=True))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    fast.torch_rows = row_triton.triton_rows
     row_triton.BLOCK = 64  # three blocks a row, the last one ragged
     results = {
         "errors": dict(cases()),
@@ -183,6 +211,11 @@ if __name__ == "__main__":
         "bad_target": bad_target(),
         "equal_models": equal_models(),
         "biases": biases(),
-        "whole_head_loss": whole_head_loss(),
+        "whole_head_loss": {str(t): whole_head_loss(t) for t in (2.0, "std")},
+        "whole_top_k": {
+            f"{kind} T={t}": whole_top_k(kind, t)
+            for kind, t in product(KINDS, (2.0, "std"))
+            if kind not in WHOLE_KINDS
+        },
     }
     print(json.dumps(results))

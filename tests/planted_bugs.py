@@ -126,7 +126,7 @@ BUGS = (
     ),
     Bug(
         10,
-        "losses/reference.py",
+        "losses/divergence.py",
         "return (logp_NC.exp() * (logp_NC - logq_NC)).sum(1)",
         "return (logp_NC.exp() * (logp_NC - logq_NC))[:, : logp_NC.shape[1] // 2].sum(1)",
         "test_losses_reference.py::test_head_loss_equals_loops_over_the_definition",
@@ -199,7 +199,7 @@ BUGS = (
     Bug(
         17,
         "losses/reference.py",
-        "kl_N = _spread(temperature**2 * kl, rows, kl_weight_N)",
+        "kl_N = _spread(squared(temperature) * kl, rows, kl_weight_N)",
         "kl_N = _spread(kl, rows, kl_weight_N)",
         "test_losses_reference.py::test_head_loss_equals_loops_over_the_definition",
     ),

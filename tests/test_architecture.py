@@ -78,6 +78,8 @@ MANY_PARAMETERS = {
     "losses/kernels/row_torch.py": {"torch_rows"},
     "losses/kernels/row_triton.py": {"triton_rows"},
     "losses/kernels/row_kernel.py": {"gradient", "mixture", "statistics"},
+    "losses/kernels/row_std.py": {"along", "spread"},
+    "losses/kernels/row_tail.py": {"tail"},
     "losses/reference.py": {"dbild_loss", "head_loss", "relation_rows"},
     "losses/reference_top_k.py": {"top_k_head_loss"},
     "losses/relation.py": {"relation_rows"},

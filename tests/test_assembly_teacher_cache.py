@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_llava import make_tiny_llava
 
 from llava_kd.assembly import cache_teacher as writing
+from llava_kd.checksums import sealed
 from llava_kd.cli import main
 from llava_kd.data.teacher_store.shards import StoredRecord, write_shard
 from llava_kd.data.teacher_store.store import MANIFEST, SHARDS
@@ -153,10 +154,47 @@ def test_the_largest_logits_give_their_own_divergence(stage, tmp_path: Path, cap
         assert said in capsys.readouterr().err
 
 
+STD = ["--objective.response_kl.temperature=std", "--objective.visual_kl.temperature=std"]
+
+
+def test_the_largest_logits_keep_the_deviation_of_all(stage, tmp_path: Path, capsys) -> None:
+    config = stage("run", max_steps=2)
+    words, out = [KL_ALONE, *STD], tmp_path / "topk"
+    assert cache(config, out, *words, "--mode=topk", "--topk=259") == 0
+    assert json.loads((out / MANIFEST).read_text())["contents"]["temperature"] == "std"
+    live = losses(config, "live", *words)
+    for name, more in (("cached", []), ("plain", ["--objective.losses=reference"])):
+        same(live, losses(config, name, *words, *more, f"--teacher.cache={out}"), TERMS[:-1])
+    capsys.readouterr()
+    assert main(["train", str(config), KL_ALONE, f"--teacher.cache={out}"]) == 2
+    assert "mass at temperature 1; it was written for std" in capsys.readouterr().err
+
+
+def test_a_cache_from_before_std_is_read_and_not_taken_for_it(stage, tmp_path: Path, capsys) -> None:
+    config, out = stage("run", max_steps=1), tmp_path / "old"
+    assert cache(config, out, KL_ALONE, "--mode=topk", "--topk=8") == 0
+    new = losses(config, "new", KL_ALONE, f"--teacher.cache={out}")
+    tree = json.loads((out / MANIFEST).read_text())
+    tree = {name: value for name, value in tree.items() if name != "checksum"} | {"format": 2}
+    (out / MANIFEST).write_text(json.dumps(sealed(tree)))
+    same(new, losses(config, "again", KL_ALONE, f"--teacher.cache={out}"), TERMS[:-1])
+    capsys.readouterr()
+    assert main(["train", str(config), KL_ALONE, *STD, f"--teacher.cache={out}"]) == 2
+    assert "mass at temperature std; it was written for 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ([], "relation compares more than"),
+        (
+            [KL_ALONE, "--topk=4", "--objective.visual_kl.temperature=std"],
+            "needs one temperature for both KL terms; got 1, std",
+        ),
+        (
+            [KL_ALONE, "--topk=4", "--objective.visual_kl.divergence=adaptive"],
+            "visual_kl compares more than the largest",
+        ),
         ([KL_ALONE], "--topk must lie in 1..259"),
         ([KL_ALONE, "--topk=260"], "--topk must lie in 1..259"),
         ([KL_ALONE, "--topk=4", "--objective.visual_kl.temperature=2"], "needs one temperature"),

@@ -46,8 +46,9 @@ def test_an_override_may_open_a_section_that_the_file_does_not_have(recipe: Path
         ("--optim.lr_by_part.language_model=3e-5", "--optim.betas=[0.9, 0.95]", "--max_steps=null"),
         ("--objective={cross_entropy: {weight: 2}}", "--teacher=null"),
         ("--objective.visual_kl.divergence=jsd", "--objective.relation.tap=hidden", "--seed=7"),
+        ("--objective.visual_kl.temperature=std", "--objective.response_kl.temperature=4"),
     ],
-    ids=["recipe", "lists and maps", "no teacher", "choices"],
+    ids=["recipe", "lists and maps", "no teacher", "choices", "a number or a word"],
 )
 def test_what_dump_writes_loads_back_equal(recipe: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     config = load(recipe, overrides)
@@ -106,6 +107,10 @@ def test_a_value_of_the_wrong_type_is_named_with_its_key(recipe: Path, override:
         ("--optim.lr=0", "`optim.lr` must be more than 0"),
         ("--optim.lr_by_part.language_model=-1", "`optim.lr_by_part.language_model` must be more than 0"),
         ("--optim.lr=.nan", "`optim.lr` must be finite"),
+        (
+            "--objective.response_kl.temperature=sdt",
+            "`objective.response_kl.temperature` must be a number or std; got 'sdt' (did you mean `std`?)",
+        ),
         ("--objective.response_kl.temperature=0", "`objective.response_kl.temperature` must be more than 0"),
         ("--objective.relation.weight=-1", "`objective.relation.weight` must not be negative"),
         ("--optim.warmup_ratio=1.5", "`optim.warmup_ratio` must be from 0 to 1"),

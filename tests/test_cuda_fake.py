@@ -205,8 +205,9 @@ def test_a_batch_that_comes_back_to_the_host_is_there() -> None:
 def test_the_largest_logits_are_products_of_16_bits() -> None:
     with fake_cuda() as (_, watch), watch:
         hidden_ME, head_CE = (torch.ones(n, 16, device=CUDA, dtype=torch.bfloat16) for n in (8, 280))
-        logits_MK, columns_MK, rest_M = largest(hidden_ME, head_CE, None, k=4, temperature=2.0)
-    assert (logits_MK.dtype, columns_MK.dtype, rest_M.dtype) == (torch.float32, torch.int32, torch.float32)
+        kept = largest(hidden_ME, head_CE, None, k=4, temperature="std")
+    dtypes = {"top_logits_MK": torch.float32, "top_columns_MK": torch.int32, "rest_M": torch.float32}
+    assert {name: tensor.dtype for name, tensor in kept.items()} == dtypes | {"std_M": torch.float32}
     assert [p.precision for p in watch.products] == ["bfloat16"]
 
 

@@ -21,7 +21,7 @@ from llava_kd.models.mllm import Prediction
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *("README.md", "CHANGELOG.md", "data/README.md", "eval/README.md"),
-    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))),
 ]
 STAGES = ("stage1_dpt", "stage2_sft", "stage3_dft")
 

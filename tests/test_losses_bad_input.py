@@ -11,7 +11,7 @@ from loss_inputs import LEAVES, D, E, assert_same, make_inputs, result_and_gradi
 
 from llava_kd.losses import head_loss as fast
 from llava_kd.losses import reference
-from llava_kd.losses.reference import Divergence
+from llava_kd.losses.divergence import KINDS, Divergence, Kind, Temperature
 
 BOTH = pytest.mark.parametrize("path", [reference, fast], ids=["reference", "fast"])
 
@@ -62,6 +62,35 @@ def test_bad_hidden_state_makes_cross_entropy_nan_whatever_the_head(
 
 
 @BOTH
+@pytest.mark.parametrize("side", ["student_bias_V", "teacher_bias_U"])
+@pytest.mark.parametrize("temperature", [2.0, "std"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_infinite_logit_makes_every_divergence_nan(
+    path: ModuleType, kind: Kind, temperature: Temperature, side: str
+):
+    """Also where the mass there is 0 and the distance would be finite."""
+    inputs = make_inputs()
+    inputs[side][40] = -math.inf
+    result = run(path, inputs, divergence=Divergence(kind, 0.3), temperature=temperature)
+    has_kl_N = inputs["kl_weight_N"] != 0
+    assert result.loss.isnan()
+    assert result.kl_N[has_kl_N].isnan().all()
+
+
+@BOTH
+@pytest.mark.parametrize("temperature", [2.0, "std"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_that_are_not_common_may_hold_anything(
+    path: ModuleType, kind: Kind, temperature: Temperature
+):
+    inputs = make_inputs() | {"ce_weight_N": torch.zeros(13)}
+    options = {"divergence": Divergence(kind, 0.3), "temperature": temperature, "num_common": 65}
+    before = result_and_gradients(path, inputs, **options)
+    inputs["student_bias_V"][65:], inputs["teacher_bias_U"][65:] = -math.inf, math.nan
+    assert_same(result_and_gradients(path, inputs, **options), before, tolerance=0.0)
+
+
+@BOTH
 def test_what_a_row_without_weight_holds_does_not_matter(path: ModuleType):
     inputs = make_inputs()
     expected = result_and_gradients(path, inputs)
@@ -98,6 +127,7 @@ def test_fp16_logits_agree_with_fp32_ones_to_their_precision():
         ({"temperature": 0.0}, r"temperature must be positive and finite; got 0\.0"),
         ({"temperature": -1.0}, "temperature must be positive"),
         ({"temperature": math.nan}, "temperature must be positive"),
+        ({"temperature": "stdd"}, "temperature must be a number or 'std'; got 'stdd'"),
         ({"num_common": None}, r"heads have 70 and 90 rows; pass num_common"),
         ({"num_common": 0}, r"num_common must lie in 1\.\.70; got 0"),
         ({"num_common": 71}, r"num_common must lie in 1\.\.70; got 71"),

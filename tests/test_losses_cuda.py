@@ -14,7 +14,7 @@ from loss_inputs import LEAVES, Inputs, assert_same, make_inputs, result_and_gra
 
 from llava_kd.losses import head_loss as fast
 from llava_kd.losses import reference, relation
-from llava_kd.losses.reference import KINDS, Divergence, Kind
+from llava_kd.losses.divergence import KINDS, Divergence, Kind, Temperature
 from llava_kd.losses.relation import head_gram
 
 pytestmark = [
@@ -34,9 +34,9 @@ def large_inputs(dtype: torch.dtype) -> Inputs:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, "std"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-3), (torch.float32, 1e-4)])
-def test_fast_equals_reference(kind: Kind, temperature: float, dtype: torch.dtype, tolerance: float):
+def test_fast_equals_reference(kind: Kind, temperature: Temperature, dtype: torch.dtype, tolerance: float):
     inputs = large_inputs(dtype)
     options = {"divergence": Divergence(kind, 0.3), "temperature": temperature, "num_common": 5001}
     expected = result_and_gradients(reference, inputs, **options)

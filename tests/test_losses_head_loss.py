@@ -30,10 +30,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llava_kd.losses import head_loss as fast
 from llava_kd.losses import reference
+from llava_kd.losses.divergence import KINDS, Divergence, Kind, Temperature
 from llava_kd.losses.kernels.rows import MAX_CHUNK_ROWS, chunk_size
-from llava_kd.losses.reference import KINDS, Divergence, Kind
 
 BOTH = pytest.mark.parametrize("path", [reference, fast], ids=["reference", "fast"])
+TEACHER = ("teacher_NE", "teacher_head_UE", "teacher_bias_U")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 
 
@@ -50,14 +51,14 @@ def test_fast_equals_reference_for_every_dtype_size_and_chunk(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0, "std"])
 @pytest.mark.parametrize(
     ("student", "teacher", "common"),
     [(70, 70, 70), (70, 90, 70), (70, 90, 61), (90, 70, 70), (90, 70, 1)],
     ids=["same", "wider teacher", "wider teacher, padded", "wider student", "one column"],
 )
 def test_fast_equals_reference_for_every_divergence_temperature_and_vocabulary(
-    kind: Kind, temperature: float, student: int, teacher: int, common: int
+    kind: Kind, temperature: Temperature, student: int, teacher: int, common: int
 ):
     inputs = make_inputs(student=student, teacher=teacher)
     options = {"divergence": Divergence(kind, 0.3), "temperature": temperature, "num_common": common}
@@ -80,6 +81,27 @@ def test_loss_without_teacher_is_the_cross_entropy_of_pytorch(path: ModuleType):
     expected = nn.functional.cross_entropy(logits_NV, inputs["targets_N"], reduction="sum")
     torch.testing.assert_close(result.loss, expected)
     assert result.kl_N.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, "std"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_divergence_of_equal_models_is_zero_on_the_fast_path(kind: Kind, temperature: Temperature):
+    inputs = make_inputs(student=70, teacher=70)
+    inputs |= {name: inputs[other] for name, other in zip(TEACHER, LEAVES, strict=True)}
+    inputs["ce_weight_N"] = torch.zeros(13)
+    result = result_and_gradients(fast, inputs, divergence=Divergence(kind, 0.3), temperature=temperature)
+    assert result["kl_N"].count_nonzero() == 0
+    assert result["student_ND"].abs().max() <= (1e-5 if kind.startswith("skewed") else 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_of_equal_logits_is_finite_at_the_temperature_std(kind: Kind):
+    inputs = make_inputs()
+    inputs |= {"student_ND": torch.zeros(13, D), "student_bias_V": torch.zeros(70)}
+    options = {"temperature": "std", "divergence": Divergence(kind, 0.3)}
+    found = result_and_gradients(fast, inputs, **options)
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert_same(found, result_and_gradients(reference, inputs, **options), tolerance=5e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

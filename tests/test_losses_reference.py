@@ -7,22 +7,22 @@ E teacher width, I images.
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
 from torch import Tensor
 
-from llava_kd.losses import reference
-from llava_kd.losses.kernels import row_torch
-from llava_kd.losses.reference import (
+from llava_kd.losses.divergence import (
     KINDS,
     Divergence,
-    HeadLoss,
     Kind,
+    Temperature,
     divergence_rows,
-    head_loss,
-    relation_rows,
+    tail_share,
 )
+from llava_kd.losses.kernels import row_torch
+from llava_kd.losses.reference import HeadLoss, head_loss, relation_rows
 
 N, V, U, C, D, E = 5, 11, 13, 9, 4, 6
 MIX = 0.3
@@ -77,13 +77,40 @@ def by_definition(kind: Kind, p_t: list[float], p_s: list[float]) -> float:
             return MIX * kl(p_t, m) + (1 - MIX) * kl(p_s, m)
         case "skewed_forward":
             return kl(p_t, mixture(p_t, p_s, MIX))
-        case _:
+        case "skewed_reverse":
             return kl(p_s, mixture(p_s, p_t, MIX))
+        case "total_variation":
+            return max(  # the largest difference in the probability of any event
+                sum(p_t[v] - p_s[v] for v in range(len(p_t)) if event >> v & 1)
+                for event in range(2 ** len(p_t))
+            )
+        case "symmetric":
+            return (1 - MIX) * kl(p_t, p_s) + MIX * kl(p_s, p_t)
+        case "adaptive":
+            tail = tail_by_definition(p_t, p_s, MIX)
+            return (1 - tail) * kl(p_t, p_s) + tail * kl(p_s, p_t)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def tail_by_definition(p_t: list[float], p_s: list[float], head_mass: float) -> float:
+    order = sorted(range(len(p_t)), key=lambda v: -p_t[v])
+    head, mass = {order[0]}, 0.0
+    for v in order:
+        mass += p_t[v]
+        if mass > head_mass:
+            break
+        head.add(v)
+    gaps = [abs(a - b) for a, b in zip(p_t, p_s, strict=True)]
+    return sum(gap for v, gap in enumerate(gaps) if v not in head) / sum(gaps)
+
+
+def at(logits: list[float], temperature: Temperature) -> list[float]:
+    divisor = statistics.stdev(logits) if isinstance(temperature, str) else temperature
+    return [x / divisor for x in logits]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5, "std"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_head_loss_equals_loops_over_the_definition(kind: Kind, temperature: float):
+def test_head_loss_equals_loops_over_the_definition(kind: Kind, temperature: Temperature):
     inputs = make_inputs()
     result = run(inputs, temperature=temperature, divergence=Divergence(kind, MIX))
     student_NV = inputs["student_ND"] @ inputs["student_head_VD"].T + inputs["student_bias_V"]
@@ -94,17 +121,19 @@ def test_head_loss_equals_loops_over_the_definition(kind: Kind, temperature: flo
         if inputs["ce_weight_N"][row]:
             ce = -math.log(softmax(student_NV[row].tolist())[int(inputs["targets_N"][row])])
         if inputs["kl_weight_N"][row]:
-            p_t = softmax((teacher_NU[row, :C] / temperature).tolist())
-            p_s = softmax((student_NV[row, :C] / temperature).tolist())
-            divergence = temperature**2 * by_definition(kind, p_t, p_s)
+            p_t = softmax(at(teacher_NU[row, :C].tolist(), temperature))
+            p_s = softmax(at(student_NV[row, :C].tolist(), temperature))
+            square = 1.0 if isinstance(temperature, str) else temperature**2
+            divergence = square * by_definition(kind, p_t, p_s)
         assert float(result.ce_N[row]) == pytest.approx(ce, rel=1e-12, abs=1e-14)
         assert float(result.kl_N[row]) == pytest.approx(divergence, rel=1e-12, abs=1e-14)
         total += float(inputs["ce_weight_N"][row]) * ce + float(inputs["kl_weight_N"][row]) * divergence
     assert float(result.loss) == pytest.approx(total, rel=1e-12)
 
 
+@pytest.mark.parametrize("temperature", [1.0, "std"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_divergence_of_equal_models_is_zero(kind: Kind):
+def test_divergence_of_equal_models_is_zero(kind: Kind, temperature: Temperature):
     inputs = make_inputs()
     inputs |= {
         "teacher_NE": inputs["student_ND"],
@@ -112,7 +141,10 @@ def test_divergence_of_equal_models_is_zero(kind: Kind):
         "teacher_bias_U": torch.cat([inputs["student_bias_V"], torch.ones(2, dtype=torch.float64)]),
     }
     student_ND = inputs["student_ND"].requires_grad_()
-    result = run(inputs, divergence=Divergence(kind, MIX), ce_weight_N=torch.zeros(N, dtype=torch.float64))
+    result = run(
+        inputs, divergence=Divergence(kind, MIX), temperature=temperature,
+        ce_weight_N=torch.zeros(N, dtype=torch.float64),
+    )  # fmt: skip
     (gradient_ND,) = torch.autograd.grad(result.loss, student_ND)
     torch.testing.assert_close(result.kl_N, torch.zeros_like(result.kl_N), atol=1e-13, rtol=0)
     torch.testing.assert_close(gradient_ND, torch.zeros_like(gradient_ND), atol=1e-13, rtol=0)
@@ -170,15 +202,123 @@ def test_loss_does_not_depend_on_the_split():
     torch.testing.assert_close(torch.stack(parts).sum(), run(inputs).loss)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradient_of_head_loss_passes_gradcheck(kind: Kind):
+@pytest.mark.parametrize("temperature", [1.0, "std"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "adaptive"])
+def test_gradient_of_head_loss_passes_gradcheck(kind: Kind, temperature: Temperature):
     inputs = make_inputs()
     names = ("student_ND", "student_head_VD", "student_bias_V")
+    options = {"divergence": Divergence(kind, MIX), "temperature": temperature}
 
     def loss(*values: Tensor) -> Tensor:
-        return run(inputs | dict(zip(names, values, strict=True)), divergence=Divergence(kind, MIX)).loss
+        return run(inputs | dict(zip(names, values, strict=True)), **options).loss
 
     assert torch.autograd.gradcheck(loss, [inputs[name].requires_grad_() for name in names])
+
+
+def log_softmaxes(columns: int = C, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    logits = scale * torch.randn(2, N, columns, generator=generator, dtype=torch.float64)
+    return logits[0].log_softmax(1), logits[1].log_softmax(1)
+
+
+def test_the_shares_of_the_adaptive_divergence_have_no_gradient():
+    s_NC, t_NC = log_softmaxes()
+    s_NC.requires_grad_()
+    shares = tail_share(s_NC, t_NC, MIX).tolist()
+    assert len({round(share, 6) for share in shares}) == N
+    (found_NC,) = torch.autograd.grad(divergence_rows(s_NC, t_NC, Divergence("adaptive", MIX)).sum(), s_NC)
+    fixed = torch.stack([
+        divergence_rows(s_NC[[n]], t_NC[[n]], Divergence("symmetric", share))[0]
+        for n, share in enumerate(shares)
+    ])  # fmt: skip
+    torch.testing.assert_close(found_NC, torch.autograd.grad(fixed.sum(), s_NC)[0])
+
+
+@pytest.mark.parametrize(
+    ("teacher", "tail"),
+    [
+        ([0.6, 0.3, 0.1], [1, 2]),  # the largest alone is more than the head may hold
+        ([0.25, 0.3, 0.45], [0, 1]),  # the second crosses the bound, and is left out
+        ([0.1, 0.2, 0.3, 0.4], [0, 1, 2]),
+        ([0.4, 0.05, 0.05, 0.25, 0.25], [1, 2, 3, 4]),  # one of two equal ones would fit
+        ([0.25, 0.25, 0.25, 0.25], []),  # equal ones all are the largest
+        ([0.2, 0.3, 0.125, 0.25, 0.125], [0, 2, 4, 3]),  # 0.3 + 0.25 is more than a half
+        ([1.0], []),
+    ],
+)
+def test_where_the_head_of_the_adaptive_divergence_ends(teacher: list[float], tail: list[int]):
+    """The head's mass is a half. `row_torch` finds the same among the largest columns."""
+    p_t = torch.tensor([teacher], dtype=torch.float64)
+    p_s = torch.full_like(p_t, 1e-9)  # so that the gap at a column is what the teacher holds there
+    want = sum(teacher[v] - 1e-9 for v in tail) / sum(p - 1e-9 for p in teacher)
+    for function in (tail_share, row_torch._tail_share):
+        assert float(function(p_s.log(), p_t.log(), 0.5)) == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 6.0], ids=["flat", "wide", "peaked"])
+@pytest.mark.parametrize("head_mass", [0.1, 0.5, 0.9])
+def test_the_share_of_the_tail_equals_loops_over_the_definition(scale: float, head_mass: float):
+    """Flat rows have a head of more columns than `row_torch` looks at first."""
+    s_NC, t_NC = log_softmaxes(3000, scale)
+    want = [
+        tail_by_definition(t_C.exp().tolist(), s_C.exp().tolist(), head_mass)
+        for s_C, t_C in zip(s_NC, t_NC, strict=True)
+    ]
+    for function in (tail_share, row_torch._tail_share):
+        assert function(s_NC, t_NC, head_mass).tolist() == pytest.approx(want, rel=1e-9)
+
+
+def test_symmetric_at_one_half_is_symmetric():
+    s_NC, t_NC = log_softmaxes()
+    for kind in ("symmetric", "total_variation"):
+        both = [divergence_rows(*sides, Divergence(kind, 0.5)) for sides in ((s_NC, t_NC), (t_NC, s_NC))]
+        torch.testing.assert_close(both[0], both[1])
+
+
+def test_total_variation_is_at_most_one_and_bounded_by_the_divergence():
+    """Pinsker: TV^2 <= KL / 2."""
+    s_NC, t_NC = log_softmaxes(scale=20)
+    found_N = divergence_rows(s_NC, t_NC, Divergence("total_variation"))
+    assert (found_N <= 1).all()
+    assert (2 * found_N**2 <= divergence_rows(s_NC, t_NC, Divergence("forward"))).all()
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_the_temperature_std_does_not_see_scale_or_shift_of_a_side(side: str):
+    inputs = make_inputs()
+    before = run(inputs, temperature="std").kl_N
+    rows, bias = (f"{side}_{end}" for end in (("ND", "bias_V") if side == "student" else ("NE", "bias_U")))
+    inputs |= {rows: 7 * inputs[rows], bias: 7 * inputs[bias] + 5}
+    torch.testing.assert_close(run(inputs, temperature="std").kl_N, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_at_the_temperature_std_neither_stretches_nor_shifts_the_logits(kind: Kind):
+    """What a detached deviation would miss: along the logits themselves nothing changes."""
+    inputs = make_inputs()
+    logits_NV = inputs["student_ND"] @ inputs["student_head_VD"].T + inputs["student_bias_V"]
+    logits_NV.requires_grad_()
+    eye_VV = torch.eye(V, dtype=torch.float64)
+    found = run(
+        inputs | {"student_ND": logits_NV, "student_head_VD": eye_VV, "student_bias_V": None},
+        ce_weight_N=torch.zeros(N, dtype=torch.float64), temperature="std", divergence=Divergence(kind, MIX),
+    )  # fmt: skip
+    (gradient_NV,) = torch.autograd.grad(found.loss, logits_NV)
+    assert float(gradient_NV.abs().max()) > 1e-3
+    zeros_N = torch.zeros(N, dtype=torch.float64)
+    torch.testing.assert_close(gradient_NV.sum(1), zeros_N, rtol=0, atol=1e-13)
+    torch.testing.assert_close((gradient_NV * logits_NV.detach()).sum(1), zeros_N, rtol=0, atol=1e-13)
+
+
+def test_a_row_without_spread_is_uniform_at_the_temperature_std():
+    inputs = make_inputs()
+    inputs |= {"student_ND": 0 * inputs["student_ND"], "student_bias_V": 0 * inputs["student_bias_V"]}
+    leaf_ND = inputs["student_ND"].requires_grad_()
+    found = run(inputs, temperature="std")
+    teacher_NU = inputs["teacher_NE"] @ inputs["teacher_head_UE"].T + inputs["teacher_bias_U"]
+    p_t = softmax(at(teacher_NU[0, :C].tolist(), "std"))
+    assert float(found.kl_N[0]) == pytest.approx(kl(p_t, [1 / C] * C), rel=1e-12)
+    assert torch.autograd.grad(found.loss, leaf_ND)[0].isfinite().all()
 
 
 def test_teacher_receives_no_gradient():
@@ -311,10 +451,10 @@ def test_small_mixture_divergences_have_no_bias_in_fp32(kind: str, mix: float, n
     student_NC = 3 * torch.randn(64, 3000, generator=generator)
     teacher_NC = student_NC + noise * torch.randn(64, 3000, generator=generator)
     divergence = Divergence(kind=kind, mix=mix)  # pyright: ignore[reportArgumentType]
-    exact_N = reference.divergence_rows(
+    exact_N = divergence_rows(
         student_NC.double().log_softmax(1), teacher_NC.double().log_softmax(1), divergence
     )
-    plain_N = reference.divergence_rows(student_NC.log_softmax(1), teacher_NC.log_softmax(1), divergence)
+    plain_N = divergence_rows(student_NC.log_softmax(1), teacher_NC.log_softmax(1), divergence)
     rows_N, _ = row_torch._divergence(student_NC.log_softmax(1), teacher_NC.log_softmax(1), divergence)
     absolute = 1e-8 if kind == "jsd" else 4e-7  # a skewed form still holds the error of the log-softmax
     limit = 0.0 if noise == 0 else absolute + 1e-5 * float(exact_N.mean())

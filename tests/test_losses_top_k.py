@@ -11,10 +11,11 @@ from torch import Tensor
 
 from llava_kd.assembly.cache_teacher import largest
 from llava_kd.losses import reference, reference_top_k, top_k
-from llava_kd.losses.reference import KINDS, Divergence, Kind
+from llava_kd.losses.divergence import KINDS, WHOLE_KINDS, Divergence, Kind, Temperature
 from llava_kd.losses.reference_top_k import TopK
 
 COMMON = 33
+MERGED = [kind for kind in KINDS if kind not in WHOLE_KINDS]
 LEAVES = ("student_ND", "student_head_VD", "student_bias_V")
 
 
@@ -39,26 +40,28 @@ def make(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     }
 
 
-def kept(inputs: dict[str, Tensor], k: int, temperature: float) -> TopK:
+def kept(inputs: dict[str, Tensor], k: int, temperature: Temperature) -> TopK:
     logits_NC = inputs["teacher_NE"] @ inputs["teacher_head_UE"].T + inputs["teacher_bias_U"]
     top_NK, columns_NK = logits_NC.topk(k, dim=1)
-    rest_N = (logits_NC.scatter(1, columns_NK, -torch.inf) / temperature).logsumexp(1)
-    return TopK(logits_NK=top_NK, columns_NK=columns_NK, rest_N=rest_N)
+    std_N = logits_NC.std(1) if isinstance(temperature, str) else None
+    others_NC = logits_NC.scatter(1, columns_NK, -torch.inf)
+    others_NC = others_NC / (temperature if std_N is None else std_N.unsqueeze(1))
+    return TopK(logits_NK=top_NK, columns_NK=columns_NK, rest_N=others_NC.logsumexp(1), std_N=std_N)
 
 
 def student_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in inputs.items() if not name.startswith("teacher")}
 
 
-def full_kl(inputs: dict[str, Tensor], temperature: float, divergence: Divergence) -> Tensor:
+def full_kl(inputs: dict[str, Tensor], temperature: Temperature, divergence: Divergence) -> Tensor:
     options = {"temperature": temperature, "divergence": divergence, "num_common": COMMON}
     return reference.head_loss(**inputs, **options).kl_N  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("kind", MERGED)
+@pytest.mark.parametrize("temperature", [1.0, 2.5, "std"])
 def test_buckets_never_tell_more_than_all_columns_and_all_of_it_where_one_is_left_out(
-    kind: Kind, temperature: float
+    kind: Kind, temperature: Temperature
 ) -> None:
     inputs, divergence = make(), Divergence(kind, 0.3)
     whole_N = full_kl(inputs, temperature, divergence)
@@ -90,19 +93,43 @@ def test_the_formula_by_hand() -> None:
     torch.testing.assert_close(found.loss, (p * (p / q).log()).sum())
 
 
-def test_equal_models_have_no_divergence() -> None:
+@pytest.mark.parametrize("k", [1, 4, 16])
+def test_buckets_hide_no_more_of_the_total_variation_than_the_lesser_rest(k: int) -> None:
+    inputs = make()
+    student_NC = (
+        inputs["student_ND"] @ inputs["student_head_VD"].T + inputs["student_bias_V"]
+    )[:, :COMMON]  # fmt: skip
+    top, divergence = kept(inputs, k, 1.0), Divergence("total_variation")
+    found_N = reference_top_k.top_k_head_loss(
+        **student_of(inputs), top=top, num_common=COMMON, divergence=divergence
+    ).kl_N
+    rest_s_N = 1 - student_NC.softmax(1).gather(1, top.columns_NK).sum(1)
+    rest_t_N = 1 / (1 + (top.logits_NK.logsumexp(1) - top.rest_N).exp())
+    hidden_N = full_kl(inputs, 1.0, divergence) - found_N
+    assert (hidden_N <= torch.minimum(rest_s_N, rest_t_N) + 1e-12).all()
+    assert hidden_N.max() > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, "std"])
+@pytest.mark.parametrize("kind", MERGED)
+def test_equal_models_have_no_divergence(kind: Kind, temperature: Temperature) -> None:
     inputs = make()
     inputs |= {"teacher_NE": inputs["student_ND"], "teacher_head_UE": inputs["student_head_VD"][:COMMON]}
     inputs["teacher_bias_U"] = inputs["student_bias_V"][:COMMON]
-    found = reference_top_k.top_k_head_loss(**student_of(inputs), top=kept(inputs, 5, 1.0), num_common=COMMON)
-    assert found.kl_N.abs().max() < 1e-12
+    # Over the student's common columns alone the two deviations agree.
+    for path in (reference_top_k, top_k):
+        found = path.top_k_head_loss(
+            **student_of(inputs), top=kept(inputs, 5, temperature), num_common=COMMON,
+            temperature=temperature, divergence=Divergence(kind, 0.3),
+        )  # fmt: skip
+        assert found.kl_N.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("kind", MERGED)
+@pytest.mark.parametrize("temperature", [1.0, 2.5, "std"])
 @pytest.mark.parametrize("chunk_rows", [2, None])
 def test_the_fast_form_equals_the_formula_in_value_and_gradient(
-    kind: Kind, temperature: float, chunk_rows: int | None
+    kind: Kind, temperature: Temperature, chunk_rows: int | None
 ) -> None:
     inputs = make()
     options = {"temperature": temperature, "divergence": Divergence(kind, 0.3), "num_common": COMMON}
@@ -121,11 +148,25 @@ def test_the_fast_form_equals_the_formula_in_value_and_gradient(
 def test_what_a_cache_keeps_is_what_the_formula_reads() -> None:
     inputs = make(torch.float32)
     teacher = [inputs[name] for name in ("teacher_NE", "teacher_head_UE", "teacher_bias_U")]
-    logits_NK, columns_NK, rest_N = largest(*teacher, k=6, temperature=2.0)
-    want = kept(inputs, 6, 2.0)
-    torch.testing.assert_close(logits_NK, want.logits_NK)
-    torch.testing.assert_close(rest_N, want.rest_N)
-    assert torch.equal(columns_NK.long(), want.columns_NK)
+    for temperature in (2.0, "std"):
+        found, want = largest(*teacher, k=6, temperature=temperature), kept(inputs, 6, temperature)
+        torch.testing.assert_close(found["top_logits_MK"], want.logits_NK)
+        torch.testing.assert_close(found["rest_M"], want.rest_N)
+        assert torch.equal(found["top_columns_MK"].long(), want.columns_NK)
+        assert ("std_M" in found) == (want.std_N is not None)
+    torch.testing.assert_close(found["std_M"], want.std_N)
+
+
+@pytest.mark.parametrize("path", [reference_top_k, top_k], ids=["reference", "fast"])
+def test_what_the_largest_logits_cannot_serve_is_refused(path) -> None:
+    inputs = make()
+    options = {**student_of(inputs), "num_common": COMMON}
+    with pytest.raises(ValueError, match="'adaptive' needs all of a teacher's columns"):
+        path.top_k_head_loss(**options, top=kept(inputs, 6, 1.0), divergence=Divergence("adaptive"))
+    with pytest.raises(ValueError, match="at no other; got temperature 'std' and none"):
+        path.top_k_head_loss(**options, top=kept(inputs, 6, 1.0), temperature="std")
+    with pytest.raises(ValueError, match=r"got temperature 2\.0 and some"):
+        path.top_k_head_loss(**options, top=kept(inputs, 6, "std"), temperature=2.0)
 
 
 @pytest.mark.parametrize("path", [reference_top_k, top_k], ids=["reference", "fast"])

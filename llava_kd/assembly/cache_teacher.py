@@ -20,6 +20,7 @@ from llava_kd.assembly.parts.objective import terms_of
 from llava_kd.assembly.parts.stored_teacher import (
     HEAD,
     identity,
+    in_words,
     reads_projector,
     refuse_other,
     temperatures,
@@ -46,6 +47,7 @@ from llava_kd.data.teacher_store.shards import (
 from llava_kd.data.teacher_store.store import INDEX, MANIFEST, SHARDS, Contents, Manifest, Mode, write_index
 from llava_kd.data.text.encoder import Encoded
 from llava_kd.distill.objective import beyond_top_k, places_read
+from llava_kd.losses.divergence import Temperature, deviation
 from llava_kd.losses.kernels import gemm
 from llava_kd.models.files.checkpoint import Parts, load_stock
 from llava_kd.models.mllm import Prediction
@@ -113,14 +115,16 @@ def _contents(config: TrainConfig, mode: Mode, top_k: int | None, teacher: Parts
     if names := beyond_top_k(terms):
         raise ValueError(
             f"{' and '.join(names)} compares more than the largest k logits give; use --mode hidden, or set "
-            "that to null"
+            "that to null, or its divergence to another than `adaptive`"
         )
     if len(found := temperatures(terms)) != 1:
-        raise ValueError(f"--mode topk needs one temperature for both KL terms; got {sorted(found)}")
+        raise ValueError(
+            f"--mode topk needs one temperature for both KL terms; got {', '.join(map(in_words, found))}"
+        )
     columns = max(teacher.processor.tokenizer.get_vocab().values()) + 1
     if top_k is None or not 1 <= top_k < columns:
         raise ValueError(f"--topk must lie in 1..{columns - 1}, below the vocabulary's size; got {top_k}")
-    return Contents(mode=mode, places=places, k=top_k, columns=columns, temperature=found.pop())
+    return Contents(mode=mode, places=places, k=top_k, columns=columns, temperature=found[0])
 
 
 def _begin(directory: Path, manifest: Manifest, teacher: Parts, say: Callable[[str], None]) -> None:
@@ -287,8 +291,7 @@ class _Run:
             )
             for hidden_CE in hidden_ME.split(_LOGIT_ROWS)
         ]
-        logits, columns, rest = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        return {"top_logits_MK": logits, "top_columns_MK": columns, "rest_M": rest}
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     def _add(self, record: StoredRecord) -> None:
         self._pending.append(record)
@@ -303,13 +306,20 @@ class _Run:
 
 
 def largest(
-    hidden_ME: Tensor, head_CE: Tensor, bias_C: Tensor | None, *, k: int, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest fp32 logits of each row, their columns, and log of sum(exp(z / T)) over the others."""
+    hidden_ME: Tensor, head_CE: Tensor, bias_C: Tensor | None, *, k: int, temperature: Temperature
+) -> dict[str, Tensor]:
+    """The k largest fp32 logits of each row, their columns, and log of sum(exp(z / T)) over the others.
+
+    At the temperature `std` T is each row's own deviation, and is given too. Names as in `TeacherRows`.
+    """
     logits_MC = hidden_ME.new_empty((len(hidden_ME), len(head_CE)), dtype=torch.float32)
     gemm.write_logits(hidden_ME, head_CE, logits_MC)
     if bias_C is not None:
         logits_MC = logits_MC + bias_C.float()
     top_MK, columns_MK = logits_MC.topk(k, dim=1)
     others_MC = logits_MC.scatter(1, columns_MK, -torch.inf)
-    return top_MK, columns_MK.to(torch.int32), (others_MC / temperature).logsumexp(1)
+    kept = {"top_logits_MK": top_MK, "top_columns_MK": columns_MK.to(torch.int32)}
+    if not isinstance(temperature, str):
+        return kept | {"rest_M": (others_MC / temperature).logsumexp(1)}
+    std_M = deviation(logits_MC - logits_MC.mean(1, keepdim=True))
+    return kept | {"rest_M": (others_MC / std_M.unsqueeze(1)).logsumexp(1), "std_M": std_M}

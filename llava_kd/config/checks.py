@@ -25,8 +25,7 @@ def check_value(value: object, kind: object, where: str, metadata: tuple[object,
     elif get_origin(kind) in (Union, types.UnionType):
         options = get_args(kind)
         if value is not None or type(None) not in options:
-            held = next(option for option in options if option is not type(None))
-            check_value(value, held, where, metadata)
+            _check_held(value, kind, where, metadata)
     elif get_origin(kind) is Literal:
         choices = [str(choice) for choice in get_args(kind)]
         near = nearest(str(value), choices)
@@ -43,6 +42,27 @@ def check_value(value: object, kind: object, where: str, metadata: tuple[object,
         check_length(value, metadata, where)
     else:
         _check_scalar(value, cast(type, kind), where, metadata)
+
+
+def words_of(union: object) -> tuple[str, ...]:
+    """What a union takes beside values of its first type, such as the `std` of `float | Literal["std"]`."""
+    first, *others = [option for option in get_args(union) if option is not type(None)]
+    del first
+    return tuple(str(word) for option in others for word in get_args(option))
+
+
+def _check_held(value: object, union: object, where: str, metadata: tuple[object, ...]) -> None:
+    """Of a union, as its first type, or as one of the words beside it."""
+    held = next(option for option in get_args(union) if option is not type(None))
+    words = words_of(union)
+    if words and isinstance(value, str):
+        if value in words:
+            return
+        kind = cast(type, split(held)[0])
+        near = nearest(value, words)
+        named = " or ".join((SCALARS[kind], *words))
+        require(_is_scalar(value, kind), f"`{where}` must be {named}; got {value!r}{near}")
+    check_value(value, held, where, metadata)
 
 
 def _check_list(value: object, kind: object, where: str) -> None:

@@ -19,10 +19,11 @@ from llava_kd.distill.row_choice import Chosen, choose
 from llava_kd.distill.rows import Place, Rows, count, fill, visual_features
 from llava_kd.distill.taught import TopKPrediction
 from llava_kd.distill.terms.term import HeadRequest, Term
-from llava_kd.losses.reference import Divergence, HeadLoss
+from llava_kd.losses.divergence import Divergence, Temperature
+from llava_kd.losses.reference import HeadLoss
 from llava_kd.models.mllm import Prediction
 
-Softening = tuple[float, Divergence]
+Softening = tuple[Temperature, Divergence]
 
 
 @dataclass(frozen=True, kw_only=True)

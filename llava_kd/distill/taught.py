@@ -16,11 +16,15 @@ from llava_kd.models.mllm import Prediction
 
 @dataclass(frozen=True, kw_only=True)
 class TopKPrediction:
-    """The largest logits of each place, their columns, and the log of what the others' exp(z / T) sum to."""
+    """The largest logits of each place, their columns, and the log of what the others' exp(z / T) sum to.
+
+    `std_BT`, at the temperature `std` alone: T, the standard deviation of all the logits of a place.
+    """
 
     logits_BTK: Tensor
     columns_BTK: Tensor
     rest_BT: Tensor
+    std_BT: Tensor | None = None
 
     def top_k(self, rows_N: Tensor) -> TopK:
         """Of these flat places."""
@@ -28,6 +32,7 @@ class TopKPrediction:
             logits_NK=self.logits_BTK.flatten(0, 1)[rows_N],
             columns_NK=self.columns_BTK.flatten(0, 1)[rows_N],
             rest_N=self.rest_BT.flatten()[rows_N],
+            std_N=None if self.std_BT is None else self.std_BT.flatten()[rows_N],
         )
 
 

@@ -10,6 +10,8 @@ import math
 
 from torch import Tensor
 
+from llava_kd.losses.divergence import WHOLE_KINDS, Divergence, Temperature, check_temperature
+
 
 def check_head_inputs(
     student_ND: Tensor,
@@ -22,15 +24,14 @@ def check_head_inputs(
     teacher_head_UE: Tensor | None,
     teacher_bias_U: Tensor | None,
     kl_weight_N: Tensor | None,
-    temperature: float,
+    temperature: Temperature,
     num_common: int | None,
 ) -> int:
     """The number of common columns (0 without a teacher), or a ValueError that says which input is off."""
     num_rows = student_ND.shape[0]
     _check_head("student", student_ND, student_head_VD, student_bias_V)
     _check_rows(num_rows, targets_N=targets_N, ce_weight_N=ce_weight_N)
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be positive and finite; got {temperature}")
+    check_temperature(temperature)
     if teacher_NE is None and teacher_head_UE is None and kl_weight_N is None:
         if teacher_bias_U is not None or num_common is not None:
             raise ValueError(
@@ -87,6 +88,26 @@ def check_top_k(
             f"top k: logits and columns must be [{num_rows}, k] with k in 1..{num_common - 1}, and the rest "
             f"[{num_rows}]; got {shapes[0]}, {shapes[1]} and {shapes[2]}"
         )
+
+
+def check_softening_of_top_k(
+    temperature: Temperature, divergence: Divergence, std_N: Tensor | None, num_rows: int
+) -> None:
+    """ValueError where the largest logits do not serve the divergence, or are of another temperature."""
+    if divergence.kind in WHOLE_KINDS:
+        raise ValueError(
+            f"the divergence {divergence.kind!r} needs all of a teacher's columns, of which the largest "
+            "logits hide the tail; choose another divergence, or give the teacher's hidden states"
+        )
+    check_temperature(temperature)
+    if isinstance(temperature, str) != (std_N is not None):
+        has = "none" if std_N is None else "some"
+        raise ValueError(
+            "top k: standard deviations of the teacher's logits are given at temperature 'std' and at no "
+            f"other; got temperature {temperature!r} and {has}"
+        )
+    if std_N is not None:
+        _check_rows(num_rows, std_N=std_N)
 
 
 def _check_head(side: str, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None) -> None:

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from llava_kd.losses.checks import check_head_inputs, check_targets
+from llava_kd.losses.divergence import FORWARD, Divergence, Temperature
 from llava_kd.losses.kernels import gemm
 from llava_kd.losses.kernels.row_torch import torch_rows
 from llava_kd.losses.kernels.rows import HeadRows
-from llava_kd.losses.reference import FORWARD, Divergence, HeadLoss, accumulation_dtype
+from llava_kd.losses.reference import HeadLoss, accumulation_dtype
 
 try:
     from llava_kd.losses.kernels.row_triton import triton_rows
@@ -45,7 +46,7 @@ def head_loss(
     teacher_head_UE: Tensor | None = None,
     teacher_bias_U: Tensor | None = None,
     kl_weight_N: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     divergence: Divergence = FORWARD,
     num_common: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
@@ -93,7 +94,12 @@ def head_loss(
 
 
 class _Side:
-    """One model's rows and head, in the dtypes that its products read."""
+    """One model's rows and head, in the dtypes that its products read.
+
+    `is_standard`: at the temperature `std` its logits come divided by their deviation already.
+    """
+
+    is_standard = False
 
     def __init__(
         self, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None, logits_dtype: torch.dtype
@@ -252,6 +258,7 @@ def _run(
             kl_weight_C=kl_weight_C, student_bias_V=student.bias_V,
             teacher_bias_U=None if teacher is None else teacher.bias_V, temperature=rows.temperature,
             divergence=rows.divergence, num_common=rows.num_common, gradient_CV=gradient_CV,
+            is_teacher_standard=teacher is not None and teacher.is_standard,
         )  # fmt: skip
         ce_N.index_copy_(0, index_C, ce_C)
         kl_N.index_copy_(0, index_C, kl_C)

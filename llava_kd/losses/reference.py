@@ -1,16 +1,8 @@
 """Every loss formula in plain PyTorch: short, slow, and the oracle that the fast modules are tested against.
 
-Logits are z = hidden @ head.T (+ bias). With softmax taken over the columns that both models share,
-p_t = softmax(z_t / T) and p_s = softmax(z_s / T), a row's divergence is T^2 times
-
-    forward         KL(p_t || p_s)                                        Hinton et al. 2015; LLaVA-KD (arXiv
-                                                                          2410.16236), L_res and L_vis
-    reverse         KL(p_s || p_t)                                        MiniLLM, arXiv 2306.08543
-    jsd             b KL(p_t || m) + (1 - b) KL(p_s || m), m = b p_t + (1 - b) p_s     GKD, arXiv 2306.13649
-    skewed_forward  KL(p_t || a p_t + (1 - a) p_s)                        DistiLLM, arXiv 2402.03898
-    skewed_reverse  KL(p_s || (1 - a) p_t + a p_s)                        DistiLLM
-
-and its cross-entropy is -log softmax(z_s)[target], at temperature 1 over all of the student's columns.
+Logits are z = hidden @ head.T (+ bias). A row's divergence is that of divergence.py, T^2 times a distance
+between the two softmaxes of z / T over the columns that both models share; its cross-entropy is
+-log softmax(z_s)[target], at temperature 1 over all of the student's columns.
 A relation row is 1 - cos(vec(Y_s Y_s^T), vec(Y_t Y_t^T)) over the N tokens of one image (LLaVA-KD, L_rel).
 
 A DBiLD row (Switch-KD, arXiv 2604.14629, upon BiLD, arXiv 2406.13555) compares differences of logits. A
@@ -34,8 +26,7 @@ DBiLD, P pairs of them, L layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,28 +38,15 @@ from llava_kd.losses.checks import (
     check_relation_inputs,
     check_targets,
 )
+from llava_kd.losses.divergence import (
+    FORWARD,
+    Divergence,
+    Temperature,
+    divergence_rows,
+    softened,
+    squared,
+)
 
-Kind = Literal["forward", "reverse", "jsd", "skewed_forward", "skewed_reverse"]
-KINDS: tuple[Kind, ...] = get_args(Kind)  # the one list: settings, kernels and tests read it
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Distance between two softmaxes. `mix` is b of `jsd` and a of the skewed forms; no other reads it."""
-
-    kind: Kind = "forward"
-    mix: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"divergence must be one of {list(KINDS)}; got {self.kind!r}")
-        if not 0 < self.mix < 1:
-            raise ValueError(
-                f"mix must lie strictly between 0 and 1; got {self.mix}. At the ends, `forward` and `reverse`"
-            )
-
-
-FORWARD = Divergence()
 LEAST_CANDIDATES = 4  # of DBiLD: two would leave one pair, whose softmax is 1 whatever the logits are
 
 
@@ -98,7 +76,7 @@ def head_loss(
     teacher_head_UE: Tensor | None = None,
     teacher_bias_U: Tensor | None = None,
     kl_weight_N: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     divergence: Divergence = FORWARD,
     num_common: int | None = None,
     active_rows: tuple[int, int] | None = None,
@@ -139,52 +117,13 @@ def head_loss(
             student_NV = _logits(student_ND[rows], student_head_VD, student_bias_V)
             teacher_NU = _logits(teacher_NE[rows], teacher_head_UE, teacher_bias_U).detach()
             kl = divergence_rows(
-                student_NV[:, :num_common].div(temperature).log_softmax(1),
-                teacher_NU[:, :num_common].div(temperature).log_softmax(1),
+                softened(student_NV[:, :num_common], temperature).log_softmax(1),
+                softened(teacher_NU[:, :num_common], temperature).log_softmax(1),
                 divergence,
             )
-            kl_N = _spread(temperature**2 * kl, rows, kl_weight_N)
+            kl_N = _spread(squared(temperature) * kl, rows, kl_weight_N)
             loss = loss + (kl_weight_N * kl_N).sum()
     return HeadLoss(loss=loss, ce_N=ce_N.detach(), kl_N=kl_N.detach())
-
-
-def divergence_rows(student_logp_NC: Tensor, teacher_logp_NC: Tensor, divergence: Divergence) -> Tensor:
-    """Divergence of each row between two log-softmaxes, without T^2."""
-    s, t, mix = student_logp_NC, teacher_logp_NC, divergence.mix
-    match divergence.kind:
-        case "forward":
-            return _kl(t, s)
-        case "reverse":
-            return _kl(s, t)
-        case "jsd":
-            return mix * _kl_to_mixture(t, s, mix) + (1 - mix) * _kl_to_mixture(s, t, 1 - mix)
-        case "skewed_forward":
-            return _kl_to_mixture(t, s, mix)
-        case "skewed_reverse":
-            return _kl_to_mixture(s, t, mix)
-        case _:
-            raise lacking(divergence)
-
-
-def lacking(divergence: Divergence) -> ValueError:
-    return ValueError(f"this form of the losses lacks the divergence {divergence.kind!r}; add it")
-
-
-def _kl(logp_NC: Tensor, logq_NC: Tensor) -> Tensor:
-    return (logp_NC.exp() * (logp_NC - logq_NC)).sum(1)
-
-
-def _kl_to_mixture(logp_NC: Tensor, logq_NC: Tensor, share: float) -> Tensor:
-    return (logp_NC.exp() * over_mixture(logp_NC, logq_NC, share)).sum(1)
-
-
-def over_mixture(logp_NC: Tensor, logq_NC: Tensor, share: float) -> Tensor:
-    """log p - log(share p + (1 - share) q), from the difference alone: exactly 0 where the two are equal."""
-    difference_NC = logp_NC - logq_NC
-    is_larger_NC = difference_NC >= 0
-    gap_NC = torch.where(is_larger_NC, -difference_NC, difference_NC)
-    rest_NC = torch.where(is_larger_NC, gap_NC.new_full((), 1 - share), gap_NC.new_full((), share))
-    return torch.where(is_larger_NC, 0.0, difference_NC) - torch.log1p(rest_NC * torch.expm1(gap_NC))
 
 
 def dbild_loss(

@@ -14,11 +14,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_kd.losses.checks import check_head_inputs, check_targets, check_top_k
+from llava_kd.losses.checks import (
+    check_head_inputs,
+    check_softening_of_top_k,
+    check_targets,
+    check_top_k,
+)
+from llava_kd.losses.divergence import FORWARD, Divergence, Temperature, deviation
 from llava_kd.losses.head_loss import _Gradients, _HeadLoss, _Side
 from llava_kd.losses.kernels import gemm
 from llava_kd.losses.kernels.rows import HeadRows
-from llava_kd.losses.reference import FORWARD, Divergence, HeadLoss, accumulation_dtype
+from llava_kd.losses.reference import HeadLoss, accumulation_dtype
 from llava_kd.losses.reference_top_k import TopK
 
 _COPIES = 3  # of a chunk's common columns: the logits of q, and what they are made from
@@ -35,7 +41,7 @@ def top_k_head_loss(
     kl_weight_N: Tensor,
     num_common: int,
     student_bias_V: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     divergence: Divergence = FORWARD,
     chunk_rows: int | None = None,
 ) -> HeadLoss:
@@ -49,6 +55,7 @@ def top_k_head_loss(
         temperature=temperature, num_common=None,
     )  # fmt: skip
     check_top_k(student_ND, student_head_VD, top.logits_NK, top.columns_NK, top.rest_N, num_common)
+    check_softening_of_top_k(temperature, divergence, top.std_N, len(student_ND))
     if targets_N.device.type == "cpu":
         check_targets(targets_N, ce_weight_N, student_head_VD.shape[0])
     rows = HeadRows(
@@ -71,7 +78,9 @@ def top_k_head_loss(
 class _TopKSide(_Side):
     """Logits of q, for rows whose student logits are at hand."""
 
-    def __init__(self, top: TopK, student: _Side, num_common: int, temperature: float) -> None:
+    is_standard = True
+
+    def __init__(self, top: TopK, student: _Side, num_common: int, temperature: Temperature) -> None:
         self._top = top
         self._student_bias_V = student.bias_V
         self._num_common = num_common
@@ -87,7 +96,7 @@ class _TopKSide(_Side):
         return self._top.rest_N.new_empty((num_rows, self._num_common), dtype=self.logits_dtype)
 
     def logits(self, index_C: Tensor, buffer_CV: Tensor, student_CV: Tensor | None = None) -> Tensor:
-        """T times the log masses of q, up to a constant of the row."""
+        """T times the log masses of q, up to a constant of the row; the log masses themselves at `std`."""
         assert student_CV is not None
         kept = self._top[index_C]
         columns_CK = kept.columns_NK.long()
@@ -95,9 +104,13 @@ class _TopKSide(_Side):
         logits_CU.copy_(student_CV[:, : self._num_common])
         if self._student_bias_V is not None:
             logits_CU += self._student_bias_V[: self._num_common]
-        logits_CU /= self._temperature
+        if isinstance(self._temperature, str):
+            logits_CU -= logits_CU.mean(1, keepdim=True)
+            logits_CU /= deviation(logits_CU).unsqueeze(1)
+        else:
+            logits_CU /= self._temperature
         logits_CU.scatter_(1, columns_CK, -torch.inf)
         shift_C = kept.rest_N.to(logits_CU.dtype) - logits_CU.logsumexp(1)
         logits_CU += shift_C.unsqueeze(1)
-        logits_CU.scatter_(1, columns_CK, kept.logits_NK.to(logits_CU.dtype) / self._temperature)
-        return logits_CU.mul_(self._temperature)
+        logits_CU.scatter_(1, columns_CK, kept.softened(self._temperature, logits_CU.dtype))
+        return logits_CU if isinstance(self._temperature, str) else logits_CU.mul_(self._temperature)

@@ -14,6 +14,7 @@ from llava_kd.data.teacher_store.store import Contents, TeacherCache
 from llava_kd.distill.head_terms import head_requests
 from llava_kd.distill.objective import beyond_top_k, places_read
 from llava_kd.distill.terms.term import Term
+from llava_kd.losses.divergence import Temperature
 from llava_kd.models.files.teacher_head import checkpoint_fingerprint, config_fingerprint
 
 HEAD = "head.safetensors"
@@ -70,9 +71,14 @@ def reads_projector(terms: Mapping[str, Term]) -> list[str]:
     return [name for name, term in terms.items() if term.reads.projector and term.reads.teacher != "nothing"]
 
 
-def temperatures(terms: Mapping[str, Term]) -> set[float]:
-    """Of the terms that compare logits."""
-    return {r.temperature for r in head_requests(terms).values() if r.divergence is not None}
+def temperatures(terms: Mapping[str, Term]) -> list[Temperature]:
+    """Those of the terms that compare logits, each once: numbers first, then `std`."""
+    found = {r.temperature for r in head_requests(terms).values() if r.divergence is not None}
+    return sorted(found, key=lambda t: (isinstance(t, str), t))
+
+
+def in_words(temperature: Temperature | None) -> str:
+    return f"{temperature:g}" if isinstance(temperature, float | int) else str(temperature)
 
 
 def trusted_by_probability(terms: Mapping[str, Term]) -> list[str]:
@@ -87,15 +93,18 @@ def _refuse_missing(contents: Contents, terms: Mapping[str, Term], directory: st
     if contents.mode == "hidden" and (names := reads_projector(terms)) and not contents.projected:
         lacking = f"the projector's output, which {' and '.join(names)} reads there"
     if contents.mode == "topk" and (names := beyond_top_k(terms)):
-        lacking = f"what {' and '.join(names)} compares: it has the largest logits alone; set that to null"
+        lacking = (
+            f"what {' and '.join(names)} compares: it has the largest logits alone; set that to null, or its "
+            "divergence to another than `adaptive`"
+        )
     if contents.mode == "topk" and contents.temperature != 1 and (names := trusted_by_probability(terms)):
         lacking = (
             f"the label's probability, by which {' and '.join(names)} trusts the teacher: that needs the "
-            f"rest's mass at temperature 1, and it was written for {contents.temperature:g}"
+            f"rest's mass at temperature 1, and it was written for {in_words(contents.temperature)}"
         )
-    if contents.mode == "topk" and temperatures(terms) != {contents.temperature}:
-        found = ", ".join(f"{t:g}" for t in sorted(temperatures(terms)))
-        lacking = f"the rest's mass at temperature {found}; it was written for {contents.temperature:g}"
+    if contents.mode == "topk" and (found := temperatures(terms)) != [contents.temperature]:
+        written, asked = in_words(contents.temperature), ", ".join(map(in_words, found))
+        lacking = f"the rest's mass at temperature {asked}; it was written for {written}"
     if lacking:
         raise ValueError(
             f"the teacher cache {directory} does not hold {lacking}. Or write one with these terms, with "

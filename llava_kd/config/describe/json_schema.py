@@ -13,7 +13,7 @@ from typing import Literal, cast, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 
-from llava_kd.config.describe.tree import doc_of, without_null
+from llava_kd.config.describe.tree import doc_of, without_null, words_beside
 from llava_kd.config.ranges import MOST, flat
 from llava_kd.config.reading import plain
 
@@ -52,8 +52,10 @@ def _object(section: type) -> Node:
 
 def _node(kind: object) -> Node:
     bare, metadata, takes_null = without_null(kind)
-    node = _bare(bare, metadata)
-    return {"anyOf": [node, {"type": "null"}]} if takes_null else node
+    nodes = [_bare(bare, metadata)]
+    nodes += [{"enum": list(words)}] if (words := words_beside(kind)) else []
+    nodes += [{"type": "null"}] if takes_null else []
+    return nodes[0] if len(nodes) == 1 else {"anyOf": nodes}
 
 
 def _bare(kind: object, metadata: Iterable[object]) -> Node:

@@ -11,7 +11,7 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from typing_extensions import Doc
 
-from llava_kd.config.checks import SCALARS, nearest
+from llava_kd.config.checks import SCALARS, nearest, words_of
 from llava_kd.config.ranges import flat, split
 from llava_kd.config.reading import plain
 
@@ -81,12 +81,19 @@ def without_null(kind: object) -> tuple[object, tuple[object, ...], bool]:
     return bare, metadata, False
 
 
+def words_beside(kind: object) -> tuple[str, ...]:
+    """The words that a type takes beside its values."""
+    bare, _ = split(kind)
+    return words_of(bare) if get_origin(bare) in (Union, types.UnionType) else ()
+
+
 def in_words(kind: object) -> str:
     """A type, its range, and whether it may be null."""
     bare, metadata, takes_null = without_null(kind)
     words = ", ".join([_bare_in_words(bare), *_range_in_words(metadata)])
+    others = [*words_beside(kind), *(["null"] if takes_null else [])]
     comma = "," if "," in words else ""
-    return f"{words}{comma} or null" if takes_null else words
+    return f"{words}{comma} or {' or '.join(others)}" if others else words
 
 
 def _bare_in_words(kind: object) -> str:

@@ -33,7 +33,7 @@ from llava_kd.data.teacher_store.shards import (
 from llava_kd.data.text.encoder import Encoded
 from llava_kd.tensor_files import write_tensors
 
-FORMAT_VERSION = 2  # 1 had no checksums
+FORMAT_VERSION = 3  # 1 had no checksums, 2 no standard deviations
 MANIFEST = "manifest.json"
 INDEX = "index.safetensors"
 SHARDS = "shards"
@@ -48,7 +48,8 @@ class Contents:
     """What is kept of each record: at which `places` (`response`, `visual`), and in which form.
 
     `hidden` keeps final hidden states, and the projector's output where `projected`; `topk` the `k` largest
-    of the first `columns` logits, and what the others sum to at `temperature`.
+    of the first `columns` logits, and what the others sum to at `temperature`; at `std` also their standard
+    deviation.
     """
 
     mode: Mode
@@ -56,7 +57,7 @@ class Contents:
     projected: bool = False
     k: int | None = None
     columns: int | None = None
-    temperature: float | None = None
+    temperature: float | Literal["std"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,6 +56,7 @@ class CachedTeacher:
             logits_BTK=_spread(rows, rows.top_logits_MK, inputs),
             columns_BTK=_spread(rows, rows.top_columns_MK, inputs),
             rest_BT=_spread(rows, rows.rest_M, inputs),
+            std_BT=None if rows.std_M is None else _spread(rows, rows.std_M, inputs),
         )
 
 

@@ -16,7 +16,7 @@ from typing_extensions import Doc
 
 from llava_kd.batch import Batch
 from llava_kd.distill.rows import Place
-from llava_kd.losses.reference import Divergence
+from llava_kd.losses.divergence import Divergence, Temperature
 
 if TYPE_CHECKING:
     from llava_kd.distill.terms.seen import Seen
@@ -103,7 +103,7 @@ class HeadRequest:
     place: Place
     share: float = 1.0
     trust: Trust = "all"
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     divergence: Divergence | None = None
 
 

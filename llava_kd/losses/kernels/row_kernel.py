@@ -2,12 +2,9 @@
 
 `statistics` reads both rows once: each lane keeps its own running maximum and sum, so that a block needs one
 exponential per element and no exchange between lanes before the row ends. `mixture` is the extra pass of
-jsd and the skewed forms, whose mixture needs both log-sum-exps first. `gradient` writes dz. There is no
-`tl.dot` here: the matrix products stay in cuBLAS, and the kernels run in Triton's interpreter on a CPU.
-
-Formulas are those of reference.py; with g = d divergence / d p_s, dz = p_s (g - sum(p_s g)).
-
-A row's statistics are: log-sum-exp of the student at T, of the teacher at T, of the student at 1; sum(p_s g).
+jsd, the skewed forms and total variation, which need both log-sum-exps first. `gradient` writes dz. What the
+others have beyond these stands in row_tail.py and row_std.py. There is no `tl.dot` here: the matrix products
+stay in cuBLAS, and the kernels run in Triton's interpreter on a CPU.
 """
 
 from __future__ import annotations
@@ -17,42 +14,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MASKED = tl.constexpr(-1e30)  # finite, so that a lane without columns does not make NaN
-INFINITY = tl.constexpr(float("inf"))
-
-
-@triton.jit
-def _load(row_ptr, bias_ptr, columns, width, limit, HAS_BIAS: tl.constexpr):
-    """Logits of some columns as fp32, bias added; MASKED from `limit` on.
-
-    What is loaded ends at the row's width, which is a multiple of 16 in practice, so that loads stay wide for
-    an odd number of common columns.
-    """
-    x = tl.load(row_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        x += tl.load(bias_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
-    return tl.where(columns < limit, x, MASKED)
-
-
-@triton.jit
-def _shift(largest, total, x):
-    """Online softmax of each lane: new maximum and sum, factor of what was summed, weight of x.
-
-    Of exp(old maximum - new) and exp(x - new) one is always 1, so a single exponential serves both. An Inf
-    among the logits, of either sign, makes the sum NaN.
-    """
-    difference = x - largest
-    smaller = tl.exp(-tl.abs(difference))
-    is_larger = difference > 0
-    factor = tl.where(is_larger, smaller, 1.0)
-    weight = tl.where(is_larger, 1.0, smaller)
-    total = tl.where(tl.abs(x) == INFINITY, float("nan"), total * factor + weight)
-    return tl.maximum(largest, x), total, factor, weight
-
-
-@triton.jit
-def _finite_or_nan(x):
-    return tl.where(tl.abs(x) < INFINITY, x, float("nan"))
+from llava_kd.losses.kernels.row_parts import (
+    MASKED,
+    finite_or_nan,
+    load,
+    over_mixture,
+    scales,
+    shift,
+    slope_of,
+    soften,
+)
 
 
 @triton.jit
@@ -64,45 +35,58 @@ def _both_sides(
     num_classes,
     teacher_classes,
     num_common,
-    inverse_temperature,
+    s_scale,
+    s_offset,
+    t_scale,
+    t_offset,
     KIND: tl.constexpr,
     HAS_STUDENT_BIAS: tl.constexpr,
     HAS_TEACHER_BIAS: tl.constexpr,
+    IS_STD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Lane statistics of the student, log-sum-exp of both sides, divergence where it needs no mixture."""
+    """Lane statistics of the student, log-sum-exp and largest of both sides, and of the divergences without a
+    mixture the one asked for, or both.
+    """
+    IS_TWO_SIDED: tl.constexpr = KIND == "symmetric" or KIND == "adaptive"
     lanes = tl.arange(0, BLOCK)
     s_max = tl.full([BLOCK], MASKED, tl.float32)
     t_max = tl.full([BLOCK], MASKED, tl.float32)
     s_sum = tl.zeros([BLOCK], tl.float32)
     t_sum = tl.zeros([BLOCK], tl.float32)
     cross = tl.zeros([BLOCK], tl.float32)
+    back = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_common, BLOCK):
         columns = start + lanes
-        s = _load(student_row, student_bias_ptr, columns, num_classes, num_common, HAS_STUDENT_BIAS)
-        t = _load(teacher_row, teacher_bias_ptr, columns, teacher_classes, num_common, HAS_TEACHER_BIAS)
-        s *= inverse_temperature
-        t *= inverse_temperature
-        s_max, s_sum, s_factor, s_new = _shift(s_max, s_sum, s)
-        t_max, t_sum, t_factor, t_new = _shift(t_max, t_sum, t)
-        if KIND == "forward":
+        s = load(student_row, student_bias_ptr, columns, num_classes, num_common, HAS_STUDENT_BIAS)
+        t = load(teacher_row, teacher_bias_ptr, columns, teacher_classes, num_common, HAS_TEACHER_BIAS)
+        s = soften(s, s_scale, s_offset, IS_STD)
+        t = soften(t, t_scale, t_offset, IS_STD)
+        s_max, s_sum, s_factor, s_new = shift(s_max, s_sum, s)
+        t_max, t_sum, t_factor, t_new = shift(t_max, t_sum, t)
+        if KIND == "forward" or IS_TWO_SIDED:
             cross = cross * t_factor + t_new * (t - s)
         if KIND == "reverse":
             cross = cross * s_factor + s_new * (s - t)
+        if IS_TWO_SIDED:
+            back = back * s_factor + s_new * (s - t)
     s_top = tl.max(s_max)
     t_top = tl.max(t_max)
-    s_scale = tl.exp(s_max - s_top)
-    t_scale = tl.exp(t_max - t_top)
-    s_total = tl.sum(s_sum * s_scale)
-    t_total = tl.sum(t_sum * t_scale)
+    s_share = tl.exp(s_max - s_top)
+    t_share = tl.exp(t_max - t_top)
+    s_total = tl.sum(s_sum * s_share)
+    t_total = tl.sum(t_sum * t_share)
     s_lse = s_top + tl.log(s_total)
     t_lse = t_top + tl.log(t_total)
     kl = 0.0
-    if KIND == "forward":
-        kl = tl.sum(cross * t_scale) / t_total + (s_lse - t_lse)
+    reverse = 0.0
+    if KIND == "forward" or IS_TWO_SIDED:
+        kl = tl.sum(cross * t_share) / t_total + (s_lse - t_lse)
     if KIND == "reverse":
-        kl = tl.sum(cross * s_scale) / s_total + (t_lse - s_lse)
-    return s_max, s_sum, s_lse, t_lse, kl
+        kl = tl.sum(cross * s_share) / s_total + (t_lse - s_lse)
+    if IS_TWO_SIDED:
+        reverse = tl.sum(back * s_share) / s_total + (t_lse - s_lse)
+    return s_max, s_sum, s_lse, t_lse, t_top, kl, reverse
 
 
 @triton.jit
@@ -120,9 +104,9 @@ def _finish_row(
     lanes = tl.arange(0, BLOCK)
     for start in range(first // BLOCK * BLOCK, num_classes, BLOCK):
         columns = start + lanes
-        s = _load(student_row, student_bias_ptr, columns, num_classes, num_classes, HAS_STUDENT_BIAS)
+        s = load(student_row, student_bias_ptr, columns, num_classes, num_classes, HAS_STUDENT_BIAS)
         s = tl.where(columns >= first, s, MASKED)
-        s_max, s_sum, _, _ = _shift(s_max, s_sum, s)
+        s_max, s_sum, _, _ = shift(s_max, s_sum, s)
     s_top = tl.max(s_max)
     return s_top + tl.log(tl.sum(s_sum * tl.exp(s_max - s_top)))
 
@@ -146,11 +130,13 @@ def statistics(
     teacher_stride,
     inverse_temperature,
     squared_temperature,
+    share,
     KIND: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
     HAS_STUDENT_BIAS: tl.constexpr,
     HAS_TEACHER_BIAS: tl.constexpr,
     IS_UNIT_TEMPERATURE: tl.constexpr,
+    IS_STD: tl.constexpr,
     NUM_STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -165,15 +151,24 @@ def statistics(
     if HAS_TEACHER:
         kl_weight = tl.load(kl_weight_ptr + row)
         if kl_weight != 0:
-            k_max, k_sum, s_lse, t_lse, kl = _both_sides(
+            s_scale, s_offset, t_scale, t_offset = scales(statistics_row, inverse_temperature, IS_STD)
+            k_max, k_sum, s_lse, t_lse, t_top, kl, reverse = _both_sides(
                 student_row, teacher_ptr + row * teacher_stride, student_bias_ptr, teacher_bias_ptr,
-                num_classes, teacher_classes, num_common, inverse_temperature,
-                KIND, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, BLOCK,
+                num_classes, teacher_classes, num_common, s_scale, s_offset, t_scale, t_offset,
+                KIND, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, IS_STD, BLOCK,
             )  # fmt: skip
+            mean_slope = kl
+            if KIND == "symmetric":
+                kl = (1 - share) * kl + share * reverse
+                mean_slope = reverse
+            if KIND == "adaptive":
+                tl.store(statistics_row + 4, kl)
+                tl.store(statistics_row + 5, t_top)
+                mean_slope = reverse
             tl.store(statistics_row, s_lse)
             tl.store(statistics_row + 1, t_lse)
-            tl.store(statistics_row + 3, kl)
-            tl.store(kl_ptr + row, _finite_or_nan(kl * squared_temperature))
+            tl.store(statistics_row + 3, mean_slope)
+            tl.store(kl_ptr + row, finite_or_nan(kl * squared_temperature))
             if IS_UNIT_TEMPERATURE:  # the sum over the common columns is the first part of the sum over all
                 s_max = k_max
                 s_sum = k_sum
@@ -189,28 +184,7 @@ def statistics(
         )
         lse = tl.where(is_valid, lse, float("nan"))
         tl.store(statistics_row + 2, lse)
-        tl.store(ce_ptr + row, _finite_or_nan(lse - at_target))
-
-
-@triton.jit
-def _over_mixture(log_p, log_q, share):
-    """log p - log(share p + (1 - share) q), from the difference alone: exactly 0 where the two are equal.
-
-    Near 0 by series: exp and log of a GPU are right to some 2^-22 of 1, which is all of a small divergence.
-    """
-    difference = log_p - log_q
-    gap = -tl.abs(difference)
-    rest = tl.where(difference >= 0, 1 - share, share)
-    expm1 = 1 + gap * (1 / 7) * (1 + gap * (1 / 8))
-    expm1 = 1 + gap * (1 / 4) * (1 + gap * (1 / 5) * (1 + gap * (1 / 6) * expm1))
-    expm1 = gap * (1 + gap * (1 / 2) * (1 + gap * (1 / 3) * expm1))
-    is_near = gap > -0.5
-    x = rest * tl.where(is_near, expm1, tl.exp(gap) - 1)
-    a = x / (2 + x)  # log(1 + x) = 2 atanh(a), and |a| < 1/4 where the gap is small
-    b = a * a
-    series = 1 / 3 + b * (1 / 5 + b * (1 / 7 + b * (1 / 9 + b * (1 / 11))))
-    log1p = tl.where(is_near, 2 * a * (1 + b * series), tl.log(1 + x))
-    return tl.where(difference >= 0, 0.0, difference) - log1p
+        tl.store(ce_ptr + row, finite_or_nan(lse - at_target))
 
 
 @triton.jit
@@ -233,10 +207,11 @@ def mixture(
     KIND: tl.constexpr,
     HAS_STUDENT_BIAS: tl.constexpr,
     HAS_TEACHER_BIAS: tl.constexpr,
+    IS_STD: tl.constexpr,
     NUM_STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Divergence of jsd and the skewed forms, and sum(p_s g) for their gradient."""
+    """Divergence of jsd, the skewed forms and total variation, and sum(p_s g) for their gradient."""
     row = tl.program_id(0).to(tl.int64)
     if tl.load(kl_weight_ptr + row) != 0:
         student_row = student_ptr + row * student_stride
@@ -244,55 +219,38 @@ def mixture(
         statistics_row = statistics_ptr + row * NUM_STATISTICS
         s_lse = tl.load(statistics_row)
         t_lse = tl.load(statistics_row + 1)
+        s_scale, s_offset, t_scale, t_offset = scales(statistics_row, inverse_temperature, IS_STD)
         lanes = tl.arange(0, BLOCK)
         divergence = tl.zeros([BLOCK], tl.float32)
         mean_slope = tl.zeros([BLOCK], tl.float32)
         for start in range(0, num_common, BLOCK):
             columns = start + lanes
             mask = columns < num_common
-            s = _load(student_row, student_bias_ptr, columns, num_classes, num_common, HAS_STUDENT_BIAS)
-            t = _load(teacher_row, teacher_bias_ptr, columns, teacher_classes, num_common, HAS_TEACHER_BIAS)
-            s = tl.where(mask, s * inverse_temperature - s_lse, MASKED)
-            t = tl.where(mask, t * inverse_temperature - t_lse, MASKED)
+            s = load(student_row, student_bias_ptr, columns, num_classes, num_common, HAS_STUDENT_BIAS)
+            t = load(teacher_row, teacher_bias_ptr, columns, teacher_classes, num_common, HAS_TEACHER_BIAS)
+            s = tl.where(mask, soften(s, s_scale, s_offset, IS_STD) - s_lse, MASKED)
+            t = tl.where(mask, soften(t, t_scale, t_offset, IS_STD) - t_lse, MASKED)
             p_s = tl.exp(s)
             p_t = tl.exp(t)
             if KIND == "jsd":
-                student_part = p_s * _over_mixture(s, t, 1 - share)
-                divergence += share * p_t * _over_mixture(t, s, share) + (1 - share) * student_part
+                student_part = p_s * over_mixture(s, t, 1 - share)
+                divergence += share * p_t * over_mixture(t, s, share) + (1 - share) * student_part
                 mean_slope += student_part
             elif KIND == "skewed_forward":
-                over = _over_mixture(t, s, share)
+                over = over_mixture(t, s, share)
                 divergence += p_t * over
                 mean_slope += p_s * tl.exp(over)
             elif KIND == "skewed_reverse":
-                over = _over_mixture(s, t, share)
+                over = over_mixture(s, t, share)
                 divergence += p_s * over
                 mean_slope += p_s * (over - share * tl.exp(over))
+            elif KIND == "total_variation":
+                divergence += 0.5 * tl.abs(p_t - p_s)
+                mean_slope += p_s * tl.where(s > t, 0.5, tl.where(s < t, -0.5, 0.0))
             else:
                 tl.static_assert(False, "mixture lacks this kind of divergence")
         tl.store(statistics_row + 3, tl.sum(mean_slope))
-        tl.store(kl_ptr + row, _finite_or_nan(tl.sum(divergence) * squared_temperature))
-
-
-@triton.jit
-def _slope(s, t, mean_slope, share, KIND: tl.constexpr):
-    """d divergence / d (z / T) of some columns, from the two log-softmaxes."""
-    p_s = tl.exp(s)
-    slope = p_s  # for type checkers: one of the branches below is taken, or nothing compiles
-    if KIND == "forward":
-        slope = p_s - tl.exp(t)
-    elif KIND == "reverse":
-        slope = p_s * (s - t - mean_slope)
-    elif KIND == "jsd":
-        slope = (1 - share) * p_s * (_over_mixture(s, t, 1 - share) - mean_slope)
-    elif KIND == "skewed_forward":
-        slope = (1 - share) * p_s * (mean_slope - tl.exp(_over_mixture(t, s, share)))
-    elif KIND == "skewed_reverse":
-        over = _over_mixture(s, t, share)
-        slope = p_s * (over - share * tl.exp(over) - mean_slope)
-    else:
-        tl.static_assert(False, "_slope lacks this kind of divergence")
-    return slope
+        tl.store(kl_ptr + row, finite_or_nan(tl.sum(divergence) * squared_temperature))
 
 
 @triton.jit
@@ -318,6 +276,7 @@ def gradient(
     HAS_TEACHER: tl.constexpr,
     HAS_STUDENT_BIAS: tl.constexpr,
     HAS_TEACHER_BIAS: tl.constexpr,
+    IS_STD: tl.constexpr,
     NUM_STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -334,21 +293,29 @@ def gradient(
     lse = tl.load(statistics_row + 2)
     mean_slope = tl.load(statistics_row + 3)
     target = tl.load(target_ptr + row)
+    s_scale, s_offset, t_scale, t_offset = scales(statistics_row, inverse_temperature, IS_STD)
+    if KIND == "adaptive":
+        share = tl.load(statistics_row + 4)
+    if IS_STD:
+        along_y = tl.load(statistics_row + 10)
     lanes = tl.arange(0, BLOCK)
     for start in range(0, num_classes, BLOCK):
         columns = start + lanes
         mask = columns < num_classes
-        logits = _load(student_row, student_bias_ptr, columns, num_classes, num_classes, HAS_STUDENT_BIAS)
+        logits = load(student_row, student_bias_ptr, columns, num_classes, num_classes, HAS_STUDENT_BIAS)
         gradient = tl.zeros([BLOCK], tl.float32)
         if HAS_TEACHER:  # noqa: SIM102
             if kl_weight != 0:
                 is_common = columns < num_common
-                t = _load(
+                t = load(
                     teacher_row, teacher_bias_ptr, columns, teacher_classes, num_common, HAS_TEACHER_BIAS
                 )
-                s = tl.where(is_common, logits * inverse_temperature - s_lse, MASKED)
-                t = tl.where(is_common, t * inverse_temperature - t_lse, MASKED)
-                slope = _slope(s, t, mean_slope, share, KIND)
+                y = soften(logits, s_scale, s_offset, IS_STD)
+                s = tl.where(is_common, y - s_lse, MASKED)
+                t = tl.where(is_common, soften(t, t_scale, t_offset, IS_STD) - t_lse, MASKED)
+                slope = slope_of(s, t, mean_slope, share, KIND)
+                if IS_STD:
+                    slope = (slope - along_y * y) * s_scale
                 gradient += kl_weight * temperature * tl.where(is_common, slope, 0.0)
         if ce_weight != 0:
             gradient += ce_weight * (tl.exp(logits - lse) - tl.where(columns == target, 1.0, 0.0))

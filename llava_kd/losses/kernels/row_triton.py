@@ -1,4 +1,4 @@
-"""Launches row_kernel.py over the rows of a chunk of logits.
+"""Launches the kernels of row_kernel.py, row_tail.py and row_std.py over the rows of a chunk of logits.
 
 Shape legend: C rows of a chunk, V student vocabulary, U teacher vocabulary, S statistics of a row.
 """
@@ -10,12 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_kd.losses.kernels import row_kernel
-from llava_kd.losses.reference import Divergence
+from llava_kd.losses.divergence import Divergence, Temperature, squared
+from llava_kd.losses.kernels import row_kernel, row_std, row_tail
 
 NUM_STATISTICS = 4
+ALL_STATISTICS = 11  # with those of `adaptive` and of the temperature `std`
+ONE_PASS = ("forward", "reverse", "symmetric")  # `statistics` has the whole divergence
 BLOCK = 2048  # at 8 warps 80 registers on sm_90: three programs on a multiprocessor, loads of 16 bytes
 NUM_WARPS = 8
+TAIL_PART = 2  # eight sums a lane: half as many lanes, or a multiprocessor has room for one program
 
 
 def triton_rows(
@@ -27,20 +30,25 @@ def triton_rows(
     kl_weight_C: Tensor | None,
     student_bias_V: Tensor | None,
     teacher_bias_U: Tensor | None,
-    temperature: float,
+    temperature: Temperature,
     divergence: Divergence,
     num_common: int,
     gradient_CV: Tensor | None,
+    is_teacher_standard: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and T^2 divergence of each row of logits; fills `gradient_CV` where it is given.
 
+    `is_teacher_standard`: at the temperature `std` the teacher's logits are divided already.
     `gradient_CV` may share the storage of `student_CV` where the two have the same element size. A target
     outside the vocabulary makes its row NaN.
     """
     num_rows, num_classes = student_CV.shape
     new = student_CV.new_zeros
     ce_C, kl_C = new(num_rows, dtype=torch.float32), new(num_rows, dtype=torch.float32)
-    statistics_CS = new((num_rows, NUM_STATISTICS), dtype=torch.float32)
+    is_std, kind = isinstance(temperature, str), divergence.kind
+    heat = 1.0 if isinstance(temperature, str) else float(temperature)
+    num_statistics = ALL_STATISTICS if is_std or kind == "adaptive" else NUM_STATISTICS
+    statistics_CS = new((num_rows, num_statistics), dtype=torch.float32)
     if num_rows == 0:
         return ce_C, kl_C
     teacher = student_CV if teacher_CU is None else teacher_CU  # a pointer that is not read
@@ -51,28 +59,36 @@ def triton_rows(
     )
     widths = (num_classes, teacher.shape[1], num_common, student_CV.stride(0), teacher.stride(0))
     shared = {
-        "KIND": divergence.kind,
         "HAS_STUDENT_BIAS": student_bias_V is not None,
         "HAS_TEACHER_BIAS": teacher_bias_U is not None,
-        "NUM_STATISTICS": NUM_STATISTICS,
+        "NUM_STATISTICS": num_statistics,
         "BLOCK": BLOCK,
         "num_warps": NUM_WARPS,
     }
-    logits, inverse, square = (student_CV, teacher, *biases), 1 / temperature, float(temperature**2)
-    has_teacher = teacher_CU is not None
-    rows = (targets_C, ce_weight_C, kl_weight_C)
+    logits, has_teacher = (student_CV, teacher, *biases), teacher_CU is not None
+    rows, softening = (targets_C, ce_weight_C, kl_weight_C), (1 / heat, squared(temperature), divergence.mix)
     with torch.cuda.device_of(student_CV):
+        if has_teacher and is_std:
+            row_std.spread[(num_rows,)](
+                *logits, kl_weight_C, statistics_CS, *widths, IS_TEACHER_STANDARD=is_teacher_standard,
+                **shared,
+            )  # fmt: skip
         row_kernel.statistics[(num_rows,)](
-            *logits, *rows, ce_C, kl_C, statistics_CS, *widths, inverse, square,
-            HAS_TEACHER=has_teacher, IS_UNIT_TEMPERATURE=temperature == 1, **shared,
+            *logits, *rows, ce_C, kl_C, statistics_CS, *widths, *softening, KIND=kind,
+            HAS_TEACHER=has_teacher, IS_UNIT_TEMPERATURE=temperature == 1, IS_STD=is_std, **shared,
         )  # fmt: skip
-        if has_teacher and divergence.kind not in ("forward", "reverse"):
-            row_kernel.mixture[(num_rows,)](
-                *logits, kl_weight_C, kl_C, statistics_CS, *widths, inverse, square, divergence.mix, **shared
-            )
+        values = (*logits, kl_weight_C, kl_C, statistics_CS, *widths, *softening)
+        if has_teacher and kind == "adaptive":
+            row_tail.tail[(num_rows,)](*values, IS_STD=is_std, **shared | {"BLOCK": BLOCK // TAIL_PART})
+        elif has_teacher and kind not in ONE_PASS:
+            row_kernel.mixture[(num_rows,)](*values, KIND=kind, IS_STD=is_std, **shared)
         if gradient_CV is not None:
+            if has_teacher and is_std:
+                row_std.along[(num_rows,)](
+                    *logits, kl_weight_C, statistics_CS, *widths, divergence.mix, KIND=kind, **shared
+                )
             row_kernel.gradient[(num_rows,)](
-                *logits, *rows, statistics_CS, gradient_CV, *widths, inverse, float(temperature),
-                divergence.mix, HAS_TEACHER=has_teacher, **shared,
+                *logits, *rows, statistics_CS, gradient_CV, *widths, 1 / heat, heat, divergence.mix,
+                KIND=kind, HAS_TEACHER=has_teacher, IS_STD=is_std, **shared,
             )  # fmt: skip
     return ce_C, kl_C

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava_kd.losses.reference import Divergence
+from llava_kd.losses.divergence import Divergence, Temperature
 
 CUDA_TILE_ROWS = 128
 CUDA_MEMORY_SHARE = 1 / 16
@@ -28,7 +28,7 @@ class HeadRows:
     targets_N: Tensor
     ce_weight_N: Tensor
     kl_weight_N: Tensor | None
-    temperature: float
+    temperature: Temperature
     divergence: Divergence
     num_common: int
     chunk_rows: int | None
