@@ -20,7 +20,7 @@ Scene = TypeVar("Scene", bound=Hashable)
 
 @dataclass(frozen=True, kw_only=True)
 class Split(Generic[Scene]):
-    """How scenes are drawn, asked about and painted; splits of one `stream` draw one after the other from it."""
+    """How scenes are made, asked about and drawn; splits of one `stream` take turns at its numbers."""
 
     stream: str
     scene: Callable[[random.Random], Scene]
@@ -30,7 +30,7 @@ class Split(Generic[Scene]):
 
 @dataclass(frozen=True, kw_only=True)
 class Setting(Generic[Scene]):
-    """`splits` are in the order in which they are drawn, training last; `manifest` says what made the data."""
+    """`splits` in the order in which they are made, training last; `manifest`: what made the data."""
 
     types: Sequence[str]
     caption: Callable[[Scene], str]
@@ -52,7 +52,7 @@ EASY = Setting(
 
 
 def _hard(name: str, **other: Any) -> Split[hard_scenes.HardScene]:
-    usual = {
+    usual: dict[str, Any] = {
         "scene": hard_scenes.random_scene,
         "questions": hard_questions.questions,
         "draw": hard_drawing.draw,

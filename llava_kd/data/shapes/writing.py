@@ -216,7 +216,7 @@ def _blind_key(split: str) -> str:
 def _existing(
     out_dir: Path, wanted: Mapping[str, object], tests: Sequence[str]
 ) -> Mapping[str, Mapping[str, float]] | None:
-    """The blind accuracies where `out_dir` holds just this data, None where there is nothing; else an error."""
+    """Blind accuracies where `out_dir` holds just this data, None where it holds nothing, else an error."""
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return None
     manifest = out_dir / MANIFEST

@@ -1,1 +1,1 @@
-"""The hard setting: free places, small shapes, labels to read, pairs that training never shows, other looks."""
+"""Hard shapes: free places, small sizes, labels to read, pairs that training never shows, other looks."""

@@ -1,6 +1,7 @@
 """What is said and asked about a hard scene. Every question has one answer, and no answer is a close call.
 
-Each question says which colour-shape pairs it turns on: the pairs of the things that it names or that answer it.
+Each says which colour-shape pairs it turns on: those of the things that it names by colour or shape, or asks
+for the colour or shape of. A thing that is named by its label alone is found without either.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def caption(scene: HardScene) -> str:
 
 
 def questions(scene: HardScene, rng: random.Random) -> list[Question]:
-    """Questions that name seen pairs only, as long as the scene shows no others; `rng` picks the absent ones."""
+    """Questions that name seen pairs only, where the scene shows no others; `rng` picks the absent."""
     return _questions(scene, rng, SEEN_PAIRS)
 
 
@@ -61,6 +62,11 @@ def _questions(scene: HardScene, rng: random.Random, absent: Sequence[Pair]) -> 
 
 def _turning_on(things: Sequence[Thing]) -> frozenset[Pair]:
     return frozenset(thing.pair for thing in things)
+
+
+def _by_look(kind: str, *things: Thing) -> tuple[Thing, ...]:
+    """Those of the things that a name of this kind finds by colour or shape: all or none."""
+    return () if kind == "by label" else things
 
 
 def _alone(
@@ -140,12 +146,14 @@ def _count_questions(scene: HardScene, named: list[Named], absent: Sequence[Pair
         counted = [t for t in scene if t.pair == (colour, shape)]
         what = f"{colour} {_plural(shape)} are there"
         yield _count(counted, "both", what, frozenset([(colour, shape)]))
-    for anchor, name, _ in named:
+    for anchor, name, kind in named:
         others = [t for t in scene if t is not anchor]
         for side, gap in _SIDES.items():
             if all(abs(gap(t, anchor)) >= MARGIN for t in others):
                 counted = [t for t in others if gap(t, anchor) > 0]
-                yield _count(counted, side, f"shapes are {side} the {name}", _turning_on([anchor]))
+                yield _count(
+                    counted, side, f"shapes are {side} the {name}", _turning_on(_by_look(kind, anchor))
+                )
 
 
 def _count(counted: Sequence[Thing], form: str, what: str, pairs: frozenset[Pair] = frozenset()) -> Question:
@@ -173,7 +181,7 @@ def _exist_questions(scene: HardScene, rng: random.Random, absent: Sequence[Pair
 
 
 def _absent_pairs(present: Sequence[Pair], rng: random.Random, absent: Sequence[Pair]) -> list[Pair]:
-    """As many as are present, where there are; half of them have their colour and their shape in the scene, apart."""
+    """As many as are present, if there are; of half, colour and shape are in the scene, but apart."""
     missing = [pair for pair in absent if pair not in present]
     colours, shapes = {c for c, _ in present}, {s for _, s in present}
     swapped = [(c, s) for c, s in missing if c in colours and s in shapes]
@@ -207,8 +215,9 @@ def _article(name: str) -> str:
 
 
 def _position_questions(named: list[Named]) -> Iterator[Question]:
-    for thing, name, form in named:
-        yield _about([thing], type="position", form=form, text=f"Where is the {name}?", answer=thing.place)
+    for thing, name, kind in named:
+        text = f"Where is the {name}?"
+        yield _about(_by_look(kind, thing), type="position", form=kind, text=text, answer=thing.place)
 
 
 # Pixels by which the first thing is on that side of the second.
@@ -223,37 +232,39 @@ _SIDES: dict[str, Callable[[Thing, Thing], int]] = {
 def _compare_questions(named: list[Named]) -> Iterator[Question]:
     """Both orders of two things with names of one kind, and only what strictly holds or fails to."""
     for (a, name_a, kind), (b, name_b, kind_b) in itertools.permutations(named, 2):
-        if kind != kind_b:
-            continue
-        for side, gap in _SIDES.items():
-            if abs(gap(a, b)) >= MARGIN:
-                yield _compare(a, b, f"Is the {name_a} {side} the {name_b}?", f"{side} {kind}", gap(a, b) > 0)
-        if a.size != b.size and kind != "by all":  # a name with a size answers by itself
-            for relation, size in (("larger than", "large"), ("smaller than", "small")):
-                text = f"Is the {name_a} {relation} the {name_b}?"
-                yield _compare(a, b, text, f"{relation} {kind}", a.size == size)
+        if kind == kind_b:
+            for relation, holds in _relations(a, b, kind):
+                yield _about(
+                    _by_look(kind, a, b),
+                    type="compare",
+                    form=f"{relation} {kind}",
+                    text=f"Is the {name_a} {relation} the {name_b}?",
+                    answer="yes" if holds else "no",
+                )
 
 
-def _compare(a: Thing, b: Thing, text: str, form: str, holds: bool) -> Question:
-    return _about([a, b], type="compare", form=form, text=text, answer="yes" if holds else "no")
+def _relations(a: Thing, b: Thing, kind: str) -> Iterator[tuple[str, bool]]:
+    """The relations that `a` has to `b`, or clearly has not."""
+    for side, gap in _SIDES.items():
+        if abs(gap(a, b)) >= MARGIN:
+            yield side, gap(a, b) > 0
+    if a.size != b.size and kind != "by all":  # a name with a size answers by itself
+        yield "larger than", a.size == "large"
+        yield "smaller than", a.size == "small"
 
 
 def _nearest_questions(scene: HardScene, named: list[Named]) -> Iterator[Question]:
     for anchor, name, kind in named:
-        others = [t for t in scene if t is not anchor]
-        first, second = sorted(
-            (math.dist((t.x, t.y), (anchor.x, anchor.y)), i) for i, t in enumerate(others)
-        )[:2]
-        if second[0] >= NEARER * first[0]:
-            nearest = others[first[1]]
+        away = sorted(
+            (math.dist((t.x, t.y), (anchor.x, anchor.y)), i) for i, t in enumerate(scene) if t is not anchor
+        )
+        (first, i), (second, _) = away[:2]
+        if second >= NEARER * first:
+            nearest, things = scene[i], (*_by_look(kind, anchor), scene[i])
             text = f"What colour is the shape nearest to the {name}?"
-            yield _about(
-                [anchor, nearest], type="nearest", form=f"colour {kind}", text=text, answer=nearest.colour
-            )
+            yield _about(things, type="nearest", form=f"colour {kind}", text=text, answer=nearest.colour)
             text = f"What shape is nearest to the {name}?"
-            yield _about(
-                [anchor, nearest], type="nearest", form=f"shape {kind}", text=text, answer=nearest.shape
-            )
+            yield _about(things, type="nearest", form=f"shape {kind}", text=text, answer=nearest.shape)
 
 
 _ENDS: dict[str, Callable[[Thing], int]] = {

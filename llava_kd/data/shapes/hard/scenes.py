@@ -11,7 +11,7 @@ from llava_kd.data.shapes.scenes import CELLS, COLOURS, GRID, SHAPES
 
 SIDE = 96
 FEWEST, MOST = 3, 9
-# Never in a picture, caption or question of training, validation or test; each colour and each shape is in one or two.
+# In no picture, caption or question but of their own test; each colour and each shape is in one or two.
 HELD_OUT_PAIRS = (
     ("red", "star"),
     ("orange", "cross"),
@@ -37,7 +37,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Thing:
-    """One shape; `x` and `y` are the pixel of its centre from the top left, `label` is "" where it has none."""
+    """One shape: `x` and `y` are its centre's pixel from the top left, `label` is "" where it has none."""
 
     x: int
     y: int
