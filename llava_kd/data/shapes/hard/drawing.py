@@ -11,8 +11,8 @@ from llava_kd.data.shapes.hard.scenes import SIDE, HardScene, Thing
 from llava_kd.data.shapes.scenes import RGB, Rgb, draw_shape, shifted
 
 _OVERSAMPLE = 4
-_RADII = {"small": (5.2, 6.0), "large": (9.8, 11.0)}
-_OTHER_RADII = {"small": (4.4, 5.0), "large": (11.3, 12.2)}
+RADII = {"small": (5.2, 6.0), "large": (9.8, 11.0)}  # in pixels of 96
+OTHER_RADII = {"small": (4.2, 4.9), "large": (11.3, 12.2)}
 _OTHER_SIDES = (112, 192)
 _NOISE = (0.06, 0.16)  # share of uniform noise that is mixed into a picture
 _PAPER, _INK = (252, 252, 252), (10, 10, 10)
@@ -21,14 +21,14 @@ _PAPER, _INK = (252, 252, 252), (10, 10, 10)
 def draw(scene: HardScene, rng: random.Random) -> Image.Image:
     """96 by 96 pixels on light grey; the tint and the exact radius and hue of each shape come from `rng`."""
     canvas = Image.new("RGB", (SIDE * _OVERSAMPLE,) * 2, shifted((235, 235, 235), rng, 18))
-    return _finished(canvas, scene, rng, side=SIDE, radii=_RADII)
+    return _finished(canvas, scene, rng, side=SIDE, radii=RADII)
 
 
 def draw_otherwise(scene: HardScene, rng: random.Random) -> Image.Image:
     """Larger pictures on other backgrounds, with smaller small and larger large shapes, under noise."""
     side = rng.randint(*_OTHER_SIDES)
     canvas = _background(rng, side * _OVERSAMPLE)
-    picture = _finished(canvas, scene, rng, side=side, radii=_OTHER_RADII)
+    picture = _finished(canvas, scene, rng, side=side, radii=OTHER_RADII)
     noise = Image.frombytes("RGB", picture.size, rng.randbytes(3 * side * side))
     return Image.blend(picture, noise, rng.uniform(*_NOISE))
 

@@ -199,8 +199,8 @@ def _misread(label: str, rng: random.Random) -> str:
 
 
 def _exist(form: str, name: str, found: Sequence[Thing]) -> Question:
-    """It turns on a pair where that pair alone makes the answer yes."""
-    pairs = _turning_on(found)
+    """It turns on a pair where that pair alone makes the answer yes, and not a label."""
+    pairs = _turning_on(_by_look(form, *found))
     return Question(
         type="exist",
         form=form,
