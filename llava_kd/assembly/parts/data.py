@@ -59,6 +59,12 @@ def side_of(
 ) -> Side:
     """The same from what needs no weights. ValueError for longer rows than the language model can read."""
     max_tokens = None if config.packing is None else config.packing.max_tokens
+    own = sorted({part.template for part in config.sources if part.template is not None})
+    if unknown := [name for name in own if name not in templates]:
+        raise ValueError(
+            f"`data.sources[].template` must be one of {', '.join(templates)}, or null for data.template; "
+            f"got {unknown[0]!r}"
+        )
     check_rows(text_config(model), max_length=config.max_length, max_tokens=max_tokens)
     return Side(
         tokenizer=processor.tokenizer,
@@ -75,6 +81,7 @@ def side_of(
             processor.image_processor, config.image_aspect, exact=config.resize == "exact"
         ),
         max_length=config.max_length,
+        source_templates={name: templates[name] for name in own},
     )
 
 
@@ -133,7 +140,13 @@ def make_source(config: DataConfig, *, seed: int = 0, kinds: Mapping[str, Source
         file if files.count(file) == 1 else part.path
         for file, part in zip(files, config.sources, strict=True)
     ]
-    return Mixture(sources, [part.weight for part in config.sources], names=names, seed=seed)
+    return Mixture(
+        sources,
+        [part.weight for part in config.sources],
+        names=names,
+        templates=[part.template for part in config.sources],
+        seed=seed,
+    )
 
 
 def source_in(config: TrainConfig) -> Source:
