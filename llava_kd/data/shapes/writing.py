@@ -59,8 +59,8 @@ def write_shapes(
     if bad := {name: size for name, size in sizes.items() if size < 1}:
         raise ValueError(f"every split of the shapes data needs at least one scene; got {bad}")
     out_dir = Path(out_dir)
-    wanted = {"format": _FORMAT, "seed": seed, **{f"num_{name}": size for name, size in sizes.items()}}
-    wanted |= setting.manifest
+    counts = {f"num_{name}": size for name, size in sizes.items()}
+    wanted = {"format": _FORMAT, "seed": seed, **counts, **setting.manifest}
     if (blind := _existing(out_dir, wanted, setting.tests)) is not None:
         return blind
     partial = out_dir.with_name(f".{out_dir.name}.partial")

@@ -20,7 +20,8 @@ _PAPER, _INK = (252, 252, 252), (10, 10, 10)
 
 def draw(scene: HardScene, rng: random.Random) -> Image.Image:
     """96 by 96 pixels on light grey; the tint and the exact radius and hue of each shape come from `rng`."""
-    canvas = Image.new("RGB", (SIDE * _OVERSAMPLE,) * 2, shifted((235, 235, 235), rng, 18))
+    side = SIDE * _OVERSAMPLE
+    canvas = Image.new("RGB", (side, side), shifted((235, 235, 235), rng, 18))
     return _finished(canvas, scene, rng, side=SIDE, radii=RADII)
 
 
@@ -39,7 +40,7 @@ def _background(rng: random.Random, side: int) -> Image.Image:
     low = rng.randint(20, 60) if kind == "dark" else rng.randint(90, 130)
     high = low if kind == "dark" else rng.randint(165, 200)
     if kind == "gradient":
-        ramp = Image.linear_gradient("L").point(lambda value: low + value * (high - low) // 255)
+        ramp = Image.linear_gradient("L").point([low + value * (high - low) // 255 for value in range(256)])
         grey = ramp.resize((side, side)).rotate(90 * rng.randrange(4))
     else:
         step = side // rng.randint(6, 12)
