@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -27,8 +29,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def make(out: Path, logs: Path) -> ranks.Ended:
-    words = [SCRIPT, str(SCRIPTS / "make_backbones.py"), f"--out={out}", *REDUCED]
+def make(out: Path, logs: Path, *more: str) -> ranks.Ended:
+    words = [SCRIPT, str(SCRIPTS / "make_backbones.py"), f"--out={out}", *REDUCED, *more]
     return ranks.Ranks(words, logs, function=ranks.execute).wait()
 
 
@@ -101,6 +103,57 @@ def test_the_record_of_how_it_was_made_is_complete(made: Path) -> None:
         "size",
         "cell",
     }
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch):
+    """The table of what is made for each setting of the shapes."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("backbone_settings").SETTINGS
+
+
+@pytest.mark.parametrize("name", ["easy", "hard"])
+def test_what_a_patch_names_fits_the_tower_and_the_scene(settings, name: str) -> None:
+    setting, rng = settings[name], random.Random(0)
+    assert sum(setting.labels.values()) <= setting.tower.width, "a direction of its own for each value"
+    assert setting.tower.image_size % setting.tower.patch_size == 0
+    assert setting.llms["student"].width < setting.llms["teacher"].width
+    for _ in range(20):
+        scene = setting.shapes.splits["train"].scene(rng)
+        labels = setting.patch_labels(scene, setting.tower.patches_per_side)
+        assert len(labels) == setting.tower.patches_per_side**2
+        for patch in labels:
+            assert len(patch) == len(setting.labels)
+            assert all(
+                at in (-100, *range(size)) for at, size in zip(patch, setting.labels.values(), strict=True)
+            )
+            assert (-100 in patch) == (patch[0] == 0)
+
+
+def test_each_hard_shape_is_named_by_the_patch_of_its_centre_and_no_other(settings) -> None:
+    setting, rng = settings["hard"], random.Random(1)
+    names = list(setting.labels)
+    for _ in range(30):
+        scene = setting.shapes.splits["train"].scene(rng)
+        labels = [dict(zip(names, patch, strict=True)) for patch in setting.patch_labels(scene, 8)]
+        found = [
+            (12 * p["column"] + 4 * p["part across"], 12 * p["row"] + 4 * p["part down"], p["letter"] > 0)
+            for p in labels
+            if p["occupied"]
+        ]
+        assert sorted(found) == sorted((t.x // 4 * 4, t.y // 4 * 4, bool(t.label)) for t in scene)
+
+
+@pytest.mark.slow
+def test_the_hard_backbones_are_made_by_the_same_command(tmp_path: Path) -> None:
+    done = make(tmp_path / "out", tmp_path / "logs", "--setting=hard")
+    assert done.codes == (0,), done.log
+    test_the_parts_load_and_fit_each_other(tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "made.json").read_text())
+    assert {"letter", "digit"} <= set(made["tower_accuracy_on_held_out_pictures"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "student_llm")
+    for word in ("leftmost", "nearest", "labelled", "written", "K", "triangle"):
+        assert len(tokenizer(f" {word}")["input_ids"]) == 1, word
 
 
 def test_what_is_shipped_is_small_and_holds_no_code() -> None:

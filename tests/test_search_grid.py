@@ -171,8 +171,10 @@ def test_what_is_no_file_or_no_arm_of_it_is_refused(grid: Path, tmp_path: Path, 
     assert "must hold `key: value` lines" in refusal(grid, capsys)
 
 
-@pytest.mark.parametrize(("name", "num_stages"), [("stages", 60), ("terms", 75)])
-def test_a_shipped_grid_fits_itself(name: str, num_stages: int, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(
+    ("name", "num_stages", "num_steps"), [("stages", 60, 2200), ("terms", 75, 2200), ("hard", 45, 4100)]
+)
+def test_a_shipped_grid_fits_itself(name: str, num_stages: int, num_steps: int, monkeypatch, capsys) -> None:
     """All arms take as many steps, and are priced."""
     monkeypatch.chdir(ROOT)
     path = ROOT / "ablations" / f"{name}.yaml"
@@ -180,7 +182,7 @@ def test_a_shipped_grid_fits_itself(name: str, num_stages: int, monkeypatch, cap
     plan = make_plan(grid)
     assert len(plan.stages) == num_stages
     steps = {run.arm: sum(plan.stages[key].steps or 0 for key in run.chain) for run in plan.runs}
-    assert set(steps.values()) == {2200}
+    assert set(steps.values()) == {num_steps}
     assert len(grid.seeds) >= 5
     assert grid.curve == "slice/val"
     assert main(["ablate", str(path), "--dry_run", f"--out={path.parent / 'none'}"]) == 0

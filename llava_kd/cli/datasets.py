@@ -33,6 +33,12 @@ def add(commands: Commands) -> None:
     shapes.add_argument("--num_validation", type=int, default=200)
     shapes.add_argument("--num_test", type=int, default=200)
     shapes.add_argument("--seed", type=int, default=0)
+    shapes.add_argument(
+        "--hard",
+        action="store_true",
+        help="96 pixels, up to nine small shapes, labels to read, relations; "
+        "two more tests: of pairs that training never shows, and of other looks",
+    )
 
 
 # Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.
@@ -75,6 +81,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _shapes(arguments: argparse.Namespace) -> int:
+    from llava_kd.data.shapes.settings import SETTINGS
     from llava_kd.data.shapes.writing import write_shapes
 
     blind = write_shapes(
@@ -83,6 +90,9 @@ def _shapes(arguments: argparse.Namespace) -> int:
         num_validation=arguments.num_validation,
         num_test=arguments.num_test,
         seed=arguments.seed,
+        setting=SETTINGS["hard" if arguments.hard else "easy"],
     )
-    show(f"accuracy without looking: {json.dumps(dict(blind))}")
+    for split, accuracy in blind.items():
+        of_split = "" if split == "test" else f" in {split}.json"
+        show(f"accuracy without looking{of_split}: {json.dumps(dict(accuracy))}")
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,23 +16,23 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from llava_kd.data.shapes.questions import TYPES, Picker, caption, questions
-from llava_kd.data.shapes.scenes import random_scene
+from llava_kd.data.shapes.questions import Picker
+from llava_kd.data.shapes.settings import Setting
 
 IGNORE = -100
 
 
-def texts(*, seed: int) -> Iterator[str]:
+def texts(shapes: Setting[Any], *, seed: int) -> Iterator[str]:
     """Endless conversations about described scenes, written as the instruction template writes them."""
     rng = random.Random(f"texts {seed}")
-    picker = Picker()
+    picker, split = Picker(), shapes.splits["train"]
     while True:
-        scene = random_scene(rng)
-        candidates = questions(scene, rng)
-        asked = [q for name in TYPES if (q := picker.pick(candidates, name, rng)) is not None]
+        scene = split.scene(rng)
+        candidates = split.questions(scene, rng)
+        asked = [q for name in shapes.types if (q := picker.pick(candidates, name, rng)) is not None]
         rng.shuffle(asked)
         turns = [f"USER: {q.text} ASSISTANT: {q.answer}{END_TOKEN}" for q in asked]
-        turns[0] = f"USER: {caption(scene)}\n" + turns[0].removeprefix("USER: ")
+        turns[0] = f"USER: {shapes.caption(scene)}\n" + turns[0].removeprefix("USER: ")
         yield "".join(turns)
 
 
@@ -65,18 +66,17 @@ def train_llm(
     model: Qwen2ForCausalLM,
     tokenizer: Qwen2Tokenizer,
     *,
+    stream: Iterator[str],
     name: str,
     steps: int,
     batch_size: int,
     learning_rate: float,
-    seed: int,
 ) -> None:
-    """Next-token training on fresh texts; no text is seen twice."""
+    """Next-token training on the texts of `stream`; no text is seen twice."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=max(steps, 2), pct_start=0.1
     )
-    stream = texts(seed=seed)
     bar = tqdm(range(steps), desc=name, unit="step")
     for _ in bar:
         ids_BT, labels_BT = _batch(tokenizer, [next(stream) for _ in range(batch_size)])

@@ -4,6 +4,7 @@
 
 writes OUT/vision_tower (SigLIP, with its image processor), OUT/teacher_llm and OUT/student_llm (Qwen2, each
 with the one tokenizer). The trained teacher, OUT/teacher, is made from these by the project's own stages.
+`--setting hard` makes those of the harder pictures, see scripts/hard/make.sh.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import argparse
 import itertools
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from backbone_llm import make_llm, texts, train_llm
+from backbone_settings import SETTINGS, BackboneSetting
 from backbone_tokenizer import make_tokenizer
 from backbone_tower import (
     enlarge_features,
@@ -28,27 +30,9 @@ from backbone_tower import (
 )
 from transformers import PreTrainedModel, Qwen2Tokenizer
 
-VOCAB_SIZE = 448
 FEATURE_SCALE = 5.0
 FEATURE_LAYER = -2  # the tower's layer that LLaVA reads
 STORAGE = torch.bfloat16  # half the size in the repository; loaded in whatever type is asked for
-
-
-@dataclass(frozen=True, kw_only=True)
-class LlmSize:
-    vocab_rows: int
-    width: int
-    layers: int
-    heads: int
-    mlp_width: int
-
-
-# The teacher has padding rows that the student has not, as Qwen2.5 7B against 0.5B. vLLM on a CPU serves no
-# head of 24; a student with 3 heads of 32 was tried, and learned from its teacher no more than without.
-LLM_SIZES = {
-    "teacher": LlmSize(vocab_rows=512, width=128, layers=4, heads=4, mlp_width=384),
-    "student": LlmSize(vocab_rows=448, width=96, layers=3, heads=4, mlp_width=288),
-}
 
 
 def _halved(model: PreTrainedModel) -> PreTrainedModel:
@@ -57,31 +41,35 @@ def _halved(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def save_tower(out: Path, *, steps: int, num_pictures: int, seed: int) -> dict[str, object]:
+def save_tower(
+    out: Path, setting: BackboneSetting, *, steps: int, num_pictures: int, seed: int
+) -> dict[str, object]:
     """Trains and writes the tower; returns how well it reads held-out pictures."""
     torch.manual_seed(seed)
-    tower = make_tower()
-    data = labelled_pictures(num_pictures, seed=seed)
+    tower = make_tower(setting.tower)
+    data = labelled_pictures(setting, num_pictures, seed=seed)
     directions = train_tower(tower, data, steps=steps, batch_size=64, learning_rate=1e-3, seed=seed)
-    held_out = labelled_pictures(max(num_pictures // 15, 20), seed=seed + 1)
+    held_out = labelled_pictures(setting, max(num_pictures // 15, 20), seed=seed + 1)
     accuracy = label_accuracy(tower, directions[FEATURE_LAYER], held_out, layer=FEATURE_LAYER)
     enlarge_features(tower, FEATURE_SCALE)
     _halved(tower).save_pretrained(out / "vision_tower")
-    make_image_processor().save_pretrained(out / "vision_tower")
-    return dict(zip(("occupied", "colour", "shape", "size", "cell"), accuracy, strict=True))
+    make_image_processor(setting.tower).save_pretrained(out / "vision_tower")
+    return dict(zip(setting.labels, accuracy, strict=True))
 
 
-def save_llm(out: Path, tokenizer: Qwen2Tokenizer, *, name: str, steps: int, seed: int) -> None:
+def save_llm(
+    out: Path, setting: BackboneSetting, tokenizer: Qwen2Tokenizer, *, name: str, steps: int, seed: int
+) -> None:
     torch.manual_seed(seed)
-    model = make_llm(tokenizer, **asdict(LLM_SIZES[name]))
+    model = make_llm(tokenizer, **asdict(setting.llms[name]))
     train_llm(
         model,
         tokenizer,
+        stream=texts(setting.shapes, seed=seed),
         name=f"{name} language model",
         steps=steps,
         batch_size=16,
         learning_rate=2e-3,
-        seed=seed,
     )
     _halved(model).save_pretrained(out / f"{name}_llm")
     tokenizer.save_pretrained(out / f"{name}_llm")
@@ -92,6 +80,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must be new or empty")
+    parser.add_argument("--setting", choices=SETTINGS, default="easy", help="of the shapes data")
     parser.add_argument("--tower-steps", type=int, default=1000)
     parser.add_argument("--tower-pictures", type=int, default=6000)
     parser.add_argument("--teacher-steps", type=int, default=300, help="text steps of the teacher's LLM")
@@ -104,10 +93,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     start = time.monotonic()
-    tokenizer = make_tokenizer(itertools.islice(texts(seed=args.seed), 2000), vocab_size=VOCAB_SIZE)
-    reading = save_tower(args.out, steps=args.tower_steps, num_pictures=args.tower_pictures, seed=args.seed)
-    save_llm(args.out, tokenizer, name="teacher", steps=args.teacher_steps, seed=args.seed)
-    save_llm(args.out, tokenizer, name="student", steps=args.student_steps, seed=args.seed)
+    setting = SETTINGS[args.setting]
+    words = itertools.islice(texts(setting.shapes, seed=args.seed), 2000)
+    tokenizer = make_tokenizer(words, vocab_size=setting.vocab_size)
+    reading = save_tower(
+        args.out, setting, steps=args.tower_steps, num_pictures=args.tower_pictures, seed=args.seed
+    )
+    save_llm(args.out, setting, tokenizer, name="teacher", steps=args.teacher_steps, seed=args.seed)
+    save_llm(args.out, setting, tokenizer, name="student", steps=args.student_steps, seed=args.seed)
     made = {
         "arguments": {name: value for name, value in vars(args).items() if name != "out"},
         "seconds": round(time.monotonic() - start),

@@ -15,12 +15,16 @@ TYPES = ("colour", "shape", "count", "exist", "position", "compare")
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """`form` names the sentence pattern inside a type; answers are balanced form by form."""
+    """`form` names the sentence pattern inside a type; answers are balanced form by form.
+
+    `pairs` are the colours and shapes that it turns on, where a setting keeps some pairs from training.
+    """
 
     type: str
     form: str
     text: str
     answer: str
+    pairs: frozenset[tuple[str, str]] = frozenset()
 
 
 def caption(scene: Scene) -> str:

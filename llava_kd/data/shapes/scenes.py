@@ -26,7 +26,7 @@ CELLS = (
 GRID = 3
 MAX_SHAPES = 6
 
-_RGB = {
+RGB = {
     "red": (215, 30, 40),
     "orange": (245, 150, 20),
     "green": (30, 150, 50),
@@ -75,9 +75,8 @@ def random_scene(rng: random.Random) -> Scene:
     )
 
 
-def encode_picture(scene: Scene, rng: random.Random, *, image_format: str) -> bytes:
-    """The bytes of a "JPEG" or "PNG" file; `rng` decides all that the scene leaves open."""
-    picture = draw(scene, rng)
+def encode_picture(picture: Image.Image, rng: random.Random, *, image_format: str) -> bytes:
+    """The bytes of a "JPEG" or "PNG" file; `rng` decides on the quality."""
     buffer = io.BytesIO()
     if image_format == "JPEG":
         picture.save(buffer, "JPEG", quality=rng.randint(80, 95))
@@ -90,7 +89,7 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """A picture of `scene`: its size, tint and the exact place and hue of each shape come from `rng`."""
     width = rng.randint(72, 120)
     height = round(width * rng.uniform(0.8, 1.25))
-    background = _shifted((235, 235, 235), rng, 18)
+    background = shifted((235, 235, 235), rng, 18)
     canvas = Image.new("RGB", (width * _OVERSAMPLE, height * _OVERSAMPLE), background)
     pen = ImageDraw.Draw(canvas)
     cell_width, cell_height = canvas.width / GRID, canvas.height / GRID
@@ -99,16 +98,18 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         x = (shape.column + 0.5 + rng.uniform(-0.05, 0.05)) * cell_width
         y = (shape.row + 0.5 + rng.uniform(-0.05, 0.05)) * cell_height
         radius = _RADIUS[shape.size] * side * rng.uniform(0.94, 1.0)
-        _draw_shape(pen, shape.shape, (x, y), radius, _shifted(_RGB[shape.colour], rng, 15))
+        draw_shape(pen, shape.shape, (x, y), radius, shifted(RGB[shape.colour], rng, 15))
     return canvas.resize((width, height), Image.Resampling.BOX)
 
 
-def _shifted(rgb: Rgb, rng: random.Random, most: int) -> Rgb:
+def shifted(rgb: Rgb, rng: random.Random, most: int) -> Rgb:
+    """A colour that differs by up to `most` in each channel."""
     red, green, blue = (min(255, max(0, value + rng.randint(-most, most))) for value in rgb)
     return red, green, blue
 
 
-def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, centre: Point, radius: float, fill: Rgb) -> None:
+def draw_shape(pen: ImageDraw.ImageDraw, shape: str, centre: Point, radius: float, fill: Rgb) -> None:
+    """One filled shape of SHAPES, inside the square that reaches `radius` to each side."""
     x, y = centre
     if shape == "circle":
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)

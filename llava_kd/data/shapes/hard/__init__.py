@@ -1,0 +1,1 @@
+"""Hard shapes: free places, small sizes, labels to read, pairs that training never shows, other looks."""
