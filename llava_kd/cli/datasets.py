@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from llava_kd.cli import curation
 from llava_kd.cli.words import Commands, add_plugins, command, count, plugins, show
 
 
@@ -33,6 +34,7 @@ def add(commands: Commands) -> None:
     shapes.add_argument("--num_validation", type=int, default=200)
     shapes.add_argument("--num_test", type=int, default=200)
     shapes.add_argument("--seed", type=int, default=0)
+    curation.add(data)
 
 
 # Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.
