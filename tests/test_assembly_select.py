@@ -126,9 +126,6 @@ def test_a_run_and_a_cache_know_the_list_by_what_it_says(
     assert "data or tokenizer" in capsys.readouterr().err
     cache = f"--out={tmp_path / 'cache'}"
     assert main(["cache-teacher", str(config), fewer, cache]) == 0
-    assert (
-        main(["train", str(config), f"--teacher.cache={tmp_path / 'cache'}", "--output_dir=/nowhere/a"]) == 2
-    )
     words = [f"--teacher.cache={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'cached'}"]
     assert main(["train", str(config), fewer, *words]) == 0
     assert main(["train", str(config), *words[:1], f"--output_dir={tmp_path / 'other'}"]) == 2
@@ -150,14 +147,12 @@ def test_groups_are_fields_of_the_records_too(select, config: Path, tmp_path: Pa
 def test_models_of_different_tokens_are_compared_by_characters(
     select, tmp_path: Path, student_dir, capsys
 ) -> None:
-    other = make_tiny_llava(tmp_path / "other", hidden=32, seed=4)
+    other = make_tiny_llava(tmp_path / "other", hidden=32, vocab_size=280, seed=4)
     path = other / "tokenizer.json"
     tree = json.loads(path.read_text())
     tree["model"]["merges"] = [["e", "d"]]  # one token for two characters
     tree["model"]["vocab"]["ed"] = max(t["id"] for t in tree["added_tokens"]) + 1
     path.write_text(json.dumps(tree))
-    shape = json.loads((other / "config.json").read_text())
-    shape["text_config"]["vocab_size"] += 1
     assert select(ANY, reference=other) == 0
     assert "means are over the characters of the answers" in capsys.readouterr().err
     found = {one["number"]: one for one in lines(tmp_path / "out" / "scores" / "teacher.rank0.jsonl")}

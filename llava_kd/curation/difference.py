@@ -43,17 +43,23 @@ class Share:
             )
 
 
+def check_quotas(groups: Sequence[str], share: Share) -> None:
+    """ValueError for a quota of no group."""
+    names = list(dict.fromkeys(groups))
+    if unknown := sorted(set(share.quotas) - set(names)):
+        raise ValueError(
+            f"--quota names no group {unknown}; groups are {names}; --group decides what they are"
+        )
+
+
 def kept(score_R: np.ndarray, groups: Sequence[str], share: Share) -> np.ndarray:
     """Which records stay: of each group the share with the highest scores, one at least.
 
     A record without a score (NaN) is bad and never stays; equal scores stay in the order of the data. Raises
     ValueError for a quota of no group, and for a group without a score.
     """
+    check_quotas(groups, share)
     names = list(dict.fromkeys(groups))
-    if unknown := sorted(set(share.quotas) - set(names)):
-        raise ValueError(
-            f"--quota names no group {unknown}; groups are {names}; --group decides what they are"
-        )
     of_R = np.asarray(groups)
     is_scored_R = np.isfinite(score_R)
     is_kept_R = np.zeros(len(score_R), dtype=bool)

@@ -67,10 +67,10 @@ class Joined:
 
 def group_of(source: Joined, i: int, by: str) -> str:
     """Of record `i`: its source (`file`), with the first folder of its image (`folder`), or with a field."""
-    name, record = source.name_of(i), source.record(i)
-    prefix = f"{name}: " if len(source.names) > 1 else ""
+    name = source.name_of(i)
     if by == FILE:
         return name
+    record, prefix = source.record(i), f"{name}: " if len(source.names) > 1 else ""
     if by == FOLDER:
         return prefix + (record.images[0].split("/")[0] if record.images else "no image")
     return prefix + record.extra.get(by, f"no {by}")

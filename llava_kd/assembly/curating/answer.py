@@ -16,7 +16,7 @@ from llava_kd.assembly.runs.run_dir import locked
 from llava_kd.assembly.train import speaker
 from llava_kd.config import DataConfig, Dtype, TeacherConfig
 from llava_kd.curation.difference import Share, kept
-from llava_kd.curation.elicit.entries import Asked, Dropped, read_asked
+from llava_kd.curation.elicit.entries import Asked, Dropped, Which, read_asked
 from llava_kd.curation.elicit.making import Asking, Made, agreeing, expand, label, read_prompts
 from llava_kd.curation.elicit.pairs import paired, sampled
 from llava_kd.data.sound import write_whole
@@ -53,8 +53,9 @@ def label_data(asked: Answering, *, relabel: bool = False) -> str:
 
     def work(run: _Run) -> tuple[Made, Mapping[str, object]]:
         records, dropped = run.read("all" if relabel else "open")
-        made = label(run.asking(asked.model), records, run.out)
-        return _with(made, dropped), run.asking(asked.model).provenance("label", "the records' own questions")
+        asking = run.asking(asked.model)
+        made = label(asking, records, run.out)
+        return _with(made, dropped), asking.provenance("label", "the records' own questions")
 
     return _elicit(asked, work)
 
@@ -63,15 +64,16 @@ def expand_data(asked: Answering, prompts: str) -> str:
     """New questions about the images of the data, by the prompts of a file; they have no answers yet."""
 
     def work(run: _Run) -> tuple[Made, Mapping[str, object]]:
+        asking = run.asking(asked.model)
         made = expand(
-            run.asking(asked.model),
+            asking,
             asked.data,
             read_prompts(prompts),
             run.out,
             image_root=asked.images,
             follow_symlinks=asked.follow_symlinks,
         )
-        return made, run.asking(asked.model).provenance("expand", f"those of {prompts}")
+        return made, asking.provenance("expand", f"those of {prompts}")
 
     return _elicit(asked, work)
 
@@ -81,8 +83,9 @@ def agree_data(asked: Answering) -> str:
 
     def work(run: _Run) -> tuple[Made, Mapping[str, object]]:
         records, dropped = run.read("all")
-        made = agreeing(run.asking(asked.model), records, run.out)
-        return _with(made, dropped), run.asking(asked.model).provenance("agreement", "the records' own")
+        asking = run.asking(asked.model)
+        made = agreeing(asking, records, run.out)
+        return _with(made, dropped), asking.provenance("agreement", "the records' own questions")
 
     return _elicit(asked, work)
 
@@ -99,7 +102,7 @@ def likely_data(asked: Answering, *, keep: float | None, least: float | None) ->
         score_R = np.array([scores.get(one.record.id, np.nan) for one in records])
         is_kept_R = score_R >= least if share is None else kept(score_R, ["the data"] * len(score_R), share)
         origin = {
-            **run.asking(asked.model).provenance("likelihood", "the records' own"),
+            **run.asking(asked.model).provenance("likelihood", "the records' own questions"),
             "settings": {"keep": keep, "least": least, "dtype": run.dtype},
         }
         entries = []
@@ -125,8 +128,9 @@ def feedback_data(asked: Answering, student: str, *, samples: int, margin: float
         )
 
     def work(run: _Run) -> tuple[Made, Mapping[str, object]]:
-        records, dropped = run.read("all")
-        candidates, same = sampled(run.asking(student), records, run.out, samples=samples)
+        records, dropped = run.read("any")
+        asking = run.asking(student)
+        candidates, same = sampled(asking, records, run.out, samples=samples)
         if not candidates:
             return Made(entries=[], dropped=[*dropped, *same]), {}
         path = run.out / "candidates.json"
@@ -137,7 +141,7 @@ def feedback_data(asked: Answering, student: str, *, samples: int, margin: float
         scores = run.scores(path, asked.images or str(Path(asked.data).parent))
         settings = {"samples": samples, "margin": margin, "judge": asked.model}
         origin = {
-            **run.asking(student).provenance("feedback", "the records' own"),
+            **asking.provenance("feedback", "the records' own questions"),
             "judge_hash": model_fingerprint(model_directory(asked.model)),
             "feedback": settings,
         }
@@ -167,12 +171,12 @@ class _Run:
     def dtype(self) -> Dtype:
         return self.asked.dtype or ("float32" if self.world.device.type == "cpu" else "bfloat16")
 
-    def read(self, which: str) -> tuple[list[Asked], list[Dropped]]:
+    def read(self, which: Which) -> tuple[list[Asked], list[Dropped]]:
         return read_asked(
             self.asked.data,
             image_root=self.asked.images,
             follow_symlinks=self.asked.follow_symlinks,
-            which="open" if which == "open" else "all",
+            which=which,
         )
 
     def asking(self, model: str) -> Asking:

@@ -21,13 +21,13 @@ from llava_kd.assembly.settings import tables_of
 from llava_kd.assembly.train import speaker
 from llava_kd.checksums import meta_checksum, sealed
 from llava_kd.config import Dtype, TeacherConfig, TrainConfig
-from llava_kd.curation.difference import GroupRow, Share, doubts, group_rows, kept, table
+from llava_kd.curation.difference import GroupRow, Share, check_quotas, doubts, group_rows, kept, table
 from llava_kd.curation.joined import FILE, Joined, groups
 from llava_kd.curation.likelihoods import Likelihood
 from llava_kd.curation.showing import examples, score_lines
 from llava_kd.data.record_lists import write_lists
 from llava_kd.data.sound import write_whole
-from llava_kd.parallel.world import World, join, peers
+from llava_kd.parallel.world import join, peers
 
 CHOSEN, SCORES, TABLE, EXAMPLES, MANIFEST = (
     "chosen.json",
@@ -85,7 +85,12 @@ def select(config: TrainConfig, out: str | Path, selection: Selection) -> str:
                 Scorer.of(name, model, config.data, source, tables.templates)
                 for name, model in (("teacher", teacher), ("reference", reference))
             ]
-            begin(directory, {one.name: one.identity for one in models}, world)
+            check_quotas(of_R, selection.share)
+            identity = _checked(directory, {one.name: one.identity for one in models})
+        with world.together():
+            if world.is_main:
+                manifest = sealed({"format": 1, "identity": identity})
+                write_whole(directory / MANIFEST, [json.dumps(manifest, indent=1).encode() + b"\n"])
         rows = config.micro_batch_size
         scores = [one.score(world, directory / "scores", config.data, rows=rows, say=say) for one in models]
         with world.together():
@@ -107,8 +112,8 @@ def _teacher(config: TrainConfig, selection: Selection) -> TeacherConfig:
     )
 
 
-def begin(directory: Path, identity: Mapping[str, Mapping[str, str]], world: World) -> None:
-    """Claim the folder for these models and data. ValueError, naming what differs, if it is another's."""
+def _checked(directory: Path, identity: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """What the scores depend on, by name. ValueError, naming what differs, if the folder holds others."""
     path = directory / MANIFEST
     flat = {f"{name}: {what}": value for name, own in identity.items() for what, value in own.items()}
     if path.is_file():
@@ -127,9 +132,7 @@ def begin(directory: Path, identity: Mapping[str, Mapping[str, str]], world: Wor
         )
     elif any(not path.name.startswith(".") for path in directory.iterdir()):
         raise ValueError(f"{directory} is not empty and holds no scores of `data select`; choose a new --out")
-    world.barrier()  # every rank has looked before one writes
-    if world.is_main:
-        write_whole(path, [json.dumps(sealed({"format": 1, "identity": flat}), indent=1).encode() + b"\n"])
+    return flat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from llava_kd.evaluation.generation.questions import Question, check_questions, 
 
 OPEN = "\u2026"  # stands where the answer will
 _SPEAKERS = {"user": "human", "assistant": "gpt"}
-Which = Literal["open", "all"]
+Which = Literal["open", "all", "any"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def read_records(path: str | Path) -> list[tuple[Record, object]]:
 def read_asked(
     path: str | Path, *, image_root: str | Path | None, follow_symlinks: bool, which: Which
 ) -> tuple[list[Asked], list[Dropped]]:
-    """Records with what is asked of each: the question that stands `open`, or `all` that have an answer.
+    """Records with what is asked of each: the question that stands `open`, `all` with an answer, or `any`.
 
     What cannot be asked is dropped with its reason. Raises ValueError where nothing is left.
     """
