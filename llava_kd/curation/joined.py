@@ -49,7 +49,8 @@ class Joined:
 
     def lists(self, is_kept_R: np.ndarray) -> list[RecordList]:
         """What stays of each source. [records] bool; ValueError for a source of which nothing stays."""
-        starts = [0, *self._ends.tolist()]
+        stops = self._ends.tolist()
+        starts = [0, *stops[:-1]]
         return [
             RecordList(
                 name=name,
@@ -57,7 +58,7 @@ class Joined:
                 num_records=len(source),
                 records=tuple(is_kept_R[start:stop].nonzero()[0].tolist()),
             )
-            for name, source, start, stop in zip(self.names, self._sources, starts, starts[1:], strict=True)
+            for name, source, start, stop in zip(self.names, self._sources, starts, stops, strict=True)
         ]
 
     def _find(self, i: int) -> tuple[int, int]:
