@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_refused_with_what_to_do(
     refused(say="as good in every group", reference=teacher_dir)
     assert (tmp_path / "out" / TABLE).is_file()
     assert not (tmp_path / "out" / CHOSEN).exists()
-    refused(ANY, say="reference: weights of the teacher")  # the folder holds scores of another reference
+    refused(ANY, say="reference: weights")  # the folder holds scores of another reference
     data = tmp_path / "data.json"
     data.write_text((shapes_dir / "instructions.json").read_text().replace("What", "Which"))
     refused(ANY, f"--data.path={data}", reference=teacher_dir, say="teacher: data:")

@@ -115,7 +115,11 @@ def _teacher(config: TrainConfig, selection: Selection) -> TeacherConfig:
 def _checked(directory: Path, identity: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     """What the scores depend on, by name. ValueError, naming what differs, if the folder holds others."""
     path = directory / MANIFEST
-    flat = {f"{name}: {what}": value for name, own in identity.items() for what, value in own.items()}
+    flat = {
+        f"{name}: {what.removesuffix(' of the teacher').removeprefix('teacher.')}": value
+        for name, own in identity.items()
+        for what, value in own.items()
+    }
     if path.is_file():
         try:
             tree = json.loads(path.read_bytes())
