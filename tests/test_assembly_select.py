@@ -216,6 +216,6 @@ def test_what_does_not_fit_is_refused_with_what_to_do(
 
 def test_a_stage_without_a_teacher_is_given_one(select, tmp_path: Path, teacher_dir: Path) -> None:
     alone = ["--teacher=null", "--objective={cross_entropy: {weight: 1.0}}"]
-    assert select(ANY, *alone, "--teacher", str(teacher_dir), "--dtype", "float32", out="alone") == 0
+    assert select(ANY, *alone, "--with_teacher", str(teacher_dir), "--dtype", "float32", out="alone") == 0
     assert select(ANY) == 0
     assert (tmp_path / "alone" / SCORES).read_bytes() == (tmp_path / "out" / SCORES).read_bytes()

@@ -83,6 +83,14 @@ def test_figures_of_a_group_leave_its_bad_records_out() -> None:
     assert "| a | 3 | 1 | 1 | 2.000 | 2.000 | +0.000 | 50% | +1.000 |" in table([a, b], "tokens")
 
 
+def test_equal_models_are_better_nowhere() -> None:
+    same = np.array([0.5, 2.0, 1.0])
+    rows = group_rows(same, same.copy(), np.array([True, False, False]), ["a"] * 3)
+    assert rows[0].better == 0
+    with pytest.raises(ValueError, match="as good in every group"):
+        doubts(rows)
+
+
 def row(name: str, better: float) -> GroupRow:
     figures = {"records": 9, "bad": 0, "kept": 3, "teacher": 1.0, "reference": 1.1, "gap": 0.1}
     return GroupRow(name=name, better=better, kept_score=0.2, **figures)  # type: ignore[arg-type]

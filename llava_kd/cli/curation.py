@@ -18,7 +18,9 @@ def add(data: Commands) -> None:
     select = command(data, "select", _select, what, takes_settings=True)
     select.add_argument("config", help="YAML file of the stage; any setting may follow as --a.b=value")
     select.add_argument("--reference", required=True, help="stock LLaVA directory of the small reference")
-    select.add_argument("--teacher", help="stock LLaVA directory (default: the stage's teacher.checkpoint)")
+    # Not --teacher: as --teacher=null it is a setting of the stage.
+    named = "stock LLaVA directory of the teacher (default: the stage's teacher.checkpoint)"
+    select.add_argument("--with_teacher", help=named)
     select.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of both models")
     select.add_argument("--keep", type=share, required=True, help="share of the records, as 0.5")
     select.add_argument("--out", required=True, help="directory; scores that are there are used again")
@@ -97,7 +99,7 @@ def _select(arguments: argparse.Namespace) -> int:
     selection = Selection(
         reference=arguments.reference,
         share=Share(keep=arguments.keep, quotas=quotas, pooled=arguments.pool),
-        teacher=arguments.teacher,
+        teacher=arguments.with_teacher,
         dtype=arguments.dtype,
         group=arguments.group,
         any_reference=arguments.any_reference,

@@ -206,7 +206,7 @@ class _Run:
         scorer = Scorer.of("judge", model, data, source, self.tables.templates)
         with self.world.together():
             if self.world.is_main:
-                claim(self.out / "scores", dict(scorer.identity))
+                claim(self.out / "scores", {**scorer.identity})
         found = scorer.score(
             self.world, self.out / "scores", data, rows=self.asked.batch_size, say=speaker(self.world)
         )

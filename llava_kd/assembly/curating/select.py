@@ -102,7 +102,7 @@ def select(config: TrainConfig, out: str | Path, selection: Selection) -> str:
 
 def _teacher(config: TrainConfig, selection: Selection) -> TeacherConfig:
     if config.teacher is None and selection.teacher is None:
-        raise ValueError("this stage has no teacher; name one with --teacher DIR")
+        raise ValueError("this stage has no teacher; name one with --with_teacher DIR")
     teacher = config.teacher or TeacherConfig(checkpoint=selection.teacher or "")
     return replace(
         teacher,

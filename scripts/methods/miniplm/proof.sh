@@ -39,7 +39,7 @@ stage reference --student.checkpoint="$run/start/model" --data.path="$run/data/t
 
 doing="scoring the records"
 llava-kd data select "$here/student.yaml" --student.checkpoint="$run/start/model" --data.path="$run/data/train.json" \
-  --teacher scripts/quickstart/backbones/teacher --dtype float32 --reference "$run/reference/model" --keep 0.5 \
+  --with_teacher scripts/quickstart/backbones/teacher --dtype float32 --reference "$run/reference/model" --keep 0.5 \
   --any_reference --out "$run/scores"
 python "$here/arms.py" lists "$run" --seeds $seeds
 
