@@ -32,6 +32,7 @@ class SourceConfig:
     path: Annotated[str, Doc("As `data.path`.")]
     images: _Images = None
     weight: Annotated[PositiveFloat, Doc("How many times an epoch reads its records.")] = 1.0
+    template: Annotated[str | None, Doc("Of this source's prompts, by name; null is `data.template`.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)

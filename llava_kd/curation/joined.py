@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,12 +16,16 @@ FILE, FOLDER = "file", "folder"
 
 
 class Joined:
-    """Records of several sources in their order; `names` are what the sources are reported by."""
+    """Records of several sources in their order; `names` are what the sources are reported by.
 
-    def __init__(self, sources: Mapping[str, FileSource]) -> None:
+    `templates` has of each source the name of its own template, if it has one, as in `Mixture`.
+    """
+
+    def __init__(self, sources: Mapping[str, FileSource], templates: Sequence[str | None] = ()) -> None:
         """Raises ValueError for two sources of the same records."""
         self.names = tuple(sources)
         self._sources = tuple(sources.values())
+        self._templates = tuple(templates) or (None,) * len(sources)
         prints = [source.fingerprint for source in self._sources]
         for name, print_ in sources.items():
             if prints.count(print_.fingerprint) > 1:
@@ -34,7 +39,9 @@ class Joined:
 
     def record(self, i: int) -> Record:
         part, number = self._find(i)
-        return self._sources[part].record(number)
+        record = self._sources[part].record(number)
+        template = self._templates[part]
+        return record if template is None else replace(record, template=template)
 
     def image_bytes(self, i: int, k: int) -> bytes:
         part, number = self._find(i)
@@ -45,7 +52,10 @@ class Joined:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256("\0".join(source.fingerprint for source in self._sources).encode()).hexdigest()
+        parts = [source.fingerprint for source in self._sources]
+        if any(self._templates):
+            parts.append(repr(self._templates))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def lists(self, is_kept_R: np.ndarray) -> list[RecordList]:
         """What stays of each source. [records] bool; ValueError for a source of which nothing stays."""

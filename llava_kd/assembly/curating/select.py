@@ -79,7 +79,8 @@ def select(config: TrainConfig, out: str | Path, selection: Selection) -> str:
                 held.enter_context(locked(directory, "--out"))
         tables = tables_of(config)
         with world.together():
-            source = Joined(open_sources(config.data, tables.sources))
+            own = [part.template for part in config.data.sources]
+            source = Joined(open_sources(config.data, tables.sources), own)
             of_R = groups(source, selection.group)
             models = [
                 Scorer.of(name, model, config.data, source, tables.templates)

@@ -60,6 +60,12 @@ def side_of(
 ) -> Side:
     """The same from what needs no weights. ValueError for longer rows than the language model can read."""
     max_tokens = None if config.packing is None else config.packing.max_tokens
+    own = sorted({part.template for part in config.sources if part.template is not None})
+    if unknown := [name for name in own if name not in templates]:
+        raise ValueError(
+            f"`data.sources[].template` must be one of {', '.join(templates)}, or null for data.template; "
+            f"got {unknown[0]!r}"
+        )
     check_rows(text_config(model), max_length=config.max_length, max_tokens=max_tokens)
     return Side(
         tokenizer=processor.tokenizer,
@@ -76,6 +82,7 @@ def side_of(
             processor.image_processor, config.image_aspect, exact=config.resize == "exact"
         ),
         max_length=config.max_length,
+        source_templates={name: templates[name] for name in own},
     )
 
 
@@ -129,8 +136,13 @@ def make_source(config: DataConfig, *, seed: int = 0, kinds: Mapping[str, Source
     refuse_faults(faults, num_records=sum(map(len, sources.values())), max_rate=config.max_bad_rate)
     if not config.sources:
         return next(iter(sources.values()))
-    weights = [part.weight for part in config.sources]
-    return Mixture(list(sources.values()), weights, names=list(sources), seed=seed)
+    return Mixture(
+        list(sources.values()),
+        [part.weight for part in config.sources],
+        names=list(sources),
+        templates=[part.template for part in config.sources],
+        seed=seed,
+    )
 
 
 def open_sources(config: DataConfig, kinds: Mapping[str, SourceKind] = SOURCES) -> dict[str, FileSource]:

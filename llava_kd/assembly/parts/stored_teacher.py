@@ -37,7 +37,9 @@ def open_cache(config: TrainConfig, reader: Side, source: Source) -> TeacherCach
 def identity(teacher: TeacherConfig, reader: Side, source: Source) -> dict[str, str]:
     """Everything that decides what a teacher says of which record, by name."""
     checkpoint = teacher.checkpoint
+    others = {name: _sha(repr(template)) for name, template in sorted(reader.source_templates.items())}
     return {
+        **({"data.sources[].template": str(others)} if others else {}),
         "weights of the teacher": checkpoint_fingerprint(checkpoint),
         "configuration of the teacher": config_fingerprint(checkpoint),
         "teacher.dtype": teacher.dtype,

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
 
 from llava_kd.data.pixels.images import ImageTransform
 from llava_kd.data.text.encoder import Encoder
+from llava_kd.data.text.source_encoders import SourceEncoders
 from llava_kd.data.text.template import Template
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """Tokenizer, template and image transform of a model. An image fills `tokens_per_image` positions."""
+    """Tokenizer, template and image transform of a model. An image fills `tokens_per_image` positions.
+
+    `source_templates` are, by name, those that sources of a mixture have of their own.
+    """
 
     tokenizer: PreTrainedTokenizerFast
     template: Template
@@ -23,10 +28,15 @@ class Side:
     tokens_per_image: int
     transform: ImageTransform
     max_length: int
+    source_templates: Mapping[str, Template] = field(default_factory=dict)
 
-    def encoder(self) -> Encoder:
+    def encoder(self) -> SourceEncoders:
+        others = {name: self._encoder(template) for name, template in self.source_templates.items()}
+        return SourceEncoders(self._encoder(self.template), others)
+
+    def _encoder(self, template: Template) -> Encoder:
         return Encoder(
-            template=self.template,
+            template=template,
             tokenizer=self.tokenizer,
             image_token_id=self.image_token_id,
             tokens_per_image=self.tokens_per_image,
@@ -37,6 +47,7 @@ class Side:
         """Whether both make the same tokens of every record."""
         return (
             self.template == other.template
+            and self.source_templates == other.source_templates
             and self.image_token_id == other.image_token_id
             and self.tokens_per_image == other.tokens_per_image
             and self.max_length == other.max_length
@@ -60,6 +71,7 @@ class Side:
         parts = (
             backend.to_str(),
             repr(self.template),
+            *(repr(item) for item in sorted(self.source_templates.items())),
             repr((self.image_token_id, self.tokens_per_image, self.max_length)),
         )
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()

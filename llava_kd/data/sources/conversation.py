@@ -36,6 +36,7 @@ class Record:
 
     "<image>" stands for an image in the user's turns of a record that has images; elsewhere it is a word. A
     record with a `fault` cannot be used: it keeps its place, without turns. A `note` says how one was mended.
+    `template` names the one that its source has of its own.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Record:
     extra: Mapping[str, str] = field(default_factory=dict)
     fault: str = ""
     note: str = ""
+    template: str | None = None
 
     def has_places(self, turn: Turn) -> bool:
         """Whether "<image>" stands for an image in this turn."""

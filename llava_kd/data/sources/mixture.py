@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,7 +21,8 @@ class Mixture:
     """Records of several sources. An epoch reads a source `weight` times.
 
     A share of a pass (0.3, or the rest of 1.3) is a fixed random part of the source, drawn from `seed`.
-    `names` are what the sources are reported by; without them, each record by its own file.
+    `names` are what the sources are reported by; without them, each record by its own file. `templates` has
+    of each source the name of its own template, if it has one.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class Mixture:
         weights: Sequence[float],
         *,
         names: Sequence[str] = (),
+        templates: Sequence[str | None] = (),
         seed: int = 0,
     ) -> None:
         if len(sources) != len(weights) or not sources:
@@ -39,7 +42,10 @@ class Mixture:
             raise ValueError(f"weights must be positive, got {list(weights)}; leave a source out instead")
         if names and (len(names) != len(sources) or len(set(names)) != len(names)):
             raise ValueError(f"every source needs a name of its own, got {list(names)}")
+        if templates and len(templates) != len(sources):
+            raise ValueError(f"every source needs a template or None, got {list(templates)}")
         self.names = tuple(names)
+        self._templates = tuple(templates) if any(templates) else ()
         self._sources = tuple(sources)
         self._weights = tuple(weights)
         self._seed = seed
@@ -56,7 +62,10 @@ class Mixture:
 
     def record(self, i: int) -> Record:
         part, number = self._find(i)
-        return self._sources[part].record(number)
+        record = self._sources[part].record(number)
+        if self._templates and self._templates[part] is not None:
+            return replace(record, template=self._templates[part])
+        return record
 
     def image_bytes(self, i: int, k: int) -> bytes:
         part, number = self._find(i)
@@ -68,7 +77,9 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        parts = (*(source.fingerprint for source in self._sources), repr((self._weights, self._seed)))
+        parts = [*(source.fingerprint for source in self._sources), repr((self._weights, self._seed))]
+        if self._templates:
+            parts.append(repr(self._templates))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def _find(self, i: int) -> tuple[int, int]:
