@@ -26,12 +26,13 @@ ROOMS = {
     "distill": {"batch", "losses", "models"},
     "training": {"batch", "checksums", "distill", "parallel", "tensor_files"},
     "evaluation": {"batch", "data", "models"},
+    "curation": {"batch", "data", "evaluation", "models"},
     "search": {"config", "evaluation"},
     "assembly": {
         *("batch", "config", "data", "distill", "evaluation", "losses", "models", "parallel", "training"),
-        *("checksums", "plugin_file", "search", "tensor_files"),
+        *("checksums", "curation", "plugin_file", "search", "tensor_files"),
     },
-    "cli": {"assembly", "config", "data", "evaluation"},
+    "cli": {"assembly", "config", "curation", "data", "evaluation"},
 }
 # Inside a room the arrows go down; "" are the files that stand in it beside its sub-rooms.
 FLOORS: dict[str, dict[str, set[str]]] = {
@@ -61,8 +62,10 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "benchmarks": {"", "generation", "report", "scorers"},
     },
     "losses": {"kernels": {""}, "": {"kernels"}},
+    "curation": {"elicit": {""}, "": set()},
     "search": {"grids": set(), "findings": {"grids"}, "running": {"findings", "grids"}, "": set()},
     "assembly": {
+        "curating": {"", "parts", "runs"},
         "parts": {"", "runs"},
         "planning": {"", "parts", "runs"},
         "runs": {""},

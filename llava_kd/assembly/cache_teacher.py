@@ -26,13 +26,13 @@ from llava_kd.assembly.parts.stored_teacher import (
     temperatures,
 )
 from llava_kd.assembly.parts.teacher import placed_teacher, teacher_template
+from llava_kd.assembly.record_pass import RecordPass
 from llava_kd.assembly.runs.run_dir import locked
 from llava_kd.assembly.train import speaker
 from llava_kd.batch import Batch
 from llava_kd.checksums import checksum
 from llava_kd.config import TrainConfig
-from llava_kd.data.batches.loader import Loader, Side
-from llava_kd.data.batches.order import Order, Reading
+from llava_kd.data.batches.model_side import Side
 from llava_kd.data.sources.conversation import Source
 from llava_kd.data.teacher_store.shards import (
     SUFFIX,
@@ -84,7 +84,7 @@ def cache_teacher(
         source = source_in(config)
         reader = side_in(config, teacher, config.teacher)
         manifest = Manifest(
-            identity=identity(config, reader, source),
+            identity=identity(config.teacher, reader, source),
             contents=_contents(config, mode, top_k, teacher),
             num_records=len(source),
         )
@@ -131,7 +131,7 @@ def _begin(directory: Path, manifest: Manifest, teacher: Parts, say: Callable[[s
     """Make the folder ready to go on: nothing of another cache, no damaged shard, no finished manifest."""
     if (directory / MANIFEST).is_file():
         before = Manifest.read(directory)
-        refuse_other(before.identity, manifest.identity, directory)
+        refuse_other(before.identity, manifest.identity, f"the teacher cache {directory}")
         if before.contents != manifest.contents:
             raise ValueError(
                 f"{directory} holds a cache of another kind: {before.contents} there, {manifest.contents} "
@@ -199,49 +199,20 @@ class _Run:
     _pending_bytes: int = 0
 
     def write(self, todo: Sequence[int], source: Source, reader: Side) -> None:
-        """Predict and store the records of `todo` in every world-size-th batch.
-
-        A batch is `micro_batch_size` records that follow each other in the data, also where some of them are
-        stored already: what is cached rounds with the company that it is in, and so does not depend on kills
-        or on the number of ranks. Each rank makes as many calls as the others, which a teacher that is spread
-        over them needs: one that has a batch less repeats the first, and does not store it again.
-        """
-        predict = placed_teacher(self.config, self.world, self.teacher, shares_tower=False)
-        rows = self.config.micro_batch_size
-        batches = sorted({number // rows for number in todo})
-        own = batches[self.world.rank :: self.world.size]
-        repeated = batches[:1] * (-(-len(batches) // self.world.size) - len(own))
-        # The last batch of the data may be short, so it stays last.
-        order = [n for b in (*repeated, *own) for n in range(b * rows, min((b + 1) * rows, len(source)))]
-        loader = self._loader(order, source, reader)
-        left = set(todo) & {number for number in order if number // rows in own}
-        for step, batches in enumerate(loader.batches(0, loader.steps_per_epoch)):
-            batch = batches[0]
-            numbers = order[step * rows : (step + 1) * rows]
+        """Predict and store this rank's share of the records of `todo`."""
+        assert self.config.teacher is not None
+        predict = placed_teacher(self.config.teacher, self.world, self.teacher, shares_tower=False)
+        records = RecordPass(
+            world=self.world,
+            rows=self.config.micro_batch_size,
+            settings=self.config.data,
+            bad_records=self.directory / "bad_records.jsonl",
+        )
+        for batch, numbers, own in records.batches(todo, source, reader):
             for record in self._stored(batch, predict(batch), numbers):
-                if record.number in left:
-                    left.remove(record.number)
+                if record.number in own:
                     self._add(record)
         self._flush()
-
-    def _loader(self, order: Sequence[int], source: Source, reader: Side) -> Loader:
-        return Loader(
-            source=source,
-            student=reader,
-            teacher=None,
-            order=Order(
-                seed=0,
-                global_batch_size=self.config.micro_batch_size,
-                micro_batch_size=self.config.micro_batch_size,
-                records=order,
-            ),
-            reading=Reading(
-                num_workers=self.config.data.num_workers,
-                max_bad_rate=self.config.data.max_bad_rate,
-                bad_records_path=self.directory / "bad_records.jsonl",
-            ),
-            device=self.world.device,
-        )
 
     def _stored(self, batch: Batch, prediction: Prediction, numbers: Sequence[int]) -> Iterator[StoredRecord]:
         """What to keep of each record that is not bad."""

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from llava_kd.cli import curation
 from llava_kd.cli.words import Commands, add_plugins, command, count, plugins, show
 
 
@@ -39,6 +40,7 @@ def add(commands: Commands) -> None:
         help="96 pixels, up to nine small shapes, labels to read, relations; "
         "two more tests: of pairs that training never shows, and of other looks",
     )
+    curation.add(data)
 
 
 # Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.

@@ -46,6 +46,9 @@ class DataConfig:
     sources: Annotated[list[SourceConfig], Doc("Mixture of several sources, in place of `path`.")] = field(
         default_factory=list
     )
+    records: Annotated[
+        str | None, Doc("List of `llava-kd data select`: which records are read; null is all of them.")
+    ] = None
     follow_symlinks: Annotated[bool, Doc("Let links lead out of an image root.")] = False
     template: Annotated[
         str, Doc("Of prompts; `auto`: the model directory's own, else its language model family's.")

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 MAIN = "answers.jsonl"
 ERROR = "error"  # key of an answer that could not be given: why
+CUT = "cut"  # key of an answer that did not end: after how many tokens it was cut off
 RUN = "run.json"
 
 
@@ -100,9 +101,9 @@ def claim(directory: Path, identity: dict[str, str | int]) -> None:
     path = directory / RUN
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in identity if found.get(key) != identity[key]]
+        changed = [key for key in {**identity, **found} if found.get(key) != identity.get(key)]
         if changed:
-            lines = ", ".join(f"{key} {found.get(key)!r} there, {identity[key]!r} now" for key in changed)
+            lines = ", ".join(f"{key} {found.get(key)!r} there, {identity.get(key)!r} now" for key in changed)
             raise ValueError(f"{directory} holds the answers of another run ({lines}); give another --out")
         return
     if _all_files(directory):

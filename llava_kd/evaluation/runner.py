@@ -21,6 +21,7 @@ from llava_kd.evaluation.generation.model_directory import model_directory
 from llava_kd.evaluation.generation.prompt import check_template
 from llava_kd.evaluation.generation.questions import Question, check_images, fingerprint, read_llava_json
 from llava_kd.evaluation.generation.ranks import Ranks, join_ranks
+from llava_kd.evaluation.generation.writing import GREEDY, Writing
 from llava_kd.evaluation.scorers.exact import score_exact
 from llava_kd.evaluation.stopwatch import counted, seconds_spent
 
@@ -126,10 +127,10 @@ class Model:
     def fingerprint(self) -> str:
         return model_fingerprint(self.directory)
 
-    def generator(self, max_new_tokens: int) -> Generator:
+    def generator(self, max_new_tokens: int, writing: Writing = GREEDY) -> Generator:
         if self._generator is None:
             self._generator = Generator.load(self.directory, device=self._device, dtype=DTYPES[self.dtype])
-        return replace(self._generator, max_new_tokens=max_new_tokens)
+        return replace(self._generator, max_new_tokens=max_new_tokens, writing=writing)
 
 
 def answer_questions(
@@ -140,6 +141,7 @@ def answer_questions(
     batch_size: int,
     max_new_tokens: int,
     progress: bool,
+    writing: Writing = GREEDY,
 ) -> tuple[list[dict[str, str]], float]:
     """Every question answered, on disk, in the order of the questions; and the seconds of all calls.
 
@@ -151,6 +153,7 @@ def answer_questions(
         "data": fingerprint(questions),
         "max_new_tokens": max_new_tokens,
         "dtype": model.dtype,
+        **writing.identity,
     }
     if ranks.rank == 0:
         claim(out_dir, identity)
@@ -169,7 +172,7 @@ def answer_questions(
     check_images(todo)
     if todo:
         with counted(out_dir) if ranks.rank == 0 else nullcontext():
-            generator = model.generator(max_new_tokens)
+            generator = model.generator(max_new_tokens, writing)
             check_template(generator.processor, (question.messages for question in todo))
             ranks.barrier()  # every rank has read what was there before any adds to it
             generate(generator, todo, out_dir=out_dir, ranks=ranks, batch_size=batch_size, progress=progress)

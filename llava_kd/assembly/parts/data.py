@@ -18,8 +18,9 @@ from llava_kd.data.batches.loader import Loader, Side
 from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.batches.packing import Packing
 from llava_kd.data.pixels.images import ImageTransform
+from llava_kd.data.record_lists import chosen
 from llava_kd.data.sources.conversation import Source
-from llava_kd.data.sources.kinds import SOURCES, Place, SourceKind, open_source
+from llava_kd.data.sources.kinds import SOURCES, FileSource, Place, SourceKind, open_source
 from llava_kd.data.sources.mixture import Mixture
 from llava_kd.data.teacher_store.store import TeacherCache
 from llava_kd.data.text.template import Template
@@ -130,36 +131,42 @@ def bad_records(output: Path) -> int:
 
 
 def make_source(config: DataConfig, *, seed: int = 0, kinds: Mapping[str, SourceKind] = SOURCES) -> Source:
-    """The records of files of these `kinds`, read and checked.
+    """The records of files of these `kinds`, read and checked, or those of them that `data.records` names.
 
     `seed` draws what a mixture reads of a source that it reads in part.
 
-    Raises ValueError for a pattern that matches nothing, and for more unusable records than a run allows.
+    Raises ValueError for a pattern that matches nothing, for more unusable records than a run allows, and for
+    a list of other records.
     """
-    sources = [
-        open_source(Place(path=part.path, images=part.images, follow_symlinks=config.follow_symlinks), kinds)
-        for part in config.parts
-    ]
+    sources = open_sources(config, kinds)
+    if config.records is not None:
+        sources = chosen(sources, config.records)
     faults = [
         BadRecord(id=source.record(i).id, source=source.name_of(i), reason=source.record(i).fault)
-        for source in sources
+        for source in sources.values()
         for i in source.faults
     ]
-    refuse_faults(faults, num_records=sum(map(len, sources)), max_rate=config.max_bad_rate)
-    if len(sources) == 1 and not config.sources:
-        return sources[0]
-    files = [Path(part.path).name for part in config.sources]
-    names = [
-        file if files.count(file) == 1 else part.path
-        for file, part in zip(files, config.sources, strict=True)
-    ]
+    refuse_faults(faults, num_records=sum(map(len, sources.values())), max_rate=config.max_bad_rate)
+    if not config.sources:
+        return next(iter(sources.values()))
     return Mixture(
-        sources,
+        list(sources.values()),
         [part.weight for part in config.sources],
-        names=names,
+        names=list(sources),
         templates=[part.template for part in config.sources],
         seed=seed,
     )
+
+
+def open_sources(config: DataConfig, kinds: Mapping[str, SourceKind] = SOURCES) -> dict[str, FileSource]:
+    """Every source whole, by the name that it is reported by: its file's, or its path where two are alike."""
+    files = [Path(part.path).name for part in config.parts]
+    return {
+        file if files.count(file) == 1 else part.path: open_source(
+            Place(path=part.path, images=part.images, follow_symlinks=config.follow_symlinks), kinds
+        )
+        for file, part in zip(files, config.parts, strict=True)
+    }
 
 
 def source_in(config: TrainConfig) -> Source:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 
 from llava_kd.assembly.parts.objective import terms_of
-from llava_kd.config import TrainConfig
+from llava_kd.config import TeacherConfig, TrainConfig
 from llava_kd.data.batches.model_side import Side
 from llava_kd.data.sources.conversation import Source
 from llava_kd.data.teacher_store.store import Contents, TeacherCache
@@ -18,6 +17,8 @@ from llava_kd.losses.divergence import Temperature
 from llava_kd.models.files.teacher_head import checkpoint_fingerprint, config_fingerprint
 
 HEAD = "head.safetensors"
+_OF_OLDER = {"data.exif": "ignore"}  # what was done before it was asked
+_REMEDY = "write another cache with `llava-kd cache-teacher` into a new directory"
 
 
 def open_cache(config: TrainConfig, reader: Side, source: Source) -> TeacherCache:
@@ -29,22 +30,22 @@ def open_cache(config: TrainConfig, reader: Side, source: Source) -> TeacherCach
     assert config.teacher.cache is not None
     terms = terms_of(config.objective)
     cache = TeacherCache(config.teacher.cache, places_read(terms))
-    refuse_other(cache.manifest.identity, identity(config, reader, source), config.teacher.cache)
+    here = identity(config.teacher, reader, source)
+    refuse_other(cache.manifest.identity, here, f"the teacher cache {config.teacher.cache}")
     _refuse_missing(cache.manifest.contents, terms, config.teacher.cache)
     return cache
 
 
-def identity(config: TrainConfig, reader: Side, source: Source) -> dict[str, str]:
+def identity(teacher: TeacherConfig, reader: Side, source: Source) -> dict[str, str]:
     """Everything that decides what a teacher says of which record, by name."""
-    assert config.teacher is not None
-    checkpoint = config.teacher.checkpoint
+    checkpoint = teacher.checkpoint
     others = {name: _sha(repr(template)) for name, template in sorted(reader.source_templates.items())}
     return {
         **({"data.sources[].template": str(others)} if others else {}),
         "weights of the teacher": checkpoint_fingerprint(checkpoint),
         "configuration of the teacher": config_fingerprint(checkpoint),
-        "teacher.dtype": config.teacher.dtype,
-        "teacher.quantize": str(config.teacher.quantize),
+        "teacher.dtype": teacher.dtype,
+        "teacher.quantize": str(teacher.quantize),
         "image processor": _sha(repr(reader.transform)),
         "data.exif": "apply" if reader.upright else "ignore",
         "tokenizer": _sha(reader.tokenizer.backend_tokenizer.to_str()),
@@ -55,15 +56,17 @@ def identity(config: TrainConfig, reader: Side, source: Source) -> dict[str, str
     }
 
 
-def refuse_other(there: Mapping[str, str], here: Mapping[str, str], directory: str | Path) -> None:
-    """ValueError naming every entry that differs; one of an older version ignored orientation tags."""
-    there = {"data.exif": "ignore", **there}
+def refuse_other(there: Mapping[str, str], here: Mapping[str, str], what: str, remedy: str = _REMEDY) -> None:
+    """ValueError naming every entry that differs between what `what` was written for and this.
+
+    What was written by an older version ignored orientation tags.
+    """
+    there = {**{name: value for name, value in _OF_OLDER.items() if name in here}, **there}
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     if names:
         shown = [f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} here" for name in names]
         raise ValueError(
-            f"the teacher cache {directory} was written for something else ({'; '.join(shown)}); give that "
-            "back, or write another cache with `llava-kd cache-teacher` into a new directory"
+            f"{what} was written for something else ({'; '.join(shown)}); give that back, or {remedy}"
         )
 
 

@@ -15,7 +15,7 @@ from llava_kd.assembly.parts.models import DTYPES, choose_attention, place
 from llava_kd.assembly.parts.objective import wants_head_gram
 from llava_kd.assembly.parts.stored_teacher import HEAD
 from llava_kd.assembly.settings import tables_of
-from llava_kd.config import TrainConfig
+from llava_kd.config import TeacherConfig, TrainConfig
 from llava_kd.data.teacher_store.store import Manifest
 from llava_kd.data.text.template_choice import Choice, choose
 from llava_kd.distill.formulas import FORMULAS
@@ -85,8 +85,15 @@ def teaching_of(
     if is_cached(config):
         stored = cached_teacher(config, teacher, world.device, say)
         return FromTeacher(stored, head_loss=formula)
-    is_packed = config.data.packing is not None
-    frozen = placed_teacher(config, world, teacher, shares_tower=shares_tower, is_packed=is_packed)
+    assert config.teacher is not None
+    frozen = placed_teacher(
+        config.teacher,
+        world,
+        teacher,
+        shares_tower=shares_tower,
+        is_packed=config.data.packing is not None,
+        keeps_head_gram=wants_head_gram(config.objective),
+    )
     say("the tower runs once for both models" if shares_tower else "each model runs its own tower")
     switch = lend(config, student[0], teacher, student[1], frozen.mllm)
     return FromTeacher(frozen, switch, head_loss=formula)
@@ -128,21 +135,26 @@ def say_left_out(
 
 
 def placed_teacher(
-    config: TrainConfig, world: World, teacher: Parts, *, shares_tower: bool, is_packed: bool = False
+    settings: TeacherConfig,
+    world: World,
+    teacher: Parts,
+    *,
+    shares_tower: bool,
+    is_packed: bool = False,
+    keeps_head_gram: bool = False,
 ) -> Teacher:
-    """The teacher where the settings want it, frozen; `is_packed`: it reads rows of several records."""
-    assert config.teacher is not None
-    dtype = DTYPES[config.teacher.dtype]
-    quantize_teacher(teacher, config.teacher, compute_dtype=dtype)
+    """The teacher where its settings want it, frozen; `is_packed`: it reads rows of several records."""
+    dtype = DTYPES[settings.dtype]
+    quantize_teacher(teacher, settings, compute_dtype=dtype)
     mllm = MLLM(teacher.stock)
     decoder, layers = mllm.language_model, mllm.language_model.layers
-    if config.teacher.placement == "fsdp":
+    if settings.placement == "fsdp":
         shard_layers(decoder, layers, world, dtype)
-    if config.teacher.placement == "cpu_offload":
+    if settings.placement == "cpu_offload":
         decoder.layers = torch.nn.ModuleList()  # they stay behind while the others move
     place(mllm, world.device, dict.fromkeys(PARTS, dtype))
-    if config.teacher.placement == "cpu_offload":
+    if settings.placement == "cpu_offload":
         decoder.layers = layers
         offload_layers(layers, world.device, dtype)
     choose_attention(mllm.language_model, world.device, dtype, whose="teacher", is_packed=is_packed)
-    return Teacher(mllm, shares_tower=shares_tower, keeps_head_gram=wants_head_gram(config.objective))
+    return Teacher(mllm, shares_tower=shares_tower, keeps_head_gram=keeps_head_gram)

@@ -1,4 +1,4 @@
-"""Batched greedy answers of a stock LLaVA model.
+"""Batched answers of a stock LLaVA model, greedy ones or drawn.
 
 Shape legend: B questions of a batch, T prompt tokens (left-padded), N new tokens.
 """
@@ -22,12 +22,13 @@ from transformers import BatchFeature, DynamicCache, LlavaForConditionalGenerati
 
 import llava_kd.models.towers.adapted  # noqa: F401  (registers towers that stock LLaVA has no class for)
 from llava_kd.data.pixels.images import GREY
-from llava_kd.evaluation.answers import ERROR, AnswerWriter
+from llava_kd.evaluation.answers import CUT, ERROR, AnswerWriter
 from llava_kd.evaluation.generation.model_directory import model_directory
 from llava_kd.evaluation.generation.pictures import open_picture
 from llava_kd.evaluation.generation.prompt import model_inputs, render_talk
 from llava_kd.evaluation.generation.questions import Question
 from llava_kd.evaluation.generation.ranks import Ranks
+from llava_kd.evaluation.generation.writing import GREEDY, Writing
 from llava_kd.models.attention.packed import leave_out_cudnn
 from llava_kd.models.files.checkpoint import load_processor, load_stock
 from llava_kd.models.files.upright import reads_upright
@@ -43,6 +44,7 @@ class Generator:
     early_stop: bool = (
         True  # False: every batch takes the same number of steps on every rank (sharded models)
     )
+    writing: Writing = GREEDY
 
     @staticmethod
     def load(
@@ -69,9 +71,18 @@ class Generator:
         texts = self.decode(self.greedy(ready.inputs))
         return ["" if fault else text for text, fault in zip(texts, ready.faults, strict=True)]
 
-    @torch.no_grad()
     def greedy(self, inputs: BatchFeature) -> Tensor:
         """Greedy continuation ids_BN with a KV cache; after its end token a row is filled with padding."""
+        return self._continued(inputs, None)
+
+    def written(self, inputs: BatchFeature, ids: Sequence[str]) -> Tensor:
+        """The continuation ids_BN of the questions with these ids, as `writing` says."""
+        if self.writing.is_greedy:
+            return self.greedy(inputs)
+        return self._continued(inputs, self.writing.draws(ids, self.max_new_tokens))
+
+    @torch.no_grad()
+    def _continued(self, inputs: BatchFeature, uniform_BN: Tensor | None) -> Tensor:
         device, dtype = self.model.device, self.model.dtype
         mask_BT = inputs["attention_mask"].to(device)
         given = {"input_ids": inputs["input_ids"].to(device)}
@@ -91,7 +102,8 @@ class Generator:
                 use_cache=True,
                 logits_to_keep=1,
             )
-            next_B = output.logits[:, -1].argmax(-1)
+            uniform_B = None if uniform_BN is None else uniform_BN[:, len(steps)]
+            next_B = self.writing.choose(output.logits[:, -1], uniform_B)
             next_B = torch.where(finished_B, end_ids[0], next_B)
             steps.append(next_B)
             finished_B = finished_B | torch.isin(next_B, end_ids)
@@ -114,6 +126,10 @@ class Generator:
         follows = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
         ids += [i for i in follows if i in tokenizer.added_tokens_decoder]
         return sorted({i for i in ids if i is not None})
+
+    def ended(self, ids_BN: Tensor) -> list[bool]:
+        """Whether each row has its end token: an answer without one was cut off."""
+        return torch.isin(ids_BN, torch.tensor(self.end_ids, device=ids_BN.device)).any(1).tolist()
 
     def decode(self, ids_BN: Tensor) -> list[str]:
         """Text of each row up to its first end token."""
@@ -213,14 +229,18 @@ def generate(
     with AnswerWriter(out_dir, ranks.rank) as writer, bar, ThreadPoolExecutor(prefetch) as pool:
         for batch, ready in _prefetched(generator, batches, pool, prefetch):
             try:
-                texts = generator.decode(generator.greedy(ready.inputs))
+                ids_BN = generator.written(ready.inputs, [question.id for question in batch])
             except torch.OutOfMemoryError as error:
                 raise ValueError(
                     f"a batch of {len(batch)} questions needs more memory than {generator.model.device} has; "
                     "run again with a smaller batch size, the answers so far are kept"
                 ) from error
-            rows = zip(batch, texts, ready.faults, strict=True)
-            writer.write(_answer(question, text, fault) for question, text, fault in rows)
+            rows = zip(batch, generator.decode(ids_BN), ready.faults, strict=True)
+            answers = [_answer(question, text, fault) for question, text, fault in rows]
+            if generator.writing.marks_cut:
+                for answer, is_ended in zip(answers, generator.ended(ids_BN), strict=True):
+                    answer |= {} if is_ended else {CUT: str(generator.max_new_tokens)}
+            writer.write(answers)
             bar.update(len(batch))
 
 

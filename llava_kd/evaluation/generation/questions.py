@@ -124,7 +124,7 @@ def read_llava_json(
             images = [
                 image_path(root, name, owner=owner, follow_symlinks=follow_symlinks) for name in record.images
             ]
-            questions += _questions_of(record, images, owner)
+            questions += questions_of(record, images, owner)
         except ValueError as error:
             faults.append(str(error))
     if faults and not questions:
@@ -138,7 +138,8 @@ def read_llava_json(
     return questions
 
 
-def _questions_of(record: Record, images: list[Path], owner: str) -> list[Question]:
+def questions_of(record: Record, images: list[Path], owner: str) -> list[Question]:
+    """One for each answer of the record, behind what was said before it. `owner` names it in a message."""
     answers = sum(turn.role == "assistant" for turn in record.turns)
     questions: list[Question] = []
     said: list[tuple[str, str]] = []

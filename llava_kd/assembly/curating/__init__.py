@@ -1,0 +1,1 @@
+"""Data chosen and made by models: settings -> objects, a file a command."""

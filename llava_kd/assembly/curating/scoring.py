@@ -1,0 +1,105 @@
+"""What a model makes of the answers of records: one pass by all ranks, gone on with after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llava_kd.assembly.parts.data import side_of
+from llava_kd.assembly.parts.models import DTYPES
+from llava_kd.assembly.parts.stored_teacher import identity
+from llava_kd.assembly.parts.teacher import placed_teacher
+from llava_kd.assembly.record_pass import RecordPass
+from llava_kd.batch import Batch
+from llava_kd.config import DataConfig, TeacherConfig
+from llava_kd.curation.likelihoods import Likelihood, Likelihoods, answer_sums, characters, missing
+from llava_kd.data.batches.model_side import Side
+from llava_kd.data.sources.conversation import Source
+from llava_kd.data.text.template import Template
+from llava_kd.losses.head_loss import head_loss
+from llava_kd.models.files.checkpoint import load_config, load_processor, load_stock
+from llava_kd.models.mllm import Prediction
+from llava_kd.parallel.world import World
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """One model, `name` it for people and files, and how it reads the records of `source`."""
+
+    name: str
+    model: TeacherConfig
+    reader: Side
+    source: Source
+    identity: Mapping[str, str]
+
+    @staticmethod
+    def of(
+        name: str, model: TeacherConfig, data: DataConfig, source: Source, templates: Mapping[str, Template]
+    ) -> Scorer:
+        """Reads no weights into memory. Raises ValueError for a model or template that cannot be used."""
+        processor, config = load_processor(model.checkpoint), load_config(model.checkpoint)
+        reader = side_of(processor, config, data, model.template, templates=templates)
+        return Scorer(
+            name=name, model=model, reader=reader, source=source, identity=identity(model, reader, source)
+        )
+
+    def score(
+        self, world: World, folder: Path, data: DataConfig, *, rows: int, say: Say
+    ) -> dict[int, Likelihood]:
+        """Of every record that is not bad, by number; those on disk are not read again."""
+        stored = Likelihoods(folder, self.name)
+        with world.together():
+            if world.is_main:
+                stored.begin()
+        with world.together():
+            todo = missing(stored.read(), len(self.source))
+        say(f"{self.name}: {len(self.source) - len(todo)} of {len(self.source)} records are scored")
+        if todo:
+            records = RecordPass(
+                world=world, rows=rows, settings=data, bad_records=folder / "bad_records.jsonl"
+            )
+            with world.together():
+                self._write(world, records, todo, stored)
+        with world.together():
+            found = stored.read()
+        return found
+
+    def _write(self, world: World, records: RecordPass, todo: list[int], stored: Likelihoods) -> None:
+        parts = load_stock(self.model.checkpoint, dtype=DTYPES[self.model.dtype])
+        predict = placed_teacher(self.model, world, parts, shares_tower=False)
+        encoder = self.reader.encoder()
+        for batch, numbers, own in records.batches(todo, self.source, self.reader):
+            sums = answer_sums(answer_rows(predict(batch), batch), batch.student)
+            lines = [
+                Likelihood(
+                    number=number,
+                    id=record_id,
+                    nll=nll,
+                    tokens=tokens,
+                    characters=characters(encoder(self.source.record(number))),
+                )
+                for number, record_id, (nll, tokens) in zip(numbers, batch.record_ids, sums, strict=True)
+                if number in own and tokens  # a bad record has none
+            ]
+            stored.append(world.rank, lines)
+
+
+def answer_rows(prediction: Prediction, batch: Batch) -> torch.Tensor:
+    """-log p [N] of each answer token of a batch, at `places.response_N`."""
+    places_N = batch.student.places.response_N
+    hidden_ND = prediction.hidden_BTD.flatten(0, 1)[places_N]
+    if not len(places_N):
+        return hidden_ND.new_zeros(0)
+    with torch.no_grad():
+        return head_loss(
+            hidden_ND,
+            prediction.head_VD,
+            batch.student.targets_BT.flatten()[places_N],
+            ce_weight_N=torch.ones(len(places_N), device=hidden_ND.device),
+            student_bias_V=prediction.bias_V,
+        ).ce_N

@@ -1,0 +1,175 @@
+"""Commands of `llava-kd data` that choose records, and let models write some."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from functools import partial
+from typing import TYPE_CHECKING
+
+from llava_kd.cli.words import Commands, command, count, show
+
+if TYPE_CHECKING:
+    from llava_kd.assembly.curating.answer import Answering
+
+
+def add(data: Commands) -> None:
+    what = "choose the records that a teacher predicts better than a small reference does (MiniPLM)"
+    select = command(data, "select", _select, what, takes_settings=True)
+    select.add_argument("config", help="YAML file of the stage; any setting may follow as --a.b=value")
+    select.add_argument("--reference", required=True, help="stock LLaVA directory of the small reference")
+    # Not --teacher: as --teacher=null it is a setting of the stage.
+    named = "stock LLaVA directory of the teacher (default: the stage's teacher.checkpoint)"
+    select.add_argument("--with_teacher", help=named)
+    select.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of both models")
+    select.add_argument("--keep", type=share, required=True, help="share of the records, as 0.5")
+    select.add_argument("--out", required=True, help="directory; scores that are there are used again")
+    select.add_argument(
+        "--group", default="file", help="share inside each `file`, image `folder`, or FIELD of records"
+    )
+    quota = "another share for a group; may be given several times"
+    select.add_argument(
+        "--quota", action="append", default=[], type=_quota, metavar="GROUP=SHARE", help=quota
+    )
+    select.add_argument("--pool", action="store_true", help="the best of all groups together")
+    select.add_argument("--any_reference", action="store_true", help="also where the reference is as good")
+    select.add_argument("--examples", type=count, default=20, help="records of either end that are shown")
+    _add_answer(data)
+
+
+def _add_answer(data: Commands) -> None:
+    what = "let models write answers and questions, filter or compare them, as LLaVA JSON with its origin"
+    answer = data.add_parser("answer", help=what, description=what).add_subparsers(dest="how", required=True)
+    label = command(answer, "label", _label, "answers for questions that have none (or --relabel)")
+    label.add_argument("--relabel", action="store_true", help="give every answer of every record anew")
+    expand = command(answer, "expand", _expand, "new questions about the images, without answers")
+    expand.add_argument("--prompts", required=True, help="text file: what to ask of every image, one a line")
+    curate = command(answer, "curate", _curate, "keep the answers that a model finds likely, or gives too")
+    curate.add_argument("--by", choices=["likelihood", "agreement"], required=True)
+    curate.add_argument("--keep", type=share, help="of likelihood: the share of the records that stays")
+    curate.add_argument("--least", type=float, help="of likelihood: the least mean log p a token, as -0.5")
+    feedback = command(answer, "feedback", _feedback, "pairs of a student's answers, scored by --model")
+    feedback.add_argument("--student", required=True, help="stock LLaVA directory that answers")
+    feedback.add_argument("--samples", type=count, default=4, help="answers to each question")
+    feedback.add_argument("--margin", type=float, default=0.1, help="least difference of their mean log p")
+    for how in (label, expand, curate, feedback):
+        how.add_argument("--model", required=True, help="stock LLaVA directory")
+        how.add_argument("--data", required=True, help="LLaVA .json or .jsonl file")
+        how.add_argument("--images", help="image root (default: the folder of --data)")
+        how.add_argument("--follow_symlinks", action="store_true", help="links may leave the image root")
+        how.add_argument("--out", required=True, help="directory; answers that are there are kept")
+        how.add_argument("--batch_size", type=count, default=32)
+        how.add_argument("--max_new_tokens", type=count, default=256, help="one cut off there is dropped")
+        drawn = 1.0 if how is feedback else 0.0
+        how.add_argument("--temperature", type=float, default=drawn, help=f"0 is greedy (default: {drawn:g})")
+        how.add_argument("--top_p", type=float, default=1.0)
+        how.add_argument("--seed", type=partial(count, least=0), default=0, help="of what is drawn")
+        how.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
+        how.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share above 0 and at most 1, as 0.5; got {text}")
+    return value
+
+
+def _quota(text: str) -> tuple[str, float]:
+    name, _, value = text.rpartition("=")
+    if not name:
+        raise argparse.ArgumentTypeError(f"must be GROUP=SHARE, as coco=0.3; got {text}")
+    return name, share(value)
+
+
+# Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.
+
+
+def _select(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.curating.select import Selection, select
+    from llava_kd.assembly.settings import load
+    from llava_kd.curation.difference import Share
+
+    quotas = dict(arguments.quota)
+    if len(quotas) < len(arguments.quota):
+        raise ValueError("--quota names a group twice; give each one share")
+    selection = Selection(
+        reference=arguments.reference,
+        share=Share(keep=arguments.keep, quotas=quotas, pooled=arguments.pool),
+        teacher=arguments.with_teacher,
+        dtype=arguments.dtype,
+        group=arguments.group,
+        any_reference=arguments.any_reference,
+        num_shown=arguments.examples,
+    )
+    found = select(load(arguments.config, arguments.overrides), arguments.out, selection)
+    if is_first_rank():
+        show(found)
+    return 0
+
+
+def _answering(arguments: argparse.Namespace) -> Answering:
+    from llava_kd.assembly.curating.answer import Answering
+    from llava_kd.evaluation.generation.writing import Writing
+
+    return Answering(
+        data=arguments.data,
+        out=arguments.out,
+        model=arguments.model,
+        images=arguments.images,
+        follow_symlinks=arguments.follow_symlinks,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        writing=Writing(
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            marks_cut=True,
+        ),
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+
+
+def _say(told: str) -> int:
+    if is_first_rank():
+        show(told)
+    return 0
+
+
+def _label(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.curating.answer import label_data
+
+    return _say(label_data(_answering(arguments), relabel=arguments.relabel))
+
+
+def _expand(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.curating.answer import expand_data
+
+    return _say(expand_data(_answering(arguments), arguments.prompts))
+
+
+def _curate(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.curating.answer import agree_data, likely_data
+
+    if arguments.by == "agreement":
+        if arguments.keep is not None or arguments.least is not None:
+            raise ValueError("--keep and --least belong to --by likelihood")
+        return _say(agree_data(_answering(arguments)))
+    return _say(likely_data(_answering(arguments), keep=arguments.keep, least=arguments.least))
+
+
+def _feedback(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.curating.answer import feedback_data
+
+    made = feedback_data(
+        _answering(arguments), arguments.student, samples=arguments.samples, margin=arguments.margin
+    )
+    return _say(made)
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,1 @@
+"""Answers and questions that a model writes, as data with their origin."""

@@ -1,0 +1,113 @@
+"""What a model makes of answers, record by record, on disk: JSON lines, gone on with after a kill.
+
+Each rank appends to a file of its own, NAME.rankR.jsonl, in batches of whole lines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llava_kd.batch import IGNORE_INDEX, Inputs
+from llava_kd.data.text.encoder import Encoded
+from llava_kd.evaluation.answers import mend
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """One record as a model reads it: `nll` is the sum of -log p over its answers' `tokens`.
+
+    `characters` of its answers stand in those tokens: fewer than it has where its end was cut off. `crc` is
+    of its id and tokens.
+    """
+
+    number: int
+    id: str
+    nll: float
+    tokens: int
+    characters: int
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.nll) or self.tokens < 1 or self.number < 0:
+            raise ValueError(
+                f"record {self.id!r}: its likelihood must be finite, over one token or more; got {self.nll} "
+                f"over {self.tokens}: the model computes nonsense here, try --dtype float32"
+            )
+
+    def mean(self, unit: str) -> float:
+        """Mean of -log p a token, or a character."""
+        return self.nll / (self.tokens if unit == "tokens" else max(self.characters, 1))
+
+
+def answer_sums(rows_N: Tensor, inputs: Inputs) -> list[tuple[float, int]]:
+    """-log p of each row's answers, and their tokens; `rows_N` [N] is at `inputs.places.response_N`.
+
+    Sums are in fp64. A row without a target, as that of a bad record, has (0.0, 0).
+    """
+    targets_BT = inputs.targets_BT != IGNORE_INDEX
+    row_N = inputs.places.response_N.cpu() // targets_BT.shape[1]
+    sums_B = torch.zeros(len(targets_BT), dtype=torch.float64)
+    sums_B.index_add_(0, row_N, rows_N.detach().double().cpu())
+    return list(zip(sums_B.tolist(), targets_BT.sum(1).tolist(), strict=True))
+
+
+def characters(encoded: Encoded) -> int:
+    """How many characters of a record's answers its targets reach; the end token has none.
+
+    By the furthest place in each answer, since the tokens of one emoji all cover the whole of it.
+    """
+    spans = encoded.spans[encoded.labels != IGNORE_INDEX].tolist()
+    reached: dict[int, int] = {}
+    for answer, _, last, _ in spans:
+        reached[answer] = max(reached.get(answer, 0), last)
+    return sum(reached.values())
+
+
+class Likelihoods:
+    """The files of one model in a folder."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder, name
+
+    def begin(self) -> None:
+        """Cut off what a kill left half-written. One rank calls it, before any reads."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._paths():
+            mend(path)
+
+    def read(self) -> dict[int, Likelihood]:
+        """By record number. ValueError, with the line, for what is no likelihood."""
+        found: dict[int, Likelihood] = {}
+        for path in self._paths():
+            for place, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+                if not line:
+                    continue
+                try:
+                    one = Likelihood(**json.loads(line))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(
+                        f"{path}, line {place} is no score ({error}); delete that line"
+                    ) from error
+                found[one.number] = one
+        return found
+
+    def append(self, rank: int, found: Iterable[Likelihood]) -> None:
+        """Whole lines, flushed to the system at once."""
+        with (self._folder / f"{self._name}.rank{rank}.jsonl").open(
+            "a", encoding="utf-8", newline="\n"
+        ) as file:
+            file.write("".join(json.dumps(asdict(one)) + "\n" for one in found))
+
+    def _paths(self) -> list[Path]:
+        return sorted(self._folder.glob(f"{self._name}.rank*.jsonl"))
+
+
+def missing(found: Mapping[int, Likelihood], num_records: int) -> list[int]:
+    """Numbers that have none: never read, or bad when they were."""
+    return [number for number in range(num_records) if number not in found]
