@@ -107,9 +107,7 @@ def main() -> None:
     made = [teachers(seed) for seed in seeds]
     teacher_NV, centres_N2 = torch.cat([t for t, _ in made]), torch.cat([c for _, c in made])
     results: dict[str, dict[str, Estimate]] = {}
-    print(
-        f"{CONTEXTS} contexts, {len(seeds)} seeds, {STEPS} steps; mean +- half the 95 % interval\n"
-    )
+    print(f"{CONTEXTS} contexts, {len(seeds)} seeds, {STEPS} steps; mean +- half the 95 % interval\n")
     print("| divergence | mix | precision | recall | modes |\n|---|---|---|---|---|")
     for kind in KINDS:
         found = measures(train(kind, teacher_NV, seeds), teacher_NV.exp(), centres_N2)
