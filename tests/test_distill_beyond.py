@@ -32,7 +32,7 @@ from llava_kd.distill.teaching.live import Teacher
 from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.distill.terms.relation import Relation
 from llava_kd.distill.terms.response_kl import ResponseKL
-from llava_kd.distill.terms.term import Reads
+from llava_kd.distill.terms.term import Reads, Trust
 from llava_kd.distill.terms.text_relation import TextRelation
 from llava_kd.distill.terms.visual_kl import VisualKL
 from llava_kd.losses.text_relation import text_relation_rows
@@ -347,7 +347,7 @@ def test_the_relation_of_text_to_vision_is_of_each_image_and_its_answers(student
         for place_N in images if item.is_valid else ():
             pairs = [(s[answers].unsqueeze(0), s[place_N].unsqueeze(0)) for s in states]
             there = torch.ones(1, len(answers), dtype=torch.bool)
-            rows.append(text_relation_rows(*pairs, there, centre=True, normalise_rows=True))
+            rows.append(text_relation_rows(pairs[0], pairs[1], there, centre=True, normalise_rows=True))
     means, _ = run(cut(records, [2, 7]), among(ALL, "text_relation"), student, teacher)
     assert float(means["text_relation"]) == pytest.approx(float(torch.cat(rows).mean()), rel=1e-4)
 
@@ -357,7 +357,7 @@ def test_the_relation_of_text_to_vision_is_of_each_image_and_its_answers(student
 
 @pytest.mark.parametrize("trust", ["first", "probability"])
 def test_the_teacher_counts_where_it_is_right_and_all_targets_divide(
-    student: MLLM, teacher: Teacher, records: list[TinyRecord], trust: str
+    student: MLLM, teacher: Teacher, records: list[TinyRecord], trust: Trust
 ) -> None:
     total, right, count = 0.0, 0, 0
     for item in records:
@@ -429,7 +429,7 @@ def test_tokens_that_the_sides_answer_otherwise_are_neither_related_nor_trusted(
 @torch.no_grad()
 @pytest.mark.parametrize("trust", ["first", "probability"])
 def test_a_cache_of_the_largest_logits_is_exact_where_it_holds_the_labels(
-    student: MLLM, teacher: Teacher, records: list[TinyRecord], trust: str
+    student: MLLM, teacher: Teacher, records: list[TinyRecord], trust: Trust
 ) -> None:
     """All columns but one are kept: the divergence, and what is said of the labels, is the live one."""
     (batch,) = cut(records, [9])
@@ -522,6 +522,7 @@ def test_terms_settle_at_the_strength_and_within_their_bounds() -> None:
     learned = LearnedWeights(tuple(terms), strength=0.3, most=50.0)
     counts = Batch(student=inputs(record(1)), record_ids=("a",)).counts()
     steps = torch.optim.AdamW(learned.parameters(), lr=0.05, weight_decay=0.0)
+    figures: dict[str, Tensor] = {}
     for _ in range(400):
         steps.zero_grad()
         loss, figures = learned.loss(learned(), terms, means, counts, counts)

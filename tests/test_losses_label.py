@@ -6,10 +6,10 @@ Shape legend: N rows, V vocabulary, D width, K kept columns.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from llava_kd.losses.label import label_rows, label_rows_by_chunk, top_k_label_rows
 from llava_kd.losses.reference_top_k import TopK
@@ -17,7 +17,7 @@ from llava_kd.losses.reference_top_k import TopK
 N, V, D, COMMON = 23, 60, 8, 50
 
 
-def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     hidden_ND, head_VD = (torch.randn(n, D, generator=generator).to(dtype) for n in (N, V))
     bias_V = torch.randn(V, generator=generator).to(dtype)

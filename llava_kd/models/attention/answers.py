@@ -48,7 +48,7 @@ class AnswerAttention:
         if self._num_images == 0:
             self._found[layer] = query_BHTK.new_zeros(0, 1, dtype=torch.float32)
             return
-        scaling = query_BHTK.shape[-1] ** -0.5 if scaling is None else scaling
+        scale = query_BHTK.shape[-1] ** -0.5 if scaling is None else scaling
         images = zip(self._rows_I1, self._visual_IN, self._answers_IP, self._is_there_IP, strict=True)
         found = []
         for row_1, visual_N, answers_P, is_there_P in images:
@@ -59,7 +59,7 @@ class AnswerAttention:
             parts = zip(answers_P.split(_PLACES_AT_A_TIME), is_there_P.split(_PLACES_AT_A_TIME), strict=True)
             for place_Q, is_there_Q in parts if len(answers_P) else ():
                 seen_QT = tokens_seen(segments_T, place_Q, window)
-                weights_HQT = attention_of(query_HTK[:, place_Q], key_GTK, seen_QT, scaling)
+                weights_HQT = attention_of(query_HTK[:, place_Q], key_GTK, seen_QT, scale)
                 total_N = total_N + (weights_HQT[..., visual_N].mean(0) * is_there_Q.unsqueeze(1)).sum(0)
             found.append(total_N)
         self._found[layer] = torch.stack(found)
