@@ -58,13 +58,7 @@ def triton_rows(
         statistics_CS if teacher_bias_U is None else teacher_bias_U,
     )
     widths = (num_classes, teacher.shape[1], num_common, student_CV.stride(0), teacher.stride(0))
-    shared = {
-        "HAS_STUDENT_BIAS": student_bias_V is not None,
-        "HAS_TEACHER_BIAS": teacher_bias_U is not None,
-        "NUM_STATISTICS": num_statistics,
-        "BLOCK": BLOCK,
-        "num_warps": NUM_WARPS,
-    }
+    shared = _shared(student_bias_V, teacher_bias_U, num_statistics)
     logits, has_teacher = (student_CV, teacher, *biases), teacher_CU is not None
     rows, softening = (targets_C, ce_weight_C, kl_weight_C), (1 / heat, squared(temperature), divergence.mix)
     with torch.cuda.device_of(student_CV):
@@ -92,3 +86,14 @@ def triton_rows(
                 KIND=kind, HAS_TEACHER=has_teacher, IS_STD=is_std, **shared,
             )  # fmt: skip
     return ce_C, kl_C
+
+
+def _shared(student_bias_V: Tensor | None, teacher_bias_U: Tensor | None, num_statistics: int) -> dict:
+    """What every kernel is told."""
+    return {
+        "HAS_STUDENT_BIAS": student_bias_V is not None,
+        "HAS_TEACHER_BIAS": teacher_bias_U is not None,
+        "NUM_STATISTICS": num_statistics,
+        "BLOCK": BLOCK,
+        "num_warps": NUM_WARPS,
+    }
