@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_kd.losses.divergence import Divergence, Temperature, squared
+from llava_kd.losses.divergence import Divergence, Kind, Temperature, squared
 from llava_kd.losses.kernels import row_kernel, row_std, row_tail
 
 NUM_STATISTICS = 4
@@ -53,18 +53,9 @@ def triton_rows(
         return ce_C, kl_C
     teacher = student_CV if teacher_CU is None else teacher_CU  # a pointer that is not read
     kl_weight_C = ce_weight_C if kl_weight_C is None else kl_weight_C
-    biases = (
-        statistics_CS if student_bias_V is None else student_bias_V,
-        statistics_CS if teacher_bias_U is None else teacher_bias_U,
-    )
+    biases = [statistics_CS if bias is None else bias for bias in (student_bias_V, teacher_bias_U)]
     widths = (num_classes, teacher.shape[1], num_common, student_CV.stride(0), teacher.stride(0))
-    shared = {
-        "HAS_STUDENT_BIAS": student_bias_V is not None,
-        "HAS_TEACHER_BIAS": teacher_bias_U is not None,
-        "NUM_STATISTICS": num_statistics,
-        "BLOCK": BLOCK,
-        "num_warps": NUM_WARPS,
-    }
+    shared = _shared(student_bias_V, teacher_bias_U, num_statistics)
     logits, has_teacher = (student_CV, teacher, *biases), teacher_CU is not None
     rows, softening = (targets_C, ce_weight_C, kl_weight_C), (1 / heat, squared(temperature), divergence.mix)
     with torch.cuda.device_of(student_CV):
@@ -78,10 +69,8 @@ def triton_rows(
             HAS_TEACHER=has_teacher, IS_UNIT_TEMPERATURE=temperature == 1, IS_STD=is_std, **shared,
         )  # fmt: skip
         values = (*logits, kl_weight_C, kl_C, statistics_CS, *widths, *softening)
-        if has_teacher and kind == "adaptive":
-            row_tail.tail[(num_rows,)](*values, IS_STD=is_std, **shared | {"BLOCK": BLOCK // TAIL_PART})
-        elif has_teacher and kind not in ONE_PASS:
-            row_kernel.mixture[(num_rows,)](*values, KIND=kind, IS_STD=is_std, **shared)
+        if has_teacher and kind not in ONE_PASS:
+            _second_pass(kind, values, shared | {"IS_STD": is_std})
         if gradient_CV is not None:
             if has_teacher and is_std:
                 row_std.along[(num_rows,)](
@@ -92,3 +81,23 @@ def triton_rows(
                 KIND=kind, HAS_TEACHER=has_teacher, IS_STD=is_std, **shared,
             )  # fmt: skip
     return ce_C, kl_C
+
+
+def _shared(student_bias_V: Tensor | None, teacher_bias_U: Tensor | None, num_statistics: int) -> dict:
+    """What every kernel is told."""
+    return {
+        "HAS_STUDENT_BIAS": student_bias_V is not None,
+        "HAS_TEACHER_BIAS": teacher_bias_U is not None,
+        "NUM_STATISTICS": num_statistics,
+        "BLOCK": BLOCK,
+        "num_warps": NUM_WARPS,
+    }
+
+
+def _second_pass(kind: Kind, values: tuple, shared: dict) -> None:
+    """The divergence where `statistics` has only what it is made from."""
+    grid = (len(values[0]),)
+    if kind == "adaptive":
+        row_tail.tail[grid](*values, **shared | {"BLOCK": BLOCK // TAIL_PART})
+    else:
+        row_kernel.mixture[grid](*values, KIND=kind, **shared)
