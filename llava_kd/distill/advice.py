@@ -27,7 +27,7 @@ class Advice:
         self._is_compared = len(measured(terms)) > 1
         self._small_since: dict[str, int] = {}
         self._values: dict[str, list[tuple[int, float]]] = {}
-        self._said: set[tuple[str, str]] = set()
+        self._said: set[tuple[str, ...]] = set()
 
     def __call__(self, done: int, figures: Mapping[str, Tensor]) -> Iterator[str]:
         """The lines for the user after step `done`, from 1, given its global figures by their names."""

@@ -84,7 +84,7 @@ class _TopKSide(_Side):
         self._top = top
         self._student_bias_V = student.bias_V
         self._num_common = num_common
-        self._temperature = temperature
+        self._temperature: Temperature = temperature
         self.logits_dtype = accumulation_dtype(student.inputs[0])
         self.bias_V = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from llava_kd.assembly.parts.objective import terms_of
 from llava_kd.config import TeacherConfig, TrainConfig
@@ -74,10 +74,11 @@ def reads_projector(terms: Mapping[str, Term]) -> list[str]:
     return [name for name, term in terms.items() if term.reads.projector and term.reads.teacher != "nothing"]
 
 
-def temperatures(terms: Mapping[str, Term]) -> list[Temperature]:
+def temperatures(terms: Mapping[str, Term]) -> Sequence[Temperature]:
     """Those of the terms that compare logits, each once: numbers first, then `std`."""
     found = {r.temperature for r in head_requests(terms).values() if r.divergence is not None}
-    return sorted(found, key=lambda t: (isinstance(t, str), t))
+    numbers: list[Temperature] = sorted(t for t in found if not isinstance(t, str))
+    return numbers + [t for t in found if isinstance(t, str)]
 
 
 def in_words(temperature: Temperature | None) -> str:

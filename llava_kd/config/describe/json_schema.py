@@ -52,9 +52,11 @@ def _object(section: type) -> Node:
 
 def _node(kind: object) -> Node:
     bare, metadata, takes_null = without_null(kind)
-    nodes = [_bare(bare, metadata)]
-    nodes += [{"enum": list(words)}] if (words := words_beside(kind)) else []
-    nodes += [{"type": "null"}] if takes_null else []
+    nodes: list[Node] = [_bare(bare, metadata)]
+    if words := words_beside(kind):
+        nodes.append({"enum": list(words)})
+    if takes_null:
+        nodes.append({"type": "null"})
     return nodes[0] if len(nodes) == 1 else {"anyOf": nodes}
 
 

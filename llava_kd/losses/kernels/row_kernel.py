@@ -296,8 +296,7 @@ def gradient(
     s_scale, s_offset, t_scale, t_offset = scales(statistics_row, inverse_temperature, IS_STD)
     if KIND == "adaptive":
         share = tl.load(statistics_row + 4)
-    if IS_STD:
-        along_y = tl.load(statistics_row + 10)
+    along_y = tl.load(statistics_row + 10) if IS_STD else 0.0
     lanes = tl.arange(0, BLOCK)
     for start in range(0, num_classes, BLOCK):
         columns = start + lanes

@@ -53,7 +53,7 @@ def triton_rows(
         return ce_C, kl_C
     teacher = student_CV if teacher_CU is None else teacher_CU  # a pointer that is not read
     kl_weight_C = ce_weight_C if kl_weight_C is None else kl_weight_C
-    biases = [statistics_CS if bias is None else bias for bias in (student_bias_V, teacher_bias_U)]
+    biases = _given(student_bias_V, statistics_CS), _given(teacher_bias_U, statistics_CS)
     widths = (num_classes, teacher.shape[1], num_common, student_CV.stride(0), teacher.stride(0))
     shared = _shared(student_bias_V, teacher_bias_U, num_statistics)
     logits, has_teacher = (student_CV, teacher, *biases), teacher_CU is not None
@@ -81,6 +81,11 @@ def triton_rows(
                 KIND=kind, HAS_TEACHER=has_teacher, IS_STD=is_std, **shared,
             )  # fmt: skip
     return ce_C, kl_C
+
+
+def _given(bias: Tensor | None, pointer: Tensor) -> Tensor:
+    """The bias, or a pointer that is not read."""
+    return pointer if bias is None else bias
 
 
 def _shared(student_bias_V: Tensor | None, teacher_bias_U: Tensor | None, num_statistics: int) -> dict:
