@@ -76,9 +76,11 @@ def reads_projector(terms: Mapping[str, Term]) -> list[str]:
 
 def temperatures(terms: Mapping[str, Term]) -> Sequence[Temperature]:
     """Those of the terms that compare logits, each once: numbers first, then `std`."""
-    found = {r.temperature for r in head_requests(terms).values() if r.divergence is not None}
-    numbers: list[Temperature] = sorted(t for t in found if not isinstance(t, str))
-    return numbers + [t for t in found if isinstance(t, str)]
+    found: set[Temperature] = set()
+    for request in head_requests(terms).values():
+        if request.divergence is not None:
+            found.add(request.temperature)
+    return sorted(found, key=lambda t: (isinstance(t, str), t))
 
 
 def in_words(temperature: Temperature | None) -> str:
