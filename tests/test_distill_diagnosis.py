@@ -19,6 +19,7 @@ from torch import Tensor
 from llava_kd.batch import Batch, Counts, Inputs
 from llava_kd.distill.diagnosis import Diagnosis, measured
 from llava_kd.distill.formulas import FAST, REFERENCE
+from llava_kd.distill.learned_weights import LearnedWeights, learnable
 from llava_kd.distill.objective import Objective
 from llava_kd.distill.taught import Taught, TopKPrediction
 from llava_kd.distill.terms.attention import Attention
@@ -119,6 +120,20 @@ def test_a_weight_scales_a_gradient_and_a_term_of_no_weight_has_none(case: Case)
     assert after["gradient/relation"] == pytest.approx(10 * before["gradient/relation"])
     assert after["gradient/response_kl"] == before["gradient/response_kl"]
     assert "gradient/cross_entropy" not in after
+
+
+def test_a_learned_weight_scales_a_gradient_as_one_that_is_set(case: Case) -> None:
+    names = learnable(FULL.terms)
+    learned = LearnedWeights(names)
+    with torch.no_grad():
+        learned.free_K[names.index("relation")] = 0.7
+    factors = learned.factors(learned())
+    before, after = case.figures(FULL), case.figures(replace(FULL, learned=learned))
+    assert float(factors["relation"]) != pytest.approx(1, abs=0.1)
+    for name in names:
+        expected = before[f"gradient/{name}"] * float(factors[name])
+        assert after[f"gradient/{name}"] == pytest.approx(expected, rel=1e-5)
+    assert after["gradient/cross_entropy"] == before["gradient/cross_entropy"]
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (1, 3), (1, 1, 1, 1)], ids=str)

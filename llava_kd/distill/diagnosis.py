@@ -52,8 +52,9 @@ class Diagnosis:
         """Add a micro-batch, as the objective sees it: where a sharding engine has gathered the head."""
         device = student.hidden_BTD.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            factors = self._factors()
             for name in measured(self._objective.terms):
-                outer_DD = self._outer(name, student, taught, batch, counts)
+                outer_DD = self._outer(name, student, taught, batch, counts) * factors.get(name, 1.0)
                 self._outer_DD[name] = self._outer_DD.get(name, 0.0) + outer_DD
             for name, value in self._compare(student, taught.prediction, batch).items():
                 self._sums[name] = self._sums.get(name, 0.0) + value
@@ -70,6 +71,12 @@ class Diagnosis:
         names = list(self._sums)[1:]
         return found | {f"{TOKENS}{n}": v / rows.clamp_min(1) for n, v in zip(names, others, strict=True)}
 
+    @torch.no_grad()
+    def _factors(self) -> dict[str, Tensor]:
+        """Of the weights that are set, where they are learned."""
+        learned = self._objective.learned
+        return {} if learned is None else learned.factors(learned())
+
     def _outer(self, name: str, student: Prediction, taught: Taught, batch: Batch, counts: Counts) -> Tensor:
         """[D, D]: what the micro-batch adds to the gradient of one term alone."""
         hidden_BTD = student.hidden_BTD.detach().requires_grad_()
@@ -79,7 +86,7 @@ class Diagnosis:
             head_VD=student.head_VD.detach(),
             bias_V=None if student.bias_V is None else student.bias_V.detach(),
         )
-        alone = replace(self._objective, terms={name: self._objective.terms[name]})
+        alone = replace(self._objective, terms={name: self._objective.terms[name]}, learned=None)
         with torch.enable_grad():
             loss = alone(cut, taught, batch, counts).loss
             (gradient_BTD,) = torch.autograd.grad(loss, hidden_BTD)
