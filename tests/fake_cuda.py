@@ -147,6 +147,8 @@ def fake_cuda() -> Iterator[tuple[FakeTensorMode, Watch]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "numpy", numpy)
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        patch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.zeros(16, dtype=torch.uint8))
+        patch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
         patch.setattr(torch.cuda, "_exchange_device", lambda _: 0)
         patch.setattr(torch.cuda, "_maybe_exchange_device", lambda _: 0)
@@ -205,8 +207,9 @@ def without_values(module: nn.Module, mode: FakeTensorMode) -> None:
     module._apply(mode.from_tensor)
 
 
-def _grad(output: Tensor, leaves: Sequence[Tensor], **_: object) -> tuple[Tensor | None, ...]:
+def _grad(output: Tensor, leaves: Tensor | Sequence[Tensor], **_: object) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad` of a scalar with respect to leaves."""
+    leaves = [leaves] if isinstance(leaves, Tensor) else leaves
     kept = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None

@@ -213,8 +213,8 @@ BUGS = (
     Bug(
         18,
         "distill/head_terms.py",
-        "fill(rows, 0.0 if name is None else",
-        "fill(rows, 1.0 if name is None else",
+        "return fill(rows, 0.0)",
+        "return fill(rows, 1.0)",
         "test_distill_objective.py::test_a_term_that_is_off_is_out_of_the_loss_and_of_the_log",
     ),
     Bug(

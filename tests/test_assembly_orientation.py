@@ -115,7 +115,7 @@ def test_a_cache_of_the_other_setting_is_refused_by_its_name(stage: Stage, shape
     turns = replace(plain, data=replace(plain.data, exif="apply"))
     source = LlavaJson(shapes_dir / "instructions.json", shapes_dir)
     parts = load_stock(str(plain.teacher.checkpoint))
-    there, here = (identity(c, side_in(c, parts, plain.teacher), source) for c in (plain, turns))
+    there, here = (identity(plain.teacher, side_in(c, parts, plain.teacher), source) for c in (plain, turns))
     with pytest.raises(ValueError, match=r"something else \(data\.exif: ignore there, apply here\)"):
         refuse_other(there, here, "cache")
     older = {name: value for name, value in there.items() if name != "data.exif"}
