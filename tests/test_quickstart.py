@@ -77,8 +77,8 @@ def test_every_stage_ends_in_a_stock_student(quickstart: Path, arm: str) -> None
 
 def test_only_the_distilled_arm_has_distillation_terms(quickstart: Path) -> None:
     terms = {"response_kl", "visual_kl", "relation"}
-    for stage in ("stage1", "stage3"):
-        for arm, expected in (("sft", set()), ("kd", terms)):
+    for stage, distilled in (("stage1", {"visual_kl", "relation"}), ("stage3", terms)):
+        for arm, expected in (("sft", set()), ("kd", distilled)):
             lines = (quickstart / "seed0" / arm / stage / "metrics.jsonl").read_text().splitlines()
             assert terms & set(json.loads(lines[-1])) == expected
 
@@ -87,8 +87,9 @@ def test_the_teacher_is_made_by_its_script(tmp_path: Path, quick_path: str) -> N
     shorter = {"TEACHER_STEPS": "2", "TEACHER_SCENES": "40", "TEACHER_QUESTIONS": "12"}
     places = {"RUN": str(tmp_path / "run"), "OUT": str(tmp_path / "out")}
     run_script("quickstart/make_teacher.sh", quick_path, **places, **shorter)
-    LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
-    assert json.loads((tmp_path / "run" / "validation" / "summary.json").read_text())["count"] == 12
+    for run, made in (("last", "out"), ("captions", "out_captions")):
+        LlavaForConditionalGeneration.from_pretrained(tmp_path / made)
+        assert json.loads((tmp_path / "run" / run / "validation" / "summary.json").read_text())["count"] == 12
 
 
 def run_times(run: Path, *words: str) -> None:
