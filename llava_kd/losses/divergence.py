@@ -15,7 +15,7 @@ With p_t and p_s the softmaxes of teacher and student over their common columns 
 The w of `adaptive` is a row's own and has no gradient: the share of sum |p_t - p_s| that lies in the
 teacher's tail, 1/2 where the sum is 0. The head, in the order of p_t, is all that the sum of p_t from the
 largest to itself leaves at or below u, and always the largest; columns of equal p_t stand or fall together.
-That is the authors' code; their text lets the column that crosses u in as well.
+That is the authors' code.
 
 A temperature T divides the logits, and the divergence is multiplied by T^2. At the temperature `std` each
 side's logits are divided by their own standard deviation over the common columns (n - 1 in its divisor), row

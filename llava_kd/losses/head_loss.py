@@ -15,6 +15,7 @@ C rows of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,7 @@ from llava_kd.losses.checks import check_head_inputs, check_targets
 from llava_kd.losses.divergence import FORWARD, Divergence, Temperature
 from llava_kd.losses.kernels import gemm
 from llava_kd.losses.kernels.row_torch import torch_rows
-from llava_kd.losses.kernels.rows import HeadRows
+from llava_kd.losses.kernels.rows import HeadRows, chunk_size
 from llava_kd.losses.reference import HeadLoss, accumulation_dtype
 
 try:
@@ -143,6 +144,39 @@ class _Side:
         logits_CV = buffer_CV[: len(index_C)]
         gemm.write_logits(hidden_ND[index_C], head_VD, logits_CV)
         return logits_CV
+
+
+@gemm.not_compiled
+@torch.no_grad()
+def by_chunk(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    of_chunk: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    *,
+    copies: int = 1,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, ...]:
+    """What `of_chunk` makes of the indices [C] and logits [C, V] of some rows, of all: [N, V] never exists.
+
+    Logits are at least fp32, whatever autocast says. `copies` of a chunk's logits are in memory at once;
+    `chunk_rows` overrides the chunk size, which otherwise depends on that, the sizes and the device alone.
+    """
+    side = _Side(hidden_ND, head_VD, bias_V, torch.float32)  # outside: it reads what autocast would round to
+    index_N = torch.arange(len(hidden_ND), device=hidden_ND.device)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        if len(index_N) == 0:
+            return of_chunk(index_N, side.buffer(0))
+        bytes_per_row = copies * side.bytes_per_row
+        size = chunk_rows or chunk_size(len(index_N), bytes_per_row=bytes_per_row, device=index_N.device)
+        buffer_CV = side.buffer(min(size, len(index_N)))
+        found = []
+        for index_C in index_N.split(size):
+            logits_CV = side.logits(index_C, buffer_CV)
+            if side.bias_V is not None:
+                logits_CV += side.bias_V
+            found.append(of_chunk(index_C, logits_CV))
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 @dataclass(kw_only=True)

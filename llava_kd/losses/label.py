@@ -16,9 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llava_kd.losses.head_loss import _Side
-from llava_kd.losses.kernels import gemm
-from llava_kd.losses.kernels.rows import chunk_size
+from llava_kd.losses.head_loss import by_chunk
 from llava_kd.losses.reference import accumulation_dtype
 from llava_kd.losses.reference_top_k import TopK
 
@@ -48,8 +46,6 @@ def label_rows(
         return _of_logits(logits_NV[:, :num_common], labels_N)
 
 
-@torch.no_grad()
-@gemm.not_compiled
 def label_rows_by_chunk(
     hidden_ND: Tensor,
     head_VD: Tensor,
@@ -63,20 +59,11 @@ def label_rows_by_chunk(
 
     `chunk_rows` overrides the chunk size, which otherwise depends on sizes and the device alone.
     """
-    side = _Side(hidden_ND, head_VD, bias_V, torch.float32)
-    index_N = torch.arange(len(labels_N), device=labels_N.device)
-    if len(labels_N) == 0:
-        return LabelRows(index_N.to(torch.float32), index_N.bool())
-    rows = chunk_rows or chunk_size(len(index_N), bytes_per_row=side.bytes_per_row, device=index_N.device)
-    buffer_CV = side.buffer(min(rows, len(index_N)))
-    found = []
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        for index_C in index_N.split(rows):
-            logits_CV = side.logits(index_C, buffer_CV)
-            if side.bias_V is not None:
-                logits_CV += side.bias_V
-            found.append(_of_logits(logits_CV[:, :num_common], labels_N[index_C]))
-    return LabelRows(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def of_chunk(index_C: Tensor, logits_CV: Tensor) -> LabelRows:
+        return _of_logits(logits_CV[:, :num_common], labels_N[index_C])
+
+    return LabelRows(*by_chunk(hidden_ND, head_VD, bias_V, of_chunk, chunk_rows=chunk_rows))
 
 
 @torch.no_grad()

@@ -14,9 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llava_kd.losses.head_loss import _Side
-from llava_kd.losses.kernels import gemm
-from llava_kd.losses.kernels.rows import chunk_size
+from llava_kd.losses.head_loss import by_chunk
 from llava_kd.losses.reference import accumulation_dtype
 
 _COPIES = 4  # of a chunk's logits: as they come, widened, their softmax, what is summed
@@ -45,8 +43,6 @@ def of_logits(logits_NV: Tensor, targets_N: Tensor, num_common: int | None = Non
     )
 
 
-@gemm.not_compiled
-@torch.no_grad()
 def row_figures(
     hidden_ND: Tensor,
     head_VD: Tensor,
@@ -60,20 +56,8 @@ def row_figures(
 
     `chunk_rows` overrides the chunk size, which otherwise depends on sizes and the device alone.
     """
-    side = _Side(hidden_ND, head_VD, bias_V, torch.float32)  # outside: it reads what autocast would round to
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        num_rows, device = len(hidden_ND), hidden_ND.device
-        nll_N = torch.empty(num_rows, dtype=accumulation_dtype(hidden_ND), device=device)
-        found = RowFigures(nll_N, torch.empty_like(nll_N), torch.empty_like(targets_N))
-        if num_rows == 0:
-            return found
-        size = chunk_rows or chunk_size(num_rows, bytes_per_row=_COPIES * side.bytes_per_row, device=device)
-        buffer_CV = side.buffer(min(size, num_rows))
-        for index_C in torch.arange(num_rows, device=device).split(size):
-            logits_CV = side.logits(index_C, buffer_CV)
-            if side.bias_V is not None:
-                logits_CV += side.bias_V
-            chunk = of_logits(logits_CV, targets_N[index_C], num_common)
-            for whole_N, of_chunk_C in zip(found, chunk, strict=True):
-                whole_N[index_C] = of_chunk_C
-        return found
+
+    def of_chunk(index_C: Tensor, logits_CV: Tensor) -> RowFigures:
+        return of_logits(logits_CV, targets_N[index_C], num_common)
+
+    return RowFigures(*by_chunk(hidden_ND, head_VD, bias_V, of_chunk, copies=_COPIES, chunk_rows=chunk_rows))
