@@ -27,7 +27,8 @@ class Advice:
         self._is_compared = len(measured(terms)) > 1
         self._small_since: dict[str, int] = {}
         self._values: dict[str, list[tuple[int, float]]] = {}
-        self._said: set[tuple[str, ...]] = set()
+        self._decided: set[str] = set()  # whether they are saturated
+        self._said: set[str] = set()  # that their gradient is small
 
     def __call__(self, done: int, figures: Mapping[str, Tensor]) -> Iterator[str]:
         """The lines for the user after step `done`, from 1, given its global figures by their names."""
@@ -39,7 +40,7 @@ class Advice:
                     f"{float(share):.2%} at step {done}: it hardly moves the student. Raise "
                     f"objective.{name}.weight, or set objective.{name} to null to save its time"
                 )
-            saturation = term.saturation()
+            saturation = None if name in self._decided else term.saturation()
             if saturation is not None and name in figures:
                 values = self._values.setdefault(name, [])
                 values.append((done, float(figures[name])))
@@ -55,21 +56,19 @@ class Advice:
             self._small_since.pop(name, None)
             return False
         since = self._small_since.setdefault(name, done)
-        return since < done and done - since + 1 >= STEPS and self._first_time("gradient", name)
+        if since == done or done - since + 1 < STEPS or name in self._said:
+            return False
+        self._said.add(name)
+        return True
 
     def _is_saturated(self, name: str, below: float) -> bool:
         values = self._values[name]
-        if values[-1][0] < STEPS or ("saturation", name) in self._said:
+        if values[-1][0] < STEPS:
             return False
-        self._said.add(("saturation", name))  # decided now, either way
+        self._decided.add(name)  # either way: nothing more is kept of it, nor fetched from the device
         first = [value for step, value in values if step <= FIRST]
         last = [value for step, value in values if step > LAST]
         if not first:
             return False
         begins, ends = (sum(some) / len(some) for some in (first, last))
         return begins < below and ends > MOVED * begins
-
-    def _first_time(self, *what: str) -> bool:
-        is_new = what not in self._said
-        self._said.add(what)
-        return is_new
