@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from functools import partial
 from typing import TYPE_CHECKING
 
-from llava_kd.cli.words import Commands, command, count, show
+from llava_kd.cli.words import Commands, command, count, is_first_rank, show
 
 if TYPE_CHECKING:
     from llava_kd.assembly.curating.answer import Answering
@@ -105,10 +104,7 @@ def _select(arguments: argparse.Namespace) -> int:
         any_reference=arguments.any_reference,
         num_shown=arguments.examples,
     )
-    found = select(load(arguments.config, arguments.overrides), arguments.out, selection)
-    if is_first_rank():
-        show(found)
-    return 0
+    return _say(select(load(arguments.config, arguments.overrides), arguments.out, selection))
 
 
 def _answering(arguments: argparse.Namespace) -> Answering:
@@ -169,7 +165,3 @@ def _feedback(arguments: argparse.Namespace) -> int:
         _answering(arguments), arguments.student, samples=arguments.samples, margin=arguments.margin
     )
     return _say(made)
-
-
-def is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"

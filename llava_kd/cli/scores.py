@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
-from llava_kd.cli.words import Commands, add_plugins, command, count, plugins, show
+from llava_kd.cli.words import Commands, add_plugins, command, count, is_first_rank, plugins, show
 
 
 def add(commands: Commands) -> None:
@@ -51,7 +50,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             asking=asking,
             table=tables.benchmarks,
         )
-        if _is_first_rank():
+        if is_first_rank():
             show((Path(arguments.out) / "table.md").read_text())
         return 0
     summary = evaluate(
@@ -62,14 +61,10 @@ def _eval(arguments: argparse.Namespace) -> int:
         follow_symlinks=arguments.follow_symlinks,
         asking=asking,
     )
-    if _is_first_rank():
+    if is_first_rank():
         shown = {name: summary[name] for name in ("accuracy", "count", "unreadable", "by_type")}
         show(json.dumps(shown, indent=2))
     return 0
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _report(arguments: argparse.Namespace) -> int:

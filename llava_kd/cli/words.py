@@ -35,6 +35,11 @@ def command(
     return parser
 
 
+def is_first_rank() -> bool:
+    """Of a launch of several processes, all of which run the command."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def show(text: str) -> None:
     """Print what a command was asked for. Whoever reads it may leave when they have seen enough."""
     try:
