@@ -36,6 +36,7 @@ def test_a_run_reads_the_listed_records_in_order_with_ids_and_images(data: Path,
         assert source.record(place) == whole.record(number)
         assert source.image_bytes(place, 0) == whole.image_bytes(number, 0)
         assert source.name_of(place) == "data.json"
+    # Data workers are handed the source so.
     assert source.fingerprint == pickle.loads(pickle.dumps(source)).fingerprint
 
 

@@ -34,7 +34,7 @@ answer() {
 answer stage2 stage1 instructions 4600 1.5e-3 bf16            # 79.9 % of the validation questions
 answer longer stage2 instructions 2600 3e-3 fp32              # 81.5 %; shapes are still not found by their form,
 answer lookups longer lookups_by_shape 700 2e-3 fp32          # so that is asked alone,
-answer last lookups instructions 1000 2e-3 fp32           # and then all together: 93.3 %
+answer last lookups instructions 1000 2e-3 fp32               # and then all together: 93.3 %
 
 doing="training in $run/captions"                             # with the captions that were forgotten meanwhile: 95.1 %
 llava-kd train scripts/quickstart/teacher_stage3.yaml --output_dir="$run/captions" --student.checkpoint="$run/last/model" \

@@ -62,7 +62,7 @@ def stoppable() -> Iterator[None]:
     try:
         _obey()
         yield
-    except BaseException:
+    except BaseException:  # also SystemExit: whatever the signal has caused, its status is the answer
         if told:
             raise SystemExit(status_after(told[0])) from None
         raise
