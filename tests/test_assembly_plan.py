@@ -30,6 +30,39 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(stage, capsys) -> None:
     assert not config.with_suffix("").exists()
 
 
+def test_a_dry_run_says_the_loss_as_a_formula(stage, capsys) -> None:
+    config = stage("run")
+    words = [
+        "--objective.cross_entropy.weight=2",
+        "--objective.response_kl={weight: 0.5, temperature: 2, divergence: reverse}",
+        "--objective.learned_weights={}",
+    ]
+    assert main(["train", str(config), "--dry_run", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "loss             2 * cross_entropy + 0.5 * response_kl + 1 * visual_kl + 0.5 * relation" in lines
+    at = next(i for i, line in enumerate(lines) if line.startswith("  response_kl: "))
+    assert lines[at + 1] == (
+        "    = sum over response rows / response_tokens of the step; reads the teacher's logits (live, or a "
+        "cache of the largest)"
+    )
+    assert lines[at + 2] == "    with temperature 2, divergence reverse, mix 0.5, trust all"
+    assert "  learned from these weights on: those of response_kl, visual_kl, relation" in lines
+
+
+def test_a_dry_run_resolves_every_tap_and_refuses_one_that_is_not_there(stage, capsys) -> None:
+    plugins = [f"--plugins=[{Path(__file__).parent / 'layer_states_plugin.py'}]"]
+    words = [*plugins, "--objective.layer_states.student_layer=language_model.layers.1.mlp"]
+    config = stage("run")
+    assert main(["train", str(config), "--dry_run", *words]) == 0
+    said = capsys.readouterr().out
+    assert "student's output of language_model.layers.1.mlp: Qwen2MLP, first matrix " in said
+    assert "teacher's output of language_model.layers.0: Qwen2DecoderLayer, " in said
+    assert (
+        main(["train", str(config), "--dry_run", *plugins, "--objective.layer_states.student_layer=x.1"]) == 2
+    )
+    assert "layer_states reads the student: the tap 'x.1' must begin with one of" in capsys.readouterr().err
+
+
 def test_a_dry_run_refuses_what_the_run_would(stage, capsys) -> None:
     config = stage("run", engine="auto")
     assert main(["train", str(config), "--dry_run", "--ranks=3"]) == 2
