@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from llava_kd.assembly.parts.data import side_of, source_in
+from llava_kd.assembly.parts.data import side_of, source_in, tagger_in
 from llava_kd.assembly.parts.held_out import read_held_out
 from llava_kd.assembly.parts.models import student_in
+from llava_kd.assembly.parts.objective import token_policy
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.planning.estimate import (
     GB,
@@ -43,6 +44,8 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     checked_parent(config.student.checkpoint)
     read_slices(config)
     read_held_out(config)
+    token_policy(config)
+    tagger_in(config)
     _check_sides(config)
     rate = None if measured is None else Rate.of(measured)
     student, teacher = sizes(config)
