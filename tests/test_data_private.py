@@ -34,9 +34,12 @@ def encoded(record: Record, name: str = "tiny", *, max_length: int = 512) -> tup
     """With the text of each token."""
     tokenizer = TOKENIZERS[name]()
     encoder = Encoder(
-        template=TEMPLATES["vicuna"], tokenizer=tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        tokens_per_image=4, max_length=max_length,
-    )  # fmt: skip
+        template=TEMPLATES["vicuna"],
+        tokenizer=tokenizer,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        tokens_per_image=4,
+        max_length=max_length,
+    )
     found = encoder(record)
     return found, [tokenizer.decode([i]) for i in found.ids.tolist()]
 

@@ -90,6 +90,11 @@ def both(losses: str, **more: object) -> Objective:
     return objective_of(cross_entropy=CrossEntropy(), response_kl=kl, num_common=258, losses=losses)
 
 
+def logits(said: Prediction, b: int, t: int) -> Tensor:
+    assert said.bias_V is not None
+    return said.hidden_BTD[b, t] @ said.head_VD.T + said.bias_V
+
+
 def by_formula(batch: Batch, policy: TokenPolicy) -> float:
     """The loss of one micro-batch without noise, row by row."""
     student, teacher = says(batch, 1), says(batch, 2, 270)
@@ -98,8 +103,8 @@ def by_formula(batch: Batch, policy: TokenPolicy) -> float:
     assert policy.temperature is not None
     for b, t in rows:
         score = float(side.scores_BT[b, t + 1])  # type: ignore[index]
-        z_s = (student.hidden_BTD[b, t] @ student.head_VD.T + student.bias_V).double()
-        z_t = (teacher.hidden_BTD[b, t] @ teacher.head_VD.T + teacher.bias_V).double()[:258]
+        z_s = logits(student, b, t).double()
+        z_t = logits(teacher, b, t).double()[:258]
         tau = 2.0 + (policy.temperature - 2.0) * score
         log_q, log_p = (z_t / tau).log_softmax(0), (z_s[:258] / 2.0).log_softmax(0)
         kl = 4.0 * float((log_q.exp() * (log_q - log_p)).sum())
@@ -199,8 +204,8 @@ def test_trust_and_policy_multiply(losses: str) -> None:
     side, teacher, student = batch.student, says(batch, 2, 270), says(batch, 1)
     expected, rows = 0.0, (side.targets_BT != IGNORE_INDEX).nonzero().tolist()
     for b, t in rows:
-        log_q = (teacher.hidden_BTD[b, t] @ teacher.head_VD.T + teacher.bias_V)[:258].log_softmax(0)
-        log_p = (student.hidden_BTD[b, t] @ student.head_VD.T + student.bias_V)[:258].log_softmax(0)
+        log_q = logits(teacher, b, t)[:258].log_softmax(0)
+        log_p = logits(student, b, t)[:258].log_softmax(0)
         label = int(side.labels_BT[b, t + 1])
         weight = 1 - 0.75 * float(side.scores_BT[b, t + 1])  # type: ignore[index]
         expected += weight * float(log_q[label].exp() * (log_q.exp() * (log_q - log_p)).sum())
@@ -209,6 +214,7 @@ def test_trust_and_policy_multiply(losses: str) -> None:
 
 def top_k(batch: Batch) -> TopKPrediction:
     said = says(batch, 2, 270)
+    assert said.bias_V is not None
     logits_BTV = (said.hidden_BTD @ said.head_VD.T + said.bias_V)[..., :258]
     top = logits_BTV.topk(8, dim=2)
     rest_BT = logits_BTV.scatter(2, top.indices, -torch.inf).logsumexp(2)

@@ -11,6 +11,7 @@ Shape legend: N response rows, R records.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -117,7 +118,7 @@ class PolicyRows:
         )
 
 
-def refuse_beside(policy: TokenPolicy, terms: dict[str, tuple[bool, Temperature | None]]) -> None:
+def refuse_beside(policy: TokenPolicy, terms: Mapping[str, tuple[bool, Temperature | None]]) -> None:
     """ValueError for terms that would teach private tokens past the policy, or do not fit its temperature.
 
     `terms`: of each by name, whether it reads response tokens otherwise than through the head, and the

@@ -11,11 +11,12 @@ from torch import nn
 
 from llava_kd.config import ObjectiveConfig, TrainConfig
 from llava_kd.distill.formulas import FORMULAS, Align, Common
-from llava_kd.distill.learned_weights import LearnedWeights, learnable
 from llava_kd.distill.head_terms import head_requests
+from llava_kd.distill.learned_weights import LearnedWeights, learnable
 from llava_kd.distill.objective import Objective
 from llava_kd.distill.terms.term import Term, Widths
 from llava_kd.distill.token_policy import TokenPolicy, refuse_beside
+from llava_kd.losses.divergence import Temperature
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.towers.visual_grid import VisualGrid, check_resample, resample
 from llava_kd.models.vocabulary import num_common_columns
@@ -43,7 +44,7 @@ def token_policy(config: TrainConfig) -> TokenPolicy | None:
     )
     terms = terms_of(config.objective)
     requests = head_requests(terms)
-    compared = {
+    compared: dict[str, Temperature] = {
         name: request.temperature
         for name, request in requests.items()
         if request.divergence is not None and request.place == "response"

@@ -19,7 +19,7 @@ from torch import Tensor
 from llava_kd.data.sources.conversation import OCR_TOKENS, PRIVATE_SPANS, Record
 from llava_kd.data.text.encoder import Encoded
 
-# Plain forms that anybody would tag; what is private in your data you know better: give expressions of your own.
+# Plain forms that anybody would tag; what is private in your data you know better.
 PATTERNS: Mapping[str, str] = {
     "email": r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+",
     "phone": r"\+?\d[\d ()/.-]{5,17}\d",
@@ -83,7 +83,7 @@ def _listed(record: Record, field: str) -> list:
 def _named(record: Record, answers: list[str]) -> Iterator[Span]:
     for place, one in enumerate(_listed(record, PRIVATE_SPANS)):
         where = f"`{PRIVATE_SPANS}[{place}]`"
-        if not isinstance(one, dict) or not {"text"} <= one.keys() and not {"start", "stop"} <= one.keys():
+        if not isinstance(one, dict) or (not {"text"} <= one.keys() and not {"start", "stop"} <= one.keys()):
             raise ValueError(f"{where} must have `text`, or `answer`, `start` and `stop`; got {one!r}")
         score = one.get("score", 1.0)
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 < score <= 1:
