@@ -198,7 +198,8 @@ def test_fewer_candidates_are_said_to_be_drawn(shapes_dir: Path, student_dir: Pa
         ('{"format": 1, "digits": 4, "canaries": []}', "it needs canaries"),
         ('{"format": 1, "digits": 4, "canaries": [{"id": "a"}]}', "holds no canaries"),
         (
-            '{"format": 1, "digits": 4, "canaries": [{"id": "a", "question": "q", "before": "b", "code": "12"}]}',
+            '{"format": 1, "digits": 4, '
+            '"canaries": [{"id": "a", "question": "q", "before": "b", "code": "12"}]}',
             "the code of a must have 4 digits",
         ),
     ],

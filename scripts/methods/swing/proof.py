@@ -5,8 +5,8 @@
 A tiny LLaVA teacher learns sums of two numbers below twenty, and ten four-digit codes that `llava-kd canary
 insert` plants among them; it knows both by heart. A student of the same shape is then distilled on the same
 data with `llava-kd train`, once an arm. The arms of a seed differ in the policy, and in whether there are
-hard labels. Reported: exposure of the codes in bits by `llava-kd canary exposure`, all 10,000 ranked; chance is
-1.44, the most 13.29. And accuracy on sums that all arms trained on. Text alone: no picture is needed here.
+hard labels. Reported: exposure of the codes in bits by `llava-kd canary exposure`, all 10,000 ranked; chance
+is 1.44, the most 13.29. And accuracy on sums that all arms trained on. Text alone: no picture is needed here.
 
 Two arms have a tagger that takes every number for private, the sums too.
 """
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="of a student; a teacher has twice as many")
     parser.add_argument("--out", type=Path, help="folder for results.json")
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the matrices are small
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         runs = {
