@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_samples import llama_like, qwen_like
+from data_samples import entry, llama_like, loader_of, qwen_like, side, write_dataset
 from tiny_llava import tiny_tokenizer
 
 from llava_kd.batch import IGNORE_INDEX
 from llava_kd.data.batches.collate import Item, collate
 from llava_kd.data.sources.conversation import Record, parse_record
+from llava_kd.data.sources.llava_json import LlavaJson
 from llava_kd.data.text.encoder import Encoded, Encoder
 from llava_kd.data.text.private import PATTERNS, Tagger
 from llava_kd.data.text.template_table import TEMPLATES
@@ -88,6 +89,13 @@ def test_the_largest_score_of_a_tokens_characters_counts() -> None:
     assert low[low > 0].tolist() == [0.125, 0.25, 0.25]
 
 
+def test_a_token_is_private_where_any_of_its_characters_is() -> None:
+    record = talk("It is large", private_spans=[{"text": "rge"}])
+    _, words = encoded(record, "qwen")
+    assert " large" in words
+    assert private(Tagger(reads_spans=True), record, "qwen") == "large"
+
+
 def test_what_was_cut_off_has_no_score() -> None:
     record = talk("It is a very long one: 4821")
     whole, _ = encoded(record)
@@ -158,6 +166,26 @@ def test_another_tagger_has_another_fingerprint(tmp_path: Path) -> None:
     taggers = [DIGITS, Tagger(patterns=((r"\d{4}", 0.5),)), Tagger(reads_spans=True), Tagger(ocr_score=1.0)]
     assert len({tagger.fingerprint for tagger in taggers}) == 4
     assert Tagger(patterns=((r"\d{4}", 1.0),)).fingerprint == DIGITS.fingerprint
+
+
+def test_a_loader_gives_scores_steps_and_a_fingerprint_of_its_own(tmp_path: Path) -> None:
+    source = LlavaJson(write_dataset(tmp_path, [entry(i, images=i % 2) for i in range(8)]), tmp_path)
+    settings = {"source": source, "student": side(), "seed": 0, "global_batch_size": 4, "micro_batch_size": 2}
+    settings |= {"rank": 0, "world_size": 1}
+    tagger = Tagger(patterns=((r"\d", 1.0),))
+    loader, plain = loader_of(**settings, tagger=tagger), loader_of(**settings)
+    for step, group in enumerate(loader.batches(0, 2)):
+        for batch in group:
+            assert batch.step == step
+            scores_N = batch.student.target_scores_N
+            assert int((scores_N > 0).sum()) == 2  # a digit in each answer
+    batch = next(plain.batches(1, 2))[0]
+    assert batch.student.scores_BT is None
+    assert not bool(batch.student.target_scores_N.any())
+    assert batch.to("cpu").student.scores_BT is None
+    assert loader.fingerprint != plain.fingerprint
+    other = loader_of(**settings, tagger=Tagger(patterns=((r"\d", 0.5),)))
+    assert other.fingerprint not in (loader.fingerprint, plain.fingerprint)
 
 
 def test_lists_of_other_fields_stay_out_of_a_record() -> None:

@@ -25,6 +25,7 @@ from llava_kd.distill.teaching.from_teacher import FromTeacher
 from llava_kd.distill.teaching.guarded import Guarded
 from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.distill.terms.response_kl import ResponseKL
+from llava_kd.distill.terms.visual_kl import VisualKL
 from llava_kd.distill.token_policy import TokenPolicy
 from llava_kd.models.mllm import Prediction
 
@@ -139,6 +140,26 @@ def test_neither_splits_nor_packing_nor_the_order_change_a_step(losses: str, cut
     assert other[0] == pytest.approx(whole[0], rel=1e-6)
     assert other[1] == pytest.approx(whole[1], rel=1e-6)
     torch.testing.assert_close(other[2], whole[2], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("losses", FORMULAS)
+def test_visual_rows_of_the_same_call_are_left_alone(losses: str) -> None:
+    batch = batch_of((0,), (2,))
+    kl = ResponseKL(), VisualKL()
+    objective = objective_of(response_kl=kl[0], visual_kl=kl[1], num_common=258, losses=losses)
+    with_policy, without = (step_of([batch], objective, policy)[1] for policy in (POLICY, None))
+    assert with_policy["visual_kl"] == pytest.approx(without["visual_kl"], rel=1e-6)
+    assert with_policy["response_kl"] != pytest.approx(without["response_kl"], rel=1e-2)
+
+
+def test_response_rows_behind_others_in_a_call_are_the_ones_that_change() -> None:
+    rows = POLICY.of(batch_of((0,)))
+    target = rows.target(2.0, (4,), 4 + len(rows.score_N) + 1, 258)
+    assert target is not None
+    assert (target.heat_N != 1).nonzero().flatten().tolist() == [5, 6]
+    assert (target.noise_N != 0).nonzero().flatten().tolist() == [5, 6]
+    assert target.heat_N[5:7].tolist() == [20.0, 10.5]
+    assert torch.equal(target.key_N[4 : 4 + len(rows.key_N)], rows.key_N)
 
 
 def test_both_forms_agree() -> None:

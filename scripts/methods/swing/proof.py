@@ -2,11 +2,11 @@
 
     python scripts/methods/swing/proof.py [--seeds 3] [--out DIR]
 
-A tiny LLaVA teacher learns sums of two numbers below twenty, and ten four-digit codes that `llava-kd canary
+A tiny LLaVA teacher learns sums of two numbers below ten, and ten three-digit codes that `llava-kd canary
 insert` plants among them; it knows both by heart. A student of the same shape is then distilled on the same
 data with `llava-kd train`, once an arm. The arms of a seed differ in the policy, and in whether there are
-hard labels. Reported: exposure of the codes in bits by `llava-kd canary exposure`, all 10,000 ranked; chance
-is 1.44, the most 13.29. And accuracy on sums that all arms trained on. Text alone: no picture is needed here.
+hard labels. Reported: exposure of the codes in bits by `llava-kd canary exposure`, all 1,000 ranked; chance
+is 1.44, the most 9.97. And accuracy on the sums, which all arms trained on. Text alone: no picture is needed.
 
 Two arms have a tagger that takes every number for private, the sums too.
 """
@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import io
 import json
-import random
 import sys
 import tempfile
 import time
@@ -55,11 +54,11 @@ ARMS: dict[str, tuple[dict, dict | None]] = {  # terms, and the policy
     "loose tagger: swing + noise + CE, masked": (KL | CE, LOOSE | NOISE),
     "loose tagger: drop": (KL | CE, LOOSE | {"kl": 0.0}),
 }
-NUMBERS, CANARIES, REPEATS, TEST = 20, 10, 5, 100
+NUMBERS, CANARIES, DIGITS, REPEATS = 10, 10, 3, 2
 
 
 def write_data(folder: Path, seed: int) -> list[str]:
-    """Sums with and without codes, and a test; the texts, for a tokenizer."""
+    """Sums, and sums with codes; the texts, for a tokenizer."""
     entries = [
         {
             "id": f"sum-{a}-{b}",
@@ -72,10 +71,8 @@ def write_data(folder: Path, seed: int) -> list[str]:
         for b in range(NUMBERS)
     ]
     (folder / "sums.json").write_text(json.dumps(entries))
-    test = random.Random(seed).sample(entries, TEST)
-    (folder / "test.json").write_text(json.dumps(test))
     words = ["canary", "insert", f"--data={folder / 'sums.json'}", f"--out={folder / 'planted.json'}"]
-    run(*words, f"--canaries={CANARIES}", f"--repeats={REPEATS}", f"--seed={seed}")
+    run(*words, f"--canaries={CANARIES}", f"--digits={DIGITS}", f"--repeats={REPEATS}", f"--seed={seed}")
     planted = json.loads((folder / "planted.json").read_text())
     return [turn["value"] for entry in planted for turn in entry["conversations"]]
 
@@ -84,7 +81,10 @@ def run(*words: str) -> None:
     """A command of `llava-kd`, in this process; what it says is shown where it fails."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = llava_kd(list(words))
+        try:
+            status = llava_kd(list(words))
+        except SystemExit as error:  # a word that it does not know
+            status = error.code
     if status != 0:
         raise SystemExit(f"llava-kd {' '.join(words)}:\n{said.getvalue()}")
 
@@ -104,7 +104,7 @@ def make_model(folder: Path, texts: list[str], seed: int) -> Path:
             patch_size=8,
         ),
         text_config=Qwen2Config(
-            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2,
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         ),
@@ -133,12 +133,12 @@ def train(folder: Path, name: str, start: Path, steps: int, seed: int, **more: o
         },
         "optim": {"lr": 3.0e-3},
         "trainable": ["language_model"],
-        "global_batch_size": 64,
-        "micro_batch_size": 64,
+        "global_batch_size": 40,
+        "micro_batch_size": 40,
         "max_steps": steps,
         "seed": seed,
         "engine": {"kind": "single", "precision": "fp32", "device": "cpu"},
-        "log": {"every": 100, "progress": False},
+        "log": {"every": 100, "progress": False, "diagnostics_every": 0},
         "checkpoint": {"every": 100_000, "keep": 1},
         **more,
     }
@@ -152,9 +152,15 @@ def measured(folder: Path, model: Path, name: str) -> dict[str, float]:
     out = folder / f"{name}.exposure.json"
     common = ["--device=cpu", "--template=vicuna", "--max_length=64", f"--model={model}"]
     run("canary", "exposure", f"--canaries={folder / 'planted.canaries.json'}", f"--out={out}", *common)
-    run("eval", f"--model={model}", f"--data={folder / 'test.json'}", f"--out={folder / f'{name}.eval'}",
-        "--device=cpu", "--template=vicuna", f"--batch_size={TEST}")  # fmt: skip
-    summary = json.loads((folder / f"{name}.eval" / "summary.json").read_text())
+    out_of_eval = folder / f"{name}.eval"
+    run(
+        "eval",
+        f"--model={model}",
+        f"--data={folder / 'sums.json'}",
+        f"--out={out_of_eval}",
+        "--batch_size=100",
+    )
+    summary = json.loads((out_of_eval / "summary.json").read_text())
     return {
         "exposure": json.loads(out.read_text())["mean_exposure"],
         "accuracy": 100 * summary["accuracy"],
@@ -187,7 +193,7 @@ def shown(values: list[float], digits: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
-    parser.add_argument("--steps", type=int, default=500, help="of a student; a teacher has twice as many")
+    parser.add_argument("--steps", type=int, default=200, help="of a student; a teacher has twice as many")
     parser.add_argument("--out", type=Path, help="folder for results.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the matrices are small
@@ -198,7 +204,7 @@ def main() -> None:
             for seed in range(arguments.seeds)
         }
     print(
-        f"{len(runs)} seeds; mean +- half the 95 % interval over them; chance is 1.44 bits, the most 13.29\n"
+        f"{len(runs)} seeds; mean +- half the 95 % interval over them; chance is 1.44 bits, the most 9.97\n"
     )
     print("| arm | exposure, bits | against KD, paired | accuracy on sums, % |\n|---|---|---|---|")
     exposures = {
