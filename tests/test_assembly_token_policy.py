@@ -97,6 +97,15 @@ def test_a_hard_label_that_stays_is_said(stage, capsys) -> None:
     assert "a hard label teaches a private token itself" in capsys.readouterr().err
 
 
+def test_a_dry_run_says_what_the_policy_does(stage, capsys) -> None:
+    config = guarded(stage)
+    assert main(["train", str(config), "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "at score 1: teacher at temperature 20, noise 0.5, divergence x 1, hard label x 0" in said
+    assert main(["train", str(config), "--dry_run", "--token_policy=null"]) == 0
+    assert "private tokens" not in capsys.readouterr().out
+
+
 def test_a_run_goes_on_under_its_own_policy_alone(stage, capsys) -> None:
     config = guarded(stage, max_steps=4, checkpoint={"every": 2, "keep": 2})
     whole = metrics(config, "whole")

@@ -314,6 +314,15 @@ def test_a_step_is_the_same_however_it_is_cut(run: Run, tmp_path: Path) -> None:
             assert a[name] == pytest.approx(b[name], rel=1e-5), name
 
 
+def test_masked_labels_are_not_taken_for_a_worse_teacher(run: Run) -> None:
+    run.trainer(TinyLoader())
+    worse = {"teacher_cross_entropy": torch.tensor(2.0), "cross_entropy": torch.tensor(1.5)}
+    for share, hears in ((0.3, False), (0.0, True)):
+        teaching = Guarded(FromTeacher(run.teacher), POLICY)
+        said = [teaching.advice({**worse, "private_share": torch.tensor(share)}) for _ in range(3)]
+        assert (said[-1] is not None) == hears
+
+
 def test_the_policy_holds_beside_a_change_of_the_pictures(run: Run) -> None:
     run.objective = changed(OBJECTIVE, visual_kl=None, relation=None)
     run.teaching = guarded(Framed)

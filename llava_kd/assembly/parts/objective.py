@@ -65,6 +65,18 @@ def token_policy(config: TrainConfig) -> TokenPolicy | None:
     return policy
 
 
+def policy_lines(config: TrainConfig) -> list[str]:
+    """What a dry run says of private tokens: nothing without a policy."""
+    policy = token_policy(config)
+    if policy is None:
+        return []
+    heat = "as for others" if policy.temperature is None else f"at temperature {policy.temperature:g}"
+    return [
+        f"private tokens   at score 1: teacher {heat}, noise {policy.noise:g}, divergence x {policy.kl:g}, "
+        f"hard label x {policy.cross_entropy:g}"
+    ]
+
+
 def objective(
     config: ObjectiveConfig,
     student: Parts,

@@ -50,4 +50,7 @@ class Guarded(Teaching):
         return {**self._inner.figures(batch, taught, counts), PRIVATE: score}
 
     def advice(self, means: Mapping[str, Tensor]) -> str | None:
+        """None where labels are masked: the student's mean then leaves out what the teacher's counts."""
+        if self._policy.cross_entropy < 1 and PRIVATE in means and bool(means[PRIVATE] > 0):
+            return None
         return self._inner.advice(means)
