@@ -84,16 +84,18 @@ def _named(record: Record, answers: list[str]) -> Iterator[Span]:
     for place, one in enumerate(_listed(record, PRIVATE_SPANS)):
         where = f"`{PRIVATE_SPANS}[{place}]`"
         if not isinstance(one, dict) or (not {"text"} <= one.keys() and not {"start", "stop"} <= one.keys()):
-            raise ValueError(f"{where} must have `text`, or `answer`, `start` and `stop`; got {one!r}")
+            raise ValueError(f"{where} must have `text`, or `answer`, `start` and `stop`; got {one!r:.80}")
         score = one.get("score", 1.0)
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 < score <= 1:
-            raise ValueError(f"{where}.score must be above 0 and at most 1; got {score!r}")
+            raise ValueError(f"{where}.score must be above 0 and at most 1; got {score!r:.80}")
         if "text" in one:
             yield from _of_text(one["text"], answers, float(score), where)
             continue
         number, start, stop = one.get("answer", 0), one["start"], one["stop"]
         if any(isinstance(n, bool) or not isinstance(n, int) for n in (number, start, stop)):
-            raise ValueError(f"{where} must have whole numbers as `answer`, `start` and `stop`; got {one!r}")
+            raise ValueError(
+                f"{where} must have whole numbers as `answer`, `start` and `stop`; got {one!r:.80}"
+            )
         if not 0 <= number < len(answers):
             raise ValueError(f"{where}.answer must be from 0 to {len(answers) - 1}; got {number}")
         if not 0 <= start < stop <= len(answers[number]):
@@ -106,7 +108,7 @@ def _named(record: Record, answers: list[str]) -> Iterator[Span]:
 
 def _of_text(text: object, answers: list[str], score: float, where: str) -> Iterator[Span]:
     if not isinstance(text, str) or not text:
-        raise ValueError(f"{where}.text must be words of an answer; got {text!r}")
+        raise ValueError(f"{where}.text must be words of an answer; got {text!r:.80}")
     found = list(_places(text, answers))
     if not found:
         raise ValueError(f"{where}.text must stand in an answer; {text[:80]!r} stands in none")
@@ -118,7 +120,7 @@ def _in_pictures(record: Record, answers: list[str], score: float) -> Iterator[S
     for one in _listed(record, OCR_TOKENS):
         text = one.get("text") if isinstance(one, dict) else one
         if not isinstance(text, str):
-            raise ValueError(f"`{OCR_TOKENS}` must hold texts, or objects with `text`; got {one!r}")
+            raise ValueError(f"`{OCR_TOKENS}` must hold texts, or objects with `text`; got {one!r:.80}")
         for number, start, stop in _places(text.strip(), answers):
             around = answers[number][:start][-1:], answers[number][stop:][:1]
             if not any(character.isalnum() for character in around):
