@@ -14,6 +14,7 @@ from llava_kd.assembly.parts.held_out import evaluator
 from llava_kd.assembly.parts.lending import tap_student
 from llava_kd.assembly.parts.models import choose_attention, compute_dtype, place, student_dtypes
 from llava_kd.assembly.parts.objective import objective
+from llava_kd.assembly.parts.pictures import with_changed_pictures
 from llava_kd.assembly.parts.teacher import say_left_out, teaching_of
 from llava_kd.config import TrainConfig, dump
 from llava_kd.data.batches.loader import Loader
@@ -101,7 +102,7 @@ def assemble(
     adapted = _adapt(config, student, say)
     placed = _place(config, world, adapted)
     fed = _feed(config, world, placed, teacher, source)
-    accompanied = _accompany(config, world, fed, say)
+    accompanied = _accompany(config, world, fed, source, say)
     joined = _join(config, accompanied, say)
     driven = _drive(config, world, joined, say)
     return _trainer(config, driven, say, identity or {}), driven.engine
@@ -133,12 +134,17 @@ def _feed(
     return Fed(placed=placed, teacher=teacher, loader=loader, shares_tower=shares_tower)
 
 
-def _accompany(config: TrainConfig, world: World, fed: Fed, say: Say) -> Accompanied:
+def _accompany(
+    config: TrainConfig, world: World, fed: Fed, source: Source | None, say: Say
+) -> Accompanied:
     if fed.teacher is None:
         return Accompanied(fed=fed, teaching=None)
     student, mllm = fed.placed.adapted.student, fed.placed.mllm
     shares = fed.shares_tower
     teaching = teaching_of(config, world, (student, mllm), fed.teacher, say, shares_tower=shares)
+    if config.pictures is not None:
+        models = (student, mllm), fed.teacher
+        teaching = with_changed_pictures(config, world, models, teaching, source, say)
     return Accompanied(fed=fed, teaching=teaching)
 
 

@@ -72,7 +72,8 @@ def _join(calls: dict[Softening | None, list[_Block]], name: str, place: Place) 
 class HeadTerms:
     """The terms of an objective that go through the head, for one micro-batch.
 
-    `factors`: scalars without gradient that multiply the weights of some terms.
+    `factors`: scalars without gradient that multiply the weights of some terms. `label_weight_N`: as of
+    `Taught`.
     """
 
     terms: Mapping[str, Term]
@@ -82,6 +83,7 @@ class HeadTerms:
     batch: Batch
     counts: Counts
     factors: Mapping[str, Tensor] = field(default_factory=dict)
+    label_weight_N: Tensor | None = None
 
     def __call__(self) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Their weighted sum and each one's mean; None where there is none of them."""
@@ -97,7 +99,8 @@ class HeadTerms:
             ends = list(accumulate(len(c.rows.student_N) for c in chosen))
             for begin, end, block, of_block in zip([0, *ends[:-1]], ends, listed, chosen, strict=True):
                 if (name := block.cross_entropy) is not None:
-                    means[name] = result.ce_N[begin:end].sum() * self._share(name).float()
+                    values_N = self._labelled(result.ce_N[begin:end], block)
+                    means[name] = values_N.sum() * self._share(name).float()
                 if (name := block.kl) is not None:
                     values_N = result.kl_N[begin:end] * of_block.factor_N
                     means[name] = values_N.sum() * self._share(name).float()
@@ -124,10 +127,11 @@ class HeadTerms:
         student_ND = flat_D[torch.cat([r.student_N for r in rows])]
         targets_N = torch.cat([r.targets_N for r in rows])
         pairs = list(zip(listed, rows, strict=True))
-        ce_N = torch.cat([self._weights(r, block.cross_entropy) for block, r in pairs])
+        ce_N = torch.cat([self._labelled(self._weights(r, block.cross_entropy), block) for block, r in pairs])
         common = {"student_bias_V": student.bias_V, "ce_weight_N": ce_N}
         if kind is None or teacher is None:
             active = (0, sum(len(r.targets_N) for block, r in pairs if self._counts(block.cross_entropy)))
+            active = active if self.label_weight_N is None else None
             return formulas.head_loss(student_ND, student.head_VD, targets_N, **common, active_rows=active)
         common["kl_weight_N"] = torch.cat(
             [self._weights(c.rows, block.kl) * c.factor_N for block, c in zip(listed, chosen, strict=True)]
@@ -147,11 +151,19 @@ class HeadTerms:
             active_rows=self._active_rows(pairs) if all(c.is_counted for c in chosen) else None,
         )
 
+    def _labelled(self, values_N: Tensor, block: _Block) -> Tensor:
+        """One a row of a place, times what the label there counts."""
+        if self.label_weight_N is None or block.cross_entropy is None or block.place != "response":
+            return values_N
+        return values_N * self.label_weight_N
+
     def _counts(self, name: str | None) -> bool:
         return name is not None and self.terms[name].weight > 0
 
     def _active_rows(self, pairs: list[tuple[_Block, Rows]]) -> tuple[int, int] | None:
         """Rows with a KL weight, and those with cross-entropy alone; None where they must be looked for."""
+        if self.label_weight_N is not None:
+            return None
         num_kl = num_ce_alone = 0
         for block, rows in pairs:
             shared = len(rows.student_N)

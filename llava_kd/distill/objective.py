@@ -89,6 +89,7 @@ class Objective:
             batch=batch,
             counts=counts,
             factors=factors,
+            label_weight_N=taught.label_weight_N,
         )()
         if head is not None:
             loss = loss + head[0]

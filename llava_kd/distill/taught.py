@@ -45,8 +45,11 @@ class Taught:
 
     `prediction` is on the teacher's side of the batch. `switched` is the teacher's over the student's visual
     output. `others` are further ones by name, such as on other pixels, for the terms that ask for them.
+    `label_weight_N`: [response targets of the student's side], what the label of each counts in
+    cross-entropy; None is 1 for all.
     """
 
     prediction: AnyPrediction | None = None
     switched: Prediction | None = None
     others: Mapping[str, AnyPrediction] = field(default_factory=dict)
+    label_weight_N: Tensor | None = None
