@@ -134,9 +134,7 @@ def _feed(
     return Fed(placed=placed, teacher=teacher, loader=loader, shares_tower=shares_tower)
 
 
-def _accompany(
-    config: TrainConfig, world: World, fed: Fed, source: Source | None, say: Say
-) -> Accompanied:
+def _accompany(config: TrainConfig, world: World, fed: Fed, source: Source | None, say: Say) -> Accompanied:
     if fed.teacher is None:
         return Accompanied(fed=fed, teaching=None)
     student, mllm = fed.placed.adapted.student, fed.placed.mllm

@@ -63,14 +63,15 @@ class HardConfig:
         ranges = (self.translate, self.scale, self.rotate, self.crop, self.colour, self.blur)
         require(
             any(ranges),
-            "`pictures.hard` may change nothing: each of translate, scale, rotate, crop, colour and blur is 0; "
-            "set one to more, or pictures.hard to null",
+            "`pictures.hard` may change nothing: translate, scale, rotate, crop, colour and blur are all 0; set "
+            "one to more, or pictures.hard to null",
         )
         try:
             re.compile(self.keep_prompts or "")
         except re.error as error:
             raise ValueError(
-                f"`pictures.hard.keep_prompts` must be a regular expression; got {self.keep_prompts!r}: {error}"
+                "`pictures.hard.keep_prompts` must be a regular expression; got "
+                f"{self.keep_prompts!r}: {error}"
             ) from None
 
 
@@ -94,8 +95,7 @@ class PicturesConfig:
     def __post_init__(self) -> None:
         require(
             (self.hard is None) != (self.mixup is None),
-            "`pictures` needs one of hard and mixup, and no more than one; set the other to null, or pictures "
-            "itself",
+            "`pictures` needs one of hard and mixup, and no more; set the other to null, or pictures itself",
         )
 
 
@@ -108,7 +108,9 @@ def check_pictures(
     """
     name = "pictures.hard" if pictures.hard is not None else "pictures.mixup"
     if teacher is None:
-        raise ValueError(f"`{name}` asks the teacher about pictures, but `teacher` is null; set it, or leave {name} out")
+        raise ValueError(
+            f"`{name}` asks the teacher about pictures, but `teacher` is null; set it, or leave {name} out"
+        )
     require(
         teacher.placement == "replicated",
         f"`{name}` asks the teacher within the student's forward, where it must be whole on every rank; set "
@@ -118,8 +120,8 @@ def check_pictures(
         return
     require(
         teacher.quantize is None,
-        f"`pictures.hard` needs a gradient through the teacher to the pixels, which weights of {teacher.quantize} "
-        "do not give as they are; set teacher.quantize to null",
+        "`pictures.hard` needs a gradient through the teacher to the pixels, which weights of "
+        f"{teacher.quantize} do not give as they are; set teacher.quantize to null",
     )
     require(
         "response_kl" in terms,
@@ -128,6 +130,6 @@ def check_pictures(
     )
     require(
         engine_kind in ("auto", "single", "ddp"),
-        f"`pictures.hard` runs backwards through the student on its own, whose weights `engine.kind` {engine_kind} "
-        "holds in shards; use auto, single or ddp",
+        "`pictures.hard` runs backwards through the student on its own, whose weights `engine.kind` "
+        f"{engine_kind} holds in shards; use auto, single or ddp",
     )

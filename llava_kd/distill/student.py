@@ -38,7 +38,7 @@ class Student(nn.Module):
             self.learned_weights = objective.learned
 
     def counts(self, batch: Batch) -> Counts:
-        """The denominators that the terms, and what the teaching adds, are divided by, of this micro-batch."""
+        """Of this micro-batch: what the terms are divided by, and what the teaching adds."""
         return Counts({**self.objective.counts(batch), **self._door[0].counts(batch)})
 
     def losses(

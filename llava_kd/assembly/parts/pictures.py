@@ -142,7 +142,9 @@ class Shown:
 
     def _row(self, side_ICHW: Tensor) -> Tensor:
         """uint8 [H, I W, C], with a light gap after each picture."""
-        mean_C11, std_C11 = (side_ICHW.new_tensor(v).view(-1, 1, 1) for v in (self._pixels.mean, self._pixels.std))
+        mean_C11, std_C11 = (
+            side_ICHW.new_tensor(v).view(-1, 1, 1) for v in (self._pixels.mean, self._pixels.std)
+        )
         shown_ICHW = (side_ICHW * std_C11 + mean_C11).float().clamp(0, 1)
         shown_ICHW = torch.nn.functional.pad(shown_ICHW, (0, 2, 0, 2), value=1.0)
         return (255 * torch.cat(list(shown_ICHW), 2)).round().byte().permute(1, 2, 0).cpu()

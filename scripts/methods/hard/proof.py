@@ -35,8 +35,8 @@ from llava_kd.losses.divergence import FORWARD, divergence_rows
 from llava_kd.losses.head_loss import head_loss
 from llava_kd.search.findings.statistics import Estimate, estimate, paired
 
-CLASSES, PATTERN, SIDE, REACH = 10, 8, 20, 6
-STEPS, BATCH, RATE = 2000, 64, 2e-3
+CLASSES, PATTERN, SIDE, REACH = 10, 8, 18, 5
+STEPS, BATCH, RATE = 2000, 32, 2e-3
 LOWER, UPPER = 0.3, 1.5
 ARMS = ("labels", "distilled", "small moves", "learned", "any moves")
 AS_THEY_ARE = Pixels(mean=(0.0,), std=(1.0,))
@@ -67,7 +67,7 @@ class Teacher(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 5, padding=2),
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1),
             nn.ReLU(),
         )  # fmt: skip
         self.head = nn.Linear(32, CLASSES)
@@ -122,7 +122,9 @@ class Learned:
             (gradient_P,) = torch.autograd.grad(disagreement - strayed, weights_P)
             self._augmentor.ascend(gradient_P)
             self.steps_learned += 1
-        self.learns = next_phase(learns=learns, disagreement=float(disagreement.detach()), lower=LOWER, upper=UPPER)
+        self.learns = next_phase(
+            learns=learns, disagreement=float(disagreement.detach()), lower=LOWER, upper=UPPER
+        )
         return images if learns else changed.detach()
 
 
@@ -168,7 +170,10 @@ def one_seed(seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
     patterns = smooth_patterns(generator)
     training = pictures(4000, patterns, generator, 0)
-    tests = {"centred": pictures(2000, patterns, generator, 0), "moved": pictures(2000, patterns, generator, REACH)}
+    tests = {
+        "centred": pictures(2000, patterns, generator, 0),
+        "moved": pictures(2000, patterns, generator, REACH),
+    }
     teacher = train_teacher(*training, generator)
     found = {f"teacher, {name}": accuracy(teacher, *test) for name, test in tests.items()}
     for arm in ARMS:

@@ -1,6 +1,7 @@
 """A tiny network from a picture and noise to the numbers of its change, and the ascent that moves it.
 
-Shape legend: I images, C channels, H height, W width, Z noise of an image, K numbers of its change, P weights.
+Shape legend: I images, C channels, H height, W width, S places seen, Z noise of an image, K numbers of its
+change, P weights.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Augmentor(nn.Module):
             grey_I1HW = pixels_ICHW.float().mean(1, keepdim=True)
             seen_IS = functional.adaptive_avg_pool2d(grey_I1HW, SIDE).flatten(1)
             seen_IS = torch.cat([seen_IS, noise_IZ.float()], 1)
-            return functional.linear(functional.linear(seen_IS, first, first_bias).relu(), last, last_bias).tanh()
+            return functional.linear(
+                functional.linear(seen_IS, first, first_bias).relu(), last, last_bias
+            ).tanh()
 
     @torch.no_grad()
     def ascend(self, gradient_P: Tensor) -> None:
@@ -59,7 +62,7 @@ class Augmentor(nn.Module):
                 "ranges, or set teacher.dtype to float32"
             )
         self.updates += 1
-        number = self.updates.float()
+        number = self.updates.double()
         self.exp_avg_P.lerp_(gradient_P, 1 - _BETAS[0])
         self.exp_avg_sq_P.lerp_(gradient_P * gradient_P, 1 - _BETAS[1])
         mean_P = self.exp_avg_P / (1 - _BETAS[0] ** number)

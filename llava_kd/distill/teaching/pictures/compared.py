@@ -1,4 +1,4 @@
-"""The divergence of two models' tokens with a gradient to both, as the losses, which hold one still, have not.
+"""The divergence of two models' tokens with a gradient to both: the losses hold the teacher still.
 
 Shape legend: N rows, R rows of a chunk, D and E widths of the models, V and U rows of their heads.
 """
@@ -45,7 +45,12 @@ class Compared:
         return total
 
     def _chunk(
-        self, student_RD: Tensor, teacher_RE: Tensor, student: Prediction, teacher: Prediction, weight_R: Tensor
+        self,
+        student_RD: Tensor,
+        teacher_RE: Tensor,
+        student: Prediction,
+        teacher: Prediction,
+        weight_R: Tensor,
     ) -> Tensor:
         with torch.autocast(student_RD.device.type, enabled=False):
             said, truth = (

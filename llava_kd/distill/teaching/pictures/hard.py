@@ -84,7 +84,7 @@ class Hard(PictureChange):
         lr: float = 1e-2,
         seed: int = 0,
     ) -> None:
-        """`models` are the student, as an engine leaves it whole, and its teacher; neither becomes a child."""
+        """`models`: the student, which an engine leaves whole, and its teacher; neither becomes a child."""
         super().__init__()
         self._models, self._room = models, room
         self._warps, self._compared, self._pace = warps, compared, pace or Pace()
@@ -154,6 +154,8 @@ class Hard(PictureChange):
         }
 
     def after_step(self, means: Mapping[str, Tensor]) -> None:
+        if not bool(torch.isfinite(means["loss"])):
+            return  # the trainer stops for it, and names the records
         if self.learns:
             gradient_P = self._gradient_P
             gradient_P = torch.zeros_like(self.augmentor.weights_P) if gradient_P is None else gradient_P
@@ -162,15 +164,11 @@ class Hard(PictureChange):
         if bool(means["hard_changed"] > 0):  # a step without pictures says nothing
             apart = float(means["hard_disagreement"])
             pace = self._pace
-            learns = next_phase(
-                learns=self.learns, disagreement=apart, lower=pace.lower, upper=pace.upper
-            )
+            learns = next_phase(learns=self.learns, disagreement=apart, lower=pace.lower, upper=pace.upper)
             self.is_learning.fill_(int(learns))
         super().after_step(means)
 
-    def _learn(
-        self, batch: Batch, before: Prediction, rows: Rows, weight_N: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _learn(self, batch: Batch, before: Prediction, rows: Rows, weight_N: Tensor) -> tuple[Tensor, Tensor]:
         """Add this micro-batch to the gradient of the step; what both divergences are."""
         zero = torch.zeros((), device=weight_N.device)
         if batch.student.num_images == 0:
