@@ -63,7 +63,7 @@ class HardConfig:
         ranges = (self.translate, self.scale, self.rotate, self.crop, self.colour, self.blur)
         require(
             any(ranges),
-            "`pictures.hard` may change nothing: translate, scale, rotate, crop, colour and blur are all 0; set "
+            "`pictures.hard` may change nothing: translate, scale, rotate, crop, colour and blur are 0; set "
             "one to more, or pictures.hard to null",
         )
         try:

@@ -17,7 +17,7 @@ from llava_kd.batch import Batch, Counts
 from llava_kd.distill.formulas import Common
 from llava_kd.distill.row_choice import Chosen, choose
 from llava_kd.distill.rows import Place, Rows, count, fill, visual_features
-from llava_kd.distill.taught import TopKPrediction
+from llava_kd.distill.taught import LABELLED, TopKPrediction
 from llava_kd.distill.terms.term import HeadRequest, Term
 from llava_kd.losses.divergence import Divergence, Temperature
 from llava_kd.losses.reference import HeadLoss
@@ -99,7 +99,7 @@ class HeadTerms:
             ends = list(accumulate(len(c.rows.student_N) for c in chosen))
             for begin, end, block, of_block in zip([0, *ends[:-1]], ends, listed, chosen, strict=True):
                 if (name := block.cross_entropy) is not None:
-                    values_N = self._labelled(result.ce_N[begin:end], block)
+                    values_N = self._labelled(result.ce_N[begin:end], block.place)
                     means[name] = values_N.sum() * self._share(name).float()
                 if (name := block.kl) is not None:
                     values_N = result.kl_N[begin:end] * of_block.factor_N
@@ -113,7 +113,10 @@ class HeadTerms:
         return choose(rows, request, self.batch, self.teacher, self.common)
 
     def _share(self, name: str) -> Tensor:
-        return 1.0 / count(self.counts, self.terms[name].denominator.name)
+        denominator = self.terms[name].denominator.name
+        request = self.terms[name].head_request()
+        is_of_labels = request is not None and request.divergence is None and request.place == "response"
+        return 1.0 / count(self.counts, LABELLED if is_of_labels and LABELLED in self.counts else denominator)
 
     def _weights(self, rows: Rows, name: str | None) -> Tensor:
         if name is None:
@@ -127,7 +130,9 @@ class HeadTerms:
         student_ND = flat_D[torch.cat([r.student_N for r in rows])]
         targets_N = torch.cat([r.targets_N for r in rows])
         pairs = list(zip(listed, rows, strict=True))
-        ce_N = torch.cat([self._labelled(self._weights(r, block.cross_entropy), block) for block, r in pairs])
+        ce_N = torch.cat(
+            [self._labelled(self._weights(r, block.cross_entropy), block.place) for block, r in pairs]
+        )
         common = {"student_bias_V": student.bias_V, "ce_weight_N": ce_N}
         if kind is None or teacher is None:
             active = (0, sum(len(r.targets_N) for block, r in pairs if self._counts(block.cross_entropy)))
@@ -151,9 +156,9 @@ class HeadTerms:
             active_rows=self._active_rows(pairs) if all(c.is_counted for c in chosen) else None,
         )
 
-    def _labelled(self, values_N: Tensor, block: _Block) -> Tensor:
+    def _labelled(self, values_N: Tensor, place: Place) -> Tensor:
         """One a row of a place, times what the label there counts."""
-        if self.label_weight_N is None or block.cross_entropy is None or block.place != "response":
+        if self.label_weight_N is None or place != "response":
             return values_N
         return values_N * self.label_weight_N
 

@@ -1,8 +1,8 @@
 """A student that is lost where pictures are moved learns it from a teacher that is not, by learned changes.
 
-    python scripts/methods/hard/proof.py [--seeds 4] [--out DIR]
+    python scripts/methods/hard/proof.py [--seeds 5] [--out DIR]
 
-Ten smooth patterns of 10 x 10 stand in the middle of pictures of 24 x 24, scaled in contrast and covered with
+Ten smooth patterns of 8 x 8 stand in the middle of pictures of 18 x 18, scaled in contrast and covered with
 noise. The teacher, convolutions and a global maximum, has only seen them so, and knows them anywhere by how
 it is built; the student, a perceptron with one hidden layer, knows a pattern where it has seen it. The arms
 of a seed differ in what is done to the training pictures, which are always centred, and in the loss:
@@ -10,10 +10,10 @@ of a seed differ in what is done to the training pictures, which are always cent
     labels        cross-entropy alone
     distilled     0.1 cross-entropy + 0.9 divergence, pictures as they are
     small moves   the same, each picture moved at random by up to 1 pixel
-    learned       the same, with llava_kd's augmentor, warps and phases, which may move by up to 7 pixels
-    any moves     the same, each picture moved at random by up to 7 pixels: what is to be found
+    learned       the same, with llava_kd's augmentor, warps and phases, which may move by up to 5 pixels
+    any moves     the same, each picture moved at random by up to 5 pixels: what is to be found
 
-Reported: accuracy on 2,000 further pictures, centred and moved at random by up to 7 pixels.
+Reported: accuracy on 2,000 further pictures, centred and moved at random by up to 5 pixels.
 
 Shape legend: N pictures, V classes, Z noise of a picture, I pictures.
 """
@@ -37,7 +37,8 @@ from llava_kd.search.findings.statistics import Estimate, estimate, paired
 
 CLASSES, PATTERN, SIDE, REACH = 10, 8, 18, 5
 STEPS, BATCH, RATE = 2000, 32, 2e-3
-LOWER, UPPER = 0.3, 1.5
+LEARNED_RATE = 1e-2
+LOWER, UPPER = 0.05, 0.3  # of four pairs tried on seed 0, which is left out
 ARMS = ("labels", "distilled", "small moves", "learned", "any moves")
 AS_THEY_ARE = Pixels(mean=(0.0,), std=(1.0,))
 Change = Callable[[Tensor], Tensor]
@@ -157,9 +158,6 @@ def train_student(
     return student, learned.steps_learned / STEPS
 
 
-LEARNED_RATE = 1e-2
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, classes_N: Tensor) -> float:
     return 100 * float((model(images).argmax(1) == classes_N).double().mean())
@@ -192,12 +190,12 @@ def shown(value: Estimate | None, sign: str = "") -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=4, help="how many, from 0")
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from 1")
     parser.add_argument("--out", type=Path, help="folder for results.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()
-    runs = {seed: one_seed(seed) for seed in range(arguments.seeds)}
+    runs = {seed: one_seed(seed) for seed in range(1, arguments.seeds + 1)}
     values = {name: {seed: run[name] for seed, run in runs.items()} for name in runs[0]}
     print(f"{len(runs)} seeds; mean +- half the 95 % interval over them\n")
     for name in values:

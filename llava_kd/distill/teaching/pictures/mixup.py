@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llava_kd.batch import Batch, Counts, Inputs
-from llava_kd.distill.taught import Taught
+from llava_kd.distill.taught import LABELLED, Taught
 from llava_kd.distill.teaching.pictures.change import PictureChange
 from llava_kd.distill.teaching.pictures.draws import check_ids, generator_of, records_at, records_of_images
 from llava_kd.models.mllm import Prediction
@@ -84,6 +84,13 @@ class Mixup(PictureChange):
         mixed_R = mixed_I.new_zeros(len(batch.record_ids))
         mixed_R = mixed_R.index_add(0, records_of_images(inputs), mixed_I)
         return (mixed_R == 0).float()[records_at(inputs, inputs.places.response_N)]
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Of cross-entropy: it stays a mean over the targets whose labels count."""
+        weight_N = self.label_weight(batch)
+        places_N = batch.student.places.response_N
+        weight_N = torch.ones(len(places_N), device=places_N.device) if weight_N is None else weight_N
+        return {LABELLED: weight_N.sum().double()}
 
     def figures(
         self, batch: Batch, student: Prediction, taught: Taught, counts: Counts
