@@ -99,7 +99,7 @@ class HeadTerms:
             ends = list(accumulate(len(c.rows.student_N) for c in chosen))
             for begin, end, block, of_block in zip([0, *ends[:-1]], ends, listed, chosen, strict=True):
                 if (name := block.cross_entropy) is not None:
-                    values_N = self._labelled(result.ce_N[begin:end], block.place)
+                    values_N = _times(result.ce_N[begin:end], of_block.ce_factor_N)
                     means[name] = values_N.sum() * self._share(name).float()
                 if (name := block.kl) is not None:
                     values_N = result.kl_N[begin:end] * of_block.factor_N
@@ -110,7 +110,10 @@ class HeadTerms:
         with_teacher = has_teacher and not self._is_aligned(block.place)
         rows = Rows.select(block.place, self.batch, with_teacher=with_teacher)
         request = None if block.kl is None else self.terms[block.kl].head_request()
-        return choose(rows, request, self.batch, self.teacher, self.common)
+        chosen = choose(rows, request, self.batch, self.teacher, self.common)
+        if self.label_weight_N is None or block.place != "response":
+            return chosen
+        return chosen.labelled(self.label_weight_N)
 
     def _share(self, name: str) -> Tensor:
         denominator = self.terms[name].denominator.name
@@ -130,14 +133,18 @@ class HeadTerms:
         student_ND = flat_D[torch.cat([r.student_N for r in rows])]
         targets_N = torch.cat([r.targets_N for r in rows])
         pairs = list(zip(listed, rows, strict=True))
+        is_counted = all(c.is_counted for c in chosen)
         ce_N = torch.cat(
-            [self._labelled(self._weights(r, block.cross_entropy), block.place) for block, r in pairs]
+            [
+                _times(self._weights(c.rows, block.cross_entropy), c.ce_factor_N)
+                for block, c in zip(listed, chosen, strict=True)
+            ]
         )
         common = {"student_bias_V": student.bias_V, "ce_weight_N": ce_N}
         if kind is None or teacher is None:
             active = (0, sum(len(r.targets_N) for block, r in pairs if self._counts(block.cross_entropy)))
-            active = active if self.label_weight_N is None else None
-            return formulas.head_loss(student_ND, student.head_VD, targets_N, **common, active_rows=active)
+            common["active_rows"] = active if is_counted else None
+            return formulas.head_loss(student_ND, student.head_VD, targets_N, **common)
         common["kl_weight_N"] = torch.cat(
             [self._weights(c.rows, block.kl) * c.factor_N for block, c in zip(listed, chosen, strict=True)]
         )
@@ -153,22 +160,14 @@ class HeadTerms:
             teacher_NE=torch.cat([self._teacher_rows(c, teacher) for c in chosen]),
             teacher_head_UE=teacher.head_VD,
             teacher_bias_U=teacher.bias_V,
-            active_rows=self._active_rows(pairs) if all(c.is_counted for c in chosen) else None,
+            active_rows=self._active_rows(pairs) if is_counted else None,
         )
-
-    def _labelled(self, values_N: Tensor, place: Place) -> Tensor:
-        """One a row of a place, times what the label there counts."""
-        if self.label_weight_N is None or place != "response":
-            return values_N
-        return values_N * self.label_weight_N
 
     def _counts(self, name: str | None) -> bool:
         return name is not None and self.terms[name].weight > 0
 
     def _active_rows(self, pairs: list[tuple[_Block, Rows]]) -> tuple[int, int] | None:
         """Rows with a KL weight, and those with cross-entropy alone; None where they must be looked for."""
-        if self.label_weight_N is not None:
-            return None
         num_kl = num_ce_alone = 0
         for block, rows in pairs:
             shared = len(rows.student_N)
@@ -193,3 +192,7 @@ class HeadTerms:
         features_IME = align(visual_features(teacher, self.batch.teacher_inputs, "hidden"))
         features_NE = features_IME[self.batch.student.places.valid_images_N].flatten(0, 1)
         return features_NE if chosen.picked_N is None else features_NE[chosen.picked_N]
+
+
+def _times(values_N: Tensor, factor_N: Tensor | None) -> Tensor:
+    return values_N if factor_N is None else values_N * factor_N

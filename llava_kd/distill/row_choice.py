@@ -26,13 +26,19 @@ class Chosen:
     """Rows of a term, and what each one's divergence is multiplied by.
 
     `picked_N`: their numbers among all rows of the place, None where all are there.
-    `is_counted`: how many have a factor of 0 is known on the host.
+    `is_counted`: how many have a factor of 0 is known on the host. `ce_factor_N`: what each one's
+    cross-entropy is multiplied by, None is 1.
     """
 
     rows: Rows
     factor_N: Tensor
     picked_N: Tensor | None = None
     is_counted: bool = True
+    ce_factor_N: Tensor | None = None
+
+    def labelled(self, weight_N: Tensor) -> Chosen:
+        """All response rows, whose labels count so much."""
+        return replace(self, ce_factor_N=weight_N, is_counted=False)
 
 
 def choose(
