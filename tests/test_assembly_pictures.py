@@ -97,7 +97,7 @@ REFUSED = {
     "sharded student": (
         HARD,
         [("engine.kind", "fsdp2")],
-        "whose weights `engine.kind` fsdp2 holds in shards; use auto, single or ddp",
+        "which `engine.kind` fsdp2 does not allow for; use auto, single or ddp",
     ),
     "share": ({"mixup": {"share": 1.5}}, [], "`pictures.mixup.share`"),
     "no share": ({"mixup": {"share": 0.0}}, [], "`pictures.mixup.share`"),

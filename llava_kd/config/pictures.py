@@ -130,6 +130,6 @@ def check_pictures(
     )
     require(
         engine_kind in ("auto", "single", "ddp"),
-        "`pictures.hard` runs backwards through the student on its own, whose weights `engine.kind` "
-        f"{engine_kind} holds in shards; use auto, single or ddp",
+        "`pictures.hard` runs backwards through the student by itself, beside the backward of the engine, "
+        f"which `engine.kind` {engine_kind} does not allow for; use auto, single or ddp",
     )

@@ -40,10 +40,10 @@ class Teacher:
         with torch.no_grad():
             return self._predict(batch, student_features_INE)
 
-    def with_gradient(self, batch: Batch) -> Prediction:
+    def with_gradient(self, batch: Batch, student_features_INE: Tensor | None = None) -> Prediction:
         """The same, with gradient to the pixels, and in the teacher's own type wherever it is asked."""
         with torch.autocast(batch.student.pixels_ICHW.device.type, enabled=False):
-            return self._predict(batch, None)
+            return self._predict(batch, student_features_INE)
 
     def _predict(self, batch: Batch, student_features_INE: Tensor | None) -> Prediction:
         inputs = batch.teacher_inputs

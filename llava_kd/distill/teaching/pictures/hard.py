@@ -28,7 +28,12 @@ from llava_kd.distill.teaching.live import Teacher
 from llava_kd.distill.teaching.pictures.augmentor import NOISE, Augmentor, next_phase
 from llava_kd.distill.teaching.pictures.change import PictureChange
 from llava_kd.distill.teaching.pictures.compared import Compared
-from llava_kd.distill.teaching.pictures.draws import normal_of_records, records_at, records_of_images
+from llava_kd.distill.teaching.pictures.draws import (
+    check_ids,
+    normal_of_records,
+    records_at,
+    records_of_images,
+)
 from llava_kd.distill.teaching.pictures.warps import Pixels, Warps
 from llava_kd.models.mllm import MLLM, Prediction
 
@@ -176,8 +181,9 @@ class Hard(PictureChange):
         weights_P = self.augmentor.leaf()
         changed = self.changed(batch, weights_P)
         student, teacher = self._models
-        said = student(changed.student, student.image_features(changed.student))
-        truth = teacher.with_gradient(changed)
+        features_INE = student.image_features(changed.student)
+        said = student(changed.student, features_INE)
+        truth = teacher.with_gradient(changed, features_INE)
         apart = self._compared((said, rows.student_N), (truth, rows.teacher_N), weight_N)
         strayed = self._compared((truth, rows.teacher_N), (before, rows.teacher_N), weight_N)
         reached = self._pace.student * apart - self._pace.teacher * strayed
@@ -187,6 +193,7 @@ class Hard(PictureChange):
 
     def _may_change(self, batch: Batch) -> Tensor:
         """[R] whether the pictures of each record may be changed."""
+        check_ids(batch)
         may = torch.tensor([name not in self._room.kept for name in batch.record_ids])
         return may.to(batch.student.pixels_ICHW.device, non_blocking=True)
 
