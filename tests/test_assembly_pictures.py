@@ -47,12 +47,15 @@ def edited(path: Path, *changes: tuple[str, object]) -> Path:
 def test_a_stage_with_it_runs_to_its_end_and_exports_the_student_alone(
     tmp_path: Path, shapes_dir: Path, student_dir: Path, teacher_dir: Path, pictures: dict
 ) -> None:
-    path = stage(tmp_path, shapes_dir, student_dir, teacher_dir, pictures=pictures)
+    held_out = {"path": str(shapes_dir / "instructions.json"), "images": str(shapes_dir), "max_records": 4}
+    evaluate = {"every": 2, "losses": {"talks": held_out}}
+    path = stage(tmp_path, shapes_dir, student_dir, teacher_dir, pictures=pictures, evaluate=evaluate)
     assert main(["train", str(path)]) == 0
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"teacher_cross_entropy", "response_kl"} <= lines[-1].keys()
+    assert 4 < lines[-1]["loss/talks"] < 7  # about the log of 260 words
     if pictures is HARD:
         assert [round(line["hard_learning"], 4) for line in lines] == [1, 0, 0, 0]
         assert all(line["hard_changed"] == pytest.approx(1) for line in lines)
