@@ -515,6 +515,18 @@ def test_mixed_pictures_are_the_blends_of_their_pairs_on_both_sides() -> None:
         torch.testing.assert_close(after.pixels_ICHW, expected)
 
 
+def test_pairs_are_those_of_the_seed_the_step_and_the_records() -> None:
+    def pairs(seed: int = 0, steps: int = 0, names: tuple[str, ...] = ("a", "b", "c")) -> list[float]:
+        change = Mixup(share=1.0, seed=seed)
+        for _ in range(steps):
+            change.after_step({})
+        return list(change.pairs(replace(BATCH, record_ids=names)).own)
+
+    assert pairs() == pairs()
+    different = [pairs(), pairs(seed=1), pairs(steps=1), pairs(steps=2), pairs(names=("a", "c", "b"))]
+    assert len({tuple(own) for own in different}) == 5
+
+
 def test_labels_of_mixed_records_do_not_count_and_the_teacher_does(run: Run) -> None:
     """The step's loss, from one record at a time: no label of a mixed one, the teacher of all of them."""
     run.teaching = lambda teacher: ChangedPictures("mixup", Mixup(share=0.5), teacher)
