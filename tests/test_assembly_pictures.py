@@ -173,8 +173,9 @@ def test_records_are_kept_by_their_question_or_their_type(
 
 
 def test_the_grid_shows_originals_above_what_became_of_them(tmp_path: Path) -> None:
+    said: list[str] = []
     before_ICHW = torch.rand(10, 3, 6, 6)
-    shown = Shown(tmp_path / "pictures", Pixels(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)))
+    shown = Shown(tmp_path / "pictures", Pixels(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)), said.append)
     shown(7, 2 * before_ICHW - 1, 2 * (1 - before_ICHW) - 1)
     grid = np.asarray(Image.open(tmp_path / "pictures" / "step-00000007.png")).astype(float) / 255
     assert grid.shape == (16, 64, 3)  # eight of them, each with a gap of two pixels
@@ -182,3 +183,13 @@ def test_the_grid_shows_originals_above_what_became_of_them(tmp_path: Path) -> N
     np.testing.assert_allclose(grid[:6, 16:22], third, atol=0.003)
     np.testing.assert_allclose(grid[8:14, 16:22], 1 - third, atol=0.003)
     assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["step-00000007.png"]
+    assert not said
+
+
+def test_a_grid_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "pictures").write_text("a file in the way")
+    shown = Shown(tmp_path / "pictures", Pixels(mean=(0.5,), std=(0.5,)), said.append)
+    shown(7, torch.zeros(1, 3, 6, 6), torch.zeros(1, 3, 6, 6))
+    assert len(said) == 1
+    assert "could not be written" in said[0]

@@ -471,6 +471,18 @@ def test_text_alone_is_trained_on_and_moves_nothing_of_the_change(run: Run, kind
         assert torch.equal(tensor, first[name]) or name.endswith((".steps", ".updates")), name
 
 
+@pytest.mark.parametrize("row", [{"answer": 0}, {"is_valid": False}], ids=["no answer", "bad picture"])
+def test_a_picture_without_a_target_teaches_the_augmentor_nothing(run: Run, row: dict) -> None:
+    run.teaching = lambda teacher: hard(run.mllm, teacher)
+    trainer = run.trainer(TinyLoader())
+    silent = Batch(student=inputs(record(1, **row)), record_ids=("a",))
+    before = hard_of(run).augmentor.weights_P.clone()
+    result = trainer.step([silent], 0)
+    assert float(result.means["hard_changed"]) == 0.0
+    assert hard_of(run).learns
+    assert torch.equal(hard_of(run).augmentor.weights_P, before)
+
+
 def test_the_pictures_are_shown_once_a_step_that_is_due(run: Run) -> None:
     seen: list[tuple[int, bool, bool]] = []
 

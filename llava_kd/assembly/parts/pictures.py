@@ -67,7 +67,7 @@ def with_changed_pictures(
             pixels=(pixels[0], pixels[1]),
             kept=kept,
             total=world.sum,
-            show=Shown(Path(config.output_dir) / SHOWN, pixels[0]) if world.is_main else None,
+            show=Shown(Path(config.output_dir) / SHOWN, pixels[0], say) if world.is_main else None,
             show_every=hard.show_every,
         )
         change = _hard(config, hard, (mllm, frozen), _compared(config, parts, teacher), room)
@@ -127,18 +127,24 @@ def kept_records(hard: HardConfig, source: Source) -> frozenset[str]:
 
 
 class Shown:
-    """Writes PNG grids: pictures as they are in the upper row, what became of them in the lower."""
+    """Writes PNG grids: pictures as they are in the upper row, what became of them in the lower.
 
-    def __init__(self, folder: Path, pixels: Pixels) -> None:
-        self._folder, self._pixels = folder, pixels
+    One that cannot be written is said, and stops nothing.
+    """
+
+    def __init__(self, folder: Path, pixels: Pixels, say: Callable[[str], None]) -> None:
+        self._folder, self._pixels, self._say = folder, pixels, say
 
     def __call__(self, step: int, before_ICHW: Tensor, after_ICHW: Tensor) -> None:
         rows = [self._row(side_ICHW[:_MOST_SHOWN]) for side_ICHW in (before_ICHW, after_ICHW)]
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"step-{step:08d}.png"
         scratch = path.with_name(f".{path.name}.partial")
-        Image.fromarray(torch.cat(rows).numpy()).save(scratch, format="PNG")
-        scratch.replace(path)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(torch.cat(rows).numpy()).save(scratch, format="PNG")
+            scratch.replace(path)
+        except OSError as error:
+            self._say(f"{path} could not be written ({error}); the run goes on without it")
 
     def _row(self, side_ICHW: Tensor) -> Tensor:
         """uint8 [H, I W, C], with a light gap after each picture."""

@@ -176,7 +176,7 @@ class Hard(PictureChange):
     def _learn(self, batch: Batch, before: Prediction, rows: Rows, weight_N: Tensor) -> tuple[Tensor, Tensor]:
         """Add this micro-batch to the gradient of the step; what both divergences are."""
         zero = torch.zeros((), device=weight_N.device)
-        if batch.student.num_images == 0:
+        if batch.student.num_images == 0 or len(rows.student_N) == 0:
             return zero, zero
         weights_P = self.augmentor.leaf()
         changed = self.changed(batch, weights_P)
