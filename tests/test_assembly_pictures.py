@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_runs import write_stage
 
 from llava_kd.assembly.parts.data import source_in
-from llava_kd.assembly.parts.pictures import Shown, kept_records
+from llava_kd.assembly.parts.teaching.pictures import Shown, kept_records
 from llava_kd.assembly.settings import load
 from llava_kd.cli import main
 from llava_kd.config import HardConfig

@@ -14,8 +14,8 @@ from llava_kd.assembly.parts.held_out import evaluator
 from llava_kd.assembly.parts.lending import tap_student
 from llava_kd.assembly.parts.models import choose_attention, compute_dtype, place, student_dtypes
 from llava_kd.assembly.parts.objective import objective
-from llava_kd.assembly.parts.pictures import with_changed_pictures
 from llava_kd.assembly.parts.teacher import say_left_out, teaching_of
+from llava_kd.assembly.parts.teaching.pictures import with_changed_pictures
 from llava_kd.config import TrainConfig, dump
 from llava_kd.data.batches.loader import Loader
 from llava_kd.data.sources.conversation import Source
