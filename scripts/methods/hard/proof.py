@@ -188,15 +188,9 @@ def shown(value: Estimate | None, sign: str = "") -> str:
     return f"{value['mean']:{sign}.1f} +- {(value['high'] - value['low']) / 2:.1f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 1")
-    parser.add_argument("--out", type=Path, help="folder for results.json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    began = time.perf_counter()
-    runs = {seed: one_seed(seed) for seed in range(1, arguments.seeds + 1)}
-    values = {name: {seed: run[name] for seed, run in runs.items()} for name in runs[0]}
+def report(runs: dict[int, dict[str, float]]) -> None:
+    """The table, of each seed's figures."""
+    values = {name: {seed: run[name] for seed, run in runs.items()} for name in next(iter(runs.values()))}
     print(f"{len(runs)} seeds; mean +- half the 95 % interval over them\n")
     for name in values:
         if name.startswith(("teacher", "steps")):
@@ -205,11 +199,24 @@ def main() -> None:
     for arm in ARMS:
         gap = None if arm == "small moves" else paired(values[f"{arm}, moved"], values["small moves, moved"])
         each = [shown(estimate(list(values[f"{arm}, {name}"].values()))) for name in ("moved", "centred")]
-        print(f"| {arm} | {' | '.join(each)} | {shown(gap, '+')} |", flush=True)
+        print(f"| {arm} | {' | '.join(each)} | {shown(gap, '+')} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from 1")
+    parser.add_argument("--out", type=Path, help="folder for results.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    runs: dict[int, dict[str, float]] = {}
+    for seed in range(1, arguments.seeds + 1):
+        runs[seed] = one_seed(seed)
+        if arguments.out is not None:  # after each, so that a run that is cut short leaves something
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            (arguments.out / "results.json").write_text(json.dumps(runs, indent=2) + "\n")
+    report(runs)
     print(f"\n{time.perf_counter() - began:.0f} s")
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "results.json").write_text(json.dumps(runs, indent=2) + "\n")
 
 
 if __name__ == "__main__":
