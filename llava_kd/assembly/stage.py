@@ -15,6 +15,7 @@ from llava_kd.assembly.parts.lending import tap_student
 from llava_kd.assembly.parts.models import choose_attention, compute_dtype, place, student_dtypes
 from llava_kd.assembly.parts.objective import objective, token_policy
 from llava_kd.assembly.parts.teacher import say_left_out, teaching_of
+from llava_kd.assembly.parts.teaching.pictures import with_changed_pictures
 from llava_kd.config import TrainConfig, dump
 from llava_kd.data.batches.loader import Loader
 from llava_kd.data.sources.conversation import Source
@@ -102,7 +103,7 @@ def assemble(
     adapted = _adapt(config, student, say)
     placed = _place(config, world, adapted)
     fed = _feed(config, world, placed, teacher, source)
-    accompanied = _accompany(config, world, fed, say)
+    accompanied = _accompany(config, world, fed, source, say)
     joined = _join(config, accompanied, say)
     driven = _drive(config, world, joined, say)
     return _trainer(config, driven, say, identity or {}), driven.engine
@@ -134,12 +135,16 @@ def _feed(
     return Fed(placed=placed, teacher=teacher, loader=loader, shares_tower=shares_tower)
 
 
-def _accompany(config: TrainConfig, world: World, fed: Fed, say: Say) -> Accompanied:
-    teaching, policy = None, token_policy(config)
+def _accompany(config: TrainConfig, world: World, fed: Fed, source: Source | None, say: Say) -> Accompanied:
+    teaching = None
     if fed.teacher is not None:
         student, mllm = fed.placed.adapted.student, fed.placed.mllm
         shares = fed.shares_tower
         teaching = teaching_of(config, world, (student, mllm), fed.teacher, say, shares_tower=shares)
+        if config.pictures is not None:
+            models = (student, mllm), fed.teacher
+            teaching = with_changed_pictures(config, world, models, teaching, source, say)
+    policy = token_policy(config)
     if policy is None:
         return Accompanied(fed=fed, teaching=teaching)
     if policy.cross_entropy > 0:

@@ -169,8 +169,10 @@ class Trainer:
             lr_multiplier=self._schedule.lr_multiplier(step), max_grad_norm=self._schedule.max_grad_norm
         )
         what = "figures of logged steps" if is_logged else "figures of steps"
+        summed = self._sums({name: value.float() for name, value in means.items()}, what)
+        self._student.after_step(summed)
         return StepResult(
-            means=self._sums({name: value.float() for name, value in means.items()}, what),
+            means=summed,
             diagnosis={} if diagnosis is None else diagnosis.figures(self._engine.world.sum),
             grad_norm=norm,
             counts=counts,
