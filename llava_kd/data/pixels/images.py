@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import BaseImageProcessor
 
+from llava_kd.data.pixels import compiled
 from llava_kd.data.pixels.modes import to_rgb
 from llava_kd.data.pixels.orientation import AS_STORED, may_be_tagged, tag_of, turned
 from llava_kd.data.pixels.png_text import without_text
@@ -280,6 +281,8 @@ class ImageTransform:
     def normalise(self, pixels_IHWC: Tensor) -> Tensor:
         """float32 [I, C, H, W] from uint8 [I, H, W, C], equal bit for bit to the stock processor's."""
         device = pixels_IHWC.device
+        if compiled.can_look_up(pixels_IHWC):
+            return compiled.look_up(pixels_IHWC, _normalised_values(self))
         pixels_ICHW = pixels_IHWC.permute(0, 3, 1, 2)
         if _arithmetic_is_exact(self, device):
             return _arithmetic(self, pixels_ICHW)
