@@ -74,12 +74,8 @@ def can_look_up(pixels_IHWC: Tensor) -> bool:
     return pixels_IHWC.device.type == "cpu" and bool(KERNELS) and pixels_IHWC.numel() > 0
 
 
-def look_up(pixels_IHWC: Tensor, table_CV: Tensor) -> Tensor:
-    """float32 [I, 3, H, W]: of each value of uint8 [I, H, W, 3] what stands for it in float32 [3, 256]."""
+def look_up(pixels_IHWC: Tensor, table_CV: Tensor, out_ICHW: Tensor) -> None:
+    """Into `out_ICHW`, contiguous float32, what stands in float32 [3, 256] for each value of the uint8 pixels."""
     assert _resample is not None
-    images, height, width, channels = pixels_IHWC.shape
-    out_ICHW = torch.empty(images, channels, height, width)
-    _resample.look_up(
-        pixels_IHWC.contiguous().numpy(), height * width, table_CV.contiguous().numpy(), out_ICHW.numpy()
-    )
-    return out_ICHW
+    plane = pixels_IHWC.shape[1] * pixels_IHWC.shape[2]
+    _resample.look_up(pixels_IHWC.contiguous().numpy(), plane, table_CV.numpy(), out_ICHW.numpy())
