@@ -1,4 +1,7 @@
-"""The part in C, optional: without a compiler the installation goes on, and Pillow resizes. The rest is in pyproject.toml."""
+"""The part in C, optional: without a compiler the installation goes on, and Pillow resizes.
+
+The rest is in pyproject.toml.
+"""
 
 import sysconfig
 

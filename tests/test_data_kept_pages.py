@@ -41,16 +41,17 @@ def test_every_way_of_holding_counts(holder: str) -> None:
         assert tensors
 
     if holder == "list in a thread":
-        thread = threading.Thread(target=hold, args=([taken],))
+        thread = threading.Thread(target=hold, args=([taken],), daemon=True)
         thread.start()
         held: object = thread
     else:
-        held = {
-            "view": lambda: taken[1:, :, 2:4].permute(0, 2, 3, 1),
-            "numpy": lambda: taken.numpy(),
-            "detached": lambda: taken.detach(),
-            "autograd": lambda: conv2d(taken, weight).sum(),
-        }[holder]()
+        ways = {
+            "view": lambda t: t[1:, :, 2:4].permute(0, 2, 3, 1),
+            "numpy": lambda t: t.numpy(),
+            "detached": lambda t: t.detach(),
+            "autograd": lambda t: conv2d(t, weight).sum(),
+        }
+        held = ways[holder](taken)
     busy = place(taken)
     del taken
     other = pages.take(SHAPE).fill_(7.0)

@@ -75,7 +75,7 @@ def can_look_up(pixels_IHWC: Tensor) -> bool:
 
 
 def look_up(pixels_IHWC: Tensor, table_CV: Tensor, out_ICHW: Tensor) -> None:
-    """Into `out_ICHW`, contiguous float32, what stands in float32 [3, 256] for each value of the uint8 pixels."""
+    """Into `out_ICHW`, contiguous float32, what stands for each uint8 value in float32 [3, 256]."""
     assert _resample is not None
     plane = pixels_IHWC.shape[1] * pixels_IHWC.shape[2]
     _resample.look_up(pixels_IHWC.contiguous().numpy(), plane, table_CV.numpy(), out_ICHW.numpy())
