@@ -44,7 +44,7 @@ class Table:
 
 def resizer() -> str:
     """Who resizes on the CPU, for a reader."""
-    return f"compiled C ({KERNELS[0]})" if KERNELS else "Pillow"
+    return f"the part in C ({KERNELS[0]})" if KERNELS else "Pillow"
 
 
 def can_resize(pixels_HWC: Tensor) -> bool:

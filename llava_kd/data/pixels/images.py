@@ -62,6 +62,11 @@ _PILLOW_ERRORS = (
 )
 
 
+def jpeg_decoder() -> str:
+    """Who decodes JPEGs on the CPU, for a reader."""
+    return "simplejpeg" if simplejpeg is not None else "OpenCV" if cv2 is not None else "Pillow"
+
+
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, upright: bool = False) -> Tensor:
     """RGB pixels as uint8 [H, W, 3]; ValueError for what is not a whole, readable image of bounded size.
 
