@@ -60,10 +60,10 @@ STEP = ("case", "impl", "seconds", "samples_per_s", "ratio_to_ours", "mfu", "pea
 LOADER = """Images and text for both models. The exact resize is a part in C, optional, with Pillow's
 weights in 16-bit halves that AVX2 multiplies and adds without a rounding; it is quicker than
 PyTorch's vectorised kernel for bytes, which is not exact, so `quick` is of use only where no
-compiler was. The JPEG decoder is now half of an image's time. Four times the rate of
-transformers' processor was to be reached, all on the CPU: see `images`. Pillow's own loops beat
-the same sums as matrix products, banded or dense, and the JPEG decoder's own scaling is slower
-than decoding whole. `worker`: the same from files through one worker process, whose CPU counts,
+compiler was. Four times the rate of transformers' processor was to be reached, and with it is,
+all on the CPU and with pixels equal to Pillow's; half of what is left is the JPEG decoder's.
+Pillow's own loops beat the same sums as matrix products, banded or dense, and the JPEG decoder's
+own scaling is slower than decoding whole. `worker`: the same from files through one worker process, whose CPU counts,
 ours with the text of the records and with the hand-over through shared memory; `beside a GPU`
 without what the trainer's process then does. There the largest single cost was fetching fresh
 pages for the normalised pixels, which are kept now. A worker as a thread of the trainer saves the
