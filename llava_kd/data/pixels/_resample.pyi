@@ -1,16 +1,16 @@
-from collections.abc import Buffer
+from numpy import ndarray
 
 def kernels() -> list[str]: ...
 def resize(
     kernel: str,
-    pixels: Buffer,
+    pixels: ndarray,
     height: int,
     width: int,
-    rows_first: Buffer,
-    rows_weights: Buffer,
-    columns_first: Buffer,
-    columns_weights: Buffer,
-    out: Buffer,
+    rows_first: ndarray,
+    rows_weights: ndarray,
+    columns_first: ndarray,
+    columns_weights: ndarray,
+    out: ndarray,
     /,
 ) -> None: ...
-def look_up(pixels: Buffer, plane: int, table: Buffer, out: Buffer, /) -> None: ...
+def look_up(pixels: ndarray, plane: int, table: ndarray, out: ndarray, /) -> None: ...

@@ -19,7 +19,7 @@ try:
 except ImportError:
     _resample = None
 
-KERNELS = () if _resample is None else tuple(_resample.kernels())
+KERNELS: tuple[str, ...] = () if _resample is None else tuple(_resample.kernels())
 
 
 @dataclass(frozen=True, kw_only=True)
