@@ -64,11 +64,11 @@ compiler was. Four times the rate of transformers' processor was to be reached, 
 all on the CPU and with pixels equal to Pillow's; half of what is left is the JPEG decoder's.
 Pillow's own loops beat the same sums as matrix products, banded or dense, and the JPEG decoder's
 own scaling is slower than decoding whole. `worker`: the same from files through one worker
-process, whose CPU counts, ours with the text of the records and with the hand-over through shared memory; `beside a GPU`
-without what the trainer's process then does. There the largest single cost was fetching fresh
-pages for the normalised pixels, which are kept now. A worker as a thread of the trainer saves the
-hand-over, and is the bound of what a ring of shared memory could save; it is not used, since text
-and collation would hold the interpreter that starts the GPU's kernels."""
+process, whose CPU counts, ours with the text of the records and with the hand-over through shared
+memory; `beside a GPU` without what the trainer's process then does. There the largest single cost
+was fetching fresh pages for the normalised pixels, which are kept now. A worker as a thread of the
+trainer saves the hand-over, and is the bound of what a ring of shared memory could save; it is not
+used, since text and collation would hold the interpreter that starts the GPU's kernels."""
 SECTIONS = (
     Section(
         script="loss_head",
