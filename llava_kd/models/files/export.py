@@ -50,7 +50,7 @@ def export(
     check_stock(parts, str(source))
     written = folded(parts, str(source))
     notes = [*vllm_notes(written), *llama_cpp_notes(written), transformers_note(written)]
-    request = _request(source, dtype, summaries)
+    request = made_of(source, None if dtype is None else str(dtype).removeprefix("torch."), summaries)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if _request_of(out) != request:
             raise ValueError(f"the export directory {out} is not empty; give a new one")
@@ -70,7 +70,7 @@ def export(
     return notes
 
 
-def _request(source: Path, dtype: torch.dtype | None, scores: Sequence[tuple[str, float, int]]) -> dict:
+def made_of(source: Path, dtype: str | None, scores: Sequence[tuple[str, float, int]]) -> dict:
     """What an export is made of, so that the same command finds its work done after a kill at its end."""
     digest = hashlib.sha256()
     for path in sorted(source.glob("*")):
@@ -79,7 +79,7 @@ def _request(source: Path, dtype: torch.dtype | None, scores: Sequence[tuple[str
                 digest.update(path.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return {
         "source": digest.hexdigest(),
-        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "dtype": dtype,
         "scores": [list(score) for score in scores],
     }
 
@@ -208,7 +208,7 @@ def model_card(
     ]
     if reading := reading_notes(parts.processor):
         lines += ["", "## Reading it", "", *reading]
-    if section := _provenance(source):
+    if section := provenance_of(source):
         lines += ["", section.rstrip()]
     if scores:
         lines += ["", "## Scores", "", "| data | accuracy | questions |", "|---|---|---|"]
@@ -218,7 +218,7 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def _provenance(source: Path) -> str:
+def provenance_of(source: Path) -> str:
     """From the run that the model is of, or else from the card that the model came with."""
     run, card = source.parent / "run.json", source / "README.md"
     if source.name == "model" and run.is_file():
