@@ -50,5 +50,7 @@ def export_to(
     if layout == "gguf":
         return export_gguf(source, out, dtype=dtype, scores=scores)
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype} is a type of GGUF; with --format hf it must be one of {sorted(DTYPES)}")
+        raise ValueError(
+            f"--dtype {dtype} is a type of GGUF; with --format hf it must be one of {sorted(DTYPES)}"
+        )
     return export(source, out, dtype=None if dtype is None else DTYPES[dtype], scores=scores)

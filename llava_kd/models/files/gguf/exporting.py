@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlavaConfig, LlavaProcessor
@@ -24,8 +25,14 @@ from llava_kd.models.files.gguf.language import (
 )
 from llava_kd.models.files.gguf.ollama import modelfile
 from llava_kd.models.files.gguf.package import gguf_package
+from llava_kd.models.files.gguf.pictures import chat_template
 from llava_kd.models.files.gguf.runtime_limits import limits
-from llava_kd.models.files.gguf.tokens import Vocabulary, describe_vocabulary, read_vocabulary
+from llava_kd.models.files.gguf.tokens import (
+    Vocabulary,
+    describe_vocabulary,
+    name_for_vocabulary,
+    read_vocabulary,
+)
 from llava_kd.models.files.gguf.vision import ARCHITECTURE, check_vision, describe_vision, vision_entries
 from llava_kd.models.files.gguf.weights import StockWeights
 from llava_kd.models.files.gguf.writing import KINDS, Entry, unblocked, write_gguf
@@ -133,22 +140,22 @@ def _refuse_another(out: Path, request: dict) -> None:
         raise ValueError(f"the export directory {out} holds another model or other files; give a new one")
     for name, digest in files.items():
         if not (out / name).is_file() or _digest(out / name) != digest:
-            raise ValueError(f"{out / name} was cut or changed since the export; remove {out} and export again")
+            raise ValueError(
+                f"{out / name} was cut or changed since the export; remove {out} and export again"
+            )
 
 
 def _write(student: _Student, scratch: Path) -> None:
-    def language(writer: object) -> None:
+    def language(writer: Any) -> None:
         describe_language(writer, text_config(student.config), student.family)
-        template = student.processor.chat_template
-        tokenizer = student.processor.tokenizer
         describe_vocabulary(
-            writer, student.vocabulary, tokenizer, template if isinstance(template, str) else None
+            writer, student.vocabulary, student.processor.tokenizer, chat_template(student.processor)
         )
-        writer.add_name(student.name)  # pyright: ignore[reportAttributeAccessIssue]
+        writer.add_name(name_for_vocabulary(student.name, student.processor.tokenizer))
 
-    def vision(writer: object) -> None:
+    def vision(writer: Any) -> None:
         describe_vision(writer, student.config, student.processor)
-        writer.add_name(student.name)  # pyright: ignore[reportAttributeAccessIssue]
+        writer.add_name(student.name)
 
     write_gguf(scratch / LANGUAGE, student.family.arch, student.language, language, kind=student.kind)
     write_gguf(scratch / VISION, ARCHITECTURE, student.vision, vision, kind=student.kind)

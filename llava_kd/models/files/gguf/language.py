@@ -71,14 +71,6 @@ FAMILIES: Mapping[str, LanguageFamily] = {
     "qwen3": LanguageFamily(arch="qwen3", ignores_window=True),
     "phi3": LanguageFamily(arch="phi3", ignores_window=True),
     "gemma": LanguageFamily(arch="gemma", activation=_GELU, norm_offset=1, scales_pictures=True, tied=True),
-    "gemma2": LanguageFamily(
-        arch="gemma2",
-        activation=_GELU,
-        norm_offset=1,
-        scales_pictures=True,
-        tied=True,
-        check=lambda config: _every(config, 2) or _own_scale(config),
-    ),
     "gemma3_text": LanguageFamily(
         arch="gemma3",
         activation=_GELU,
@@ -154,12 +146,6 @@ def describe_language(writer: Any, config: PreTrainedConfig, family: LanguageFam
             writer.add_clamp_kqv(clip)
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    for value, add in (
-        (_setting(config, "attn_logit_softcapping"), writer.add_attn_logit_softcapping),
-        (_setting(config, "final_logit_softcapping"), writer.add_final_logit_softcapping),
-    ):
-        if value is not None:
-            add(value)
     if family.arch == "phi3":
         writer.add_sliding_window(0)
     elif not family.ignores_window and _setting(config, "sliding_window"):

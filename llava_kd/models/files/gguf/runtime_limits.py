@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import LlavaConfig, LlavaProcessor
 
 from llava_kd.models.files.gguf.language import LanguageFamily, context_length, head_size
+from llava_kd.models.files.gguf.pictures import template_with_marks
 from llava_kd.models.files.gguf.tokens import UNKNOWN_RULE, Vocabulary
 from llava_kd.models.files.gguf.writing import BLOCK, Entry, unblocked
 from llava_kd.models.towers.vision_tower import input_size, text_config, vision_config
@@ -25,7 +26,7 @@ def limits(
     """One line each, of those that are true of this student."""
     return [
         *_pictures(config, processor),
-        *_newline(processor),
+        *_places(processor),
         *_words(vocabulary),
         *_computing(config, family),
         *(_blocks(config, entries) if kind == "Q8_0" else []),
@@ -48,15 +49,12 @@ def _pictures(config: LlavaConfig, processor: LlavaProcessor) -> list[str]:
     ]
 
 
-def _newline(processor: LlavaProcessor) -> list[str]:
-    mark = "\u2603"
-    content = [{"type": "image"}, {"type": "text", "text": mark}]
-    text = str(processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
-    if f"{processor.image_token}\n" not in text:
+def _places(processor: LlavaProcessor) -> list[str]:
+    if template_with_marks(processor) is not None:
         return []
     return [
-        "the newline that this student's template puts after a picture gets lost in llama.cpp's server; a "
-        'question that begins with one ("\\nWhat is ...") restores it'
+        "pictures stand where the client puts them in its question, without the newline or the order that this "
+        "student's chat template gives them; send the picture first, and a question that begins with a newline"
     ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from llava_kd.models.files.gguf.package import gguf_package
 
 UNKNOWN_RULE = "default"
+_PHI3 = re.compile("phi-?3", re.IGNORECASE)
+_KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")
 _ENGLISH = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -166,6 +169,19 @@ def _adds_space(tree: Mapping[str, Any]) -> bool:
     """Whether a text gets a space before its first word."""
     said = json.dumps([tree["normalizer"], tree["pre_tokenizer"]])
     return '"Prepend"' in said or '"prepend_scheme": "first"' in said or '"prepend_scheme": "always"' in said
+
+
+def name_for_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """`general.name`: llama.cpp lets special tokens swallow the spaces after them where it has `phi-3` in it.
+
+    That is so (src/llama-vocab.cpp) whatever the model is, and fails for a vocabulary without those tokens; so
+    the name says it for tokenizers that do it, and for no other.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    swallows = any(token.rstrip for token in added if token.special and token.content not in _KEEP_SPACES)
+    if swallows and {*_KEEP_SPACES, "</s>"} <= tokenizer.get_vocab().keys():
+        return name if _PHI3.search(name) else f"{name} (phi-3 tokens)"
+    return _PHI3.sub("phi 3", name)
 
 
 def describe_vocabulary(

@@ -35,7 +35,8 @@ class StockWeights:
                 raise ValueError(
                     f"{name} of {directory} must be of shape {shape}, by config.json; it is {found}"
                 )
-        unknown = [name for name in self._places if name not in self.shapes and not _is_spare(name)]
+        spare = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        unknown = [n for n in self._places if n not in self.shapes and n not in spare and not _is_spare(n)]
         if unknown:
             raise ValueError(
                 f"{directory} has the weight {unknown[0]} ({len(unknown)} such), which its config.json does "
@@ -101,5 +102,5 @@ def _wanted(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _is_spare(name: str) -> bool:
-    """SigLIP's pooling head, which no token of a LLaVA passes, and a tied head that was written twice."""
-    return name.startswith("vision_tower.head.") or name.endswith("position_ids") or name == "lm_head.weight"
+    """SigLIP's pooling head, which no token of a LLaVA passes, and what older versions counted positions by."""
+    return name.startswith("vision_tower.head.") or name.endswith("position_ids")
