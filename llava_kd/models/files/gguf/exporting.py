@@ -63,9 +63,9 @@ def export_gguf(
 ) -> list[str]:
     """Write `out`, read it back, and return what llama.cpp does otherwise than training.
 
-    `dtype` is one of `KINDS`; None keeps what the weights are in. `out` is there whole or not at all; where it
-    is this export already, nothing is done. Raises ValueError for a student that llama.cpp has no map for, for
-    an `out` that holds anything else or was cut, and for numbers that the type cannot hold.
+    `dtype` is one of `KINDS`; None keeps what the weights are in. `out` is there whole or not at all; where
+    it is this export already, nothing is done. Raises ValueError for a student that llama.cpp has no map for,
+    for an `out` that holds anything else or was cut, and for numbers that the type cannot hold.
     """
     gguf_package()
     source, out = Path(source).resolve(), Path(out)
@@ -115,8 +115,8 @@ def _read(source: Path, dtype: str | None) -> _Student:
     kind = KINDS[dtype or _OF_DTYPE.get(weights.dtype(), "float32")]
     if kind == "Q8_0" and len(unblocked(language)) == sum(e.kind(kind) != "F32" for e in language):
         raise ValueError(
-            f"{name} has no weight of the language model whose rows are multiples of 32 numbers, as q8_0 needs "
-            f"them (its width is {text.hidden_size}); take --dtype float16"
+            f"{name} has no weight of the language model whose rows are multiples of 32 numbers, as q8_0 "
+            f"needs them (its width is {text.hidden_size}); take --dtype float16"
         )
     vision = vision_entries(weights, config, picture_scale=picture_scale(text, family))
     return _Student(
@@ -179,8 +179,8 @@ def _card(
         "---",
         f"# {student.name}",
         "",
-        f"A LLaVA model distilled with llava_kd, for llama.cpp: `llama-server -m {LANGUAGE} --mmproj {VISION} "
-        "--temp 0`. For Ollama: `ollama create NAME -f Modelfile` (written for it, not run with it).",
+        f"A LLaVA model distilled with llava_kd, for llama.cpp: `llama-server -m {LANGUAGE} --mmproj "
+        f"{VISION} --temp 0`. For Ollama: `ollama create NAME -f Modelfile` (written for it, not run with it).",
         "",
         f"- vision tower: {vision_config(config).model_type}, layer {config.vision_feature_layer}",
         f"- language model: {text_config(config).model_type}, as llama.cpp's {student.family.arch!r}",

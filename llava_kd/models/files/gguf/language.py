@@ -1,7 +1,7 @@
 """The language model as llama.cpp's: one row of a table a family, which says what differs there.
 
-Read in src/models of ggml-org/llama.cpp (November 2026). Where the runtime takes a setting for granted, a model
-with another one is refused: it would be loaded, and answer otherwise.
+Read in src/models of ggml-org/llama.cpp (November 2026). Where the runtime takes a setting for granted, a
+model with another one is refused: it would be loaded, and answer otherwise.
 
 Shape legend: D width, H heads, K half of a head, R rows.
 """

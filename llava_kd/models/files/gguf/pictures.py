@@ -1,9 +1,9 @@
 """A chat template that puts pictures where training had them, in llama.cpp's server too.
 
-The server gives a template no pictures but marks, texts such as `<__media_x__>`: inside the question's string,
-or, to templates that it believes to read lists, as parts of the question. A stock LLaVA template prints them
-like words, and what it puts around pictures, a newline and the order, is lost. Around the template go a few
-lines that make pictures of the marks before it, and marks of the image tokens that it prints after it.
+The server gives a template no pictures but marks, texts such as `<__media_x__>`: inside the question's
+string, or, to templates that it believes to read lists, as parts of the question. A stock LLaVA template
+prints them like words, and what it puts around pictures, a newline and the order, is lost. Around the template
+go a few lines that make pictures of the marks before it, and marks of the image tokens that it prints after.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def chat_template(processor: LlavaProcessor) -> str | None:
 
 
 def template_with_marks(processor: LlavaProcessor) -> str | None:
-    """The chat template between those lines; None where it does not then render what it renders to stock code."""
+    """The chat template between those lines; None where it then renders anything else than to stock code."""
     template = processor.chat_template
     if not isinstance(template, str):
         return None

@@ -53,8 +53,9 @@ def _places(processor: LlavaProcessor) -> list[str]:
     if template_with_marks(processor) is not None:
         return []
     return [
-        "pictures stand where the client puts them in its question, without the newline or the order that this "
-        "student's chat template gives them; send the picture first, and a question that begins with a newline"
+        "pictures stand where the client puts them in its question, without the newline or the order that "
+        "this student's chat template gives them; send the picture first, and a question that begins with a "
+        "newline"
     ]
 
 
@@ -63,14 +64,21 @@ def _words(vocabulary: Vocabulary) -> list[str]:
         return []
     return [
         "the rule by which this tokenizer cuts words is none of those known here, so the file names "
-        "llama.cpp's default: it will load with a warning, cut some words and numbers otherwise than training "
-        "did, and may answer worse. Compare /tokenize of its server with the tokenizer before use"
+        "llama.cpp's default: it will load with a warning, cut some words and numbers otherwise than "
+        "training did, and may answer worse. Compare /tokenize of its server with the tokenizer before use"
     ]
 
 
 def _computing(config: LlavaConfig, family: LanguageFamily) -> list[str]:
     text, vision = text_config(config), vision_config(config)
     lines = []
+    if vision.model_type == "clip_vision_model":
+        lines.append(
+            "versions that put the class token after the patches (since May 2025; ggml-org/llama.cpp#25814) "
+            "drop the first patch of a CLIP tower, read its class token for the last one, and shift positions "
+            "by one; the file is as a version without that fault needs it. Score answers before use, or take "
+            "a SigLIP tower"
+        )
     if vision.hidden_act == "gelu":
         lines.append("the tower's GELU is computed by its tanh form; features differ in the third digit")
     if (length := context_length(text, family)) < text.max_position_embeddings:
@@ -91,6 +99,6 @@ def _blocks(config: LlavaConfig, entries: Sequence[Entry]) -> list[str]:
         return []
     widths = sorted({entry.shape[-1] for entry in left})
     return [
-        f"{len(left)} weights stay in float16: their rows are {widths} wide, and q8_0 cuts rows into blocks of "
-        f"{BLOCK}"
+        f"{len(left)} weights stay in float16: their rows are {widths} wide, and q8_0 cuts rows into blocks "
+        f"of {BLOCK}"
     ]

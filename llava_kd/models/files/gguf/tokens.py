@@ -56,7 +56,7 @@ def _essence(rule: object) -> object:
 
 
 _LLAMA3 = _split(rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}")
-# By hash of the rule: the name of the code that does the same (llama.cpp, src/llama-vocab.cpp, November 2026).
+# By hash of the rule: the name of the code that does the same (src/llama-vocab.cpp, November 2026).
 KNOWN_RULES: Mapping[str, str] = {
     rule_hash(rule, ignores_merges=ignores): name
     for name, rule, ignores in (
@@ -91,8 +91,8 @@ class Vocabulary:
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> Vocabulary:
     """The tokenizer's, filled with unused pieces up to the embedding's `rows`.
 
-    Raises ValueError for one that llama.cpp has no code for here: neither byte-level BPE nor BPE with bytes to
-    fall back on.
+    Raises ValueError for one that llama.cpp has no code for here: neither byte-level BPE nor BPE with bytes
+    to fall back on.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -174,8 +174,8 @@ def _adds_space(tree: Mapping[str, Any]) -> bool:
 def name_for_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """`general.name`: llama.cpp lets special tokens swallow the spaces after them where it has `phi-3` in it.
 
-    That is so (src/llama-vocab.cpp) whatever the model is, and fails for a vocabulary without those tokens; so
-    the name says it for tokenizers that do it, and for no other.
+    That is so (src/llama-vocab.cpp) whatever the model is, and fails for a vocabulary without those tokens;
+    so the name says it for tokenizers that do it, and for no other.
     """
     added = tokenizer.added_tokens_decoder.values()
     swallows = any(token.rstrip for token in added if token.special and token.content not in _KEEP_SPACES)
@@ -199,12 +199,13 @@ def describe_vocabulary(
         writer.add_add_space_prefix(vocabulary.adds_space)
     writer.add_add_bos_token(vocabulary.adds_bos)
     writer.add_add_eos_token(False)
-    for add, token in (
+    ids: tuple[tuple[Any, Any], ...] = (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
         (writer.add_eos_token_id, tokenizer.eos_token_id),
         (writer.add_pad_token_id, tokenizer.pad_token_id),
         (writer.add_unk_token_id, tokenizer.unk_token_id),
-    ):
+    )
+    for add, token in ids:
         if token is not None:
             add(int(token))
     if chat_template:

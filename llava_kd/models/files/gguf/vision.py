@@ -1,9 +1,9 @@
 """Tower and projector as llama.cpp's vision file: architecture `clip`, projector `mlp`.
 
-Read in tools/mtmd/clip.cpp and models/llava.cpp of ggml-org/llama.cpp (November 2026): the graph of `mlp` goes
-through the layers that `clip.vision.feature_layer` names, drops a class token wherever there is one, and has two
-linear layers with a GELU between. A final normalisation would be applied, so none is written: the hidden
-states that LLaVA reads are without it.
+Read in tools/mtmd/clip.cpp and models/llava.cpp of ggml-org/llama.cpp (November 2026): the graph of `mlp`
+goes through the layers that `clip.vision.feature_layer` names, drops a class token wherever there is one, and
+has two linear layers with a GELU between. A final normalisation would be applied, so none is written: the
+hidden states that LLaVA reads are without it.
 
 Shape legend: E tower width, I width inside the projector, D width of the language model.
 """
@@ -34,9 +34,8 @@ def check_vision(config: LlavaConfig, processor: LlavaProcessor, name: str) -> N
     vision = vision_config(config)
     if vision.model_type not in _STRATEGIES:
         raise ValueError(
-            f"{name} has the tower {vision.model_type!r}, which llama.cpp's vision file has no map for; it has "
-            f"{sorted(_STRATEGIES)}{nearest(vision.model_type, _STRATEGIES)}. Its language model alone could be "
-            "read, but it would see nothing; take --format hf"
+            f"{name} has the tower {vision.model_type!r}, which llama.cpp's vision file has no map for; it "
+            f"has {sorted(_STRATEGIES)}{nearest(vision.model_type, _STRATEGIES)}; take --format hf"
         )
     strategy = _STRATEGIES[vision.model_type]
     if config.vision_feature_select_strategy != strategy:

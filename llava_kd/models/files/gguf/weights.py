@@ -102,5 +102,5 @@ def _wanted(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _is_spare(name: str) -> bool:
-    """SigLIP's pooling head, which no token of a LLaVA passes, and what older versions counted positions by."""
+    """SigLIP's pooling head, which no token of a LLaVA passes, and a buffer of older versions."""
     return name.startswith("vision_tower.head.") or name.endswith("position_ids")

@@ -26,7 +26,7 @@ _CHUNK = 1 << 22  # numbers
 class Entry:
     """A tensor of the file: `read` gives it in any floating type, and only then is it in memory.
 
-    `whole` keeps it in float32 whatever the file's type is, as llama.cpp wants it of what it does not multiply.
+    `whole` keeps it in float32 whatever the file's type is, as llama.cpp wants what it does not multiply.
     """
 
     name: str
@@ -94,8 +94,8 @@ def _pieces(entry: Entry, kind: str) -> Iterator[np.ndarray]:
             raise ValueError(f"{entry.name} holds a number that is not finite; the model is broken")
         if kind == "F16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
             raise ValueError(
-                f"{entry.name} holds {np.abs(values).max():.4g}, more than float16 can; take --dtype bfloat16 "
-                "or float32"
+                f"{entry.name} holds {np.abs(values).max():.4g}, more than float16 can; take --dtype "
+                "bfloat16 or float32"
             )
         yield gguf.quantize(values, gguf.GGMLQuantizationType[kind])
 
