@@ -180,7 +180,8 @@ def _card(
         f"# {student.name}",
         "",
         f"A LLaVA model distilled with llava_kd, for llama.cpp: `llama-server -m {LANGUAGE} --mmproj "
-        f"{VISION} --temp 0`. For Ollama: `ollama create NAME -f Modelfile` (written for it, not run with it).",
+        f"{VISION} --temp 0`. For Ollama: `ollama create NAME -f {MODELFILE}` (written for it, not run with "
+        "it).",
         "",
         f"- vision tower: {vision_config(config).model_type}, layer {config.vision_feature_layer}",
         f"- language model: {text_config(config).model_type}, as llama.cpp's {student.family.arch!r}",

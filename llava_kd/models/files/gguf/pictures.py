@@ -2,8 +2,8 @@
 
 The server gives a template no pictures but marks, texts such as `<__media_x__>`: inside the question's
 string, or, to templates that it believes to read lists, as parts of the question. A stock LLaVA template
-prints them like words, and what it puts around pictures, a newline and the order, is lost. Around the template
-go a few lines that make pictures of the marks before it, and marks of the image tokens that it prints after.
+prints them like words, and what it puts around pictures, a newline and the order, is lost. Around the
+template go a few lines that make pictures of the marks before it, and marks of its image tokens after it.
 """
 
 from __future__ import annotations

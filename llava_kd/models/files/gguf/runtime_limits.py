@@ -76,8 +76,8 @@ def _computing(config: LlavaConfig, family: LanguageFamily) -> list[str]:
         lines.append(
             "versions that put the class token after the patches (since May 2025; ggml-org/llama.cpp#25814) "
             "drop the first patch of a CLIP tower, read its class token for the last one, and shift positions "
-            "by one; the file is as a version without that fault needs it. Score answers before use, or take "
-            "a SigLIP tower"
+            "by one; the file is as a version without that fault needs it. Score answers before use, or "
+            "take a SigLIP tower"
         )
     if vision.hidden_act == "gelu":
         lines.append("the tower's GELU is computed by its tanh form; features differ in the third digit")

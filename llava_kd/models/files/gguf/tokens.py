@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from llava_kd.models.files.gguf.package import gguf_package
 
 UNKNOWN_RULE = "default"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _PHI3 = re.compile("phi-?3", re.IGNORECASE)
 _KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")
 _ENGLISH = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -140,14 +141,15 @@ def _pieces(
     pieces, kinds = [f"[PAD{row}]" for row in range(rows)], [int(kind.UNUSED)] * rows
     for piece, row in tokenizer.get_vocab().items():
         pieces[row], kinds[row] = piece, int(kind.NORMAL)
-        if not of_bytes and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            kinds[row] = int(kind.BYTE)
     unknown = tree["model"].get("unk_token")
     for row, token in tokenizer.added_tokens_decoder.items():
         pieces[row] = token.content
         kinds[row] = int(kind.CONTROL if token.special else kind.USER_DEFINED)
         if token.content == unknown and not of_bytes:
             kinds[row] = int(kind.UNKNOWN)
+    for row, piece in enumerate(pieces):
+        if not of_bytes and _BYTE.fullmatch(piece):
+            kinds[row] = int(kind.BYTE)
     return pieces, kinds
 
 
@@ -199,14 +201,9 @@ def describe_vocabulary(
         writer.add_add_space_prefix(vocabulary.adds_space)
     writer.add_add_bos_token(vocabulary.adds_bos)
     writer.add_add_eos_token(False)
-    ids: tuple[tuple[Any, Any], ...] = (
-        (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
-        (writer.add_pad_token_id, tokenizer.pad_token_id),
-        (writer.add_unk_token_id, tokenizer.unk_token_id),
-    )
-    for add, token in ids:
-        if token is not None:
-            add(int(token))
+    for token in ("bos", "eos", "pad", "unk"):
+        row = getattr(tokenizer, f"{token}_token_id")
+        if row is not None:
+            getattr(writer, f"add_{token}_token_id")(row)
     if chat_template:
         writer.add_chat_template(chat_template)
