@@ -53,7 +53,7 @@ def tiny(tmp_path: Path) -> Path:
         ("dinov2", "qwen2", {}, r"tower 'dinov2', which llama.cpp's vision file has no map for; it has"),
         ("convnext", "qwen2", {}, r"no map for; it has \['clip_vision_model', 'siglip_vision_model'\]"),
         ("siglip", "stablelm", {}, "'stablelm', which there is no GGUF map for; there is one for .*'llama'"),
-        ("siglip", "olmo3", {}, r"no GGUF map for.*\(did you mean olmo2, olmo\?\)"),
+        ("siglip", "olmo3", {}, r"no GGUF map for.*\(did you mean olmo, olmo2\?\)"),
         ("clip", "qwen2", {}, "strategy 'full'; .* 'clip_vision_model' needs 'default'"),
         ("siglip", "llama", {"hidden_act": "gelu"}, "its activation must be silu; it is gelu"),
         ("siglip", "smollm", {"no_rope_layers": [1, 0]}, "each 4th layer must be without positions"),
@@ -99,7 +99,7 @@ def test_adapters_beside_the_weights(tmp_path: Path, tiny: Path) -> None:
     name = next(name for name in state if name.endswith("q_proj.weight") and "language" in name)
     state[name.replace(".weight", ".lora_A.default.weight")] = torch.zeros(2, 64)
     save_file(state, path)
-    with pytest.raises(ValueError, match="holds adapters beside the weights .* merge them first"):
+    with pytest.raises(ValueError, match=r"holds adapters beside the weights .* merge them first"):
         export_gguf(tiny, tmp_path / "out")
 
 
@@ -141,9 +141,7 @@ def test_numbers_that_a_type_cannot_hold(
 
 def test_q8_0_of_rows_that_are_no_blocks(tmp_path: Path) -> None:
     source = make_tiny_llava(tmp_path / "narrow", hidden=48, layers=1)
-    change(source, "config.json", lambda tree: None)
-    with pytest.raises(ValueError, match="multiples of 32 numbers, as q8_0 needs .* width is 48"):
-        # its MLP's second layer has rows of 96, so both widths must be off for nothing to be left
+    with pytest.raises(ValueError, match=r"multiples of 32 numbers, as q8_0 needs .* width is 48"):
         export_gguf(_narrow(source), tmp_path / "out", dtype="q8_0")
 
 
@@ -207,7 +205,7 @@ def test_words_that_do_not_fit(
     tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["export", str(tiny), "--out", str(tmp_path / "out"), "--dtype", "q8_0"]) == 2
-    assert "--dtype q8_0 is for --format gguf" in capsys.readouterr().err
+    assert "--dtype q8_0 is a type of GGUF" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert main(["export", str(tiny), "--out", str(tmp_path / "out"), "--format", "gguf"]) == 2
