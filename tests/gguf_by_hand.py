@@ -43,8 +43,8 @@ def types(path: Path) -> dict[str, str]:
     return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
 
 
-def picture_tokens(path: Path, pixels_ICPP: Tensor) -> Tensor:
-    """[I, N, D], what the projector gives."""
+def picture_tokens(path: Path, pixels_ICPP: Tensor, *, class_last: bool = False) -> Tensor:
+    """[I, N, D], what the projector gives. `class_last` is the fault of ggml-org/llama.cpp#25814."""
     said, w = settings(path), tensors(path)
     epsilon = said["clip.vision.attention.layer_norm_epsilon"]
     heads = said["clip.vision.attention.head_count"]
@@ -63,7 +63,8 @@ def picture_tokens(path: Path, pixels_ICPP: Tensor) -> Tensor:
     )
     x_INE = x_INE.flatten(2).transpose(1, 2)
     if "v.class_embd" in w:
-        x_INE = torch.cat([w["v.class_embd"].expand(len(x_INE), 1, -1), x_INE], 1)
+        parts = [w["v.class_embd"].expand(len(x_INE), 1, -1), x_INE]
+        x_INE = torch.cat(parts[::-1] if class_last else parts, 1)
     x_INE = x_INE + w["v.position_embd.weight"]
     if "v.pre_ln.weight" in w:
         x_INE = norm(x_INE, "v.pre_ln")

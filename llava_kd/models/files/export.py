@@ -156,14 +156,13 @@ def llama_cpp_notes(parts: Parts) -> list[str]:
     """What stands against llama.cpp's converter: of stock LLaVA directories it takes Pixtral's tower only.
 
     Read in conversion/llava.py and base.py of ggml-org/llama.cpp: `LlavaVisionModel` raises for every
-    `model_type` of a tower but pixtral's; the text converter goes by `text_config.architectures`. The older
-    scripts for tower and projector were run on a student and gave 60 of 60 answers of transformers.
+    `model_type` of a tower but pixtral's; the text converter goes by `text_config.architectures`.
     """
     tower = vision_config(parts.stock.config).model_type
+    own = "`llava-kd export --format gguf` writes its files; " if tower in INNER_TOWERS else ""
     return [
-        f"llama.cpp: `convert_hf_to_gguf.py --mmproj` refuses a LLaVA with a {tower!r} tower (it takes "
-        "Pixtral's only); without --mmproj it converts the language model alone. Its older scripts for tower "
-        "and projector (`llava_surgery_v2.py`, `convert_image_encoder_to_gguf.py`) take CLIP and SigLIP"
+        f"llama.cpp: {own}its `convert_hf_to_gguf.py --mmproj` refuses a LLaVA with a {tower!r} tower (it "
+        "takes Pixtral's only), and without --mmproj converts the language model alone"
     ]
 
 
