@@ -303,19 +303,22 @@ def test_an_export_that_is_killed_leaves_nothing_and_the_same_command_makes_it(
     assert "already: nothing to do" in export_gguf(source, out)[0]
 
 
+# The peak is the kernel's, of this program alone: that of getrusage begins with the one that started it.
 MEASURED = """
-import resource, sys, time
+import sys, time
+from pathlib import Path
 from llava_kd.models.files.gguf.exporting import export_gguf
-start = time.monotonic()
+start = time.monotonic(), time.process_time()
 export_gguf(sys.argv[1], sys.argv[2], dtype=sys.argv[3])
-print(time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+print(time.monotonic() - start[0], time.process_time() - start[1], int(peak) / 2**20)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "q8_0"])
 def test_half_a_billion_weights_in_a_minute_and_two_gigabytes(tmp_path: Path, dtype: str) -> None:
-    """A random student of Qwen2.5-0.5B's sizes, written in a process of its own."""
+    """A random student of Qwen2.5-0.5B's sizes, written in a process of its own; a minute of one processor."""
     more = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "vocab_size": 151936}
     text = make_language_model(
         "qwen2", tmp_path / "text", num_attention_heads=14, num_key_value_heads=2, **more
@@ -324,7 +327,7 @@ def test_half_a_billion_weights_in_a_minute_and_two_gigabytes(tmp_path: Path, dt
     save_stock(student_parts(student, template="chatml", seed=0), tmp_path / "model", dtype=torch.bfloat16)
     words = [sys.executable, "-c", MEASURED, str(tmp_path / "model"), str(tmp_path / "out"), dtype]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    seconds, gigabytes = (float(word) for word in done.stdout.split()[-2:])
-    print(f"{dtype}: {seconds:.1f} s, {gigabytes:.2f} GiB")
-    assert seconds < 60
+    passed, computed, gigabytes = (float(word) for word in done.stdout.split()[-3:])
+    print(f"{dtype}: {passed:.1f} s, {computed:.1f} s of a processor, {gigabytes:.2f} GiB")
+    assert computed < 60
     assert gigabytes < 2

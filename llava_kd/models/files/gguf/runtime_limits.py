@@ -38,8 +38,8 @@ def _pictures(config: LlavaConfig, processor: LlavaProcessor) -> list[str]:
     height, width = input_size(processor.image_processor)
     if images.get("do_pad"):
         return [
-            "oblong pictures are padded to a square, as in training, but centred and in the colour "
-            f"{PADDING}, whatever colour training padded with"
+            "oblong pictures are padded to a square around their middle, as in training, but after they are "
+            f"resized, and in the colour {PADDING} whatever training padded with"
         ]
     how = "cropped" if images.get("do_center_crop") else "stretched"
     return [
@@ -74,10 +74,10 @@ def _computing(config: LlavaConfig, family: LanguageFamily) -> list[str]:
     lines = []
     if vision.model_type == "clip_vision_model":
         lines.append(
-            "versions that put the class token after the patches (since May 2025; ggml-org/llama.cpp#25814) "
+            "versions that put the class token after the patches (from May 2025; ggml-org/llama.cpp#25814) "
             "drop the first patch of a CLIP tower, read its class token for the last one, and shift positions "
-            "by one; the file is as a version without that fault needs it. Score answers before use, or "
-            "take a SigLIP tower"
+            "by one; the file is as a version without that fault needs it. Score its answers before use, "
+            "or take a SigLIP tower"
         )
     if vision.hidden_act == "gelu":
         lines.append("the tower's GELU is computed by its tanh form; features differ in the third digit")
