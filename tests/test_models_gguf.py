@@ -318,7 +318,7 @@ print(time.monotonic() - start[0], time.process_time() - start[1], int(peak) / 2
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "q8_0"])
 def test_half_a_billion_weights_in_a_minute_and_two_gigabytes(tmp_path: Path, dtype: str) -> None:
-    """A random student of Qwen2.5-0.5B's sizes, written in a process of its own; a minute of one processor."""
+    """A random student of the sizes of Qwen2.5-0.5B, in a program of its own; a minute of one processor."""
     more = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "vocab_size": 151936}
     text = make_language_model(
         "qwen2", tmp_path / "text", num_attention_heads=14, num_key_value_heads=2, **more

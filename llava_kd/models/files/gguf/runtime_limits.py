@@ -75,9 +75,9 @@ def _computing(config: LlavaConfig, family: LanguageFamily) -> list[str]:
     if vision.model_type == "clip_vision_model":
         lines.append(
             "versions that put the class token after the patches (from May 2025; ggml-org/llama.cpp#25814) "
-            "drop the first patch of a CLIP tower, read its class token for the last one, and shift positions "
-            "by one; the file is as a version without that fault needs it. Score its answers before use, "
-            "or take a SigLIP tower"
+            "drop the first patch of a CLIP tower, read its class token for the last one, and shift "
+            "positions by one; the file is as a version without that fault needs it. Score its answers "
+            "before use, or take a SigLIP tower"
         )
     if vision.hidden_act == "gelu":
         lines.append("the tower's GELU is computed by its tanh form; features differ in the third digit")
