@@ -22,6 +22,7 @@ from llava_kd.data.pixels.compiled import resizer
 from llava_kd.data.pixels.images import MAX_PIXELS, decode, jpeg_decoder
 from llava_kd.data.sources.conversation import Source
 from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.files.other_tools import unopened
 from llava_kd.models.vocabulary import left_out
 
 
@@ -61,6 +62,7 @@ def check(
             without = "" if extra is None else f"; left out are {extra}"
             lines.append(f"vocabulary       {terms.common.num_common} shared columns{without}")
     lines.append(f"pixels           {_pixels(config)}")
+    lines += [f"not for          {line}" for line in unopened(student)]
     lines += _sample(config, student, source, num_records)
     lines += picture_lines(config, student, teacher, source, num_pictures)
     return "\n".join([*lines, plan(config, ranks, measured, network)])

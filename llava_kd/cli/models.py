@@ -22,8 +22,10 @@ def add(commands: Commands) -> None:
     export = command(commands, "export", _export, "write a checked stock directory with a model card")
     export.add_argument("source", help="stock LLaVA directory, such as a run's model/")
     export.add_argument("--out", required=True)
-    export.add_argument("--format", choices=["hf"], default="hf")
-    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    layout = "hf: stock transformers; gguf: llama.cpp and Ollama, which needs the extra gguf"
+    export.add_argument("--format", choices=["hf", "gguf"], default="hf", help=layout)
+    kinds = ["float32", "bfloat16", "float16", "q8_0"]
+    export.add_argument("--dtype", choices=kinds, help="of the weights (default: as they are); q8_0 in GGUF")
     export.add_argument("--scores", nargs="*", default=[], help="summary.json files of `llava-kd eval`")
 
     add_plugins(export, "the tower of the model")
@@ -53,7 +55,13 @@ def _export(arguments: argparse.Namespace) -> int:
     from llava_kd.assembly.checkpoints import export_to
 
     plugins(arguments)
-    for note in export_to(arguments.source, arguments.out, dtype=arguments.dtype, scores=arguments.scores):
+    for note in export_to(
+        arguments.source,
+        arguments.out,
+        dtype=arguments.dtype,
+        scores=arguments.scores,
+        layout=arguments.format,
+    ):
         print(f"note: {note}")
     return 0
 
