@@ -31,6 +31,7 @@ from llava_kd.training.schedule import Cadence, Schedule, cosine_with_warmup
 from llava_kd.training.trainer import Output, Trainer
 
 Say = Callable[[str], None]
+ENOUGH_STEPS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +218,16 @@ def num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
             f"max_steps={config.max_steps}; lower global_batch_size or give more records"
         )
     return steps
+
+
+def few_steps(total: int) -> str | None:
+    """A warning for a run that is over before its rates have risen and fallen."""
+    if total >= ENOUGH_STEPS:
+        return None
+    return (
+        f"{total} optimiser steps teach little (about {ENOUGH_STEPS} are the least): lower "
+        "global_batch_size, raise epochs, or give more records"
+    )
 
 
 def _metrics(config: TrainConfig, world: World, num_steps: int) -> Metrics | None:
