@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from llava_kd.assembly.early import look_at_model, look_at_source
 from llava_kd.cli.words import Commands, add_plugins, command, count, plugins
 
 
@@ -40,6 +41,7 @@ def add(commands: Commands) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    look_at_source(arguments.source)
     from llava_kd.assembly.checkpoints import convert_to
 
     for line in convert_to(
@@ -50,6 +52,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    look_at_model(arguments.source)
     from llava_kd.assembly.checkpoints import export_to
 
     plugins(arguments)
@@ -59,6 +62,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
+    look_at_model(arguments.model)
     from llava_kd.evaluation.generation.chat import Chat
 
     plugins(arguments)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from llava_kd.cli.words import Commands, command, show
+from llava_kd.cli.words import Commands, command, count, show
 
 
 def add(commands: Commands) -> None:
@@ -30,6 +31,16 @@ def add(commands: Commands) -> None:
         "--skip_bad", action="store_true", help="leave bad records out, such as of missing pictures"
     )
 
+    watch = command(commands, "watch", _watch, "draw the losses, speed and time left of a run from its files")
+    watch.add_argument(
+        "directory", metavar="RUN", help="output_dir of a run, or a folder of runs: the one that wrote last"
+    )
+    watch.add_argument("--every", type=count, default=5, help="seconds from one drawing to the next")
+    watch.add_argument("--once", action="store_true", help="draw once, as where there is no terminal")
+
+    what = "say which versions, GPUs and options are here, for a bug report; no paths, no variables"
+    command(commands, "env", _env, what)
+
 
 def _columns(text: str) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in text.split(",")]
@@ -52,9 +63,9 @@ def _held_out(text: str) -> float:
 
 
 def _init(arguments: argparse.Namespace) -> int:
-    from llava_kd.assembly.projects.init import Models, begin
-    from llava_kd.assembly.projects.own_data import Given
+    from llava_kd.assembly.projects.own_data import Given, find_data, refuse_taken
 
+    refuse_taken(Path(arguments.directory).absolute())
     given = Given(
         images=arguments.images,
         data=arguments.data,
@@ -63,11 +74,28 @@ def _init(arguments: argparse.Namespace) -> int:
         held_out=arguments.held_out,
         skip_bad=arguments.skip_bad,
     )
+    data = find_data(given, Path.cwd())
+    from llava_kd.assembly.projects.init import Models, begin  # late: what is wrong above is said at once
+
     models = Models(
         teacher=arguments.teacher,
         student=arguments.student,
         vision_tower=arguments.vision_tower,
         language_model=arguments.language_model,
     )
-    show("\n".join(begin(arguments.directory, given, models, arguments.overrides)))
+    show("\n".join(begin(arguments.directory, data, models, arguments.overrides)))
+    return 0
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.watching.watch import watch
+
+    watch(arguments.directory, every=arguments.every, once=arguments.once)
+    return 0
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.projects.environment import describe
+
+    show(describe())
     return 0

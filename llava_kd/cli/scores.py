@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from llava_kd.assembly.early import look_at_file, look_at_model
 from llava_kd.cli.words import Commands, add_plugins, command, count, is_first_rank, plugins, show
 
 
@@ -33,6 +34,9 @@ def add(commands: Commands) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    look_at_model(arguments.model)
+    if not arguments.benchmark:
+        look_at_file(arguments.data, "test", "give a LLaVA .json or .jsonl file")
     from llava_kd.evaluation.runner import Asking, evaluate
 
     tables = plugins(arguments)
@@ -68,11 +72,13 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from llava_kd.assembly.settings import labels
-    from llava_kd.evaluation.report.page import report
     from llava_kd.evaluation.report.results import read_run, table
 
+    run = read_run(arguments.directory)
+    from llava_kd.assembly.settings import labels
+    from llava_kd.evaluation.report.page import report
+
     written = report(arguments.directory, terms=labels(arguments.plugin))
-    show(table(read_run(arguments.directory)))
+    show(table(run))
     show(f"open {written}")
     return 0

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from pathlib import Path
+from types import ModuleType
+
+from torch.utils.cpp_extension import get_default_build_root
+
 from llava_kd.config import TrainConfig
 from llava_kd.distill.student import LEARNED_WEIGHTS, Student
 from llava_kd.parallel.engine import AdamWSettings, Engine, ParameterGroup
@@ -19,13 +26,12 @@ def make_engine(config: TrainConfig, world: World, module: Student) -> Engine:
     )
     bf16 = config.engine.precision == "bf16"
     if kind == "deepspeed":
-        from llava_kd.parallel.deepspeed_engine import DeepSpeedEngine, Zero
-
-        return DeepSpeedEngine(
+        deepspeed = _deepspeed()
+        return deepspeed.DeepSpeedEngine(
             module,
             groups,
             world=world,
-            zero=Zero(
+            zero=deepspeed.Zero(
                 stage=config.engine.zero_stage or 3,
                 max_grad_norm=config.optim.max_grad_norm,
                 micro_batch_size=config.micro_batch_size,
@@ -37,6 +43,31 @@ def make_engine(config: TrainConfig, world: World, module: Student) -> Engine:
     mllm = module.mllm
     units = [*mllm.language_model.layers, mllm.multi_modal_projector]
     return TorchEngine(module, groups, world=world, kind=kind, adamw=adamw, bf16=bf16, shard_units=units)
+
+
+def _deepspeed() -> ModuleType:
+    """The module of its engine; what the library says of itself goes where all logs go, not to stdout."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # as it is imported it says which accelerator it found
+    try:
+        from llava_kd.parallel import deepspeed_engine
+    finally:
+        logging.disable(before)
+    logger = logging.getLogger("DeepSpeed")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    logger.propagate = True
+    return deepspeed_engine
+
+
+def compiles_first(config: TrainConfig) -> str | None:
+    """What a first start under DeepSpeed takes its time for."""
+    if config.engine.kind != "deepspeed":
+        return None
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if any(root.glob("**/deepspeed*/*.so")):
+        return None
+    return f"DeepSpeed compiles a part of itself at its first start, once, into {root}: about a minute"
 
 
 def parameter_groups(config: TrainConfig, module: Student) -> list[ParameterGroup]:

@@ -20,7 +20,7 @@ from llava_kd.assembly.parts.models import student_in
 from llava_kd.assembly.planning.estimate import ModelSizes
 from llava_kd.assembly.planning.machine import GB, Machine
 from llava_kd.assembly.projects.filling import fill
-from llava_kd.assembly.projects.own_data import Given, OwnData, find_data, write_splits
+from llava_kd.assembly.projects.own_data import OwnData, refuse_taken, write_splits
 from llava_kd.assembly.projects.sizing import Sizing, max_length, micro_batch, too_large
 from llava_kd.assembly.settings import load
 from llava_kd.assembly.stage import few_steps
@@ -74,7 +74,7 @@ def _checked(name: str | None, what: str) -> str | None:
 
 def begin(
     directory: str,
-    given: Given,
+    data: OwnData,
     models: Models,
     overrides: Sequence[str] = (),
     machine: Machine | None = None,
@@ -82,12 +82,11 @@ def begin(
     """Write the project; lines that say what was found, what to look out for, and what comes next.
 
     `overrides` go into every stage file whose recipe has their section. Raises ValueError for a directory
-    that is not empty, for data or models that are not there, and for settings that do not load; nothing is
-    left behind then.
+    that is not empty, for models that are not there, and for settings that do not load; nothing is left
+    behind then.
     """
     target = Path(directory).absolute()
-    _refuse_taken(target)
-    data = find_data(given, Path.cwd())
+    refuse_taken(target)
     models = models.checked()
     machine = machine or Machine.here()
     scratch = target.with_name(f".{target.name}.partial")
@@ -106,16 +105,6 @@ def begin(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return lines
-
-
-def _refuse_taken(target: Path) -> None:
-    if target.is_dir() and (held := sorted(path.name for path in target.iterdir())):
-        raise ValueError(
-            f"{target} is not empty (it holds {', '.join(held[:3])}); name a new folder. If it is that of "
-            f"your pictures: llava-kd init PROJECT --images {target}"
-        )
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file; name a new folder")
 
 
 class _Project:
@@ -332,7 +321,7 @@ def _fits(key: str, tree: Mapping) -> bool:
 
 
 def _template_of(teacher: str) -> str:
-    """Of the package's templates the one that the teacher speaks; `auto` where it is not here, or has its own."""
+    """The one of the package that the teacher speaks; `auto` where it is not here, or has another."""
     if not _is_here(teacher):
         return AUTO
     processor = load_processor(teacher)

@@ -51,6 +51,17 @@ class OwnData:
     notes: tuple[str, ...]
 
 
+def refuse_taken(target: Path) -> None:
+    """ValueError for a project folder that holds something already."""
+    if target.is_dir() and (held := sorted(path.name for path in target.iterdir())):
+        raise ValueError(
+            f"{target} is not empty (it holds {', '.join(held[:3])}); name a new folder. If it is that of "
+            f"your pictures: llava-kd init PROJECT --images {target}"
+        )
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; name a new folder")
+
+
 def find_data(given: Given, here: Path) -> OwnData:
     """Raises ValueError for a folder without pictures, a file without records, and bad records.
 
