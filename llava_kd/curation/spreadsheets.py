@@ -162,9 +162,7 @@ def _xlsx(path: Path) -> list[list[str]]:
         cells = [["" if c is None else str(c) for c in row] for row in book.worksheets[0].values]
         book.close()
     except (zipfile.BadZipFile, KeyError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no .xlsx file that can be read: {error}; save it again, or as CSV"
-        ) from None
+        raise ValueError(f"{path} cannot be read as .xlsx: {error}; save it again, or as CSV") from None
     return cells
 
 

@@ -149,8 +149,12 @@ def _with_pictures(entries: list[dict], root: Path) -> tuple[list[dict], list[st
     """Entries whose pictures are there, by their names below `root`; and a line for each of the others."""
     kept, faults = [], []
     known: list[str] | None = None
-    for entry in entries:
-        names = _names(entry)
+    for position, entry in enumerate(entries):
+        record = read_record(entry, position)
+        if record.fault:
+            faults.append(record.fault)
+            continue
+        names = record.images
         places = {name: _below(name, root) for name in names}
         lost = [name for name, place in places.items() if place is None]
         if not lost:

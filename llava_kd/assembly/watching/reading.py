@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,15 +52,11 @@ class Seen:
     @property
     def losses(self) -> list[str]:
         """The loss, its terms, and what held-out answers cost."""
-        terms = [
-            name.removeprefix("gradient/")
-            for line in self.lines
-            for name in line
-            if name.startswith("gradient/")
-        ]
-        held = [name for line in self.lines for name in line if name.startswith(("loss/", "slice/"))]
-        named = dict.fromkeys(["loss", *terms, *held])
-        return [name for name in named if any(name in line for line in self.lines)]
+        seen = dict.fromkeys(name for line in self.lines for name in line)
+        terms = [name.removeprefix("gradient/") for name in seen if name.startswith("gradient/")]
+        held = [name for name in seen if re.fullmatch(r"(loss|slice)/[^/]+", name) and "/seconds" not in name]
+        named = dict.fromkeys(["loss", *(terms if len(terms) > 1 else []), *held])
+        return [name for name in named if name in seen]
 
     def _gap(self) -> float:
         times = [line["time"] for line in self.lines[-5:] if "time" in line]
@@ -122,7 +119,7 @@ def _tail(path: Path) -> list[str]:
             lines = stream.read().decode(errors="replace").splitlines()
     except OSError:
         return []
-    return lines[-LINES_OF_TAIL:]
+    return [line.partition(": ")[2] or line for line in lines[-LINES_OF_TAIL:]]
 
 
 def duration(seconds: float) -> str:
