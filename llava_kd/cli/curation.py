@@ -89,8 +89,8 @@ def _quota(text: str) -> tuple[str, float]:
 
 
 def _select(arguments: argparse.Namespace) -> int:
-    look_at_stage(arguments.config, arguments.overrides)
     look_at_model(arguments.reference)
+    look_at_stage(arguments.config, arguments.overrides)
     from llava_kd.assembly.curating.select import Selection, select
     from llava_kd.assembly.settings import load
     from llava_kd.curation.difference import Share

@@ -34,6 +34,8 @@ def add(commands: Commands) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    if arguments.limit is not None and not arguments.benchmark:
+        raise ValueError("a limit goes with a benchmark; of a LLaVA JSON file every question is asked")
     look_at_model(arguments.model)
     if not arguments.benchmark:
         look_at_file(arguments.data, "test", "give a LLaVA .json or .jsonl file")

@@ -34,6 +34,7 @@ def describe() -> str:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}, {libc}",
         **{name: _version(name) or "not installed" for name in REQUIRED},
+        "torch": torch.__version__,  # with the CUDA that it was built for
         "optional": ", ".join(f"{name} {_version(name)}" for name in OPTIONAL if name not in missing)
         or "none",
         "not installed": ", ".join(missing) or "none",
