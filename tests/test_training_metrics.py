@@ -136,6 +136,16 @@ def test_a_run_that_goes_on_asks_wandb_for_the_same_id(tmp_path: Path, monkeypat
     first, second, other = (given["id"] for given in asked)
     assert first == second != other
     assert all(given["resume"] == "allow" for given in asked)
+    named = WandbRun(project="a", name="n", entity="e", group="g", tags=("x", "y"), id="own")
+    WandbTracker(tmp_path / "run", named, config={})
+    assert {key: asked[-1][key] for key in ("name", "entity", "group", "tags", "id")} == {
+        "name": "n",
+        "entity": "e",
+        "group": "g",
+        "tags": ["x", "y"],
+        "id": "own",
+    }
+    assert asked[0]["tags"] is None  # an empty list would leave WANDB_TAGS out
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     WandbTracker(tmp_path / "run", WandbRun(project="a", name="n"), config={})
     assert asked[-1]["id"] == "mine"

@@ -25,7 +25,7 @@ ALIASES = {
     "answer": ("answer", "text", "caption", "response", "label"),
 }
 
-Row = tuple[int, Mapping[str, str]]  # its number in the file, as a spreadsheet shows it, and its cells
+Row = tuple[int, dict[str, str]]  # its number in the file, as a spreadsheet shows it, and its cells
 
 
 @dataclass(frozen=True, kw_only=True)

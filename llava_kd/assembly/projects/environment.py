@@ -24,6 +24,7 @@ OPTIONAL = (
 def describe() -> str:
     """Lines of `name: value`."""
     import torch  # late: it takes seconds
+    import torch.cuda.nccl
 
     machine = Machine.here()
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"

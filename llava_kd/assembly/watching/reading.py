@@ -55,7 +55,7 @@ class Seen:
         seen = dict.fromkeys(name for line in self.lines for name in line)
         terms = [name.removeprefix("gradient/") for name in seen if name.startswith("gradient/")]
         held = [name for name in seen if re.fullmatch(r"(loss|slice)/[^/]+", name) and "/seconds" not in name]
-        named = dict.fromkeys(["loss", *(terms if len(terms) > 1 else []), *held])
+        named: dict[str, None] = dict.fromkeys(["loss", *(terms if len(terms) > 1 else []), *held])
         return [name for name in named if name in seen]
 
     def _gap(self) -> float:
