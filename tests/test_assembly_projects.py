@@ -161,6 +161,13 @@ def test_settings_go_into_the_stages_that_have_their_section(own: Path) -> None:
     assert "relation" in first.objective.terms
 
 
+def test_steps_that_a_user_asks_for_are_those_that_are_told(own: Path) -> None:
+    for words, steps in ((["--epochs=2", "--global_batch_size=16"], 4), (["--max_steps=60"], 60)):
+        lines = begin(str(own / f"p{steps}"), find_data(given(own), own), Models(), words, machine=SMALL)
+        assert any(f" {steps} steps a stage" in line for line in lines)
+        assert any("optimiser steps teach little" in line for line in lines) == (steps < 50)
+
+
 def test_a_whole_student_needs_no_stage_that_composes_one(own: Path) -> None:
     models = Models(teacher=TINY.teacher, student=TINY.teacher)
     begin(str(own / "p"), find_data(given(own), own), models, machine=SMALL)

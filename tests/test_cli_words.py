@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from llava_kd.assembly.projects import environment
 from llava_kd.assembly.runs import logs
@@ -135,6 +136,23 @@ def test_a_mistake_is_answered_before_anything_slow_is_imported(
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert said in done.stderr
     assert done.stderr.splitlines()[-1] == f"imported [] status {0 if '--help' in asked else 2}"
+
+
+def test_a_hub_id_that_is_out_of_reach_names_the_cache(
+    stage: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tests are offline; a machine without network is told the same."""
+    parts = "{vision_tower: google/siglip-so400m-patch14-384, language_model: Qwen/Qwen2.5-0.5B}"
+    asked = {
+        "chat": ["--model", "llava-hf/llava-1.5-7b-hf", "hi"],
+        "train": [str(stage("run")), f"--student={parts}"],
+    }
+    for command, rest in asked.items():
+        assert main([command, *rest]) == 2
+        said = capsys.readouterr().err
+        assert f"({HF_HUB_CACHE})" in said
+        assert "`hf download " in said
+        assert "Traceback" not in said
 
 
 def test_env_says_versions_and_nothing_of_the_user(

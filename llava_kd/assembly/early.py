@@ -10,8 +10,10 @@ from pathlib import Path
 
 
 def look_at_stage(path: str | Path, overrides: Sequence[str]) -> None:
-    """ValueError for a stage file that is missing or no YAML, for settings outside of `objective` that are
-    unknown or of another type, and for a teacher that is not there."""
+    """ValueError for a stage file that is missing or no YAML, and for a teacher that is not there.
+
+    Settings outside of `objective` that are unknown or of another type are told, too.
+    """
     from llava_kd.config.reading import check_early  # late, like all imports here: `--help` needs none
 
     tree = check_early(path, overrides)

@@ -48,8 +48,8 @@ def add(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    look_at_stage(arguments.config, arguments.overrides)
     if arguments.dry_run:
+        look_at_stage(arguments.config, arguments.overrides)
         from llava_kd.assembly.settings import load
 
         config = load(arguments.config, arguments.overrides)
@@ -59,6 +59,7 @@ def _train(arguments: argparse.Namespace) -> int:
         show(plan(config, ranks, arguments.measured, network(arguments)))
         return 0
     with stoppable():
+        look_at_stage(arguments.config, arguments.overrides)
         from llava_kd.assembly.settings import load
 
         config = load(arguments.config, arguments.overrides)

@@ -123,7 +123,8 @@ class _Project:
         self._data, self._models, self._machine = data, models, machine
         self._overrides = overrides
         self._ranks = max(1, len(machine.gpus))
-        self._sizing = Sizing.of(data.num_records, self._ranks)
+        sizing = Sizing.of(data.num_records, self._ranks)
+        self._sizing = sizing.changed(data.num_records, dict(overrides))
         self._teacher = models.teacher or str(target / "teacher")
         self._template = _template_of(self._teacher)
         self._needs: list[float] = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llava_kd.assembly.planning.estimate import ModelSizes, memory
@@ -23,7 +25,7 @@ class Sizing:
     """`steps` are those of one stage."""
 
     global_batch_size: int
-    epochs: int
+    epochs: float
     steps: int
 
     @staticmethod
@@ -39,6 +41,15 @@ class Sizing:
         of_epoch = -(-num_records // batch)
         epochs = min(MOST_EPOCHS, max(1, -(-ENOUGH_STEPS // of_epoch)))
         return Sizing(global_batch_size=batch, epochs=epochs, steps=of_epoch * epochs)
+
+    def changed(self, num_records: int, own: Mapping[str, object]) -> Sizing:
+        """By what a user sets: `global_batch_size`, `epochs` or `max_steps`."""
+        batch, epochs, steps = (own.get(key) for key in ("global_batch_size", "epochs", "max_steps"))
+        batch = batch if isinstance(batch, int) and batch > 0 else self.global_batch_size
+        epochs = epochs if isinstance(epochs, int | float) and epochs > 0 else self.epochs
+        if not isinstance(steps, int):
+            steps = math.ceil(-(-num_records // batch) * epochs)
+        return Sizing(global_batch_size=batch, epochs=epochs, steps=steps)
 
 
 def max_length(longest: int, images_of_one: int, tokens_per_image: int = VISUAL_TOKENS) -> int:

@@ -90,6 +90,8 @@ def logged(output: Path, world: World) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, ValueError | OSError):
             _OWN.error(str(error))
+        elif isinstance(error, SystemExit):
+            _OWN.info("stopped outside of any step")
         else:
             _OWN.error("the run ends", exc_info=error)
         raise
