@@ -19,7 +19,7 @@ def look_at_stage(path: str | Path, overrides: Sequence[str]) -> None:
     tree = check_early(path, overrides)
     teacher = tree.get("teacher")
     if isinstance(teacher, dict) and isinstance(name := teacher.get("checkpoint"), str):
-        look_at_model(name)
+        look_at_checkpoint(name)
 
 
 def look_at_file(path: str, what: str, hint: str) -> None:
@@ -34,7 +34,20 @@ def look_at_source(path: str) -> None:
 
 
 def look_at_model(name: str) -> None:
-    """ValueError for a path that is not there, or holds no model."""
+    """Of a command that asks a model: ValueError for a path that is not there."""
+    from llava_kd.models.other_kinds import existing
+    from llava_kd.models.tower_source import nearest_neighbours
+
+    if Path(name).is_dir():
+        return
+    try:
+        existing(name, "the model")
+    except ValueError:
+        raise ValueError(f"no model directory {name}{nearest_neighbours(Path(name))}") from None
+
+
+def look_at_checkpoint(name: str) -> None:
+    """Of one that trains, or writes a model: ValueError for a path that is not there, or holds no model."""
     from llava_kd.models.other_kinds import existing
 
     existing(name, "the LLaVA checkpoint")

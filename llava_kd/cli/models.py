@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from llava_kd.assembly.early import look_at_model, look_at_source
+from llava_kd.assembly.early import look_at_checkpoint, look_at_model, look_at_source
 from llava_kd.cli.words import Commands, add_plugins, command, count, plugins
 
 
@@ -52,7 +52,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    look_at_model(arguments.source)
+    look_at_checkpoint(arguments.source)
     from llava_kd.assembly.checkpoints import export_to
 
     plugins(arguments)

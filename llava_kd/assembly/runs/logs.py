@@ -88,12 +88,7 @@ def logged(output: Path, world: World) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, ValueError | OSError):
-            _OWN.error(str(error))
-        elif isinstance(error, SystemExit):
-            _OWN.info("stopped outside of any step")
-        else:
-            _OWN.error("the run ends", exc_info=error)
+        handlers[0].handle(_last_words(error))  # into the file alone: the command says it to people
         raise
     finally:
         transformers.logging.disable_propagation()
@@ -103,6 +98,18 @@ def logged(output: Path, world: World) -> Iterator[None]:
             root.removeHandler(handler)
             handler.close()
         root.setLevel(level)
+
+
+def _last_words(error: BaseException) -> logging.LogRecord:
+    """With where it happened, unless it is one that a user can mend, or a stop."""
+    level, said = logging.ERROR, "the run ends"
+    if isinstance(error, ValueError | OSError):
+        said = str(error)
+    elif isinstance(error, SystemExit):
+        level, said = logging.INFO, "stopped outside of any step"
+    shows = said == "the run ends"
+    found = (type(error), error, error.__traceback__) if shows else None
+    return _OWN.makeRecord(_OWN.name, level, __file__, 0, said, (), found)
 
 
 def _handlers(output: Path, world: World) -> list[logging.Handler]:
