@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,39 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(stage, capsys) -> None:
     assert "steps 3 " in said
     assert f"output {config.with_suffix('')}: new" in said
     assert not config.with_suffix("").exists()
+
+
+def test_a_dry_run_says_the_loss_as_a_formula(stage, capsys) -> None:
+    config = stage("run")
+    words = [
+        "--objective.cross_entropy.weight=2",
+        "--objective.response_kl={weight: 0.5, temperature: 2, divergence: reverse}",
+        "--objective.learned_weights={}",
+    ]
+    assert main(["train", str(config), "--dry_run", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "loss             2 * cross_entropy + 0.5 * response_kl + 1 * visual_kl + 0.5 * relation" in lines
+    at = next(i for i, line in enumerate(lines) if line.startswith("  response_kl: "))
+    assert lines[at + 1] == (
+        "    = sum over response rows / response_tokens of the step; reads the teacher's logits (live, or a "
+        "cache of the largest)"
+    )
+    assert lines[at + 2] == "    with temperature 2, divergence reverse, mix 0.5, trust all"
+    assert "  learned from these weights on: those of response_kl, visual_kl, relation" in lines
+
+
+def test_a_dry_run_resolves_every_tap_and_refuses_one_that_is_not_there(stage, capsys) -> None:
+    plugins = [f"--plugins=[{Path(__file__).parent / 'layer_states_plugin.py'}]"]
+    words = [*plugins, "--objective.layer_states.student_layer=language_model.layers.1.mlp"]
+    config = stage("run")
+    assert main(["train", str(config), "--dry_run", *words]) == 0
+    said = capsys.readouterr().out
+    assert "student's output of language_model.layers.1.mlp: Qwen2MLP, first matrix " in said
+    assert "teacher's output of language_model.layers.0: Qwen2DecoderLayer, " in said
+    assert (
+        main(["train", str(config), "--dry_run", *plugins, "--objective.layer_states.student_layer=x.1"]) == 2
+    )
+    assert "layer_states reads the student: the tap 'x.1' must begin with one of" in capsys.readouterr().err
 
 
 def test_a_dry_run_refuses_what_the_run_would(stage, capsys) -> None:
@@ -166,3 +200,47 @@ def test_the_plan_knows_a_run_that_is_there(tmp_path: Path) -> None:
     assert build_plan._state(tmp_path) == "goes on from what is there"
     (tmp_path / "run.json").write_text("{}")
     assert build_plan._state(tmp_path) == "complete, nothing to do"
+
+
+QUICKSTART_TEACHER = Path(__file__).parent.parent / "scripts/quickstart/backbones/teacher"
+
+
+def blind(directory: Path) -> Path:
+    """The quickstart's teacher with a projector that gives the same for every picture."""
+    parts = load_stock(str(QUICKSTART_TEACHER))
+    for parameter in parts.stock.model.multi_modal_projector.parameters():
+        parameter.data.zero_()
+    parts.stock.save_pretrained(directory)
+    parts.processor.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_check_says_whether_the_models_look_at_the_pictures(
+    stage, shapes_dir: Path, tmp_path: Path, capsys, sees: bool
+) -> None:
+    model = QUICKSTART_TEACHER if sees else blind(tmp_path / "blind")
+    words = [f"--teacher.checkpoint={model}", "--teacher.dtype=float32", f"--student.checkpoint={model}"]
+    words += [f"--data.path={shapes_dir / 'instructions.json'}", "--data.template=vicuna"]
+    assert main(["check", str(stage("run")), *words, "--pictures=8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if line.startswith("pictures ")]
+    assert len(said) == 2
+    gains = [float(line.split("another's: ")[1].split()[0]) for line in said]
+    assert all(gain > 1 if sees else gain == 0 for gain in gains)
+    warnings = [line for line in lines if line.startswith("  warning  ")]
+    assert len(warnings) == (0 if sees else 2)
+
+
+def test_a_check_scores_no_pictures_where_none_are_asked_for_or_none_are_there(
+    stage, shapes_dir: Path, tmp_path: Path, capsys
+) -> None:
+    config = stage("run")
+    assert main(["check", str(config), "--pictures=0"]) == 0
+    assert "pictures " not in capsys.readouterr().out
+    words = [{"from": "human", "value": "Say a word."}, {"from": "gpt", "value": "Gladly."}]
+    (path := tmp_path / "words.json").write_text(
+        json.dumps([{"id": str(i), "conversations": words} for i in range(3)])
+    )
+    assert main(["check", str(config), f"--data.path={path}", f"--data.images={shapes_dir}"]) == 0
+    assert "teacher: fewer than 2 of the sampled records have a picture" in capsys.readouterr().out

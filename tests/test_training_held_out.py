@@ -49,8 +49,13 @@ def talks(tmp_path: Path, shapes_dir: Path) -> Path:
     return path
 
 
-def stock_loss(config: Path, model: Path, talks: Path, images: Path) -> float:
-    """By transformers' own loss, a record at a time, over the tokens of all answers."""
+def stock_loss(
+    config: Path, model: Path, talks: Path, images: Path, *, pictures_of: dict[int, int] | None = None
+) -> float:
+    """By transformers' own loss, a record at a time, over the tokens of all answers.
+
+    `pictures_of` gives, by number, the records that are read, and whose pictures each is shown.
+    """
     parts = load_stock(str(model))
     settings = load(config, [])
     reader = side(parts, settings.data)
@@ -58,10 +63,11 @@ def stock_loss(config: Path, model: Path, talks: Path, images: Path) -> float:
     source = LlavaJson(talks, images)
     for i in range(len(source)):
         record = source.record(i)
-        if record.id in ("no picture", "no answer"):
+        if record.id in ("no picture", "no answer") or (pictures_of is not None and i not in pictures_of):
             continue
         encoded = encode(record)
-        pictures = [Image.open(images / name).convert("RGB") for name in record.images]
+        shown = record if pictures_of is None else source.record(pictures_of[i])
+        pictures = [Image.open(images / name).convert("RGB") for name in shown.images]
         pixels = {}
         if pictures:
             pixels = dict(parts.processor.image_processor(pictures, return_tensors="pt"))
@@ -94,6 +100,48 @@ def test_the_loss_is_that_of_transformers_and_training_is_not_touched(
     assert [line["loss"] for line in lines(output)] == [line["loss"] for line in lines(plain.with_suffix(""))]
 
 
+RESIZED = 3e-2  # of a gain: the stock processor resizes with other roundings than Pillow
+BATCHES_OF_THREE = {0: 2, 2: 0, 4: 5, 5: 4}  # of `talks`: records 1 and 6 cannot be read, 3 has no picture
+
+
+def stock_gain(config: Path, model: Path, talks: Path, images: Path) -> float:
+    exchanged, own = (
+        stock_loss(config, model, talks, images, pictures_of=shown)
+        for shown in (BATCHES_OF_THREE, {i: i for i in BATCHES_OF_THREE})
+    )
+    return exchanged - own
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_picture_gain_is_what_other_pictures_cost(
+    stage, shapes_dir: Path, talks: Path, size: int
+) -> None:
+    """Batches of two at least: those of two hold one picture each, but for the last, of records 4 and 5."""
+    sizes = {"micro_batch_size": size, "global_batch_size": size}
+    config = stage("run", distilled=False, max_steps=1, evaluate=asked(talks, shapes_dir, every=1), **sizes)
+    assert main(["train", str(config)]) == 0
+    model, (line,) = config.with_suffix("") / "model", lines(config.with_suffix(""))
+    if size == 3:
+        expected = stock_gain(config, model, talks, shapes_dir)
+    else:
+        of_two = {4: 5, 5: 4}
+        own = stock_loss(config, model, talks, shapes_dir, pictures_of={i: i for i in of_two})
+        expected = stock_loss(config, model, talks, shapes_dir, pictures_of=of_two) - own
+    assert abs(expected) > 1e-5
+    assert math.isclose(line["loss/talks/picture_gain"], expected, rel_tol=RESIZED)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_gain_is_said_where_no_picture_can_be_exchanged(
+    stage, shapes_dir: Path, talks: Path, count: int
+) -> None:
+    settings = asked(talks, shapes_dir, every=1)
+    settings["losses"]["talks"]["exchanged"] = count
+    config = stage("run", distilled=False, max_steps=1, evaluate=settings)
+    assert main(["train", str(config)]) == 0
+    assert "loss/talks/picture_gain" not in lines(config.with_suffix(""))[0]
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_gives_the_loss_of_the_model_that_it_writes(
@@ -111,6 +159,8 @@ def test_every_engine_gives_the_loss_of_the_model_that_it_writes(
     assert [line["loss/talks/bad_records"] for line in found] == [2, 2]
     expected = stock_loss(config, tmp_path / "two" / "model", talks, shapes_dir)
     assert math.isclose(found[-1]["loss/talks"], expected, rel_tol=1e-5)
+    gain = stock_gain(config, tmp_path / "two" / "model", talks, shapes_dir)
+    assert math.isclose(found[-1]["loss/talks/picture_gain"], gain, rel_tol=RESIZED)
     ranks.train(plain, tmp_path / "plain", *ENGINES[engine], ranks=2)
     one, other = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("plain", "two"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())

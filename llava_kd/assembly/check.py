@@ -13,6 +13,7 @@ from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.stored_teacher import open_cache
 from llava_kd.assembly.parts.teacher import is_cached, teacher_parts, teacher_template
 from llava_kd.assembly.planning.dry_run import plan
+from llava_kd.assembly.planning.pictures import picture_lines
 from llava_kd.assembly.planning.throughput import Network
 from llava_kd.assembly.settings import tables_of
 from llava_kd.batch import IGNORE_INDEX
@@ -28,10 +29,13 @@ def check(
     *,
     ranks: int,
     num_records: int,
+    num_pictures: int | None = None,
     measured: str | None = None,
     network: Network | None = None,
 ) -> str:
     """Lines about the models, a sample of the records and the plan.
+
+    `num_pictures` records are scored with each other's pictures; None: some, where that takes little time.
 
     Raises ValueError for what `train` would refuse, and if more of the sample is bad than it would allow.
     """
@@ -56,6 +60,7 @@ def check(
             without = "" if extra is None else f"; left out are {extra}"
             lines.append(f"vocabulary       {terms.common.num_common} shared columns{without}")
     lines += _sample(config, student, source, num_records)
+    lines += picture_lines(config, student, teacher, source, num_pictures)
     return "\n".join([*lines, plan(config, ranks, measured, network)])
 
 

@@ -6,11 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from llava_kd.batch import Batch
 from llava_kd.config import DataConfig
 from llava_kd.data.batches.loader import Loader, Side
 from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.sources.conversation import Source
+from llava_kd.losses.head_loss import head_loss
+from llava_kd.models.mllm import Prediction
 from llava_kd.parallel.world import World
 
 
@@ -58,3 +62,19 @@ class RecordPass:
             ),
             device=self.world.device,
         )
+
+
+def answer_rows(prediction: Prediction, batch: Batch) -> torch.Tensor:
+    """-log p [N] of each answer token of a batch, at `places.response_N`."""
+    places_N = batch.student.places.response_N
+    hidden_ND = prediction.hidden_BTD.flatten(0, 1)[places_N]
+    if not len(places_N):
+        return hidden_ND.new_zeros(0)
+    with torch.no_grad():
+        return head_loss(
+            hidden_ND,
+            prediction.head_VD,
+            batch.student.targets_BT.flatten()[places_N],
+            ce_weight_N=torch.ones(len(places_N), device=hidden_ND.device),
+            student_bias_V=prediction.bias_V,
+        ).ce_N

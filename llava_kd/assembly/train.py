@@ -9,6 +9,7 @@ import transformers
 
 from llava_kd.assembly.parts.adapters import check_bits
 from llava_kd.assembly.parts.data import BAD_RECORDS, bad_records, served, source_in
+from llava_kd.assembly.parts.first_projector import begin_projector
 from llava_kd.assembly.parts.held_out import read_held_out
 from llava_kd.assembly.parts.identity import frozen_fingerprints
 from llava_kd.assembly.parts.lending import with_projector
@@ -71,6 +72,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
     if teacher is not None:
         say(f"template of the teacher: {teacher_template(config, teacher)}")
     student = with_projector(config, student, teacher)
+    begin_projector(config, student, source, world, say)
     identity = frozen_fingerprints(config, student, teacher)
     if world.device.type == "cuda":
         sizes = ModelSizes.of(student.stock, config)

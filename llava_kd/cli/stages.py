@@ -32,6 +32,10 @@ def add(commands: Commands) -> None:
     check.add_argument("config", help="YAML file; any setting may follow as --a.b=value")
     check.add_argument("--ranks", type=count, default=1, help="how many the run will have")
     check.add_argument("--records", type=count, default=64, help="how many to read and encode")
+    exchanged = (
+        "how many to score with their own and with each other's pictures (default: 32, of small models)"
+    )
+    check.add_argument("--pictures", type=partial(count, least=0), help=exchanged)
     add_rates(check)
 
     once = "run a stage's teacher once, and keep what it says"
@@ -88,6 +92,7 @@ def _check(arguments: argparse.Namespace) -> int:
             config,
             ranks=arguments.ranks,
             num_records=arguments.records,
+            num_pictures=arguments.pictures,
             measured=arguments.measured,
             network=network(arguments),
         )

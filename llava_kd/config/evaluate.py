@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from annotated_types import Ge
 from typing_extensions import Doc
 
 from llava_kd.config.ranges import PositiveInt, require
@@ -24,6 +25,11 @@ class HeldOutConfig:
     path: Annotated[str, Doc("Records as of `data.path`, talks of several turns too.")]
     images: Annotated[str | None, Doc("Image root; null is the folder of `path`.")] = None
     max_records: Annotated[PositiveInt | None, Doc("How many of the first are read; null is all.")] = None
+    exchanged: Annotated[
+        int,
+        Ge(0),
+        Doc("How many of the first are read again with each other's pictures, for `picture_gain`."),
+    ] = 64
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,22 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from llava_kd.assembly.parts.data import side_of
 from llava_kd.assembly.parts.models import DTYPES
 from llava_kd.assembly.parts.stored_teacher import identity
 from llava_kd.assembly.parts.teacher import placed_teacher
-from llava_kd.assembly.record_pass import RecordPass
-from llava_kd.batch import Batch
+from llava_kd.assembly.record_pass import RecordPass, answer_rows
 from llava_kd.config import DataConfig, TeacherConfig
 from llava_kd.curation.likelihoods import Likelihood, Likelihoods, answer_sums, characters, missing
 from llava_kd.data.batches.model_side import Side
 from llava_kd.data.sources.conversation import Source
 from llava_kd.data.text.template import Template
-from llava_kd.losses.head_loss import head_loss
 from llava_kd.models.files.checkpoint import load_config, load_processor, load_stock
-from llava_kd.models.mllm import Prediction
 from llava_kd.parallel.world import World
 
 Say = Callable[[str], None]
@@ -87,19 +82,3 @@ class Scorer:
                 if number in own and tokens  # a bad record has none
             ]
             stored.append(world.rank, lines)
-
-
-def answer_rows(prediction: Prediction, batch: Batch) -> torch.Tensor:
-    """-log p [N] of each answer token of a batch, at `places.response_N`."""
-    places_N = batch.student.places.response_N
-    hidden_ND = prediction.hidden_BTD.flatten(0, 1)[places_N]
-    if not len(places_N):
-        return hidden_ND.new_zeros(0)
-    with torch.no_grad():
-        return head_loss(
-            hidden_ND,
-            prediction.head_VD,
-            batch.student.targets_BT.flatten()[places_N],
-            ce_weight_N=torch.ones(len(places_N), device=hidden_ND.device),
-            student_bias_V=prediction.bias_V,
-        ).ce_N

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -17,6 +18,7 @@ from llava_kd.data.batches.loader import Loader
 from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.sources.kinds import FileSource, Place, open_source
 from llava_kd.distill.objective import Objective
+from llava_kd.distill.picture_gain import beside_pictures, with_exchanged_pictures
 from llava_kd.distill.student import Student
 from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.evaluation.generation.generate import evaluation_mode
@@ -63,23 +65,27 @@ def _loss_scorer(
     # Its own processor: the training loader's thread reads ahead with the student's.
     own = Parts(stock=student.stock, processor=copy.deepcopy(student.processor))
     reader = side_in(config, own, config.student)
-    size = config.micro_batch_size
-    loaders = {
-        name: Loader(
+
+    def loader(source: FileSource, num_records: int | None, size: int) -> Loader:
+        records = range(len(source))[:num_records]
+        return Loader(
             source=source,
             student=reader,
             teacher=None,
             order=Order(  # what a rank reads is chosen below, by batch
-                seed=config.seed,
-                global_batch_size=size,
-                micro_batch_size=size,
-                records=range(len(source))[: evaluate.losses[name].max_records],
+                seed=config.seed, global_batch_size=size, micro_batch_size=size, records=records
             ),
             reading=Reading(max_bad_rate=1.0),
             device=engine.world.device,
         )
-        for name, source in read_held_out(config).items()
+
+    sources, size = read_held_out(config), config.micro_batch_size
+    loaders = {
+        name: loader(source, evaluate.losses[name].max_records, size) for name, source in sources.items()
     }
+    exchanged = {name: min(len(source), evaluate.losses[name].exchanged) for name, source in sources.items()}
+    # Two records at least in a batch, or there is no other picture.
+    pairs = {name: loader(sources[name], count, max(2, size)) for name, count in exchanged.items() if count}
     # The same formulas, none of the teacher's terms.
     alone = Objective(terms={"cross_entropy": CrossEntropy()}, common=module.objective.common)
 
@@ -94,37 +100,56 @@ def _loss_scorer(
                         f"`evaluate.losses.{name}`: all {bad:.0f} records are bad; mend the file"
                     )
                 figures |= {f"loss/{name}": total / tokens, f"loss/{name}/bad_records": bad}
+                gain = _picture_gain(pairs[name], module, alone, engine) if name in pairs else None
+                if gain is not None:
+                    figures[f"loss/{name}/picture_gain"] = gain
         return {**figures, "loss/seconds": time.perf_counter() - start}
 
     return score
 
 
-def _summed(
-    loader: Loader, module: Student, objective: Objective, engine: Engine
-) -> tuple[float, float, float]:
-    """Sum of the loss over all ranks' batches, answer tokens, and bad records.
+def _turns(loader: Loader, engine: Engine) -> Iterator[tuple[Batch, bool]]:
+    """This rank's batches, and whether each counts.
 
     Ranks take turns by batch, so that a batch is the same with any number of ranks. Where weights are
     gathered on use, a rank without a batch reads the first again, for nothing.
     """
-    world = engine.world
-    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-    last = loader.steps_per_epoch
+    world, last = engine.world, loader.steps_per_epoch
     for first in range(0, last, world.size):
         step = first + world.rank
         is_counted = step < last
-        if not is_counted and not engine.is_sharded:
-            continue
-        step = step if is_counted else 0
-        for batch in next(loader.batches(step, step + 1)):
-            loss = _loss(batch, module, objective)
-            if is_counted:
-                sums[0] += loss
-                sums[1] += len(batch.student.places.response_N)
-        bad = loader.telemetry()["bad_records"]
-        sums[2] += bad if is_counted else 0.0
-    total, tokens, bad = world.sum(sums).tolist()
-    return total, tokens, bad
+        if is_counted or engine.is_sharded:
+            step = step if is_counted else 0
+            for batch in next(loader.batches(step, step + 1)):
+                yield batch, is_counted
+
+
+def _summed(
+    loader: Loader, module: Student, objective: Objective, engine: Engine
+) -> tuple[float, float, float]:
+    """Sum of the loss over all ranks' batches, answer tokens, and bad records."""
+    sums = torch.zeros(3, dtype=torch.float64, device=engine.world.device)
+    for batch, is_counted in _turns(loader, engine):
+        loss, bad = _loss(batch, module, objective), loader.telemetry()["bad_records"]
+        if is_counted:
+            sums[0] += loss
+            sums[1] += len(batch.student.places.response_N)
+            sums[2] += bad
+    total, tokens, all_bad = engine.world.sum(sums).tolist()
+    return total, tokens, all_bad
+
+
+def _picture_gain(loader: Loader, module: Student, objective: Objective, engine: Engine) -> float | None:
+    """What the exchange of pictures costs a token beside one; None where there is none to exchange."""
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.world.device)
+    for batch, is_counted in _turns(loader, engine):
+        exchanged = replace(batch, student=with_exchanged_pictures(batch.student))
+        gain = _loss(exchanged, module, objective) - _loss(batch, module, objective)
+        if is_counted:
+            sums[0] += gain
+            sums[1] += beside_pictures(batch.student).sum()
+    gain, tokens = engine.world.sum(sums).tolist()
+    return gain / tokens if tokens else None
 
 
 def _loss(batch: Batch, module: Student, objective: Objective) -> torch.Tensor:

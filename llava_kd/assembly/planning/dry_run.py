@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from llava_kd.assembly.parts.data import side_of, source_in
 from llava_kd.assembly.parts.held_out import read_held_out
@@ -20,7 +21,9 @@ from llava_kd.assembly.planning.estimate import (
     memory,
     refuse_too_large,
     traffic,
+    without_weights,
 )
+from llava_kd.assembly.planning.formula import loss_formula
 from llava_kd.assembly.planning.throughput import Network, Rate, throughput
 from llava_kd.assembly.runs.provenance import checked_parent
 from llava_kd.assembly.runs.run_dir import check_world, refuse_other_run
@@ -45,7 +48,9 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     read_held_out(config)
     _check_sides(config)
     rate = None if measured is None else Rate.of(measured)
-    student, teacher = sizes(config)
+    student_stock, teacher_stock = _stocks(config)
+    student = ModelSizes.of(student_stock, config)
+    teacher = None if teacher_stock is None else ModelSizes.of(teacher_stock)
     records = len(source_in(config))
     per_epoch = -(-records // config.global_batch_size)
     steps = num_steps(config, per_epoch)
@@ -60,6 +65,7 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
         *(f"  warning        {line}" for line in [few_steps(steps)] if line is not None),
         f"student          {_parts(student)}; trained: {', '.join(config.trainable)} ({trained / 1e6:.2f} M)",
         f"teacher          {'none' if teacher is None else _parts(teacher)}",
+        *loss_formula(config.objective, student_stock, teacher_stock),
         f"memory of a rank {sum(found.values()) / GB:.2f} GB estimated",
         *(f"  {what:<14} {size / GB:8.2f} GB" for what, size in found.items() if size),
         f"sent by a rank   {traffic(config, ranks, student, teacher) / GB:.2f} GB a step",
@@ -76,14 +82,13 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     return "\n".join(lines)
 
 
-def sizes(config: TrainConfig) -> tuple[ModelSizes, ModelSizes | None]:
-    """Of student and teacher; a student that is still to be composed is composed on the CPU."""
-    if config.student.checkpoint is not None:
-        student = ModelSizes.of_directory(config.student.checkpoint, config)
-    else:
-        student = ModelSizes.of(student_in(config).stock, config)
-    teacher = None if config.teacher is None else ModelSizes.of_directory(config.teacher.checkpoint)
-    return student, teacher
+def _stocks(
+    config: TrainConfig,
+) -> tuple[LlavaForConditionalGeneration, LlavaForConditionalGeneration | None]:
+    """Student and teacher without their weights; a student to be composed is composed on the CPU."""
+    checkpoint = config.student.checkpoint
+    student = student_in(config).stock if checkpoint is None else without_weights(checkpoint)
+    return student, None if config.teacher is None else without_weights(config.teacher.checkpoint)
 
 
 def _check_sides(config: TrainConfig) -> None:

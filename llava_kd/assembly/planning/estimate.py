@@ -81,11 +81,16 @@ class ModelSizes:
     @staticmethod
     def of_directory(name: str, stage: TrainConfig | None = None) -> ModelSizes:
         """From the configuration alone."""
-        config = read_config(existing(name, "the LLaVA checkpoint"))
-        if not isinstance(config, LlavaConfig):
-            raise ValueError(f"{name} is a {config.model_type!r} model; a LLaVA checkpoint must be 'llava'")
-        with torch.device("meta"):
-            return ModelSizes.of(llava_class(config)(config), stage)
+        return ModelSizes.of(without_weights(name), stage)
+
+
+def without_weights(name: str) -> LlavaForConditionalGeneration:
+    """The modules that a LLaVA checkpoint is made of, on the device `meta`. ValueError for another model."""
+    config = read_config(existing(name, "the LLaVA checkpoint"))
+    if not isinstance(config, LlavaConfig):
+        raise ValueError(f"{name} is a {config.model_type!r} model; a LLaVA checkpoint must be 'llava'")
+    with torch.device("meta"):
+        return llava_class(config)(config)
 
 
 def _adapters(stock: LlavaForConditionalGeneration, lora: LoraConfig | None) -> int:
