@@ -28,6 +28,8 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments.overrides = rest
     if arguments.verbose:
         os.environ[VERBOSE] = "1"  # for what it starts, too
+    elif os.environ.get(VERBOSE, "") in ("", "0"):
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # of what it says as it is imported
     end_with_torchrun()
     try:
         status = arguments.run(arguments)

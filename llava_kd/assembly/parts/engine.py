@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from types import ModuleType
 
-from torch.utils.cpp_extension import get_default_build_root
-
 from llava_kd.config import TrainConfig
 from llava_kd.distill.student import LEARNED_WEIGHTS, Student
 from llava_kd.parallel.engine import AdamWSettings, Engine, ParameterGroup
@@ -64,6 +62,8 @@ def compiles_first(config: TrainConfig) -> str | None:
     """What a first start under DeepSpeed takes its time for."""
     if config.engine.kind != "deepspeed":
         return None
+    from torch.utils.cpp_extension import get_default_build_root  # late: it says whether CUDA is there
+
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     if any(root.glob("**/deepspeed*/*.so")):
         return None

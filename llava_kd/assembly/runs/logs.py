@@ -83,6 +83,8 @@ def logged(output: Path, world: World) -> Iterator[None]:
     for handler in handlers:
         root.addHandler(handler)
     logging.captureWarnings(True)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
     transformers.logging.disable_default_handler()
     transformers.logging.enable_propagation()
     try:
@@ -93,6 +95,7 @@ def logged(output: Path, world: World) -> Iterator[None]:
     finally:
         transformers.logging.disable_propagation()
         transformers.logging.enable_default_handler()
+        transformers.logging.set_verbosity(verbosity)
         logging.captureWarnings(False)
         for handler in handlers:
             root.removeHandler(handler)
