@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,24 @@ def test_what_libraries_say_is_in_the_file_alone(
     for noise in ("noise of a library", "noise of transformers", "first", "second", "a warning of ours"):
         assert noise in texts
     assert any("noise of a warning" in text for text in texts)
+
+
+def test_a_library_that_writes_to_stdout_by_itself_is_kept_from_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DeepSpeed does, whose logger is made in the middle of a run by whatever imports it."""
+    monkeypatch.delenv(VERBOSE, raising=False)
+    logger = logging.getLogger("DeepSpeed")
+    handler = logging.StreamHandler(sys.stdout)
+    with logged(tmp_path, world()):
+        monkeypatch.setattr(logger, "propagate", False)
+        logger.addHandler(handler)
+        logger.warning("which accelerator it found")
+    assert capfd.readouterr() == ("", "")
+    assert [text for _, _, text in read(log_file(tmp_path, 0))] == ["which accelerator it found"]
+    logger.warning("afterwards")
+    logger.removeHandler(handler)
+    assert "afterwards" in capfd.readouterr().out
 
 
 def test_verbose_shows_it_too(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
-from types import ModuleType
 
 from llava_kd.config import TrainConfig
 from llava_kd.distill.student import LEARNED_WEIGHTS, Student
@@ -24,12 +22,13 @@ def make_engine(config: TrainConfig, world: World, module: Student) -> Engine:
     )
     bf16 = config.engine.precision == "bf16"
     if kind == "deepspeed":
-        deepspeed = _deepspeed()
-        return deepspeed.DeepSpeedEngine(
+        from llava_kd.parallel.deepspeed_engine import DeepSpeedEngine, Zero
+
+        return DeepSpeedEngine(
             module,
             groups,
             world=world,
-            zero=deepspeed.Zero(
+            zero=Zero(
                 stage=config.engine.zero_stage or 3,
                 max_grad_norm=config.optim.max_grad_norm,
                 micro_batch_size=config.micro_batch_size,
@@ -41,21 +40,6 @@ def make_engine(config: TrainConfig, world: World, module: Student) -> Engine:
     mllm = module.mllm
     units = [*mllm.language_model.layers, mllm.multi_modal_projector]
     return TorchEngine(module, groups, world=world, kind=kind, adamw=adamw, bf16=bf16, shard_units=units)
-
-
-def _deepspeed() -> ModuleType:
-    """The module of its engine; what the library says of itself goes where all logs go, not to stdout."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # as it is imported it says which accelerator it found
-    try:
-        from llava_kd.parallel import deepspeed_engine
-    finally:
-        logging.disable(before)
-    logger = logging.getLogger("DeepSpeed")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-    logger.propagate = True
-    return deepspeed_engine
 
 
 def compiles_first(config: TrainConfig) -> str | None:

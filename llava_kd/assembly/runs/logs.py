@@ -21,6 +21,7 @@ from llava_kd.parallel.world import World
 
 VERBOSE = "LLAVA_KD_VERBOSE"  # `--verbose` sets it, so that the ranks of a launcher have it too
 FOLDER = "logs"
+DEEPSPEED = "DeepSpeed"  # its logger, which others import too; it writes to stdout
 _OWN = logging.getLogger("llava_kd")
 
 
@@ -73,6 +74,19 @@ class _Terminal(logging.Handler):
             tqdm.write(record.getMessage(), file=sys.stderr)
 
 
+class _Redirected(logging.Filter):
+    """Of a library's logger that writes to a stream by itself: to these handlers instead."""
+
+    def __init__(self, handlers: list[logging.Handler]) -> None:
+        super().__init__()
+        self._handlers = handlers
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        for handler in self._handlers:
+            handler.handle(record)
+        return False
+
+
 @contextmanager
 def logged(output: Path, world: World) -> Iterator[None]:
     """Keep what is said during the block, and the error that ends it. ValueError where it cannot."""
@@ -82,6 +96,8 @@ def logged(output: Path, world: World) -> Iterator[None]:
     _OWN.setLevel(logging.INFO)
     for handler in handlers:
         root.addHandler(handler)
+    redirected = _Redirected(handlers)
+    logging.getLogger(DEEPSPEED).addFilter(redirected)
     logging.captureWarnings(True)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_warning()
@@ -97,6 +113,7 @@ def logged(output: Path, world: World) -> Iterator[None]:
         transformers.logging.enable_default_handler()
         transformers.logging.set_verbosity(verbosity)
         logging.captureWarnings(False)
+        logging.getLogger(DEEPSPEED).removeFilter(redirected)
         for handler in handlers:
             root.removeHandler(handler)
             handler.close()
