@@ -37,7 +37,7 @@ ROOMS = {
 }
 # Inside a room the arrows go down; "" are the files that stand in it beside its sub-rooms.
 FLOORS: dict[str, dict[str, set[str]]] = {
-    "config": {"describe": {""}, "": set()},
+    "config": {"describe": {""}, "teaching": {""}, "": {"teaching"}},
     "data": {
         "pixels": set(),
         "sources": {"pixels"},
@@ -62,7 +62,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "": {"generation", "scorers"},
         "benchmarks": {"", "generation", "report", "scorers"},
     },
-    "losses": {"kernels": {""}, "": {"kernels"}},
+    "losses": {"kernels": {""}, "targets": {""}, "": {"kernels"}},
     "curation": {"elicit": {""}, "": set()},
     "search": {"grids": set(), "findings": {"grids"}, "running": {"findings", "grids"}, "": set()},
     "assembly": {

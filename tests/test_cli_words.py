@@ -109,7 +109,7 @@ MISTAKES = [
     (["config", "optim.rate"], "no setting `optim.rate`"),
     (["eval", "--model", "/no/such", "--data", "x", "--out", "y"], "no model directory /no/such"),
     (["eval", "--model", "a/b", "--data", "x.json", "--out", "y"], "no test file x.json"),
-    (["report", "--run", "none"], "none has no seed0"),
+    (["report", "--run", "none"], "none is no run and holds none"),
     (["chat", "--model", "./none", "hi"], "no model directory ./none"),
     (["export", "./none", "--out", "x"], "./none does not exist"),
     (["convert", "./none", "--out", "x"], "./none has no config.json"),

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from llava_kd.assembly.parts.adapters import check_bits
-from llava_kd.assembly.parts.data import BAD_RECORDS, bad_records, served, source_in
+from llava_kd.assembly.parts.data import BAD_RECORDS, bad_records, served, source_in, tagger_in
 from llava_kd.assembly.parts.first_projector import begin_projector
 from llava_kd.assembly.parts.held_out import read_held_out
 from llava_kd.assembly.parts.identity import frozen_fingerprints
@@ -17,6 +17,7 @@ from llava_kd.assembly.parts.models import (
     compute_dtype,
     student_in,
 )
+from llava_kd.assembly.parts.objective import token_policy
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.teacher import (
     teacher_parts,
@@ -62,6 +63,8 @@ def _train(config: TrainConfig, world: World) -> str | None:
         # What is wrong with these is said before a model is read.
         read_slices(config)
         read_held_out(config)
+        token_policy(config)
+        tagger_in(config)
         source = source_in(config)
         if config.teacher is not None and config.teacher.checkpoint is not None:
             existing(config.teacher.checkpoint, "the LLaVA checkpoint")
