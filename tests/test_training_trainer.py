@@ -123,7 +123,7 @@ class Run:
             ),
             output=Output(
                 checkpoints=Checkpoints(self.directory / "checkpoints", keep=2),
-                metrics=Metrics(self.directory, num_steps=self.steps, every=1, progress=False),
+                metrics=Metrics(self.directory, num_steps=self.steps, every=1),
                 say=self.said.append,
             ),
         )

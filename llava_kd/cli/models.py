@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from llava_kd.assembly.early import look_at_checkpoint, look_at_model, look_at_source
 from llava_kd.cli.words import Commands, add_plugins, command, count, plugins
 
 
@@ -42,6 +43,7 @@ def add(commands: Commands) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    look_at_source(arguments.source)
     from llava_kd.assembly.checkpoints import convert_to
 
     for line in convert_to(
@@ -52,6 +54,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    look_at_checkpoint(arguments.source)
     from llava_kd.assembly.checkpoints import export_to
 
     plugins(arguments)
@@ -67,6 +70,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
+    look_at_model(arguments.model)
     from llava_kd.evaluation.generation.chat import Chat
 
     plugins(arguments)

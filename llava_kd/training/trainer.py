@@ -18,7 +18,7 @@ from llava_kd.distill.diagnosis import Diagnosis
 from llava_kd.distill.student import Student
 from llava_kd.parallel.engine import STATE_KINDS, Engine
 from llava_kd.training.checkpoint import Best, Checkpoints, Saved
-from llava_kd.training.metrics import Metrics
+from llava_kd.training.metrics import Metrics, peak_memory
 from llava_kd.training.schedule import Cadence, Schedule
 from llava_kd.training.stopping import StopRequest
 from llava_kd.training.sums import Sums
@@ -246,6 +246,7 @@ class Trainer:
             lambda: {
                 **self._schedule.rates(done - 1),
                 "ranks": self._engine.world.size,
+                "peak_memory_gb": peak_memory(self._engine.world.device) / 1e9,
                 **self._loader.telemetry(),
             },
             {**{name: float(value) for name, value in result.diagnosis.items()}, **evaluated},
