@@ -12,6 +12,7 @@ from llava_kd.assembly.parts.objective import objective
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.stored_teacher import open_cache
 from llava_kd.assembly.parts.teacher import is_cached, teacher_parts, teacher_template
+from llava_kd.assembly.parts.tuning.centroids import with_centroids
 from llava_kd.assembly.planning.dry_run import plan
 from llava_kd.assembly.planning.pictures import picture_lines
 from llava_kd.assembly.planning.throughput import Network
@@ -51,6 +52,7 @@ def check(
     if teacher is not None and not is_cached(config):
         _keeps_records_apart(config, teacher, "teacher")
     terms = objective(config.objective, student, teacher, config.data.visual_alignment)
+    terms = with_centroids(config, terms, student, source)
     if teacher is not None:
         lines.append(f"template         of the teacher: {teacher_template(config, teacher)}")
         lines.append(f"towers           {_towers(config, student, teacher)}")

@@ -16,6 +16,7 @@ from llava_kd.assembly.parts.models import choose_attention, compute_dtype, plac
 from llava_kd.assembly.parts.objective import objective, token_policy
 from llava_kd.assembly.parts.teacher import say_left_out, teaching_of
 from llava_kd.assembly.parts.teaching.pictures import with_changed_pictures
+from llava_kd.assembly.parts.tuning.centroids import with_centroids
 from llava_kd.config import TrainConfig, dump
 from llava_kd.data.batches.loader import Loader
 from llava_kd.data.sources.conversation import Source
@@ -107,7 +108,7 @@ def assemble(
     placed = _place(config, world, adapted)
     fed = _feed(config, world, placed, teacher, source)
     accompanied = _accompany(config, world, fed, source, say)
-    joined = _join(config, accompanied, say)
+    joined = _join(config, accompanied, source, say)
     driven = _drive(config, world, joined, say)
     return _trainer(config, driven, say, identity or {}), driven.engine
 
@@ -158,10 +159,11 @@ def _accompany(config: TrainConfig, world: World, fed: Fed, source: Source | Non
     return Accompanied(fed=fed, teaching=Guarded(teaching or Teaching(), policy))
 
 
-def _join(config: TrainConfig, accompanied: Accompanied, say: Say) -> Joined:
+def _join(config: TrainConfig, accompanied: Accompanied, source: Source | None, say: Say) -> Joined:
     fed = accompanied.fed
     student, teacher = fed.placed.adapted.student, fed.teacher
     terms = objective(config.objective, student, teacher, config.data.visual_alignment, seed=config.seed)
+    terms = with_centroids(config, terms, student, source)
     if teacher is not None and (num_common := terms.common.num_common) is not None:
         say_left_out(config, student, teacher, num_common, say)
     module = Student(fed.placed.mllm, terms, accompanied.teaching).train()

@@ -34,6 +34,12 @@ def add(data: Commands) -> None:
     select.add_argument("--pool", action="store_true", help="the best of all groups together")
     select.add_argument("--any_reference", action="store_true", help="also where the reference is as good")
     select.add_argument("--examples", type=count, default=20, help="records of either end that are shown")
+    what = "mean predictions of a model after each frequent answer token, for objective.mcmi (MCMI)"
+    centroids = command(data, "centroids", _centroids, what, takes_settings=True)
+    centroids.add_argument("config", help="YAML file of the stage; any setting may follow as --a.b=value")
+    centroids.add_argument("--out", required=True, help="safetensors file, which must not be there")
+    centroids.add_argument("--tokens", type=count, default=256, help="how many at most")
+    centroids.add_argument("--least", type=count, default=10, help="rows that a token must have")
     _add_answer(data)
 
 
@@ -108,6 +114,15 @@ def _select(arguments: argparse.Namespace) -> int:
         num_shown=arguments.examples,
     )
     return _say(select(load(arguments.config, arguments.overrides), arguments.out, selection))
+
+
+def _centroids(arguments: argparse.Namespace) -> int:
+    look_at_stage(arguments.config, arguments.overrides)
+    from llava_kd.assembly.curating.centroids import centroids
+    from llava_kd.assembly.settings import load
+
+    config = load(arguments.config, arguments.overrides)
+    return _say(centroids(config, arguments.out, most=arguments.tokens, least=arguments.least))
 
 
 def _answering(arguments: argparse.Namespace) -> Answering:

@@ -13,6 +13,8 @@ from torch import Tensor
 from llava_kd.losses import dbild, head_loss, label, reference, reference_top_k, relation, top_k
 from llava_kd.losses.label import LabelRows
 from llava_kd.losses.reference import HeadLoss, RowsLoss
+from llava_kd.losses.tuning import information, smoothing
+from llava_kd.losses.tuning.information import Centroids
 
 Align = Callable[[Tensor], Tensor]
 
@@ -24,6 +26,8 @@ class Formulas:
     relation_rows: Callable[..., Tensor]
     dbild_loss: Callable[..., RowsLoss]
     label_rows: Callable[..., LabelRows]
+    conditional_information: Callable[..., RowsLoss]
+    smoothing: Callable[..., RowsLoss]
 
 
 REFERENCE = Formulas(
@@ -32,6 +36,8 @@ REFERENCE = Formulas(
     relation_rows=reference.relation_rows,
     dbild_loss=reference.dbild_loss,
     label_rows=label.label_rows,
+    conditional_information=information.conditional_information,
+    smoothing=smoothing.smoothing,
 )
 FAST = Formulas(
     head_loss=head_loss.head_loss,
@@ -39,6 +45,8 @@ FAST = Formulas(
     relation_rows=relation.relation_rows,
     dbild_loss=dbild.dbild_loss,
     label_rows=label.label_rows_by_chunk,
+    conditional_information=information.conditional_information_by_chunk,
+    smoothing=smoothing.smoothing_without_logits,
 )
 FORMULAS: Mapping[str, Formulas] = {"fast": FAST, "reference": REFERENCE}
 
@@ -46,9 +54,11 @@ FORMULAS: Mapping[str, Formulas] = {"fast": FAST, "reference": REFERENCE}
 @dataclass(frozen=True, kw_only=True)
 class Common:
     """`num_common` is the number of vocabulary columns that both heads share; `align` carries the teacher's
-    features of each image, [I, M, E], to the student's tokens, None where both have the same.
+    features of each image, [I, M, E], to the student's tokens, None where both have the same. `centroids`:
+    what the student said before it was tuned, by label.
     """
 
     num_common: int | None = None
     align: Align | None = None
+    centroids: Centroids | None = None
     formulas: Formulas = REFERENCE

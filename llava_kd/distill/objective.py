@@ -5,7 +5,7 @@ Shape legend: N selected rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -42,12 +42,14 @@ class Objective:
     """`terms` are those that are on, by their names in the table; `modules` the weights that they brought.
 
     `learned` holds the weights of terms where they are learned; a term's own setting is where they begin.
+    `watch` is shown the global means of every step, and may stop the run by a ValueError.
     """
 
     terms: Mapping[str, Term]
     common: Common = field(default_factory=Common)
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     learned: LearnedWeights | None = None
+    watch: Callable[[Mapping[str, Tensor]], None] | None = None
 
     def __post_init__(self) -> None:
         head_requests(self.terms)

@@ -94,7 +94,12 @@ class Student(nn.Module):
         return losses.loss + own[0], {**losses.means, **own[1]}
 
     def after_step(self, means: Mapping[str, Tensor]) -> None:
-        """Once the weights have moved: what of the teaching moves without an optimiser, moves now."""
+        """Once the weights have moved: what of the teaching moves without an optimiser, moves now.
+
+        Raises ValueError where the objective's watch stops the run.
+        """
+        if self.objective.watch is not None:
+            self.objective.watch(means)
         self._door[0].after_step(means)
 
     def advice(self, means: Mapping[str, Tensor]) -> str | None:

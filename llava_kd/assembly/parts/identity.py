@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llava_kd.assembly.parts.models import wholly_trained
+from llava_kd.assembly.parts.tuning.centroids import centroids_fingerprint
 from llava_kd.assembly.settings import tables_of
 from llava_kd.config import TrainConfig
 from llava_kd.data.teacher_store.store import Manifest
@@ -26,6 +27,7 @@ def frozen_fingerprints(config: TrainConfig, student: Parts, teacher: Parts | No
         if f"{place}{name}" not in trained
     }
     prints = {"frozen part of the student": weights_fingerprint(weights)}
+    prints |= centroids_fingerprint(config)
     return prints | _teacher_fingerprints(config, teacher) | tables_of(config).fingerprints
 
 

@@ -9,6 +9,8 @@ from llava_kd.distill.terms.response_dbild import ResponseDBiLD
 from llava_kd.distill.terms.response_kl import ResponseKL
 from llava_kd.distill.terms.term import Term
 from llava_kd.distill.terms.text_relation import TextRelation
+from llava_kd.distill.terms.tuning.label_smoothing import LabelSmoothing
+from llava_kd.distill.terms.tuning.mcmi import MCMI
 from llava_kd.distill.terms.visual_kl import VisualKL
 from llava_kd.distill.terms.visual_switch import VisualSwitch
 
@@ -21,4 +23,6 @@ TERMS: Mapping[str, type[Term]] = {
     "response_dbild": ResponseDBiLD,
     "visual_switch": VisualSwitch,
     "attention": Attention,
+    "label_smoothing": LabelSmoothing,
+    "mcmi": MCMI,
 }

@@ -15,6 +15,7 @@ from llava_kd.batch import Batch
 from llava_kd.distill.formulas import Align, Common, Formulas
 from llava_kd.distill.rows import Place, Rows, VisualTap, visual_features
 from llava_kd.distill.terms.term import Need, Reads
+from llava_kd.losses.tuning.information import Centroids
 from llava_kd.models.mllm import Prediction
 from llava_kd.models.taps import Tap
 
@@ -92,6 +93,23 @@ class Seen:
             student_N, teacher_N = student_N[is_shared_N], teacher_N[is_shared_N]
         return _at(self._student, student_N), _at(self._of_teacher("states"), teacher_N)
 
+    def labelled_states(self) -> tuple[Tensor, Tensor]:
+        """The student's final hidden states [N, D] at response rows, and their labels [N]."""
+        rows = self.rows("response")
+        return _at(self._student, rows.student_N), rows.targets_N
+
+    @property
+    def student_head(self) -> Head:
+        return Head(self._student.head_VD, self._student.bias_V, None)
+
+    @property
+    def centroids(self) -> Centroids:
+        """Of the student as it was. ValueError where nobody has given them."""
+        self._declared(self._reads.centroids, "centroids=True")
+        if self._common.centroids is None:
+            raise ValueError(f"the term {self._name} got no centroids of the model as it was")
+        return self._common.centroids
+
     def switched_states(self, place: Place) -> tuple[Tensor, Tensor]:
         """[N, E] of the teacher over the student's visual output, and over its own."""
         self._declared(self._reads.switched is not None, "switched")
@@ -150,8 +168,7 @@ class Seen:
         """Of the student and of the teacher."""
         teacher = self._of_teacher("states")
         gram_DD = teacher.head_gram_DD if self._reads.head_gram else None
-        student = self._student
-        return Head(student.head_VD, student.bias_V, None), Head(teacher.head_VD, teacher.bias_V, gram_DD)
+        return self.student_head, Head(teacher.head_VD, teacher.bias_V, gram_DD)
 
     def _declare_tap(self, tap: VisualTap) -> None:
         if tap == "projector":

@@ -37,7 +37,8 @@ class Reads:
     teacher's response tokens attend to each visual token, in such layers. `switched`: the teacher over
     the student's visual output, of its tower or projector. `student_taps` and `teacher_taps`: what goes
     through modules of a model, by their paths, as `models.taps` writes them; a teacher's need the `model`.
-    `before_decoder`: no gradient of the term reaches the language model.
+    `before_decoder`: no gradient of the term reaches the language model. `centroids`: what the student said
+    before, a mean for each label.
     """
 
     teacher: Need = "nothing"
@@ -52,6 +53,7 @@ class Reads:
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
     before_decoder: bool = False
+    centroids: bool = False
 
     def __post_init__(self) -> None:
         if self.teacher_taps and self.teacher != "model":

@@ -127,16 +127,22 @@ def add_softmaxes(
     *,
     temperature: float,
     bias_V: Tensor | None = None,
-) -> None:
-    """Add softmax(z / T) of each row to its label's row of the total; `row_of_N` is -1 for what has none."""
+) -> Tensor:
+    """Add softmax(z / T) of each row to its label's row of the total; `row_of_N` is -1 for what has none.
+
+    The entropies [M] of those that have one: with n rows of a label, the mean of KL(p || Q) over them is the
+    entropy of their mean Q less their mean entropy.
+    """
     has_centroid_N = row_of_N != NONE
     row_of_M = row_of_N[has_centroid_N]
 
     def of_chunk(index_C: Tensor, logits_CV: Tensor) -> tuple[Tensor]:
-        total_KV.index_add_(0, row_of_M[index_C], (logits_CV / temperature).softmax(1).to(total_KV.dtype))
-        return (index_C,)
+        p_CV = (logits_CV / temperature).softmax(1)
+        total_KV.index_add_(0, row_of_M[index_C], p_CV.to(total_KV.dtype))
+        return (torch.special.entr(p_CV).sum(1),)
 
-    by_chunk(hidden_ND[has_centroid_N], head_VD, bias_V, of_chunk, copies=_COPIES)
+    (entropy_M,) = by_chunk(hidden_ND[has_centroid_N], head_VD, bias_V, of_chunk, copies=_COPIES)
+    return entropy_M
 
 
 def _check(head_VD: Tensor, centroids: Centroids, *, temperature: float, clamp: float) -> None:

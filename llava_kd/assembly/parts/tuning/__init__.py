@@ -1,0 +1,1 @@
+"""What a stage that tunes a teacher needs beside its models."""

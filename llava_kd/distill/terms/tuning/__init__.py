@@ -1,0 +1,1 @@
+"""Terms of a model that is tuned to teach: they read its labels, and no teacher."""
