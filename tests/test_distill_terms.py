@@ -88,7 +88,7 @@ def test_a_term_says_what_it_is(name: str) -> None:
 def test_a_term_is_set_by_its_name(name: str) -> None:
     config = objective_type(TERMS)(**{name: TERMS[name]()})  # pyright: ignore[reportArgumentType]
     assert list(config.terms) == [name]
-    assert config.needs_teacher == (name != "cross_entropy")
+    assert config.needs_teacher == (name not in ("cross_entropy", "label_smoothing", "mcmi"))
 
 
 def test_a_term_may_not_take_the_name_of_another_setting() -> None:

@@ -8,6 +8,7 @@ from llava_kd.distill.formulas import FORMULAS, Align, Common
 from llava_kd.distill.objective import Objective
 from llava_kd.distill.terms import TERMS
 from llava_kd.distill.terms.term import Term
+from llava_kd.losses.tuning.information import Centroids
 
 
 def objective_of(
@@ -15,10 +16,11 @@ def objective_of(
     num_common: int | None = None,
     align: Align | None = None,
     losses: str = "reference",
+    centroids: Centroids | None = None,
     **terms: Term | None,
 ) -> Objective:
     """Terms that are None are off; the others stand in the order of the table."""
-    common = Common(num_common=num_common, align=align, formulas=FORMULAS[losses])
+    common = Common(num_common=num_common, align=align, centroids=centroids, formulas=FORMULAS[losses])
     return Objective(terms=_on(terms), common=common)
 
 
