@@ -1,4 +1,4 @@
-"""A stage that tunes a teacher: centroids as the stock model gives them, the run upon them, what is refused."""
+"""A stage that tunes a teacher: centroids as the stock model gives them, the run on them, what is refused."""
 
 from __future__ import annotations
 
@@ -170,14 +170,20 @@ def test_what_the_term_cannot_do_without_is_asked_for(tune, tmp_path: Path, caps
     [
         (lambda t: t.pop("tokens"), "tokens"),
         (lambda t: t.update(centroids=t["centroids"] * 2), "each centroid must hold probabilities"),
-        (lambda t: t.update(centroids=t["centroids"] * float("nan")), "each centroid must hold probabilities"),
+        (
+            lambda t: t.update(centroids=t["centroids"] * float("nan")),
+            "each centroid must hold probabilities",
+        ),
         (lambda t: t.update(tokens=t["tokens"] * 0), "tokens must differ"),
         (lambda t: t.update(tokens=t["tokens"] + 10**6), "tokens must differ, and be of the vocabulary"),
         (lambda t: t.update(centroids=t["centroids"][1:].clone()), "centroids \\["),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, change: Callable[[dict], object], said: str) -> None:
-    path, header = tmp_path / "file", {"centroids": json.dumps({"format": 1, "cross_entropy": 1, "identity": {}})}
+    path, header = (
+        tmp_path / "file",
+        {"centroids": json.dumps({"format": 1, "cross_entropy": 1, "identity": {}})},
+    )
     tensors = {
         "tokens": torch.tensor([3, 1]),
         "centroids": torch.full((2, 5), 0.2),

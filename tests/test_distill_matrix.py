@@ -113,9 +113,7 @@ class Sides:
         rows = self.student.lm_head.weight.shape[0]
         uniform_KV = torch.full((rows, rows), 1 / rows)  # every label has one
         centroids = Centroids.of(torch.arange(rows), uniform_KV)
-        objective = objective_of(
-            num_common=COMMON, align=align, losses=losses, centroids=centroids, **terms
-        )
+        objective = objective_of(num_common=COMMON, align=align, losses=losses, centroids=centroids, **terms)
         source = source_of(terms)
         switch = None if source is None else self.switch(source)
         module = Student(self.student, objective, FromTeacher(self.teacher, switch))

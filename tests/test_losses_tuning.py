@@ -63,7 +63,7 @@ FORMS = {
 }
 
 
-def run(form: str, case: Case, *, temperature: float = 3.0, clamp: float = 1e9):  # noqa: ANN201
+def run(form: str, case: Case, *, temperature: float = 3.0, clamp: float = 1e9):
     return FORMS[form](
         case.hidden_ND, case.head_VD, case.labels_N, case.centroids,
         bias_V=case.bias_V, temperature=temperature, clamp=clamp,

@@ -103,7 +103,7 @@ def conditional_information_by_chunk(
     bias_V: Tensor | None = None,
     chunk_rows: int = _CHUNK_ROWS,
 ) -> RowsLoss:
-    """What `conditional_information` returns; only the rows that count go through the head, some at a time."""
+    """What `conditional_information` returns; only rows that count go through the head, some at a time."""
     _check(head_VD, centroids, temperature=temperature, clamp=clamp)
     row_of_N = centroids.row_of_V[labels_N]
     has_centroid_N = row_of_N != NONE

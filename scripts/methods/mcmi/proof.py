@@ -1,18 +1,17 @@
-"""One sure teacher tuned in four ways, and what a student of few pictures, or of nine classes, learns from each.
+"""One sure teacher tuned in four ways; what students of few pictures, or of nine classes, learn from each.
 
     python scripts/methods/mcmi/proof.py [--seeds 5] [--first 0] [--out DIR]
 
-The patterns and the teacher of scripts/methods/std_temperature/proof.py. The teacher learns 4,000 pictures and
-is then tuned on them for ten more epochs, with llava_kd's losses; the arms of a seed differ in that loss alone:
+The patterns and the teacher of scripts/methods/std_temperature/proof.py. The teacher learns 4,000 pictures
+and is then tuned on them for ten more epochs, with llava_kd's losses; the arms of a seed differ in that loss:
 
     plain            cross-entropy
     label smoothing  with 0.1 of smoothed labels
     MCMI, T = 1      minus lambda times the conditional mutual information at temperature 1, as in the paper
     MCMI, T = 4      the same at the temperature of the distillation, each row clamped
 
-Every teacher then has two students (0.1 cross-entropy + 0.9 divergence at T = 4): one of 50 pictures, tested on
-all classes, and one of 500 without those of one class, tested on that class. Lambdas and clamp were chosen on
-other seeds (100 to 102).
+Every teacher then has two students (0.1 cross-entropy + 0.9 divergence at T = 4): one of 50 pictures, tested
+on all classes, and one of 500 without those of one class, tested on that class.
 
 Shape legend: N pictures, D features, K = V classes.
 """
@@ -115,7 +114,9 @@ def tuned(teacher: nn.Sequential, arm: Tuning, images: Tensor, classes_N: Tensor
     return teacher.eval().requires_grad_(False)
 
 
-def student_of(teacher: nn.Module, images: Tensor, classes_N: Tensor, seed: int, epochs: int) -> nn.Sequential:
+def student_of(
+    teacher: nn.Module, images: Tensor, classes_N: Tensor, seed: int, epochs: int
+) -> nn.Sequential:
     torch.manual_seed(seed)
     head = nn.Linear(32, PATTERNS.CLASSES)
     body = nn.Sequential(nn.Flatten(), nn.Linear(PATTERNS.SIDE**2, 32), nn.ReLU())
@@ -178,7 +179,9 @@ def main() -> None:
     seeds = range(arguments.first, arguments.first + arguments.seeds)
     runs = {seed: one_seed(seed, ARMS) for seed in seeds}
     figures = list(runs[arguments.first]["plain"])
-    print(f"{len(runs)} seeds from {arguments.first}; mean +- half the 95 % interval; (paired, against plain)\n")
+    print(
+        f"{len(runs)} seeds from {arguments.first}; mean +- half the 95 % interval; (paired, against plain)\n"
+    )
     print(f"| teacher | {' | '.join(figures)} |\n|{'---|' * (1 + len(figures))}")
     for arm in ARMS:
         cells = []

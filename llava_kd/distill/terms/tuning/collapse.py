@@ -25,6 +25,6 @@ class Collapse:
         if self._mean > self._before + self._margin:
             raise ValueError(
                 f"the model unlearns its answers: their cross-entropy, a running mean over steps, is "
-                f"{self._mean:.3f} nats a token, more than {self._margin:g} above the {self._before:.3f} that "
-                f"it came with. {self._advice}"
+                f"{self._mean:.3f} nats a token, more than {self._margin:g} above the {self._before:.3f} "
+                f"that it came with. {self._advice}"
             )
