@@ -1,14 +1,17 @@
-"""One sure teacher tuned in four ways; what students of few pictures, or of nine classes, learn from each.
+"""One sure teacher tuned in five ways; what students of few pictures, or of nine classes, learn from each.
 
-    python scripts/methods/mcmi/proof.py [--seeds 5] [--first 0] [--out DIR]
+    python scripts/methods/mcmi/proof.py [--seeds 3] [--first 0] [--out DIR]
 
 The patterns and the teacher of scripts/methods/std_temperature/proof.py. The teacher learns 4,000 pictures
 and is then tuned on them for ten more epochs, with llava_kd's losses; the arms of a seed differ in that loss:
 
     plain            cross-entropy
     label smoothing  with 0.1 of smoothed labels
-    MCMI, T = 1      minus lambda times the conditional mutual information at temperature 1, as in the paper
-    MCMI, T = 4      the same at the temperature of the distillation, each row clamped
+    MCMI, T = 1      minus 0.25 times the conditional mutual information at temperature 1, as in the paper
+    MCMI, T = 4      minus 1 times it at the temperature of the distillation, each row clamped at 1 nat
+    MCMI, T = 4, 5   minus 5 times it, each row clamped at 0.3 nats
+
+Nothing was chosen by these figures, nor on other seeds.
 
 Every teacher then has two students (0.1 cross-entropy + 0.9 divergence at T = 4): one of 50 pictures, tested
 on all classes, and one of 500 without those of one class, tested on that class.
@@ -22,6 +25,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +59,7 @@ ARMS = {
     "label smoothing": Tuning(smoothing=0.1),
     "MCMI, T = 1": Tuning(information=0.25, temperature=1.0, clamp=1e9),
     "MCMI, T = 4": Tuning(information=1.0),
+    "MCMI, T = 4, 5": Tuning(information=5.0, clamp=0.3),
 }
 DISTILLED_AT, CE, KL = 4.0, 0.1, 0.9
 EPOCHS, RATE = 10, 5e-4
@@ -151,8 +156,8 @@ def one_seed(seed: int, arms: dict[str, Tuning]) -> dict[str, dict[str, float]]:
     for name, arm in arms.items():
         own = tuned(teacher, arm, *large, seed)
         _, told = centroids_of(own[:-1], own[-1], *large, DISTILLED_AT)
-        of_few = student_of(own, *few, seed, epochs=600)
-        of_nine = student_of(own, many[0][is_there], many[1][is_there], seed, epochs=60)
+        of_few = student_of(own, *few, seed, epochs=400)
+        of_nine = student_of(own, many[0][is_there], many[1][is_there], seed, epochs=40)
         found[name] = {
             "teacher, %": PATTERNS.accuracy(own, *test),
             "its information, nats at T = 4": told,
@@ -170,14 +175,17 @@ def shown(value: Estimate, digits: int, sign: str = "") -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--out", type=Path, help="folder for results.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()
     seeds = range(arguments.first, arguments.first + arguments.seeds)
-    runs = {seed: one_seed(seed, ARMS) for seed in seeds}
+    runs = {}
+    for seed in seeds:
+        runs[seed] = one_seed(seed, ARMS)
+        print(f"seed {seed}: {json.dumps(runs[seed])}", file=sys.stderr, flush=True)
     figures = list(runs[arguments.first]["plain"])
     print(
         f"{len(runs)} seeds from {arguments.first}; mean +- half the 95 % interval; (paired, against plain)\n"

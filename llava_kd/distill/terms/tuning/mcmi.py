@@ -30,7 +30,7 @@ class MCMI(Term):
     ] = None
 
     label: ClassVar[str] = (
-        "minus conditional mutual information: what answers tell of their input beyond the label; nats a token"
+        "minus conditional mutual information, of answers and their input given the label; nats a token"
     )
     paper: ClassVar[str] = "MCMI, arXiv 2401.08732"
 
