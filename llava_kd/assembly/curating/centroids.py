@@ -44,11 +44,11 @@ def frequent_tokens(source: Source, reader: Side, *, most: int, least: int) -> T
             labels = encode(source.record(number)).labels[1:]
         except ValueError:
             continue
-        own_V = torch.bincount(labels[labels != IGNORE_INDEX])
-        size = max(len(counts_V), len(own_V))
-        counts_V = sum(torch.nn.functional.pad(t, (0, size - len(t))) for t in (counts_V, own_V))  # pyright: ignore[reportAssignmentType]
-    found = [token for token in counts_V.argsort(descending=True, stable=True).tolist()[:most]]
-    found = [token for token in found if counts_V[token] >= least]
+        own_V = torch.bincount(labels[labels != IGNORE_INDEX], minlength=len(counts_V))
+        own_V[: len(counts_V)] += counts_V
+        counts_V = own_V
+    by_count = counts_V.argsort(descending=True, stable=True).tolist()
+    found = [token for token in by_count[:most] if counts_V[token] >= least]
     if not found:
         highest = int(counts_V.max()) if len(counts_V) else 0
         raise ValueError(

@@ -64,6 +64,7 @@ ARMS = {
 DISTILLED_AT, CE, KL = 4.0, 0.1, 0.9
 EPOCHS, RATE = 10, 5e-4
 FEW, MANY, OMITTED = 50, 500, 0
+Labelled = tuple[Tensor, Tensor]  # pictures and their classes
 
 
 def beside(name: str) -> ModuleType:
@@ -81,10 +82,10 @@ PATTERNS = beside("std_temperature")
 
 
 @torch.no_grad()
-def centroids_of(
-    body: nn.Module, head: nn.Linear, images: Tensor, classes_N: Tensor, temperature: float
-) -> tuple[Centroids, float]:
+def centroids_of(model: nn.Sequential, data: Labelled, temperature: float) -> tuple[Centroids, float]:
     """Of the model as it is, and the information that its answers hold."""
+    (images, classes_N), body, head = data, model[:-1], model[-1]
+    assert isinstance(head, nn.Linear)
     total_KV = torch.zeros(PATTERNS.CLASSES, PATTERNS.CLASSES, dtype=torch.float64)
     entropy_N = add_softmaxes(
         total_KV, body(images), head.weight, classes_N, temperature=temperature, bias_V=head.bias
@@ -95,11 +96,11 @@ def centroids_of(
     return Centroids.of(torch.arange(PATTERNS.CLASSES), mean_KV), float(told / len(classes_N))
 
 
-def tuned(teacher: nn.Sequential, arm: Tuning, images: Tensor, classes_N: Tensor, seed: int) -> nn.Sequential:
+def tuned(teacher: nn.Sequential, arm: Tuning, data: Labelled, seed: int) -> nn.Sequential:
     teacher = copy.deepcopy(teacher).requires_grad_()
-    body, head = teacher[:-1], teacher[-1]
+    (images, classes_N), body, head = data, teacher[:-1], teacher[-1]
     assert isinstance(head, nn.Linear)
-    centroids, _ = centroids_of(body, head, images, classes_N, arm.temperature)
+    centroids, _ = centroids_of(teacher, data, arm.temperature)
     optimiser = torch.optim.Adam(teacher.parameters(), lr=RATE)
     order = torch.Generator().manual_seed(seed)
     for _ in range(EPOCHS):
@@ -119,9 +120,8 @@ def tuned(teacher: nn.Sequential, arm: Tuning, images: Tensor, classes_N: Tensor
     return teacher.eval().requires_grad_(False)
 
 
-def student_of(
-    teacher: nn.Module, images: Tensor, classes_N: Tensor, seed: int, epochs: int
-) -> nn.Sequential:
+def student_of(teacher: nn.Module, data: Labelled, seed: int, epochs: int) -> nn.Sequential:
+    images, classes_N = data
     torch.manual_seed(seed)
     head = nn.Linear(32, PATTERNS.CLASSES)
     body = nn.Sequential(nn.Flatten(), nn.Linear(PATTERNS.SIDE**2, 32), nn.ReLU())
@@ -146,18 +146,18 @@ def one_seed(seed: int, arms: dict[str, Tuning]) -> dict[str, dict[str, float]]:
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     patterns = PATTERNS.smooth_patterns(generator)
-    large, few, many, test = (
+    large, few, many, test = [
         PATTERNS.pictures(number, patterns, generator) for number in (4000, FEW, MANY, 2000)
-    )
+    ]
     teacher = PATTERNS.train_teacher(*large, generator)
     is_there = many[1] != OMITTED
     of_omitted = test[1] == OMITTED
     found = {}
     for name, arm in arms.items():
-        own = tuned(teacher, arm, *large, seed)
-        _, told = centroids_of(own[:-1], own[-1], *large, DISTILLED_AT)
-        of_few = student_of(own, *few, seed, epochs=400)
-        of_nine = student_of(own, many[0][is_there], many[1][is_there], seed, epochs=40)
+        own = tuned(teacher, arm, large, seed)
+        _, told = centroids_of(own, large, DISTILLED_AT)
+        of_few = student_of(own, few, seed, epochs=400)
+        of_nine = student_of(own, (many[0][is_there], many[1][is_there]), seed, epochs=40)
         found[name] = {
             "teacher, %": PATTERNS.accuracy(own, *test),
             "its information, nats at T = 4": told,
@@ -167,7 +167,9 @@ def one_seed(seed: int, arms: dict[str, Tuning]) -> dict[str, dict[str, float]]:
     return found
 
 
-def shown(value: Estimate, digits: int, sign: str = "") -> str:
+def shown(value: Estimate | None, digits: int, sign: str = "") -> str:
+    if value is None:
+        return "-"
     if value["low"] is None or value["high"] is None:
         return f"{value['mean']:{sign}.{digits}f}"
     return f"{value['mean']:{sign}.{digits}f} +- {(value['high'] - value['low']) / 2:.{digits}f}"
