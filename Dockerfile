@@ -1,6 +1,6 @@
 # The stage scripts in a container, on GPUs or, without --gpus, on the CPU:
 #   docker build -t llava_kd .
-#   docker run --rm --gpus all --ipc=host -v "$PWD/data:/work/data" -v "$PWD/runs:/work/runs" llava_kd bash scripts/stage1_dpt.sh
+#   docker run --rm --gpus all --ipc=host -v "$PWD/data:/llava_kd/data" -v "$PWD/runs:/llava_kd/runs" llava_kd bash scripts/stage1_dpt.sh
 # --ipc=host: data workers and NCCL hand tensors over in shared memory. Runs and data are mounted, never in the image.
 FROM python:3.11-slim-bookworm
 
@@ -11,7 +11,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc g++ libc6-dev git \
     && rm -rf /var/lib/apt/lists/*
 
-WORKDIR /work
+WORKDIR /llava_kd
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv "$VIRTUAL_ENV"
 COPY . .
