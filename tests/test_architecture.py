@@ -61,7 +61,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "": {"generation", "scorers"},
         "benchmarks": {"", "generation", "report", "scorers"},
     },
-    "losses": {"kernels": {""}, "": {"kernels"}},
+    "losses": {"kernels": {""}, "": {"kernels"}, "inner": {""}},
     "curation": {"elicit": {""}, "": set()},
     "search": {"grids": set(), "findings": {"grids"}, "running": {"findings", "grids"}, "": set()},
     "assembly": {

@@ -70,7 +70,7 @@ def _taps(
     for text in taps:
         tap = Tap.parse(text)
         try:
-            module = tapped_module(MLLM(stock), tap)
+            module = tapped_module(stock, tap)
         except ValueError as error:
             raise ValueError(f"{name} reads the {whose}: {error}") from error
         yield f"{whose}'s {tap.side} of {tap.path}: {type(module).__name__}{_width(module)}"
