@@ -181,7 +181,7 @@ class Seen:
         return Head(student.head_VD, student.bias_V, None), Head(teacher.head_VD, teacher.bias_V, gram_DD)
 
     def _answered_alike(self, place: Place) -> Rows:
-        """Rows without response tokens that the two vocabularies write otherwise: they have no common place."""
+        """Rows but those of response tokens that differ: they have no common place in two vocabularies."""
         rows = self.rows(place)
         if place == "response" and self.batch.teacher is not None:
             return rows.take((rows.is_shared_N > 0).nonzero().squeeze(1))

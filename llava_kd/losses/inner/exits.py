@@ -1,15 +1,15 @@
 """The target-enhanced loss of One-for-All (OFA-KD, arXiv 2310.19444), which early exits are trained by.
 
-With p the teacher's probabilities, q the student's, g gamma and * the label, a row is a sum of -w log q, w being
+With p the teacher's probabilities, q the student's, g gamma and * the label, a row is a sum of -w log q with
 
-| form | at the label | elsewhere |
+| w, by form | at the label | elsewhere |
 |---|---|---|
 | `paper` | (1 + p)^g | p |
 | `code`, as released (Hao840/OFAKD) | (1 + p)^g - 1 | p^g |
 
-At g = 1 the first is cross-entropy + KD and the second KD alone, beside which that code has its cross-entropy; at
-other g they differ in more: the second weakens (g > 1) all that is not the label. A row without a label, as a
-visual token, has w = p, and p^g.
+At g = 1 the first is cross-entropy + KD and the second KD alone, beside which that code has its
+cross-entropy; at other g they differ in more: the second weakens (g > 1) all that is not the label. A row
+without a label, as a visual token, has w = p, and p^g.
 
 Both are what the head loss computes already: p^g is softmax(g z), of the teacher's logits z, times the sum of
 p^g, so a row is, less a constant,

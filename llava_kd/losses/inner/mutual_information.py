@@ -7,9 +7,10 @@ between InfoNCE and TUBA, which Distiller (arXiv 2109.11105) maximises between i
     d(y) = alpha m(y) + (1 - alpha) q(y),  m(y) = mean over x_i of e^f(x_i, y),
 
 with E over pairs and E' over x and y that are no pair. Here, for each y_j, m is the mean over all K of the x
-under the first expectation and, as Poole et al. ask for x apart from y, over the K - 1 others under the second.
-At alpha = 1 the second is 1 and I is InfoNCE, log K at most; at alpha = 0 there is no m and I is TUBA, or
-NWJ where q is e. In between the two means differ by one row of K, and the bound holds up to the order of 1 / K.
+under the first expectation and, as Poole et al. ask for x apart from y, over the K - 1 others under the
+second. At alpha = 1 the second is 1 and I is InfoNCE, log K at most; at alpha = 0 there is no m and I is
+TUBA, or NWJ where q is e. In between the two means differ by one row of K, and the bound holds up to the
+order of 1 / K.
 
 The exponential goes on as its tangent above the exponent `clamp`, which keeps it finite and its gradient
 pushing down. A single pair has nothing to be told apart from: its bound is 0.
@@ -30,7 +31,7 @@ from llava_kd.losses.reference import accumulation_dtype
 def information_rows(
     scores_KK: Tensor, log_baseline_K: Tensor, *, alpha: float, clamp: float = 10.0
 ) -> Tensor:
-    """[K], in nats, whose mean is the bound. `scores_KK`: f(x_i, y_j) at [i, j]; `log_baseline_K`: log q(y_j).
+    """[K], in nats, whose mean is the bound. `scores_KK`: f(x_i, y_j) at [i, j]; the baseline: log q(y_j).
 
     Computed in fp32 or wider. ValueError for scores that are not square or an alpha outside 0..1.
     """

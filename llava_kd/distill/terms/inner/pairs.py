@@ -41,8 +41,8 @@ class TapPairs(Term):
         for tap in (*ours, *theirs):
             if self.place == "response" and tap.startswith(PROJECTOR):
                 raise ValueError(
-                    f"the tap {tap!r} shows visual tokens alone, and this term compares response tokens: take "
-                    "a path of language_model, or the term of that name that begins with visual_"
+                    f"the tap {tap!r} shows visual tokens alone, and this term compares response tokens: "
+                    "take a path of language_model, or the term of that name that begins with visual_"
                 )
 
     @property
