@@ -26,6 +26,7 @@ from llava_kd.distill.terms.inner.exit_logits import Exit, ExitLogits, VisualExi
 from llava_kd.distill.terms.inner.hint import Hint, VisualHint
 from llava_kd.distill.terms.inner.mi_alpha import Critic, MIAlpha
 from llava_kd.distill.terms.term import Term, Widths
+from llava_kd.losses.inner.hint import hint_rows
 from llava_kd.losses.inner.mutual_information import information_rows
 from llava_kd.losses.reference import head_loss
 from llava_kd.models.files.checkpoint import load_stock
@@ -107,6 +108,54 @@ def test_a_model_has_nothing_to_learn_from_its_own_states(student_dir: Path, stu
         objective = furnished(objective_of(**terms), student, twin.mllm)
         assert not objective.modules
         assert float(run(objective, student, twin).loss.detach()) == pytest.approx(0, abs=1e-6)
+
+
+@torch.no_grad()
+def test_rows_of_a_teacher_with_another_text_are_its_own_and_those_that_differ_are_left_out(
+    student: MLLM, teacher: Teacher
+) -> None:
+    """The teacher's row begins with a record of no target, and its third target is another token."""
+    shifted = inputs([record(9, images=0, answer=0), record(1)])
+    rows_N, own_N = shifted.places.response_N, inputs(record(1)).places.response_N
+    assert not torch.equal(rows_N, own_N)
+    labels_BT = shifted.labels_BT.clone()
+    labels_BT.view(-1)[rows_N[2] + 1] = 7
+    batch = Batch(student=inputs(record(1)), teacher=replace(shifted, labels_BT=labels_BT), record_ids=("a",))
+    hint = Hint(student_taps=(LAYER0,), teacher_taps=(LAYER1,), kind="cosine")
+    objective = objective_of(num_common=COMMON, hint=hint, exit_logits=ExitLogits())
+    objective = furnished(objective, student, teacher.mllm)
+    got = run(objective, student, teacher, batch).means
+    own, theirs = student(batch.student, student.image_features(batch.student)), teacher(batch)
+    kept = torch.tensor([0, 1, 3, 4])
+    (map_,) = objective.modules["hint"].children()
+    ours_ND = own.tapped[LAYER0].flatten(0, 1)[own_N[kept]]
+    expected = hint_rows(map_(ours_ND), theirs.tapped[LAYER1].flatten(0, 1)[rows_N[kept]], "cosine").sum() / 5
+    torch.testing.assert_close(got["hint"], expected)
+    (exit_,) = objective.modules["exit_logits"].children()
+    of_exit = head_loss(
+        exit_(ours_ND), own.head_VD, batch.student.targets_BT.flatten()[own_N[kept]],
+        ce_weight_N=torch.ones(4), kl_weight_N=torch.ones(4), num_common=COMMON,
+        teacher_NE=theirs.hidden_BTD.flatten(0, 1)[rows_N[kept]], teacher_head_UE=theirs.head_VD,
+    ).loss  # fmt: skip
+    torch.testing.assert_close(got["exit_logits"], of_exit / 5)
+
+
+@torch.no_grad()
+def test_visual_states_on_another_grid_are_carried_to_the_students_tokens(
+    student: MLLM, teacher: Teacher
+) -> None:
+    """By a map that anyone may check: each image's tokens in reverse. One image could not be read."""
+    objective = objective_of(align=lambda features_IME: features_IME.flip(1), visual_hint=VisualHint())
+    objective = furnished(objective, student, teacher.mllm)
+    (map_,) = objective.modules["visual_hint"].children()
+    got = run(objective, student, teacher).means["visual_hint"]
+    own, theirs = student(BATCH.student, student.image_features(BATCH.student)), teacher(BATCH)
+    images = len(BATCH.student.image_is_valid_I)
+    ours, other = (
+        p.hidden_BTD.flatten(0, 1)[BATCH.student.places.visual_N].view(images, 16, -1) for p in (own, theirs)
+    )
+    rows_IN = (map_(ours) - other.flip(1)).square().mean(2)
+    torch.testing.assert_close(got, rows_IN[BATCH.student.image_is_valid_I].mean())
 
 
 def test_a_projectors_output_is_a_tap_of_visual_tokens(student: MLLM, teacher: Teacher) -> None:
