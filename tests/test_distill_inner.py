@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llava_kd.batch import Batch
 from llava_kd.cli import main
+from llava_kd.distill.learned_weights import learnable
 from llava_kd.distill.objective import Losses, Objective
 from llava_kd.distill.taught import Taught
 from llava_kd.distill.teaching.live import Teacher
@@ -220,6 +221,12 @@ def test_information_depends_on_the_cut_into_micro_batches_and_says_so(
     assert values == {MIAlpha: False, Hint: True}
 
 
+def test_its_weight_is_never_learned_for_it_goes_below_zero() -> None:
+    assert learnable({"mi_alpha": MIAlpha(), "hint": Hint(), "exit_logits": ExitLogits(weight=0.0)}) == [
+        "hint"
+    ]
+
+
 def test_without_a_baseline_there_are_no_weights_of_one() -> None:
     widths = Widths(
         student=4, teacher=6, student_taps={"language_model": 4}, teacher_taps={"language_model": 6}
@@ -329,11 +336,14 @@ def test_an_exit_moves_the_layers_before_it_and_neither_those_behind_nor_the_hea
          "names no module"),
         ("exit_logits={layers: [1, 1]}", "`layers` of exits must differ; got 1, 1"),
         ("exit_logits={layers: [-1]}", "`objective.exit_logits.layers[0]` must not be negative; got -1"),
+        ("learned_weights={lr: 0.1}", "no weight to learn: cross_entropy, mi_alpha are not of the teacher"),
         ("exit_logits={gamma: 0}", "`objective.exit_logits.gamma` must be more than 0; got 0"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_by_name(stage, capsys, words: str, message: str) -> None:
-    assert main(["train", str(stage("wrong")), f"--objective.{words}"]) == 2
+    off = [f"--objective.{name}=null" for name in ("response_kl", "visual_kl", "relation")]
+    more = [*off, "--objective.mi_alpha={}"] if "learned" in words else []
+    assert main(["train", str(stage("wrong")), *more, f"--objective.{words}"]) == 2
     assert message in capsys.readouterr().err
 
 

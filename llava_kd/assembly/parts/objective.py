@@ -66,7 +66,13 @@ def _learned(config: ObjectiveConfig, terms: Mapping[str, Term], student: Parts)
     settings = config.learned_weights
     if settings is None:
         return None
-    made = LearnedWeights(learnable(terms), strength=settings.strength, most=settings.most)
+    names = learnable(terms)
+    if not names:
+        raise ValueError(
+            f"`objective.learned_weights` has no weight to learn: {', '.join(terms)} are not of the teacher, "
+            "or may be below 0; add a term such as response_kl, or set learned_weights to null"
+        )
+    made = LearnedWeights(names, strength=settings.strength, most=settings.most)
     return made.to(student.stock.lm_head.weight.device)
 
 

@@ -143,6 +143,8 @@ class Term:
     denominator: ClassVar[Denominator] = RESPONSE_TOKENS
     compares_rows: ClassVar[bool] = False
     """Whether rows of a micro-batch are compared with each other, so that its size changes the value."""
+    goes_below_zero: ClassVar[bool] = False
+    """Whether a row may be less than 0, as minus a bound is; its weight is then never learned."""
 
     @property
     def reads(self) -> Reads:

@@ -69,6 +69,7 @@ class MIAlpha(TapPairs):
     paper: ClassVar[str] = "Distiller, arXiv 2109.11105; Poole et al., arXiv 1905.06922"
     place: ClassVar[Place] = "response"
     compares_rows: ClassVar[bool] = True
+    goes_below_zero: ClassVar[bool] = True
 
     def module(self, widths: Widths) -> nn.Module:
         pairs, has_baseline = self.widths_of_pairs(widths), self.alpha < 1
