@@ -233,10 +233,10 @@ def test_the_target_enhanced_loss_is_its_weights_written_out_less_a_constant(for
 
 
 def plain(given: dict[str, Tensor], *, ce: float, kl: float) -> Tensor:
-    weights = {"ce_weight_N": ce * (LABELS >= 0).double(), "kl_weight_N": torch.full((N,), kl).double()}
     return reference.head_loss(
         given["x"], given["head"], LABELS, student_bias_V=given["bias"], teacher_NE=given["t"],
-        teacher_head_UE=given["teacher_head"], teacher_bias_U=given["b"], num_common=COMMON, **weights,
+        teacher_head_UE=given["teacher_head"], teacher_bias_U=given["b"], num_common=COMMON,
+        ce_weight_N=ce * (LABELS >= 0).double(), kl_weight_N=torch.full((N,), kl).double(),
     ).loss  # fmt: skip
 
 
