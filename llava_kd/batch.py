@@ -87,6 +87,7 @@ class Inputs:
     the order of `pixels_ICHW`; every image fills the same number of positions. `image_is_valid_I` is False
     for the stand-in of an image that could not be read: it fills its place but is not distilled.
     `is_packed` is True where some row holds more than one record. `known_places`: as the loader found them.
+    `scores_BT`: of each label, how likely it is private, 0..1; None where nobody asked.
     """
 
     input_ids_BT: Tensor
@@ -98,6 +99,7 @@ class Inputs:
     image_is_valid_I: Tensor
     is_packed: bool = False
     known_places: Places | None = None
+    scores_BT: Tensor | None = None
 
     @property
     def places(self) -> Places:
@@ -115,6 +117,14 @@ class Inputs:
     def targets_BT(self) -> Tensor:
         """Label of the next token at each position; IGNORE_INDEX where there is none."""
         return _next(self.labels_BT)
+
+    @property
+    def target_scores_N(self) -> Tensor:
+        """Of the targets at `places.response_N`, how likely each is private, 0..1."""
+        rows_N = self.places.response_N
+        if self.scores_BT is None:
+            return torch.zeros(len(rows_N), device=rows_N.device)
+        return self.scores_BT.roll(-1, 1).flatten()[rows_N]  # no target is the first of its row
 
     @property
     def num_images(self) -> int:
@@ -149,10 +159,10 @@ class Inputs:
         def move(tensor: Tensor) -> Tensor:
             return _moved(tensor, device)
 
-        others = ("is_packed", "known_places")
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: move(t) for name, t in tensors.items() if isinstance(t, Tensor)}
         places = None if self.known_places is None else self.known_places.map(move)
-        return replace(self, known_places=places, **{name: move(t) for name, t in tensors.items()})
+        return replace(self, known_places=places, **moved)
 
 
 class Counts(dict[str, Tensor]):
@@ -209,7 +219,8 @@ class Batch:
     """One micro-batch. `teacher` is None where the teacher reads exactly what the student reads.
 
     `teacher_rows` is what a cache holds of the teacher, where one stands in for it. `num_shared_targets`: how
-    many targets are the same tokens on both sides, where there are two and the loader counted.
+    many targets are the same tokens on both sides, where there are two and the loader counted. `step`: the
+    optimiser step that it is of, for what is drawn anew at each; steps count from 0.
     """
 
     student: Inputs
@@ -217,6 +228,7 @@ class Batch:
     record_ids: tuple[str, ...] = ()
     teacher_rows: TeacherRows | None = None
     num_shared_targets: int | None = None
+    step: int = 0
 
     @property
     def teacher_inputs(self) -> Inputs:

@@ -33,10 +33,11 @@ ROOMS = {
         *("checksums", "curation", "plugin_file", "search", "tensor_files"),
     },
     "cli": {"assembly", "config", "curation", "data", "evaluation"},
+    "api": {"assembly", "config", "evaluation"},
 }
 # Inside a room the arrows go down; "" are the files that stand in it beside its sub-rooms.
 FLOORS: dict[str, dict[str, set[str]]] = {
-    "config": {"describe": {""}, "": set()},
+    "config": {"describe": {""}, "teaching": {""}, "": {"teaching"}},
     "data": {
         "pixels": set(),
         "sources": {"pixels"},
@@ -61,7 +62,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "": {"generation", "scorers"},
         "benchmarks": {"", "generation", "report", "scorers"},
     },
-    "losses": {"kernels": {""}, "": {"kernels"}, "inner": {""}},
+    "losses": {"kernels": {""}, "targets": {""}, "inner": {""}, "": {"kernels"}},
     "curation": {"elicit": {""}, "": set()},
     "search": {"grids": set(), "findings": {"grids"}, "running": {"findings", "grids"}, "": set()},
     "assembly": {

@@ -13,13 +13,14 @@ from llava_kd.assembly.parts.engine import make_engine
 from llava_kd.assembly.parts.held_out import evaluator
 from llava_kd.assembly.parts.lending import tap_student
 from llava_kd.assembly.parts.models import choose_attention, compute_dtype, place, student_dtypes
-from llava_kd.assembly.parts.objective import objective
+from llava_kd.assembly.parts.objective import objective, token_policy
 from llava_kd.assembly.parts.teacher import say_left_out, teaching_of
 from llava_kd.config import TrainConfig, dump
 from llava_kd.data.batches.loader import Loader
 from llava_kd.data.sources.conversation import Source
 from llava_kd.distill.student import Student
 from llava_kd.distill.teaching.door import Teaching
+from llava_kd.distill.teaching.guarded import Guarded
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.language_model import checkpoint_activations
 from llava_kd.models.mllm import MLLM
@@ -134,12 +135,19 @@ def _feed(
 
 
 def _accompany(config: TrainConfig, world: World, fed: Fed, say: Say) -> Accompanied:
-    if fed.teacher is None:
-        return Accompanied(fed=fed, teaching=None)
-    student, mllm = fed.placed.adapted.student, fed.placed.mllm
-    shares = fed.shares_tower
-    teaching = teaching_of(config, world, (student, mllm), fed.teacher, say, shares_tower=shares)
-    return Accompanied(fed=fed, teaching=teaching)
+    teaching, policy = None, token_policy(config)
+    if fed.teacher is not None:
+        student, mllm = fed.placed.adapted.student, fed.placed.mllm
+        shares = fed.shares_tower
+        teaching = teaching_of(config, world, (student, mllm), fed.teacher, say, shares_tower=shares)
+    if policy is None:
+        return Accompanied(fed=fed, teaching=teaching)
+    if policy.cross_entropy > 0:
+        say(
+            f"token_policy.cross_entropy is {policy.cross_entropy:g}: a hard label teaches a private token "
+            "itself, whatever the teacher's soft target hides"
+        )
+    return Accompanied(fed=fed, teaching=Guarded(teaching or Teaching(), policy))
 
 
 def _join(config: TrainConfig, accompanied: Accompanied, say: Say) -> Joined:

@@ -11,7 +11,8 @@ import transformers
 from tqdm import tqdm
 
 from llava_kd.assembly.parts.adapters import check_bits
-from llava_kd.assembly.parts.data import BAD_RECORDS, bad_records, served, source_in
+from llava_kd.assembly.parts.data import BAD_RECORDS, bad_records, served, source_in, tagger_in
+from llava_kd.assembly.parts.first_projector import begin_projector
 from llava_kd.assembly.parts.held_out import read_held_out
 from llava_kd.assembly.parts.identity import frozen_fingerprints
 from llava_kd.assembly.parts.lending import with_projector
@@ -19,6 +20,7 @@ from llava_kd.assembly.parts.models import (
     compute_dtype,
     student_in,
 )
+from llava_kd.assembly.parts.objective import token_policy
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.teacher import (
     teacher_parts,
@@ -62,6 +64,8 @@ def _train(config: TrainConfig, world: World) -> str | None:
         # What is wrong with these is said before a model is read.
         read_slices(config)
         read_held_out(config)
+        token_policy(config)
+        tagger_in(config)
         source = source_in(config)
         if config.teacher is not None and config.teacher.checkpoint is not None:
             existing(config.teacher.checkpoint, "the LLaVA checkpoint")
@@ -72,6 +76,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
     if teacher is not None:
         say(f"template of the teacher: {teacher_template(config, teacher)}")
     student = with_projector(config, student, teacher)
+    begin_projector(config, student, source, world, say)
     identity = frozen_fingerprints(config, student, teacher)
     if world.device.type == "cuda":
         sizes = ModelSizes.of(student.stock, config)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from llava_kd import __version__
 from llava_kd.assembly.runs.ending import broken_off, is_rank_of_several, left
 from llava_kd.assembly.runs.stopping import INTERRUPTED, end_with_torchrun, was_told
-from llava_kd.cli import comparisons, datasets, models, scores, settings, stages
+from llava_kd.cli import canary, comparisons, datasets, models, scores, settings, stages
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -61,6 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llava-kd", description="Distil large LLaVA models into small.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for group in (stages, comparisons, settings, scores, models, datasets):
+    for group in (stages, comparisons, settings, scores, models, datasets, canary):
         group.add(commands)
     return parser

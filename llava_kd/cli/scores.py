@@ -24,8 +24,12 @@ def add(commands: Commands) -> None:
     add_plugins(evaluate, "benchmarks, or the tower of the model")
     evaluate.add_argument("--limit", type=count, help="ask the first questions of each benchmark only")
 
-    report = command(commands, "report", _report, "write results.json and report.html of a comparison run")
-    report.add_argument("--run", required=True, dest="directory")
+    report = command(commands, "report", _report, "write a page of any runs: one, several, or a comparison")
+    report.add_argument(
+        "runs", nargs="*", metavar="RUN", help="a run's output_dir, or a folder that holds runs"
+    )
+    report.add_argument("--run", dest="directory", help="the same, for one")
+    report.add_argument("--out", help="the page to write (default: report.html in the first)")
     add_plugins(report, "terms that its stages were trained with")
 
 
@@ -70,9 +74,22 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from llava_kd.assembly.settings import labels
     from llava_kd.evaluation.report.page import report
-    from llava_kd.evaluation.report.results import read_run, table
+    from llava_kd.evaluation.report.results import is_comparison, read_run, table
+    from llava_kd.evaluation.report.runs_page import write_runs_page
+    from llava_kd.evaluation.report.stage_runs import find_runs
 
-    written = report(arguments.directory, terms=labels(arguments.plugin))
-    show(table(read_run(arguments.directory)))
+    named = [*([arguments.directory] if arguments.directory else []), *arguments.runs]
+    if not named:
+        raise ValueError("name a run: its output_dir, or a folder that holds runs")
+    terms = labels(arguments.plugin)
+    if len(named) == 1 and is_comparison(named[0]):
+        if arguments.out:
+            raise ValueError(f"{named[0]} is a comparison: its page is report.html there; leave --out away")
+        written = report(named[0], terms=terms)
+        show(table(read_run(named[0])))
+    else:
+        runs = find_runs(named)
+        written = write_runs_page(runs, arguments.out or Path(named[0]) / "report.html", terms)
+        show("\n".join(f"{run.name}: {run.state}" for run in runs))
     show(f"open {written}")
     return 0

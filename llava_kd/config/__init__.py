@@ -8,6 +8,7 @@ from llava_kd.config.objective import ObjectiveConfig, objective_type, stage_typ
 from llava_kd.config.reading import dump, load, plugins_of
 from llava_kd.config.running import CheckpointConfig, EngineConfig, LogConfig, OptimConfig
 from llava_kd.config.sections import TrainConfig
+from llava_kd.config.teaching.token_policy import SpanConfig, TokenPolicyConfig
 
 __all__ = [
     "PARTS",
@@ -24,8 +25,10 @@ __all__ = [
     "PackingConfig",
     "SliceConfig",
     "SourceConfig",
+    "SpanConfig",
     "StudentConfig",
     "TeacherConfig",
+    "TokenPolicyConfig",
     "TrainConfig",
     "dump",
     "load",

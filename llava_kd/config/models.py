@@ -41,6 +41,10 @@ class StudentConfig:
         Literal["own", "teacher"],
         Doc("A new one of its `own`, or the `teacher`'s, frozen, with a trained linear map to its width."),
     ] = "own"
+    projector_start: Annotated[
+        Literal["random", "closed_form"],
+        Doc("A new projector's weights: drawn, or fitted to pictures and words of the stage's data."),
+    ] = "random"
     template: Annotated[str | None, Doc("Template of its prompts; null is that of `data`.")] = None
 
     def __post_init__(self) -> None:
@@ -54,6 +58,11 @@ class StudentConfig:
             self.projector == "own" or self.checkpoint is None,
             "`student.projector` is of a new student; one that goes on from `student.checkpoint` keeps the "
             "projector it has, its teacher's too: leave projector out",
+        )
+        require(
+            self.projector_start == "random" or (self.projector == "own" and self.checkpoint is None),
+            "`student.projector_start: closed_form` is of a new student with its own projector; one that "
+            "goes on from `student.checkpoint`, or takes the teacher's, has learned already: leave it out",
         )
 
 

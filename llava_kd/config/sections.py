@@ -15,6 +15,7 @@ from llava_kd.config.models import PARTS, StudentConfig, TeacherConfig
 from llava_kd.config.objective import ObjectiveConfig
 from llava_kd.config.ranges import PositiveFloat, PositiveInt, require
 from llava_kd.config.running import CheckpointConfig, EngineConfig, LogConfig, OptimConfig
+from llava_kd.config.teaching.token_policy import TokenPolicyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,9 @@ class TrainConfig:
     max_steps: Annotated[PositiveInt | None, Doc("Optimiser steps, instead of `epochs`.")] = None
     seed: Annotated[int, Ge(0), Le(2**63 - 1), Doc("Of new weights and of the order of records.")] = 0
     teacher: Annotated[TeacherConfig | None, Doc("The model that is learned from; null is none.")] = None
+    token_policy: Annotated[
+        TokenPolicyConfig | None, Doc("What is taught of private tokens; null treats all tokens alike.")
+    ] = None
     engine: Annotated[EngineConfig, Doc("What runs a step, on which devices.")] = field(
         default_factory=EngineConfig
     )

@@ -19,8 +19,10 @@ from llava_kd.distill.row_choice import Chosen, choose
 from llava_kd.distill.rows import Place, Rows, count, fill, visual_features
 from llava_kd.distill.taught import TopKPrediction
 from llava_kd.distill.terms.term import HeadRequest, Term
+from llava_kd.distill.token_policy import BEYOND_TOP_K, PolicyRows
 from llava_kd.losses.divergence import Divergence, Temperature
 from llava_kd.losses.reference import HeadLoss
+from llava_kd.losses.targets.swing import SwingTarget
 from llava_kd.models.mllm import Prediction
 
 Softening = tuple[Temperature, Divergence]
@@ -72,7 +74,8 @@ def _join(calls: dict[Softening | None, list[_Block]], name: str, place: Place) 
 class HeadTerms:
     """The terms of an objective that go through the head, for one micro-batch.
 
-    `factors`: scalars without gradient that multiply the weights of some terms.
+    `factors`: scalars without gradient that multiply the weights of some terms. `policy`: what is taught of
+    response tokens that may be private.
     """
 
     terms: Mapping[str, Term]
@@ -82,6 +85,7 @@ class HeadTerms:
     batch: Batch
     counts: Counts
     factors: Mapping[str, Tensor] = field(default_factory=dict)
+    policy: PolicyRows | None = None
 
     def __call__(self) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Their weighted sum and each one's mean; None where there is none of them."""
@@ -97,7 +101,8 @@ class HeadTerms:
             ends = list(accumulate(len(c.rows.student_N) for c in chosen))
             for begin, end, block, of_block in zip([0, *ends[:-1]], ends, listed, chosen, strict=True):
                 if (name := block.cross_entropy) is not None:
-                    means[name] = result.ce_N[begin:end].sum() * self._share(name).float()
+                    values_N = _times(result.ce_N[begin:end], of_block.ce_factor_N)
+                    means[name] = values_N.sum() * self._share(name).float()
                 if (name := block.kl) is not None:
                     values_N = result.kl_N[begin:end] * of_block.factor_N
                     means[name] = values_N.sum() * self._share(name).float()
@@ -107,7 +112,10 @@ class HeadTerms:
         with_teacher = has_teacher and not self._is_aligned(block.place)
         rows = Rows.select(block.place, self.batch, with_teacher=with_teacher)
         request = None if block.kl is None else self.terms[block.kl].head_request()
-        return choose(rows, request, self.batch, self.teacher, self.common)
+        chosen = choose(rows, request, self.batch, self.teacher, self.common)
+        if self.policy is None or block.place != "response":
+            return chosen
+        return chosen.under(self.policy)
 
     def _share(self, name: str) -> Tensor:
         return 1.0 / count(self.counts, self.terms[name].denominator.name)
@@ -124,16 +132,26 @@ class HeadTerms:
         student_ND = flat_D[torch.cat([r.student_N for r in rows])]
         targets_N = torch.cat([r.targets_N for r in rows])
         pairs = list(zip(listed, rows, strict=True))
-        ce_N = torch.cat([self._weights(r, block.cross_entropy) for block, r in pairs])
+        is_counted = all(c.is_counted for c in chosen)
+        ce_N = torch.cat(
+            [
+                _times(self._weights(c.rows, block.cross_entropy), c.ce_factor_N)
+                for block, c in zip(listed, chosen, strict=True)
+            ]
+        )
         common = {"student_bias_V": student.bias_V, "ce_weight_N": ce_N}
         if kind is None or teacher is None:
             active = (0, sum(len(r.targets_N) for block, r in pairs if self._counts(block.cross_entropy)))
-            return formulas.head_loss(student_ND, student.head_VD, targets_N, **common, active_rows=active)
+            common["active_rows"] = active if is_counted else None
+            return formulas.head_loss(student_ND, student.head_VD, targets_N, **common)
         common["kl_weight_N"] = torch.cat(
             [self._weights(c.rows, block.kl) * c.factor_N for block, c in zip(listed, chosen, strict=True)]
         )
         common |= {"temperature": kind[0], "divergence": kind[1], "num_common": self.common.num_common}
+        change = self._change(pairs, kind[0])
         if isinstance(teacher, TopKPrediction):
+            if change is not None:
+                raise ValueError(f"the largest logits of a teacher cannot serve {BEYOND_TOP_K}")
             top = teacher.top_k(torch.cat([r.teacher_N for r in rows]))
             return formulas.top_k_head_loss(student_ND, student.head_VD, targets_N, **common, top=top)
         return formulas.head_loss(
@@ -144,8 +162,19 @@ class HeadTerms:
             teacher_NE=torch.cat([self._teacher_rows(c, teacher) for c in chosen]),
             teacher_head_UE=teacher.head_VD,
             teacher_bias_U=teacher.bias_V,
-            active_rows=self._active_rows(pairs) if all(c.is_counted for c in chosen) else None,
+            active_rows=self._active_rows(pairs) if is_counted else None,
+            **({} if change is None else {"teacher_change": change}),
         )
+
+    def _change(self, pairs: list[tuple[_Block, Rows]], temperature: Temperature) -> SwingTarget | None:
+        """What the policy makes of the teacher's rows of a call."""
+        if self.policy is None or self.teacher is None:
+            return None
+        ends = list(accumulate(len(rows.student_N) for _, rows in pairs))
+        starts = zip([0, *ends[:-1]], pairs, strict=True)
+        of_responses = tuple(start for start, (block, _) in starts if block.place == "response")
+        num_common = self.common.num_common or self.student.head_VD.shape[0]
+        return self.policy.target(temperature, of_responses, ends[-1], num_common)
 
     def _counts(self, name: str | None) -> bool:
         return name is not None and self.terms[name].weight > 0
@@ -176,3 +205,7 @@ class HeadTerms:
         features_IME = align(visual_features(teacher, self.batch.teacher_inputs, "hidden"))
         features_NE = features_IME[self.batch.student.places.valid_images_N].flatten(0, 1)
         return features_NE if chosen.picked_N is None else features_NE[chosen.picked_N]
+
+
+def _times(values_N: Tensor, factor_N: Tensor | None) -> Tensor:
+    return values_N if factor_N is None else values_N * factor_N

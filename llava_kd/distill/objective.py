@@ -89,6 +89,7 @@ class Objective:
             batch=batch,
             counts=counts,
             factors=factors,
+            policy=taught.policy,
         )()
         if head is not None:
             loss = loss + head[0]

@@ -17,6 +17,7 @@ from llava_kd.distill.formulas import Align, Common
 from llava_kd.distill.rows import Rows
 from llava_kd.distill.taught import AnyPrediction, TopKPrediction
 from llava_kd.distill.terms.term import HeadRequest, Trust
+from llava_kd.distill.token_policy import PolicyRows
 from llava_kd.losses.label import top_k_label_rows
 from llava_kd.models.mllm import Prediction
 
@@ -26,13 +27,25 @@ class Chosen:
     """Rows of a term, and what each one's divergence is multiplied by.
 
     `picked_N`: their numbers among all rows of the place, None where all are there.
-    `is_counted`: how many have a factor of 0 is known on the host.
+    `is_counted`: how many have a factor of 0 is known on the host. `ce_factor_N`: what each one's
+    cross-entropy is multiplied by, None is 1.
     """
 
     rows: Rows
     factor_N: Tensor
     picked_N: Tensor | None = None
     is_counted: bool = True
+    ce_factor_N: Tensor | None = None
+
+    def under(self, policy: PolicyRows) -> Chosen:
+        """All response rows, as a policy for private tokens weighs them."""
+        kl_N, ce_N = policy.kl_N, policy.cross_entropy_N
+        return replace(
+            self,
+            factor_N=self.factor_N if kl_N is None else self.factor_N * kl_N,
+            is_counted=self.is_counted and kl_N is None and ce_N is None,
+            ce_factor_N=ce_N,
+        )
 
 
 def choose(

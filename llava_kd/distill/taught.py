@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from llava_kd.distill.token_policy import PolicyRows
 from llava_kd.losses.reference_top_k import TopK
 from llava_kd.models.mllm import Prediction
 
@@ -45,8 +46,10 @@ class Taught:
 
     `prediction` is on the teacher's side of the batch. `switched` is the teacher's over the student's visual
     output. `others` are further ones by name, such as on other pixels, for the terms that ask for them.
+    `policy`: what of it is taught at tokens that may be private.
     """
 
     prediction: AnyPrediction | None = None
     switched: Prediction | None = None
     others: Mapping[str, AnyPrediction] = field(default_factory=dict)
+    policy: PolicyRows | None = None

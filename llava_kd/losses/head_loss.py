@@ -27,7 +27,7 @@ from llava_kd.losses.divergence import FORWARD, Divergence, Temperature
 from llava_kd.losses.kernels import gemm
 from llava_kd.losses.kernels.row_torch import torch_rows
 from llava_kd.losses.kernels.rows import HeadRows, chunk_size
-from llava_kd.losses.reference import HeadLoss, accumulation_dtype
+from llava_kd.losses.reference import ChangeRows, HeadLoss, accumulation_dtype
 
 try:
     from llava_kd.losses.kernels.row_triton import triton_rows
@@ -53,6 +53,7 @@ def head_loss(
     logits_dtype: torch.dtype = torch.float32,
     chunk_rows: int | None = None,
     active_rows: tuple[int, int] | None = None,
+    teacher_change: ChangeRows | None = None,
 ) -> HeadLoss:
     """What reference.head_loss returns, in memory that does not grow with rows times vocabulary.
 
@@ -88,7 +89,7 @@ def head_loss(
     student = _Side(student_ND, student_head_VD, student_bias_V, logits_dtype)
     teacher = None
     if teacher_NE is not None and teacher_head_UE is not None:
-        teacher = _Side(teacher_NE, teacher_head_UE, teacher_bias_U, logits_dtype)
+        teacher = _Side(teacher_NE, teacher_head_UE, teacher_bias_U, logits_dtype, teacher_change)
     gradients = _Gradients.wanted_by(student_ND, student_head_VD, student_bias_V)
     inputs = (student_ND, student_head_VD, student_bias_V)
     return HeadLoss(*_HeadLoss.apply(*inputs, student, teacher, rows, gradients))
@@ -103,12 +104,21 @@ class _Side:
     is_standard = False
 
     def __init__(
-        self, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None, logits_dtype: torch.dtype
+        self,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        bias_V: Tensor | None,
+        logits_dtype: torch.dtype,
+        change: ChangeRows | None = None,
     ) -> None:
+        """With a `change` of the logits the bias is in them before, and the kernels are told of none."""
         hidden_ND, head_VD = hidden_ND.detach(), head_VD.detach()
         wide = accumulation_dtype(hidden_ND)
         self.logits_dtype = torch.float16 if logits_dtype == torch.float16 else wide
         self.bias_V = None if bias_V is None else bias_V.detach().to(wide)
+        self._change, self._bias_before_V = change, None
+        if change is not None:
+            self.bias_V, self._bias_before_V = None, self.bias_V
         self.gradient_dtype = wide
         self.inputs = self.logit_operands = (hidden_ND, head_VD)
         if not hidden_ND.is_cuda:
@@ -143,6 +153,10 @@ class _Side:
         hidden_ND, head_VD = self.logit_operands
         logits_CV = buffer_CV[: len(index_C)]
         gemm.write_logits(hidden_ND[index_C], head_VD, logits_CV)
+        if self._change is not None:
+            if self._bias_before_V is not None:
+                logits_CV += self._bias_before_V
+            self._change(index_C, logits_CV)
         return logits_CV
 
 

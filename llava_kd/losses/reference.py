@@ -26,6 +26,7 @@ DBiLD, P pairs of them, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ from llava_kd.losses.divergence import (
     squared,
 )
 
+ChangeRows = Callable[[Tensor, Tensor], None]  # of the rows [N], in place, their logits [N, U], bias and all
 LEAST_CANDIDATES = 4  # of DBiLD: two would leave one pair, whose softmax is 1 whatever the logits are
 
 
@@ -80,26 +82,20 @@ def head_loss(
     divergence: Divergence = FORWARD,
     num_common: int | None = None,
     active_rows: tuple[int, int] | None = None,
+    teacher_change: ChangeRows | None = None,
 ) -> HeadLoss:
     """Weighted sums of cross-entropy and T^2-scaled divergence over rows; `kl_N` carries the T^2.
 
     The softmaxes of the divergence see the first `num_common` columns (default: all, if V == U). The teacher
     receives no gradient. Targets are read where `ce_weight_N` is not zero and may hold anything elsewhere.
-    `active_rows` is what the fast form is told; here the rows are looked for.
+    `active_rows` is what the fast form is told; here the rows are looked for. `teacher_change` makes the
+    teacher's logits others before they are compared: it is called with rows and their logits.
     """
     num_common = check_head_inputs(
-        student_ND,
-        student_head_VD,
-        targets_N,
-        ce_weight_N=ce_weight_N,
-        student_bias_V=student_bias_V,
-        teacher_NE=teacher_NE,
-        teacher_head_UE=teacher_head_UE,
-        teacher_bias_U=teacher_bias_U,
-        kl_weight_N=kl_weight_N,
-        temperature=temperature,
-        num_common=num_common,
-    )
+        student_ND, student_head_VD, targets_N, ce_weight_N=ce_weight_N, student_bias_V=student_bias_V,
+        teacher_NE=teacher_NE, teacher_head_UE=teacher_head_UE, teacher_bias_U=teacher_bias_U,
+        kl_weight_N=kl_weight_N, temperature=temperature, num_common=num_common,
+    )  # fmt: skip
     check_targets(targets_N, ce_weight_N, student_head_VD.shape[0])
     with torch.autocast(student_ND.device.type, enabled=False):
         # Widened once, so that low-precision inputs have their gradient summed before it is rounded.
@@ -116,6 +112,8 @@ def head_loss(
             rows = kl_weight_N.nonzero().squeeze(1)
             student_NV = _logits(student_ND[rows], student_head_VD, student_bias_V)
             teacher_NU = _logits(teacher_NE[rows], teacher_head_UE, teacher_bias_U).detach()
+            if teacher_change is not None:
+                teacher_change(rows, teacher_NU)
             kl = divergence_rows(
                 softened(student_NV[:, :num_common], temperature).log_softmax(1),
                 softened(teacher_NU[:, :num_common], temperature).log_softmax(1),

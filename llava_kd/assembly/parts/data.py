@@ -23,6 +23,7 @@ from llava_kd.data.sources.conversation import Source
 from llava_kd.data.sources.kinds import SOURCES, FileSource, Place, SourceKind, open_source
 from llava_kd.data.sources.mixture import Mixture
 from llava_kd.data.teacher_store.store import TeacherCache
+from llava_kd.data.text.private import PATTERNS, Tagger
 from llava_kd.data.text.template import Template
 from llava_kd.data.text.template_choice import choose
 from llava_kd.data.text.template_table import TEMPLATES
@@ -182,6 +183,23 @@ def make_packing(config: PackingConfig | None) -> Packing | None:
     )
 
 
+def tagger_in(config: TrainConfig) -> Tagger | None:
+    """What finds private tokens; None where nobody asks. ValueError for a pattern that there is not."""
+    settings = config.token_policy
+    if settings is None:
+        return None
+    if unknown := [s.pattern for s in settings.spans if s.pattern is not None and s.pattern not in PATTERNS]:
+        raise ValueError(
+            f"`token_policy.spans[].pattern` must be one of {', '.join(PATTERNS)}; got {unknown[0]!r}: give "
+            "an expression of your own as regex"
+        )
+    return Tagger(
+        patterns=tuple((s.regex or PATTERNS[s.pattern or ""], s.score) for s in settings.spans),
+        reads_spans=settings.record_spans,
+        ocr_score=settings.ocr_score,
+    )
+
+
 def make_loader(
     config: TrainConfig, world: World, student: Parts, teacher: Parts | None, source: Source | None = None
 ) -> tuple[Loader, bool]:
@@ -223,6 +241,7 @@ def make_loader(
         ),
         device=world.device,
         teacher_cache=cache,
+        tagger=tagger_in(config),
     )
     return loader, shares_tower
 

@@ -1,4 +1,4 @@
-"""The loss terms that the settings ask for, and what they need of the two models."""
+"""The loss terms that the settings ask for, what they need of the two models, and what they may teach."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from llava_kd.config import ObjectiveConfig
+from llava_kd.config import ObjectiveConfig, TrainConfig
 from llava_kd.distill.formulas import FORMULAS, Align, Common
+from llava_kd.distill.head_terms import head_requests
 from llava_kd.distill.learned_weights import LearnedWeights, learnable
 from llava_kd.distill.objective import Objective
 from llava_kd.distill.terms.term import Term, Widths
+from llava_kd.distill.token_policy import TokenPolicy, refuse_beside
+from llava_kd.losses.divergence import Temperature
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.taps import tapped_widths
 from llava_kd.models.towers.visual_grid import VisualGrid, check_resample, resample
@@ -23,6 +26,56 @@ from llava_kd.models.vocabulary import num_common_columns
 def terms_of(config: ObjectiveConfig) -> dict[str, Term]:
     """The terms that are on, by name: the settings are the terms themselves."""
     return {name: term for name, term in config.terms.items() if isinstance(term, Term)}
+
+
+def token_policy(config: TrainConfig) -> TokenPolicy | None:
+    """What is taught of private tokens; None where all tokens are alike.
+
+    ValueError for terms that it does not reach, or that it does not fit, and without the teacher it is of.
+    """
+    settings = config.token_policy
+    if settings is None:
+        return None
+    policy = TokenPolicy(
+        temperature=settings.temperature,
+        noise=settings.noise,
+        kl=settings.kl,
+        cross_entropy=settings.cross_entropy,
+        seed=config.seed,
+    )
+    terms = terms_of(config.objective)
+    requests = head_requests(terms)
+    compared: dict[str, Temperature] = {
+        name: request.temperature
+        for name, request in requests.items()
+        if request.divergence is not None and request.place == "response"
+    }
+    if policy.changes_targets and not compared:
+        raise ValueError(
+            "`token_policy.temperature` and `noise` change what the teacher says at response tokens, and no "
+            "term compares it there; add response_kl, or leave both out"
+        )
+    past = {
+        name: bool(
+            name not in requests
+            and ("response" in term.reads.places or term.reads.student_taps or term.reads.teacher_taps)
+        )
+        for name, term in terms.items()
+    }
+    refuse_beside(policy, {name: (past[name], compared.get(name)) for name in terms})
+    return policy
+
+
+def policy_lines(config: TrainConfig) -> list[str]:
+    """What a dry run says of private tokens: nothing without a policy."""
+    policy = token_policy(config)
+    if policy is None:
+        return []
+    heat = "as for others" if policy.temperature is None else f"at temperature {policy.temperature:g}"
+    return [
+        f"private tokens   at score 1: teacher {heat}, noise {policy.noise:g}, divergence x {policy.kl:g}, "
+        f"hard label x {policy.cross_entropy:g}"
+    ]
 
 
 def objective(

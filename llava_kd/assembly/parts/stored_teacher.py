@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
-from llava_kd.assembly.parts.objective import terms_of
+from llava_kd.assembly.parts.objective import terms_of, token_policy
 from llava_kd.config import TeacherConfig, TrainConfig
 from llava_kd.data.batches.model_side import Side
 from llava_kd.data.sources.conversation import Source
@@ -13,6 +13,7 @@ from llava_kd.data.teacher_store.store import Contents, TeacherCache
 from llava_kd.distill.head_terms import head_requests
 from llava_kd.distill.objective import beyond_top_k, places_read
 from llava_kd.distill.terms.term import Term
+from llava_kd.distill.token_policy import BEYOND_TOP_K
 from llava_kd.losses.divergence import Temperature
 from llava_kd.models.files.teacher_head import checkpoint_fingerprint, config_fingerprint
 
@@ -32,7 +33,9 @@ def open_cache(config: TrainConfig, reader: Side, source: Source) -> TeacherCach
     cache = TeacherCache(config.teacher.cache, places_read(terms))
     here = identity(config.teacher, reader, source)
     refuse_other(cache.manifest.identity, here, f"the teacher cache {config.teacher.cache}")
-    _refuse_missing(cache.manifest.contents, terms, config.teacher.cache)
+    policy = token_policy(config)
+    is_beyond = policy is not None and policy.changes_targets
+    _refuse_missing(cache.manifest.contents, terms, config.teacher.cache, has_own_targets=is_beyond)
     return cache
 
 
@@ -91,7 +94,9 @@ def trusted_by_probability(terms: Mapping[str, Term]) -> list[str]:
     return [name for name, request in head_requests(terms).items() if request.trust == "probability"]
 
 
-def _refuse_missing(contents: Contents, terms: Mapping[str, Term], directory: str) -> None:
+def _refuse_missing(
+    contents: Contents, terms: Mapping[str, Term], directory: str, *, has_own_targets: bool = False
+) -> None:
     """ValueError if a term reads what is not kept."""
     lacking = ""
     if missing := [place for place in places_read(terms) if place not in contents.places]:
@@ -111,6 +116,8 @@ def _refuse_missing(contents: Contents, terms: Mapping[str, Term], directory: st
     if contents.mode == "topk" and (found := temperatures(terms)) != [contents.temperature]:
         written, asked = in_words(contents.temperature), ", ".join(map(in_words, found))
         lacking = f"the rest's mass at temperature {asked}; it was written for {written}"
+    if contents.mode == "topk" and has_own_targets:
+        lacking = f"what it takes to serve {BEYOND_TOP_K}"
     if lacking:
         raise ValueError(
             f"the teacher cache {directory} does not hold {lacking}. Or write one with these terms, with "

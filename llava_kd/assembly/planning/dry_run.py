@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from llava_kd.assembly.parts.data import side_of, source_in
+from llava_kd.assembly.parts.data import side_of, source_in, tagger_in
 from llava_kd.assembly.parts.held_out import read_held_out
 from llava_kd.assembly.parts.models import student_in
+from llava_kd.assembly.parts.objective import policy_lines
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.planning.estimate import (
     GB,
@@ -46,6 +47,8 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     checked_parent(config.student.checkpoint)
     read_slices(config)
     read_held_out(config)
+    private = policy_lines(config)
+    tagger_in(config)
     _check_sides(config)
     rate = None if measured is None else Rate.of(measured)
     student_stock, teacher_stock = _stocks(config)
@@ -65,6 +68,7 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
         f"student          {_parts(student)}; trained: {', '.join(config.trainable)} ({trained / 1e6:.2f} M)",
         f"teacher          {'none' if teacher is None else _parts(teacher)}",
         *loss_formula(config.objective, student_stock, teacher_stock),
+        *private,
         f"memory of a rank {sum(found.values()) / GB:.2f} GB estimated",
         *(f"  {what:<14} {size / GB:8.2f} GB" for what, size in found.items() if size),
         f"sent by a rank   {traffic(config, ranks, student, teacher) / GB:.2f} GB a step",

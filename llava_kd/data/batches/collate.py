@@ -40,6 +40,7 @@ class CollatedRows:
     image_is_valid_I: Tensor
     places: Places
     is_packed: bool
+    scores_BT: Tensor | None = None
 
     def pinned(self) -> CollatedRows:
         """The same in page-locked memory, so that copying to a GPU does not wait."""
@@ -100,6 +101,7 @@ def collate(rows: Sequence[Sequence[Item]], *, pad_id: int, size: tuple[int, int
     position_ids_BT = torch.zeros(shape, dtype=torch.long)
     segment_ids_BT = torch.zeros(shape, dtype=torch.long)
     visual_BT = torch.zeros(shape, dtype=torch.bool)
+    scores_BT = torch.zeros(shape)
     for b, row in enumerate(rows):
         start = 0
         for number, item in enumerate(row, start=1):
@@ -107,6 +109,8 @@ def collate(rows: Sequence[Sequence[Item]], *, pad_id: int, size: tuple[int, int
             input_ids_BT[b, start:stop] = item.encoded.ids
             labels_BT[b, start:stop] = item.encoded.labels
             visual_BT[b, start:stop] = item.encoded.visual
+            if item.encoded.scores is not None:
+                scores_BT[b, start:stop] = item.encoded.scores
             position_ids_BT[b, start:stop] = torch.arange(stop - start)
             segment_ids_BT[b, start:stop] = number
             start = stop
@@ -127,4 +131,5 @@ def collate(rows: Sequence[Sequence[Item]], *, pad_id: int, size: tuple[int, int
         image_is_valid_I=valid,
         places=places,
         is_packed=any(len(row) > 1 for row in rows),
+        scores_BT=scores_BT if any(item.encoded.scores is not None for item in items) else None,
     )

@@ -38,6 +38,7 @@ def to_batch(micro: Micro, sides: tuple[Side, ...], device: torch.device) -> Bat
         record_ids=micro.record_ids,
         teacher_rows=None if stored is None else stored.map(lambda t: t.to(device, non_blocking=True)),
         num_shared_targets=_num_shared_targets(micro.rows),
+        step=micro.step,
     )
 
 
@@ -69,6 +70,7 @@ def _inputs(
         images_IHWC = (
             torch.stack(resized) if resized else torch.zeros(0, *transform.size, 3, dtype=torch.uint8)
         ).to(device)
+    scores_BT = rows.scores_BT
     return Inputs(
         input_ids_BT=rows.input_ids_BT.to(device, non_blocking=True),
         labels_BT=rows.labels_BT.to(device, non_blocking=True),
@@ -79,6 +81,7 @@ def _inputs(
         image_is_valid_I=rows.image_is_valid_I.to(device, non_blocking=True),
         is_packed=rows.is_packed,
         known_places=rows.places.map(lambda t: t.to(device, non_blocking=True)),
+        scores_BT=None if scores_BT is None else scores_BT.to(device, non_blocking=True),
     )
 
 

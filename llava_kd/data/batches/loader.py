@@ -29,6 +29,7 @@ from llava_kd.data.pixels.device_decode import check_decoder
 from llava_kd.data.sources.conversation import Source
 from llava_kd.data.sources.mixture import Mixture
 from llava_kd.data.teacher_store.store import TeacherCache
+from llava_kd.data.text.private import Tagger
 
 _READING = Reading()
 
@@ -51,8 +52,9 @@ class Loader:
         device: torch.device | str,
         reading: Reading = _READING,
         teacher_cache: TeacherCache | None = None,
+        tagger: Tagger | None = None,
     ) -> None:
-        """`teacher_cache` gives batches their `teacher_rows`."""
+        """`teacher_cache` gives batches their `teacher_rows`, `tagger` their `scores_BT`."""
         self._device = torch.device(device)
         check_decoder(reading.decoder, self._device)
         self._ahead = Ahead(self._device)
@@ -60,7 +62,7 @@ class Loader:
         plan = _plan(source, sides, order, reading)
         self._dataset = MicroBatches(
             source=source, sides=sides, plan=plan, order=order, reading=reading,
-            leaves_raw=self._device.type == "cuda", teacher_cache=teacher_cache,
+            leaves_raw=self._device.type == "cuda", teacher_cache=teacher_cache, tagger=tagger,
         )  # fmt: skip
         self._micros_per_step = -(-(plan.rows_per_step // order.world_size) // order.micro_batch_size)
         self._num_workers = reading.num_workers
@@ -73,7 +75,8 @@ class Loader:
         self._since_last_call = _zero_telemetry(self._parts)
         self.steps_per_epoch = plan.steps_per_epoch
         print_of_order = repr((order.seed, plan.rows_per_step, order.packing))
-        parts = (source.fingerprint, *(side.fingerprint for side in sides), print_of_order)
+        parts = [source.fingerprint, *(side.fingerprint for side in sides), print_of_order]
+        parts += [] if tagger is None else [tagger.fingerprint]
         self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def batches(self, first_step: int, last_step: int) -> Iterator[list[Batch]]:

@@ -23,6 +23,7 @@ from llava_kd.data.sources.conversation import Record, Source
 from llava_kd.data.teacher_store.store import TeacherCache, Wanted
 from llava_kd.data.text.alignment import matched
 from llava_kd.data.text.encoder import Encoded
+from llava_kd.data.text.private import Tagger
 
 _CACHED_TOKENS = 4_000_000
 
@@ -31,9 +32,10 @@ _CACHED_TOKENS = 4_000_000
 class Micro:
     """What a worker hands over: `rows` of the student and, where it reads differently, of the teacher.
 
-    `sources` names where each record comes from.
+    `step` is the optimiser step that it is of. `sources` names where each record comes from.
     """
 
+    step: int
     rows: tuple[CollatedRows, ...]
     raw: RawImages | None
     record_ids: tuple[str, ...]
@@ -77,6 +79,7 @@ class MicroBatches(Dataset[Micro]):
         reading: Reading,
         leaves_raw: bool = False,
         teacher_cache: TeacherCache | None = None,
+        tagger: Tagger | None = None,
     ) -> None:
         self._source = source
         self._sides = sides
@@ -94,6 +97,7 @@ class MicroBatches(Dataset[Micro]):
         self._loaded: dict[int, _Loaded] = {}
         self._image_cache_bytes = reading.image_cache_bytes
         self._teacher_cache = teacher_cache
+        self._tagger = tagger
 
     def __getitem__(self, key: tuple[int, int]) -> Micro:
         step, number = key
@@ -105,6 +109,7 @@ class MicroBatches(Dataset[Micro]):
         loaded = [[self._load(i, bad) for i in row] for row in rows]
         flat = [one for row in loaded for one in row]
         return Micro(
+            step=step,
             rows=tuple(
                 collate(
                     [[one.items[s] for one in row] for row in loaded],
@@ -193,6 +198,8 @@ class MicroBatches(Dataset[Micro]):
             return cached
         try:
             result = matched(record, tuple(encoder(record) for encoder in self._encoders))
+            if self._tagger is not None:
+                result = tuple(self._tagger(record, encoded) for encoded in result)
         except ValueError as error:
             result = str(error)
         size = 1 if isinstance(result, str) else sum(len(encoded.ids) for encoded in result)

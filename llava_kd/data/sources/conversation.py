@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,9 @@ from typing import Literal, Protocol
 from llava_kd.data.sources.image_paths import image_path
 
 IMAGE_PLACEHOLDER = "<image>"
+# Fields that hold lists and are kept, as JSON: which words of the answers are private, and what the pictures
+# say.
+PRIVATE_SPANS, OCR_TOKENS = LISTS = ("private_spans", "ocr_tokens")
 _ERRORS_SHOWN = 10
 _ID_SHOWN = 80
 Role = Literal["system", "user", "assistant"]
@@ -108,6 +112,7 @@ def parse_record(raw: object, position: int) -> Record:
             for key, value in raw.items()
             if key not in ("id", "image", "images", *TALKS) and isinstance(value, (str, int, float))
         }
+        extra |= {key: json.dumps(raw[key], default=str) for key in LISTS if isinstance(raw.get(key), list)}
     except RecursionError:
         raise ValueError(f"record {name[:_ID_SHOWN]!r}: is nested too deeply") from None
     except ValueError as error:

@@ -26,6 +26,7 @@ class Encoded:
 
     `spans` has of each target the number of its answer, the first and last character of it that it covers
     (none: both the same), and whether it reaches beyond the answer into what the template puts around it.
+    `scores`: how likely each token is private, 0..1, where somebody asked.
     """
 
     ids: Tensor
@@ -33,6 +34,7 @@ class Encoded:
     visual: Tensor
     spans: Tensor = field(default_factory=lambda: torch.zeros(0, 4, dtype=torch.int32))
     is_truncated: bool = False
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)

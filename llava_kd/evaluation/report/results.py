@@ -98,6 +98,11 @@ class Run:
     settings: dict[str, str]
 
 
+def is_comparison(directory: str | Path) -> bool:
+    """Whether it has the layout above, and is no run of a stage."""
+    return any(re.fullmatch(r"seed\d+", path.name) for path in Path(directory).glob("seed*"))
+
+
 def read_run(directory: str | Path, *, distilled: str = "kd") -> Run:
     """Everything that a run directory of the layout above holds."""
     directory = Path(directory)

@@ -5,10 +5,12 @@ from __future__ import annotations
 CSS = """
 :root{color-scheme:light dark;--bg:#fbfaf8;--card:#fff;--ink:#1c1f23;--soft:#5d646e;--line:#e4e1db;
 --teacher:#7a808a;
---baseline:#d9822b;--distilled:#2468c9;--good:#1d7f4e;--bad:#b8372f;--wash:#eef4fc}
+--baseline:#d9822b;--distilled:#2468c9;--good:#1d7f4e;--bad:#b8372f;--wash:#eef4fc;
+--run0:#2468c9;--run1:#b45f06;--run2:#1d7f4e;--run3:#8e3db8;--run4:#b8372f;--run5:#0b7a8a;--run6:#7a6a00;--run7:#5d646e}
 @media(prefers-color-scheme:dark){:root{--bg:#14171b;--card:#1c2026;--ink:#e9eaec;--soft:#9aa2ad;
 --line:#2e343c;
---teacher:#a3aab5;--baseline:#f0a04b;--distilled:#6aa8ff;--good:#56c98c;--bad:#f0796f;--wash:#1b2738}}
+--teacher:#a3aab5;--baseline:#f0a04b;--distilled:#6aa8ff;--good:#56c98c;--bad:#f0796f;--wash:#1b2738;
+--run0:#6aa8ff;--run1:#f0a04b;--run2:#56c98c;--run3:#c98af0;--run4:#f0796f;--run5:#4fc6d6;--run6:#d6c24a;--run7:#a3aab5}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
@@ -37,7 +39,7 @@ table{border-collapse:collapse;width:100%;font-size:14.5px}
 th,td{text-align:right;padding:7px 8px;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child,td:first-child{text-align:left;padding-left:0}td:last-child,th:last-child{padding-right:0}
 th{color:var(--soft);font-weight:550;font-size:13px;vertical-align:bottom}
-tr:last-child td{border-bottom:0}tr.total td{font-weight:650}
+tr:last-child td,tbody tr:last-child th{border-bottom:0}tr.total td{font-weight:650}
 td.up{color:var(--good)}td.down{color:var(--bad)}
 .curves{display:grid;gap:8px 18px}
 .curves .head{font-size:13.5px;color:var(--soft);padding-left:42px}.curves .head b{color:var(--ink)}
@@ -55,6 +57,10 @@ svg .curve.teacher{stroke:var(--teacher)}svg .curve.baseline{stroke:var(--baseli
 svg .curve.distilled{stroke:var(--distilled)}
 svg .dot{stroke:var(--card);stroke-width:2}svg .dot.teacher{fill:var(--teacher)}
 svg .dot.baseline{fill:var(--baseline)}svg .dot.distilled{fill:var(--distilled)}
+.charts{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:18px 24px}
+.charts .what{font-size:14px;font-weight:600}.charts .what small{font-weight:400;color:var(--soft);
+margin-left:8px;font-size:13px}
+tbody th{color:var(--ink);font-size:14px}table.words td{white-space:normal;overflow-wrap:anywhere}
 .examples{display:grid;grid-template-columns:repeat(3,1fr);gap:14px}
 .example{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px;display:flex;
 gap:14px}
@@ -72,7 +78,8 @@ pre{font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-s
 overflow-wrap:anywhere}
 .facts td{white-space:normal;text-align:left;vertical-align:top}.facts td:first-child{color:var(--soft);
 width:40%}
-@media(max-width:860px){.tiles{grid-template-columns:1fr 1fr}.pair,.examples{grid-template-columns:1fr}
+@media(max-width:860px){.tiles{grid-template-columns:1fr 1fr}
+.pair,.examples,.charts{grid-template-columns:1fr}
 main{padding:28px 16px 48px}.card{padding:16px 14px}
 .curves{grid-template-columns:1fr!important}.curves .head,.curves .none{display:none}
 .curves .chart::before{content:attr(data-stage) ", optimiser steps";font-size:13.5px;color:var(--soft)}}
@@ -80,3 +87,8 @@ main{padding:28px 16px 48px}.card{padding:16px 14px}
 .pair th{white-space:normal}.tile{padding:14px 12px}.tile strong{font-size:31px}}
 @media print{body{background:#fff}.card,.tile,.example{break-inside:avoid}}
 """
+# Lines of a page of any runs, in the order in which they are named.
+CSS += "".join(
+    f".legend .run{k}::before{{background:var(--run{k})}}svg .curve.run{k}{{stroke:var(--run{k})}}"
+    for k in range(8)
+)

@@ -1,0 +1,1 @@
+"""Settings of how a teacher is asked."""

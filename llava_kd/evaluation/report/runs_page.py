@@ -1,0 +1,240 @@
+"""One self-contained page of any runs: what they reached, their curves, what they cost, how they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER
+from llava_kd.evaluation.answers import write_atomic
+from llava_kd.evaluation.report.charts import Line, line_chart, smooth
+from llava_kd.evaluation.report.page import GRADIENT_SHARE, TOKENS
+from llava_kd.evaluation.report.pictures import thumbnail
+from llava_kd.evaluation.report.stage_runs import StageRun, differing
+from llava_kd.evaluation.report.style import CSS
+from llava_kd.evaluation.scorers.exact import is_correct
+
+COLOURS = 8  # of the style sheet; more runs begin again
+EXAMPLES = 12
+COSTS = {
+    "samples_per_s": "samples a second",
+    "seconds_per_step": "seconds a step",
+    "data_wait_share": "share of the time that waits for data",
+    "peak_memory_gb": "GB of GPU memory at most",
+}
+OF_THE_RUN = {"loss": "all terms, weighted", "grad_norm": "norm of the gradient", "lr": "learning rate"}
+
+
+def write_runs_page(runs: Sequence[StageRun], out_html: str | Path, terms: Mapping[str, str]) -> Path:
+    """Write the page; its path. `terms`: what each term of a loss says."""
+    sections = [
+        _headline(runs),
+        _legend(runs),
+        _curves(runs, {**terms, **OF_THE_RUN}, "Losses", "Running means over the training batches."),
+        _curves(
+            runs, _asked(runs), "While training", "What the student was asked, or its loss on held-out data."
+        ),
+        _curves(runs, _diagnosed(terms), "Diagnostics", "Measured every few steps (docs/diagnostics.md)."),
+        _scores(runs),
+        _examples(runs),
+        _differences(runs),
+        _facts(runs),
+    ]
+    title = "Training report"
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{title}</title><style>{CSS}</style></head><body><main>{''.join(sections)}</main></body></html>\n"
+    )
+    out_html = Path(out_html)
+    out_html.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out_html, page)
+    return out_html
+
+
+def _colour(place: int) -> str:
+    return f"run{place % COLOURS}"
+
+
+def _headline(runs: Sequence[StageRun]) -> str:
+    done = sum(run.record is not None for run in runs)
+    count = "One run" if len(runs) == 1 else f"{len(runs)} runs"
+    lead = f"{count}, {'finished' if done == len(runs) else f'{done} of them finished'}."
+    figures = [name for name in COSTS if any(run.last(name) is not None for run in runs)]
+    head = "".join(f"<th scope='col'>{escape(COSTS[name])}</th>" for name in figures)
+    rows = []
+    for run in runs:
+        cells = "".join(f"<td>{_number(run.last(name))}</td>" for name in figures)
+        steps = f"{run.lines[-1]['step']:,.0f}" if run.lines else "0"
+        rows.append(
+            f"<tr><th scope='row'>{escape(run.name)}</th><td>{run.state}</td><td>{steps}</td>"
+            f"<td>{_number(run.last('loss'))}</td>{cells}</tr>"
+        )
+    table = (
+        "<table><thead><tr><th scope='col'>run</th><th scope='col'>state</th><th scope='col'>steps</th>"
+        f"<th scope='col'>last loss</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+    return f'<h1>Training report</h1><p class="lead">{lead}</p><div class="card">{table}</div>'
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.4g}"
+
+
+def _legend(runs: Sequence[StageRun]) -> str:
+    if len(runs) == 1:
+        return ""
+    names = "".join(f'<span class="{_colour(k)}">{escape(run.name)}</span>' for k, run in enumerate(runs))
+    return f'<div class="legend">{names}</div>'
+
+
+def _asked(runs: Sequence[StageRun]) -> dict[str, str]:
+    names = {
+        name for run in runs for line in run.lines for name in line if name.startswith(("slice/", "loss/"))
+    }
+    words = {"picture_gain": "what another picture costs, nats a token"}
+    return {
+        name: words.get(name.rpartition("/")[2], "accuracy" if name.startswith("slice/") else "nats a token")
+        for name in sorted(names)
+        if not name.endswith(("/seconds", "/bad_records"))
+    }
+
+
+def _diagnosed(terms: Mapping[str, str]) -> dict[str, str]:
+    shares = {f"{GRADIENT_SHARE}{term}": "of the gradient at the final hidden states" for term in terms}
+    return shares | TOKENS
+
+
+def _curves(runs: Sequence[StageRun], figures: Mapping[str, str], title: str, note: str) -> str:
+    """A chart per figure, a line per run; each axis has its own range."""
+    cells = []
+    for name, meaning in figures.items():
+        chart = line_chart(_lines(runs, name), title=f"{name} over optimiser steps")
+        if chart:
+            what = f'<div class="what">{escape(name)}<small>{escape(meaning)}</small></div>'
+            cells.append(f"<div>{what}{chart}</div>")
+    if not cells:
+        return ""
+    return (
+        f'<h2>{title}</h2><p class="note">{note} Over optimiser steps; each axis has its own range.</p>'
+        f'<div class="card"><div class="charts">{"".join(cells)}</div></div>'
+    )
+
+
+def _lines(runs: Sequence[StageRun], name: str) -> list[Line]:
+    lines = []
+    for place, run in enumerate(runs):
+        rows = [line for line in run.lines if name in line]
+        values = smooth([row[name] for row in rows], window=max(1, len(rows) // 40))
+        if any(values):
+            lines.append(Line(_colour(place), tuple(row["step"] for row in rows), values))
+    return lines
+
+
+def _scores(runs: Sequence[StageRun]) -> str:
+    """Accuracies of the runs that were scored, by test and type of question."""
+    scored = [(run.name, test, found) for run in runs for test, found in run.scores.items()]
+    if not scored:
+        return ""
+    kinds = sorted({kind for *_, found in scored for kind in found.by_type})
+    head = "".join(f"<th scope='col'>{escape(kind)}</th>" for kind in kinds)
+    rows = [
+        f"<tr><th scope='row'>{escape(name)}, {escape(test)}</th><td>{found.count:,}</td>"
+        f"<td>{100 * found.accuracy:.1f}</td>"
+        + "".join(
+            f"<td>{100 * found.by_type[k]:.1f}</td>" if k in found.by_type else "<td>-</td>" for k in kinds
+        )
+        + "</tr>"
+        for name, test, found in scored
+    ]
+    return (
+        "<h2>Scores</h2><div class='card'><table><thead><tr><th scope='col'>%</th>"
+        f"<th scope='col'>questions</th><th scope='col'>all</th>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _examples(runs: Sequence[StageRun]) -> str:
+    """Questions that the runs were asked alike, with every answer; those that divide them first."""
+    for test in {test: None for run in runs for test in run.scores}:
+        asked = [run for run in runs if run.scores.get(test) is not None and run.scores[test].answers]
+        if not asked:
+            continue
+        answers = {run.name: run.scores[test].answers for run in asked}
+        first = answers[asked[0].name]
+        shared = [name for name in first if all(name in given for given in answers.values())]
+        shared.sort(key=lambda name: len({_is_right(given[name]) for given in answers.values()}) == 1)
+        cards = [_card(asked[0].directory, name, answers) for name in _spread(shared, first)]
+        words = f"Of {escape(test)}; those that not all runs get right, or wrong, come first."
+        return (
+            f"<h2>Some test questions</h2><p class='note'>{words}</p>"
+            f"<div class='examples'>{''.join(cards)}</div>"
+        )
+    return ""
+
+
+def _spread(names: Sequence[str], answers: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The first of each type in turn."""
+    turns: list[tuple[int, str]] = []
+    seen: dict[str, int] = {}
+    for name in names:
+        kind = answers[name]["type"]
+        turns.append((seen.get(kind, 0), name))
+        seen[kind] = seen.get(kind, 0) + 1
+    return [name for _, name in sorted(turns, key=lambda turn: turn[0])][:EXAMPLES]
+
+
+def _is_right(answer: Mapping[str, str]) -> bool:
+    return is_correct(answer["answer"], answer["truth"])
+
+
+def _card(directory: Path, name: str, answers: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
+    one = next(iter(answers.values()))[name]
+    rows = [f"<dt>Truth</dt><dd>{escape(one['truth'])}</dd>"]
+    for run, given in answers.items():
+        mark = "right" if _is_right(given[name]) else "wrong"
+        rows.append(
+            f'<dt>{escape(run)}</dt><dd class="{mark}">{escape(given[name]["answer"]) or "(nothing)"}</dd>'
+        )
+    question = one["question"].replace(IMAGE_PLACEHOLDER, "").strip()
+    return (
+        f'<div class="example">{thumbnail(directory, one["image"])}'
+        f"<div><p>{escape(question)}</p><dl>{''.join(rows)}</dl></div></div>"
+    )
+
+
+def _differences(runs: Sequence[StageRun]) -> str:
+    rows = differing(runs)
+    rows.pop("output_dir", None)
+    if len(runs) == 1 or not rows:
+        return ""
+    head = "".join(f"<th scope='col'>{escape(run.name)}</th>" for run in runs)
+    body = "".join(
+        f"<tr><th scope='row'>{escape(name)}</th>{''.join(f'<td>{escape(v)}</td>' for v in values)}</tr>"
+        for name, values in rows.items()
+    )
+    return (
+        "<h2>Settings that differ</h2><div class='card'><table class='words'><thead><tr>"
+        f"<th scope='col'>setting</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _facts(runs: Sequence[StageRun]) -> str:
+    shown = []
+    for run in runs:
+        record = run.record or {}
+        facts = {"directory": str(run.directory), "commit": str(record.get("commit") or "-")}
+        facts |= {name: str(value) for name, value in record.get("versions", {}).items()}
+        if parent := record.get("parent"):
+            facts["goes on from"] = str(parent.get("run", "-"))
+        rows = "".join(
+            f"<tr><th scope='row'>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts.items()
+        )
+        text = (run.directory / "config.yaml").read_text(encoding="utf-8")
+        shown.append(
+            f"<details><summary>{escape(run.name)}: where it comes from, and its resolved settings</summary>"
+            f"<div class='card facts'><table><tbody>{rows}</tbody></table></div>"
+            f"<pre>{escape(text)}</pre></details>"
+        )
+    return f"<h2>Settings and versions</h2>{''.join(shown)}"

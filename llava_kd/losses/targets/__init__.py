@@ -1,0 +1,1 @@
+"""What a teacher says of a row, changed before it is compared."""
