@@ -62,10 +62,7 @@ class MIAlpha(TapPairs):
         int, Ge(2), Doc("Rows of a micro-batch that are told apart at once; more are dealt out to groups.")
     ] = 1024
 
-    label: ClassVar[str] = (
-        "minus the mutual information of inner states of response tokens with the teacher's, a lower bound; "
-        "nats, below 0 where there is some"
-    )
+    label: ClassVar[str] = "minus a bound on the information of response states about the teacher's; nats"
     paper: ClassVar[str] = "Distiller, arXiv 2109.11105; Poole et al., arXiv 1905.06922"
     place: ClassVar[Place] = "response"
     compares_rows: ClassVar[bool] = True
@@ -97,10 +94,7 @@ class MIAlpha(TapPairs):
 
 @dataclass(frozen=True, kw_only=True)
 class VisualMIAlpha(MIAlpha):
-    label: ClassVar[str] = (
-        "minus the mutual information of inner states of visual tokens with the teacher's, a lower bound; "
-        "nats, below 0 where there is some"
-    )
+    label: ClassVar[str] = "minus a bound on the information of visual states about the teacher's; nats"
     denominator: ClassVar[Denominator] = VISUAL_TOKENS
     place: ClassVar[Place] = "visual"
 
