@@ -111,8 +111,9 @@ def tapped_widths(stock: LlavaForConditionalGeneration, taps: Sequence[str]) -> 
     """
     if not taps:
         return {}
-    model, weight = stock.model, next(iter(stock.model.language_model.parameters()))
-    device = weight.device
+    model, embed = stock.model, stock.model.language_model.get_input_embeddings()
+    weight = next(embed.parameters())
+    device = weight.device  # layers may be elsewhere, and come when they are called
     is_mixed = len({p.dtype for p in stock.parameters() if p.is_floating_point()}) > 1
     inputs = _two_tokens(device)
     features_INE = torch.zeros(1, 1, vision_config(stock.config).hidden_size, device=device)
@@ -123,8 +124,7 @@ def tapped_widths(stock: LlavaForConditionalGeneration, taps: Sequence[str]) -> 
     ):
         dtype = next(iter(model.multi_modal_projector.parameters()), weight).dtype
         model.multi_modal_projector(features_INE.to(dtype))
-        embedded_BTD = model.language_model.get_input_embeddings()(inputs.input_ids_BT)
-        packed_attention.read_rows(model.language_model, inputs, embedded_BTD)
+        packed_attention.read_rows(model.language_model, inputs, embed(inputs.input_ids_BT))
     return {str(tap): value.shape[2] for tap, value in seen.items() if value.ndim == 3}
 
 
