@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from tqdm import tqdm
 
 from llava_kd.assembly.parts.adapters import check_bits
 from llava_kd.assembly.parts.data import BAD_RECORDS, bad_records, served, source_in, tagger_in
@@ -27,6 +24,7 @@ from llava_kd.assembly.parts.teacher import (
     teacher_template,
 )
 from llava_kd.assembly.planning.estimate import ModelSizes, memory, refuse_too_large
+from llava_kd.assembly.runs.logs import logged, speaker
 from llava_kd.assembly.runs.provenance import checked_parent, finish
 from llava_kd.assembly.runs.run_dir import check_world, claim
 from llava_kd.assembly.stage import assemble
@@ -49,7 +47,8 @@ def train(config: TrainConfig) -> str | None:
         check_world(config, world)
         with claim(config, world) as is_complete:
             if not is_complete:
-                return _train(config, world)
+                with logged(Path(config.output_dir), world):
+                    return _train(config, world)
             output = Path(config.output_dir)
             speaker(world)(f"{output} is complete: nothing to do; its student is {output / 'model'}")
             return None
@@ -113,12 +112,3 @@ def _train(config: TrainConfig, world: World) -> str | None:
         say(f"{bad} records were bad and are not trained on: {output / BAD_RECORDS} names them")
     say(f"done: the student is {output / 'model'}")
     return None
-
-
-def speaker(world: World) -> Callable[[str], None]:
-    def say(message: str) -> None:
-        if world.is_main:
-            tqdm.write(message, file=sys.stderr)  # above a progress bar, not into it
-            sys.stderr.flush()
-
-    return say

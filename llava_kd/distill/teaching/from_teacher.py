@@ -46,8 +46,16 @@ class FromTeacher(Teaching):
         self._steps_worse = 0
 
     @property
+    def switch(self) -> Switch | None:
+        return self._switch
+
+    @property
     def predict(self) -> Predicts:
         return self._predict
+
+    @property
+    def head_loss(self) -> Callable[..., HeadLoss]:
+        return self._head_loss
 
     def outside(self, batch: Batch, features_INE: Tensor | None) -> Taught:
         return Taught(prediction=self._predict(batch, features_INE))
