@@ -177,6 +177,25 @@ def test_a_projectors_output_is_a_tap_of_visual_tokens(student: MLLM, teacher: T
     assert not any(bool(g.any()) for g in grads if g is not None)
 
 
+def test_a_batch_without_images_carries_no_stand_in_of_the_projector(student: MLLM, teacher: Teacher) -> None:
+    """Its one token is of no grid, and its own map still gets a gradient, of zero."""
+    shapes = []
+
+    def align(features_IME: Tensor) -> Tensor:
+        shapes.append(len(features_IME))
+        return features_IME
+
+    tap = ("multi_modal_projector",)
+    objective = objective_of(align=align, visual_hint=VisualHint(student_taps=tap, teacher_taps=tap))
+    objective = furnished(objective, student, teacher.mllm)
+    batch = Batch(student=inputs(record(3, images=0)), record_ids=("a",))
+    losses = run(objective, student, teacher, batch)
+    losses.loss.backward()
+    assert shapes == [0]
+    grads = [p.grad for p in objective.modules["visual_hint"].parameters()]
+    assert all(g is not None and not g.any() for g in grads)
+
+
 # Mutual information ----
 
 
