@@ -21,6 +21,7 @@ from llava_kd.assembly.parts.models import (
     student_in,
 )
 from llava_kd.assembly.parts.objective import token_policy
+from llava_kd.assembly.parts.several.teachers import check_several, other_teachers
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.teacher import (
     teacher_parts,
@@ -65,6 +66,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
         read_slices(config)
         read_held_out(config)
         token_policy(config)
+        check_several(config)
         tagger_in(config)
         source = source_in(config)
         if config.teacher is not None and config.teacher.checkpoint is not None:
@@ -77,12 +79,16 @@ def _train(config: TrainConfig, world: World) -> str | None:
         say(f"template of the teacher: {teacher_template(config, teacher)}")
     student = with_projector(config, student, teacher)
     begin_projector(config, student, source, world, say)
-    identity = frozen_fingerprints(config, student, teacher)
+    others = other_teachers(config, student, teacher, source, say)
+    identity = frozen_fingerprints(config, student, teacher) | (others.fingerprints if others else {})
     if world.device.type == "cuda":
         sizes = ModelSizes.of(student.stock, config)
-        needs = memory(config, world.size, sizes, teacher and ModelSizes.of(teacher.stock))
+        more = [ModelSizes.of(one.stock) for one in others.parts] if others else []
+        needs = memory(config, world.size, sizes, teacher and ModelSizes.of(teacher.stock), more)
         refuse_too_large(needs, torch.cuda.get_device_properties(world.device).total_memory)
-    trainer, engine = assemble(config, world, student, teacher, say, identity=identity, source=source)
+    trainer, engine = assemble(
+        config, world, student, teacher, say, identity=identity, source=source, others=others
+    )
     if (stopped := trainer.fit()) is not None:
         return stopped
     weights = engine.parameters()
