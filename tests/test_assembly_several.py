@@ -58,7 +58,9 @@ def test_a_copied_teacher_beside_itself_trains_as_it_alone(
 
 
 def test_neither_packing_nor_splits_change_a_run(stage, other_dir: Path) -> None:
-    config = fused(stage, [other_dir], weights="agreement", max_steps=2, global_batch_size=30, micro_batch_size=15)
+    config = fused(
+        stage, [other_dir], weights="agreement", max_steps=2, global_batch_size=30, micro_batch_size=15
+    )
     plain = metrics(config, "plain")
     assert 0.001 < plain[0]["teacher_weight/1"] < 0.999
     alike(plain, metrics(config, "split", "--micro_batch_size=3"))
@@ -98,7 +100,9 @@ def test_weights_of_histograms_are_those_of_the_first_tokens(
     ]
     (tmp_path / "far.json").write_text(json.dumps(far))
     records = [str(tmp_path / "far.json"), str(shapes_dir / "instructions.json")]
-    config = fused(stage, [other_dir], weights="histograms", max_steps=1, several={"records": records, "beta": 2.0})
+    config = fused(
+        stage, [other_dir], weights="histograms", max_steps=1, several={"records": records, "beta": 2.0}
+    )
     line = metrics(config, "run")[0]
     tokenizer = load_processor(str(teacher_dir)).tokenizer
 
@@ -133,9 +137,19 @@ def test_a_cache_is_not_written_of_several(stage, other_dir: Path, tmp_path: Pat
     ("weights", "several", "words", "message"),
     [
         ("uniform", {}, ["--teacher.cache=x"], "`teacher.cache` (x) holds what one teacher says"),
-        ("uniform", {"shares": [0.5, 0.5]}, [], "`teacher.several.shares` belongs to `teacher.several.weights`"),
+        (
+            "uniform",
+            {"shares": [0.5, 0.5]},
+            [],
+            "`teacher.several.shares` belongs to `teacher.several.weights`",
+        ),
         ("uniform", {"records": ["a", "b"]}, [], "`teacher.several.records` belongs to"),
-        ("given", {"shares": [0.5]}, [], "needs one of each of the 2 teachers, that of teacher.checkpoint first"),
+        (
+            "given",
+            {"shares": [0.5]},
+            [],
+            "needs one of each of the 2 teachers, that of teacher.checkpoint first",
+        ),
         ("given", {}, [], "got 0"),
         ("given", {"shares": [0.5, 0.6]}, [], "must be above 0 and sum to 1"),
         ("given", {"shares": [1.0, 0.0]}, [], "must be above 0 and sum to 1"),
@@ -165,7 +179,9 @@ def test_one_directory_twice_is_refused_however_it_is_written(stage, teacher_dir
         assert "twice; name each directory once" in refused(config, capsys)
 
 
-def test_teachers_of_other_vocabularies_or_eyes_are_refused(stage, other_dir: Path, tmp_path: Path, capsys) -> None:
+def test_teachers_of_other_vocabularies_or_eyes_are_refused(
+    stage, other_dir: Path, tmp_path: Path, capsys
+) -> None:
     words = shutil.copytree(other_dir, tmp_path / "words")
     tree = json.loads((words / "tokenizer.json").read_text())
     vocabulary = tree["model"]["vocab"]

@@ -25,8 +25,8 @@ from llava_kd.distill.teaching.from_teacher import FromTeacher, mixture_figures,
 from llava_kd.distill.teaching.guarded import Guarded
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.distill.teaching.several import SeveralTeachers, agreement
-from llava_kd.distill.terms.response_dbild import ResponseDBiLD
 from llava_kd.distill.terms.relation import Relation
+from llava_kd.distill.terms.response_dbild import ResponseDBiLD
 from llava_kd.distill.terms.response_kl import ResponseKL
 from llava_kd.distill.terms.visual_kl import VisualKL
 from llava_kd.distill.token_policy import TokenPolicy
@@ -56,7 +56,8 @@ def step_of(batches: list[Batch], objective: Objective, teach, policy=None) -> t
         prediction = teach(batch)
         found = objective(student, Taught(prediction=prediction, policy=rows), batch, counts)
         total += float(found.loss.detach())
-        figures = mixture_figures(prediction, batch, counts) if isinstance(prediction, MixedPrediction) else {}
+        is_mixed = isinstance(prediction, MixedPrediction)
+        figures = mixture_figures(prediction, batch, counts) if is_mixed else {}
         for name, value in {**found.means, **figures}.items():
             means[name] = means.get(name, 0.0) + float(value)
         gradient_VD += torch.autograd.grad(found.loss, head_VD)[0]
@@ -111,7 +112,9 @@ def test_copies_are_that_teacher_alone(losses: str) -> None:
 
 
 @pytest.mark.parametrize("losses", FORMULAS)
-@pytest.mark.parametrize("cut", [[[(0,)], [(1,)], [(2,)], [(3,)]], [[(3,), (1,)], [(0,), (2,)]], [[(2, 0), (3, 1)]]])
+@pytest.mark.parametrize(
+    "cut", [[[(0,)], [(1,)], [(2,)], [(3,)]], [[(3,), (1,)], [(0,), (2,)]], [[(2, 0), (3, 1)]]]
+)
 def test_neither_splits_nor_packing_nor_the_order_change_a_step(losses: str, cut: list) -> None:
     def teach(batch: Batch) -> MixedPrediction:
         return mixed(batch, None)

@@ -53,7 +53,9 @@ def check(
     terms = objective(config.objective, student, teacher, config.data.visual_alignment)
     if teacher is not None:
         lines.append(f"template         of the teacher: {teacher_template(config, teacher)}")
-        other_teachers(config, student, teacher, source, lambda line: lines.append(f"several          {line}"))
+        other_teachers(
+            config, student, teacher, source, lambda line: lines.append(f"several          {line}")
+        )
         lines.append(f"towers           {_towers(config, student, teacher)}")
         lines.append(
             f"visual tokens    student {student.tokens_per_image}, teacher {teacher.tokens_per_image}"

@@ -136,9 +136,7 @@ def _feed(
     return Fed(placed=placed, teacher=teacher, loader=loader, shares_tower=shares_tower)
 
 
-def _accompany(
-    config: TrainConfig, world: World, fed: Fed, say: Say, others: Others | None
-) -> Accompanied:
+def _accompany(config: TrainConfig, world: World, fed: Fed, say: Say, others: Others | None) -> Accompanied:
     teaching, policy = None, token_policy(config)
     if fed.teacher is not None:
         student, mllm = fed.placed.adapted.student, fed.placed.mllm

@@ -1,7 +1,7 @@
 """Several frozen teachers that are asked together and mixed where their probabilities are.
 
-Shape legend: I images, N tokens of an image or response rows, P places of the flattened rows, R records,
-E tower width, M teachers.
+Shape legend: I images, N tokens of an image or response rows, P places of the flattened rows, E tower width,
+M teachers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from llava_kd.distill.taught import MixedPrediction
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.distill.token_policy import records_of
 from llava_kd.losses.row_figures import row_figures
+from llava_kd.losses.targets.mixture import log_agreement
 from llava_kd.models.mllm import Prediction
 
 
@@ -47,11 +48,7 @@ class SeveralTeachers:
 
 @torch.no_grad()
 def agreement(parts: Sequence[Prediction], batch: Batch, *, beta: float) -> Tensor:
-    """Log weights [P, M]: log softmax_m(beta * mean over the record's labels of log p_m(label)).
-
-    Every place has its record's, so that neither micro-batches nor packing matter; a record without a label
-    has equal ones.
-    """
+    """Log weights [P, M] by agreement: every place has its record's, so that no cut or packing matters."""
     inputs = batch.teacher_inputs
     rows_N = response_rows(inputs)
     targets_N = targets_of_rows(inputs, rows_N)
@@ -63,9 +60,5 @@ def agreement(parts: Sequence[Prediction], batch: Batch, *, beta: float) -> Tens
         dim=1,
     )
     record_P = records_of(inputs).clamp_min(0)  # before the first record there is padding alone
-    record_N = record_P[rows_N]
     # As many records as there are places at most: how many there are, only the device knows.
-    sums_RM = likelihood_NM.new_zeros(len(record_P), len(parts)).index_add_(0, record_N, likelihood_NM)
-    labels_R = torch.zeros_like(sums_RM[:, 0]).index_add_(0, record_N, torch.ones_like(likelihood_NM[:, 0]))
-    mean_RM = sums_RM / labels_R.clamp_min(1).unsqueeze(1)
-    return (beta * mean_RM).log_softmax(1)[record_P]
+    return log_agreement(likelihood_NM, record_P[rows_N], len(record_P), beta=beta)[record_P]

@@ -10,10 +10,11 @@ KnFu (arXiv 2403.11892) weighs a teacher by how alike the answers are that it an
     w = softmax_m(-beta KL(h || h_m)),    KL(h || g) = sum_k h_k log(h_k / g_k)
 
 with h a histogram of the learner's answer types and h_m of the teacher's. What a histogram is of, and that
-each type is counted once more than it was seen, so that the KL is finite, is ours.
+each type is counted once more than it was seen, so that the KL is finite, is ours; so are the weights of a
+record by agreement, softmax_m(beta * mean over its labels of log p_m(label)).
 
-Shape legend: N rows, C rows of a chunk, R rows of a part of it, U rows of a head, V common columns, E teacher
-width, M teachers, K types.
+Shape legend: N rows, C rows of a chunk, P rows of a part of it, U rows of a head, V common columns, E teacher
+width, M teachers, K types, R records.
 """
 
 from __future__ import annotations
@@ -65,20 +66,20 @@ class MixedTarget:
         mixed_CV = self._share(logits_CU, index_C, 0)
         for m, voice in enumerate(self.others, 1):
 
-            def join(index_R: Tensor, logits_RU: Tensor, m: int = m) -> tuple[Tensor]:
-                share_RV = self._share(logits_RU, index_C[index_R], m)
-                mixed_CV[index_R] = torch.logaddexp(mixed_CV[index_R], share_RV)
-                return (index_R,)
+            def join(index_P: Tensor, logits_PU: Tensor, m: int = m) -> tuple[Tensor]:
+                share_PV = self._share(logits_PU, index_C[index_P], m)
+                mixed_CV[index_P] = torch.logaddexp(mixed_CV[index_P], share_PV)
+                return (index_P,)
 
             by_chunk(voice.hidden_NE[index_C], voice.head_UE, voice.bias_U, join, copies=_COPIES)
         logits_CU[:, : self.num_common] = mixed_CV.mul_(self.temperature)
         logits_CU[:, self.num_common :] = -torch.inf
 
-    def _share(self, logits_RU: Tensor, index_R: Tensor, m: int) -> Tensor:
-        """log(w_m softmax(z_m / T)), [R, V]."""
-        logits_RV = logits_RU[:, : self.num_common].to(accumulation_dtype(logits_RU))
-        share_RV = (logits_RV / self.temperature).log_softmax(1)
-        return share_RV.add_(self.log_weights_NM[index_R, m].to(share_RV.dtype).unsqueeze(1))
+    def _share(self, logits_PU: Tensor, index_P: Tensor, m: int) -> Tensor:
+        """log(w_m softmax(z_m / T)), [P, V]."""
+        logits_PV = logits_PU[:, : self.num_common].to(accumulation_dtype(logits_PU))
+        share_PV = (logits_PV / self.temperature).log_softmax(1)
+        return share_PV.add_(self.log_weights_NM[index_P, m].to(share_PV.dtype).unsqueeze(1))
 
 
 def histograms(counts: Sequence[Sequence[int]]) -> Tensor:
@@ -91,3 +92,15 @@ def log_fusion_weights(own_K: Tensor, theirs_MK: Tensor, *, beta: float) -> Tens
     """KnFu's log weights [M], from histograms without zeros."""
     kl_M = (own_K * (own_K.log() - theirs_MK.log())).sum(1)
     return (-beta * kl_M).log_softmax(0)
+
+
+def log_agreement(likelihood_NM: Tensor, record_N: Tensor, num_records: int, *, beta: float) -> Tensor:
+    """Log weights [R, M] of each record, from the log-likelihood of each label and the record that it is of.
+
+    A record without a label has equal weights.
+    """
+    sums_RM = likelihood_NM.new_zeros(num_records, likelihood_NM.shape[1]).index_add_(
+        0, record_N, likelihood_NM
+    )
+    labels_R = torch.zeros_like(sums_RM[:, 0]).index_add_(0, record_N, torch.ones_like(likelihood_NM[:, 0]))
+    return (beta * sums_RM / labels_R.clamp_min(1).unsqueeze(1)).log_softmax(1)
