@@ -27,6 +27,8 @@ PACKAGES = (
     "triton",
     "transformers",
     "numpy",
+    "pillow",
+    "simplejpeg",
     "liger-kernel",
     "fla-core",
     "orda-kernel",

@@ -32,9 +32,11 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from llava_kd.data.batches.collate import RawImages
 from llava_kd.data.batches.packing import Packing, RecordSizes, pack
 from llava_kd.data.batches.plan import Plan, permutation
+from llava_kd.data.pixels import compiled
 from llava_kd.data.pixels.device_decode import plain_jpeg_size
 from llava_kd.data.pixels.images import ImageTransform, decode
-from llava_kd.data.pixels.resize import resize_by_products, resize_fast, taps
+from llava_kd.data.pixels.kept_pages import KeptPages
+from llava_kd.data.pixels.resize import resize_by_c, resize_by_pillow, resize_by_products, resize_fast, taps
 from llava_kd.data.sources.llava_json import LlavaJson
 
 try:
@@ -71,6 +73,7 @@ def image_rows(repeats: int) -> list[Row]:
         "transformers, Pillow": by_stock(stock_pil),
         f"transformers, {type(stock).__name__}": by_stock(stock),
         "ours, all on the CPU, equal to Pillow": lambda data: exact(decode(data)),
+        "ours, the same without the part in C": without_c(lambda data: exact(decode(data))),
         "ours, all on the CPU, quick resize": lambda data: fast(decode(data)),
         "ours, the CPU's part with a GPU": lambda data: RawImages.of([decode(data)]),
         "ours, the CPU's part with nvJPEG": lambda data: RawImages.of([undecoded(data)]),
@@ -89,6 +92,19 @@ def image_rows(repeats: int) -> list[Row]:
         {"part": "images", "what": name, "value": rate, "unit": "images per CPU-second", "ratio": rate / base}
         for name, rate in rates.items()
     ]
+
+
+def without_c(way: Callable) -> Callable:
+    """The way as it goes where no compiler was."""
+
+    def call(*words: object) -> object:
+        kernels, compiled.KERNELS = compiled.KERNELS, ()
+        try:
+            return way(*words)
+        finally:
+            compiled.KERNELS = kernels
+
+    return call
 
 
 def through_worker() -> list[Row]:
@@ -114,11 +130,15 @@ def part_rows(repeats: int) -> list[Row]:
     bicubic = transform.resample
     if any(not torch.equal(by_bands(a, size, bicubic), b) for a, b in zip(images, resized, strict=True)):
         raise RuntimeError("the banded products are not equal to Pillow's resize")
+    pages = KeptPages()
     parts: dict[str, tuple[Callable, list]] = {
         "decode": (decode, files),
         "resize, equal to Pillow": (transform.resize, images),
+        "resize, equal to Pillow, plain C": (lambda i: resize_by_c(i, size, bicubic, "plain"), images),
+        "resize, by Pillow": (lambda image: resize_by_pillow(image, size, bicubic), images),
         "resize, quick": (lambda image: resize_fast(image, size, bicubic), images),
-        "normalise": (lambda image: transform.normalise(image[None]), resized),
+        "normalise": (lambda image: transform.normalise(image[None], pages), resized),
+        "normalise, by PyTorch": (without_c(lambda i: transform.normalise(i[None], pages)), resized),
         "tried: exact resize as products of bands in fp64": (lambda i: by_bands(i, size, bicubic), images),
         "tried: exact resize as dense products in fp64": (
             lambda image: resize_by_products(image, size, bicubic),
@@ -289,11 +309,13 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=15)
     flags = arguments.parse_args()
     torch.set_num_threads(flags.threads or 1)
+    if not compiled.KERNELS:
+        raise SystemExit("the part in C is not built: python setup.py build_ext --inplace")
     images = [*image_rows(flags.repeats), *through_worker(), *part_rows(flags.repeats)]
     rows = [*images, *packing_rows(), *index_rows()]
     print_table(rows, ["part", "what", "value", "unit", "ratio"])
     if flags.json:
-        write_json(flags.json, meta=meta(device="cpu"), rows=rows)
+        write_json(flags.json, meta=meta(device="cpu", resizer=compiled.resizer()), rows=rows)
 
 
 if __name__ == "__main__":

@@ -16,5 +16,5 @@ words=(eval --model "$MODEL" --benchmark "$benchmarks" --data "$DATA" --out "$OU
 if [ "$nproc" -eq 1 ]; then
   python -m llava_kd.cli "${words[@]}"
 else
-  torchrun --standalone --nproc-per-node "$nproc" -m llava_kd.cli "${words[@]}"
+  python -m torch.distributed.run --standalone --nproc-per-node "$nproc" -m llava_kd.cli "${words[@]}"
 fi

@@ -27,7 +27,8 @@ launch() {
     torchrun)
       # Runs on one machine each find a free port, unless MASTER_PORT names one.
       if [ "$nnodes" -eq 1 ] && [ -z "${MASTER_PORT:-}" ]; then address=(--standalone); fi
-      exec python -m llava_kd.assembly.runs.supervise torchrun --nnodes "$nnodes" --node-rank "${NODE_RANK:-0}" \
+      # Not the torchrun on PATH, which may be of another environment.
+      exec python -m llava_kd.assembly.runs.supervise python -m torch.distributed.run --nnodes "$nnodes" --node-rank "${NODE_RANK:-0}" \
         --nproc-per-node "$nproc" "${address[@]}" -m llava_kd.cli train "$@"
       ;;
     deepspeed)

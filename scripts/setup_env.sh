@@ -8,7 +8,7 @@ setup_env() {
   venv="${VENV:-$root/.venv}"
   constraints="${CONSTRAINTS:-$root/constraints.txt}"
   stamp="$venv/.installed-${extras:-core}"
-  wanted="$(cat "$constraints" "$root/pyproject.toml" | sha256sum | cut -d' ' -f1)"
+  wanted="$(cat "$constraints" "$root"/{pyproject.toml,setup.py} "$root"/llava_kd/data/pixels/*.[ch] | sha256sum | cut -d' ' -f1)"
   if [ ! -x "$venv/bin/python" ]; then
     "${PYTHON:-python3}" - <<'PY' || return 1
 import sys

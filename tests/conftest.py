@@ -42,6 +42,7 @@ LONG = (
     "test_faults.py",
     "test_rank_faults.py",
     "test_assembly_run_dir.py",
+    "test_docs_your_data.py",
     "test_core_install.py",
     "test_data_worker_processes.py",
 )

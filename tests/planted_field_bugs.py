@@ -209,7 +209,7 @@ FIELD_BUGS = {
     ),
     "a tracker that begins anew": Bug(
         0,
-        "training/metrics.py",
+        "training/trackers.py",
         'if found["project"] == project:',
         "if False:",
         "test_training_metrics.py::test_a_run_that_goes_on_asks_wandb_for_the_same_id",

@@ -69,7 +69,9 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "curating": {"", "parts", "runs"},
         "parts": {"", "runs"},
         "planning": {"", "parts", "runs"},
+        "projects": {"", "parts", "planning"},
         "runs": {""},
+        "watching": set(),
         "": {"parts", "planning", "runs"},
     },
 }

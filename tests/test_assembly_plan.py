@@ -14,6 +14,8 @@ from llava_kd.assembly.planning.estimate import ModelSizes, memory, refuse_too_l
 from llava_kd.assembly.settings import load
 from llava_kd.assembly.stage import assemble
 from llava_kd.cli import main
+from llava_kd.data.pixels.compiled import resizer
+from llava_kd.data.pixels.images import jpeg_decoder
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.parallel.world import World
 
@@ -189,6 +191,7 @@ def test_check_looks_at_vocabulary_towers_labels_and_records(stage, capsys) -> N
     said = " ".join(capsys.readouterr().out.split())
     assert "towers the same: it runs once" in said
     assert "vocabulary 260 shared columns" in said
+    assert f"decoded by {jpeg_decoder()}, and images resized by {resizer()}, exactly" in said
     assert "sample 5 records, 0 bad" in said
     assert "is trained on" in said
     assert "ranks 2" in said
@@ -228,7 +231,7 @@ def test_a_check_says_whether_the_models_look_at_the_pictures(
     assert len(said) == 2
     gains = [float(line.split("another's: ")[1].split()[0]) for line in said]
     assert all(gain > 1 if sees else gain == 0 for gain in gains)
-    warnings = [line for line in lines if line.startswith("  warning  ")]
+    warnings = [line for line in lines if "look" in line and line.startswith("  warning  ")]
     assert len(warnings) == (0 if sees else 2)
 
 

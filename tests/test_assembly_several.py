@@ -30,6 +30,7 @@ def other_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fused(stage, others: list[Path], name: str = "run", weights: str = "uniform", **changes: object) -> Path:
     """The YAML of a stage; `several` in the changes is more of that setting."""
     more = changes.pop("several", {})
+    assert isinstance(more, dict)
     config = stage(name, **{"objective": KL, **changes})
     tree = yaml.safe_load(config.read_text())
     tree["teacher"]["several"] = {"checkpoints": [str(o) for o in others], "weights": weights, **more}
@@ -161,6 +162,7 @@ def test_a_cache_is_not_written_of_several(stage, other_dir: Path, tmp_path: Pat
         ("uniform", {"checkpoints": []}, [], "teacher.several.checkpoints"),
         ("uniform", {"checkpoints": ["/nowhere"]}, [], "/nowhere"),
         ("uniform", {}, ["--objective.visual_kl={weight: 1.0}"], "cannot serve visual_kl; only response_kl"),
+        ("uniform", {}, ["--pictures={mixup: {}}"], "`pictures.mixup` asks one teacher about pictures"),
         ("uniform", {}, ["--objective.relation={weight: 1.0}"], "cannot serve relation"),
         ("uniform", {}, ["--objective.response_kl.trust=first"], "cannot serve response_kl.trust"),
         ("uniform", {}, ["--objective.response_kl.temperature=std"], "response_kl.temperature std"),

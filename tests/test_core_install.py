@@ -51,12 +51,12 @@ def test_what_an_extra_adds_names_the_extra(tmp_path: Path) -> None:
     adders = f"""
 import torch
 from llava_kd.models.towers.loading import load_tower
-from llava_kd.training.metrics import TensorBoardTracker, WandbTracker
+from llava_kd.training.trackers import TensorBoardTracker, WandbRun, WandbTracker
 name = "timm:vit_tiny_patch16_224?pretrained=false"
 for add in (
     lambda: load_tower(name, feature_layer=-2, dtype=torch.float32, seed=0),
     lambda: TensorBoardTracker({str(tmp_path)!r}),
-    lambda: WandbTracker('.', project='p', name='n', config={{}}),
+    lambda: WandbTracker('.', WandbRun(project='p', name='n'), config={{}}),
 ):
     try:
         add()

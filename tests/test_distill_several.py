@@ -90,10 +90,11 @@ def test_the_loss_is_that_of_the_mixed_probabilities_row_by_row(losses: str, by_
     student, total = says(batch, 1), 0.0
     for b, t in rows_of(batch):
         weights = weights_by_hand(batch, b) if by_agreement else GIVEN.exp().tolist()
-        q = sum(
+        shares = [
             w * (logits(says(batch, seed, 270), b, t).double()[:258] / 2).softmax(0)
             for w, seed in zip(weights, SEEDS, strict=True)
-        )
+        ]
+        q = torch.stack(shares).sum(0)
         z = logits(student, b, t).double()
         total += 4.0 * float((q * (q.log() - (z[:258] / 2).log_softmax(0))).sum())
         total -= float(z.log_softmax(0)[batch.student.labels_BT[b, t + 1]])
@@ -150,10 +151,11 @@ def test_a_policy_softens_the_mixture_not_the_first_teacher() -> None:
     scores_BT, total = batch.student.scores_BT, 0.0
     assert scores_BT is not None
     for b, t in rows_of(batch):
-        q = sum(
+        shares = [
             w * (logits(says(batch, seed, 270), b, t).double()[:258] / 2).softmax(0)
             for w, seed in zip(GIVEN.exp().tolist(), SEEDS, strict=True)
-        )
+        ]
+        q = torch.stack(shares).sum(0)
         heat = 1 + 19 * float(scores_BT[b, t + 1])
         log_q = (q.log() / heat).log_softmax(0)
         log_p = (logits(says(batch, 1), b, t).double()[:258] / 2).log_softmax(0)

@@ -180,7 +180,7 @@ def test_another_family_is_not_sent_to_convert(
 
 def test_what_a_hub_id_or_a_gguf_folder_needs(root: Path, tmp_path: Path, capsys) -> None:
     said = refused(Path("some-org/some-model"), root, "pope", capsys)
-    assert "as an id of the hub it cannot be read" in said
+    assert "as an id of the hub it is neither in the cache" in said
     assert "hf download some-org/some-model --local-dir DIR" in said
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model-q4.gguf").write_bytes(b"GGUF")

@@ -41,7 +41,7 @@ with stopping.stoppable():
 def bin_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("python", "torchrun", "deepspeed"):
+    for name in ("python", "deepspeed"):
         write(folder / name, '#!/bin/sh\necho "$(basename "$0") $*"\n')
     return folder
 
@@ -80,7 +80,8 @@ def test_runs_on_one_machine_need_no_port(bin_dir: Path) -> None:
 
 def test_several_machines_meet_at_the_first(bin_dir: Path) -> None:
     line = said(bin_dir, "stage1_dpt.sh", NPROC="8", NNODES="4", NODE_RANK="3", MASTER_ADDR="n0")
-    assert "torchrun --nnodes 4 --node-rank 3 --nproc-per-node 8 --master-addr n0 --master-port 29500" in line
+    assert "supervise python -m torch.distributed.run --nnodes 4 --node-rank 3 --nproc-per-node 8 " in line
+    assert "--master-addr n0 --master-port 29500" in line
 
 
 def test_the_deepspeed_launcher_is_a_choice(bin_dir: Path, tmp_path: Path) -> None:
@@ -157,7 +158,8 @@ class Script:
 
     def __init__(self, bin_dir: Path, body: str, launcher: str = "torchrun", **more: str) -> None:
         write(bin_dir / launcher, LAUNCHER % body)
-        (bin_dir / "python").unlink(missing_ok=True)
+        start = f'[ "$2" != torch.distributed.run ] || exec {bin_dir / launcher} "$@"'
+        write(bin_dir / "python", f'#!/bin/sh\n{start}\nexec {sys.executable} "$@"\n')
         (bin_dir / "rank.py").write_text(RANK)
         self.log = bin_dir / "log"
         path = f"{bin_dir}:{Path(sys.executable).parent}:{os.environ['PATH']}"

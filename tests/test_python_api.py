@@ -48,6 +48,7 @@ def test_the_page_runs(commands, tmp_path: Path, capsys) -> None:
     said = capsys.readouterr().out
     assert "0.003 1.0" in said
     assert (tmp_path / "eval/summary.json").is_file()
+    assert "Training report" in (tmp_path / "report.html").read_text()
 
 
 def test_the_notebook_runs(commands, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llava_kd.training.metrics import Metrics, TensorBoardTracker, WandbTracker
+from llava_kd.training.metrics import Metrics
+from llava_kd.training.trackers import TensorBoardTracker, WandbRun, WandbTracker
 
 
 class Memory:
@@ -42,19 +43,19 @@ def run(metrics: Metrics, first: int, last: int) -> None:
 
 
 def test_a_line_holds_the_means_since_the_one_before(tmp_path: Path) -> None:
-    run(Metrics(tmp_path, num_steps=7, every=3, progress=False), 1, 7)
+    run(Metrics(tmp_path, num_steps=7, every=3), 1, 7)
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(3, 2.0), (6, 5.0), (7, 7.0)]
 
 
 def test_amounts_become_rates(tmp_path: Path) -> None:
-    run(Metrics(tmp_path, num_steps=4, every=2, progress=False), 1, 4)
+    run(Metrics(tmp_path, num_steps=4, every=2), 1, 4)
     for line in lines(tmp_path):
         assert line["samples_per_s"] == pytest.approx(4.0 / line["seconds_per_step"])
         assert line["lr"] == 0.5
 
 
 def test_what_the_loader_counts_becomes_a_rate_and_a_fill(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, num_steps=2, every=1, progress=False)
+    metrics = Metrics(tmp_path, num_steps=2, every=1)
     counts = [
         {"data_wait_s": 0.0, "images": 6.0, "tokens": 30.0, "token_places": 40.0},
         {"data_wait_s": 0.0, "images": 0.0, "tokens": 0.0, "token_places": 0.0},
@@ -71,7 +72,7 @@ def test_what_the_loader_counts_becomes_a_rate_and_a_fill(tmp_path: Path) -> Non
 
 def test_trackers_get_what_the_file_gets(tmp_path: Path) -> None:
     memory = Memory()
-    run(Metrics(tmp_path, num_steps=4, every=2, progress=False, trackers=[memory]), 1, 4)
+    run(Metrics(tmp_path, num_steps=4, every=2, trackers=[memory]), 1, 4)
     assert [step for step, _ in memory.logged] == [2, 4]
     for line, (_, figures) in zip(lines(tmp_path), memory.logged, strict=True):
         assert line == {"step": line["step"], **figures}
@@ -79,26 +80,26 @@ def test_trackers_get_what_the_file_gets(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path: Path) -> None:
-    run(Metrics(tmp_path, num_steps=8, every=2, progress=False), 1, 6)
-    again = Metrics(tmp_path, num_steps=8, every=2, progress=False)
+    run(Metrics(tmp_path, num_steps=8, every=2), 1, 6)
+    again = Metrics(tmp_path, num_steps=8, every=2)
     again.resume(4)
     run(again, 5, 8)
     assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8]
 
 
 def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path: Path) -> None:
-    run(Metrics(tmp_path, num_steps=8, every=2, progress=False), 1, 4)
+    run(Metrics(tmp_path, num_steps=8, every=2), 1, 4)
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 6, "lo')
-    again = Metrics(tmp_path, num_steps=8, every=2, progress=False)
+    again = Metrics(tmp_path, num_steps=8, every=2)
     again.resume(4)
     run(again, 5, 8)
     assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8]
 
 
 def test_a_fresh_start_drops_every_line(tmp_path: Path) -> None:
-    run(Metrics(tmp_path, num_steps=4, every=2, progress=False), 1, 4)
-    again = Metrics(tmp_path, num_steps=4, every=2, progress=False)
+    run(Metrics(tmp_path, num_steps=4, every=2), 1, 4)
+    again = Metrics(tmp_path, num_steps=4, every=2)
     again.resume(0)
     run(again, 1, 4)
     assert [line["step"] for line in lines(tmp_path)] == [2, 4]
@@ -113,11 +114,11 @@ def test_a_resume_that_cannot_write_keeps_every_line(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(OSError, match="too large"):
-            Metrics(tmp_path, num_steps=3000, progress=False).resume(1990)
+            Metrics(tmp_path, num_steps=3000).resume(1990)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_text() == before
-    Metrics(tmp_path, num_steps=3000, progress=False).resume(1990)
+    Metrics(tmp_path, num_steps=3000).resume(1990)
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 1991))
 
 
@@ -131,12 +132,22 @@ def test_a_run_that_goes_on_asks_wandb_for_the_same_id(tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     for project in ("a", "a", "b"):
-        WandbTracker(tmp_path / "run", project=project, name="n", config={})
+        WandbTracker(tmp_path / "run", WandbRun(project=project, name="n"), config={})
     first, second, other = (given["id"] for given in asked)
     assert first == second != other
     assert all(given["resume"] == "allow" for given in asked)
+    named = WandbRun(project="a", name="n", entity="e", group="g", tags=("x", "y"), id="own")
+    WandbTracker(tmp_path / "run", named, config={})
+    assert {key: asked[-1][key] for key in ("name", "entity", "group", "tags", "id")} == {
+        "name": "n",
+        "entity": "e",
+        "group": "g",
+        "tags": ["x", "y"],
+        "id": "own",
+    }
+    assert asked[0]["tags"] is None  # an empty list would leave WANDB_TAGS out
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
-    WandbTracker(tmp_path / "run", project="a", name="n", config={})
+    WandbTracker(tmp_path / "run", WandbRun(project="a", name="n"), config={})
     assert asked[-1]["id"] == "mine"
 
 

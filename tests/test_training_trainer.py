@@ -96,6 +96,7 @@ class Run:
 
     def trainer(self, loader: TinyLoader, *, log_every: int = 10) -> Trainer:
         mllm = MLLM(load_stock(str(self.student_dir)).stock, trainable=self.trainable)
+        self.mllm = mllm
         self.teacher = Teacher(MLLM(load_stock(str(self.teacher_dir)).stock), shares_tower=True)
         self.student = Student(mllm, self.objective, self.teaching(self.teacher)).train()
         names = tuple(name for name, p in self.student.named_parameters() if p.requires_grad)
@@ -122,7 +123,7 @@ class Run:
             ),
             output=Output(
                 checkpoints=Checkpoints(self.directory / "checkpoints", keep=2),
-                metrics=Metrics(self.directory, num_steps=self.steps, every=1, progress=False),
+                metrics=Metrics(self.directory, num_steps=self.steps, every=1),
                 say=self.said.append,
             ),
         )

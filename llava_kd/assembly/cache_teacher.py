@@ -27,8 +27,8 @@ from llava_kd.assembly.parts.stored_teacher import (
 )
 from llava_kd.assembly.parts.teacher import placed_teacher, teacher_template
 from llava_kd.assembly.record_pass import RecordPass
+from llava_kd.assembly.runs.logs import speaker
 from llava_kd.assembly.runs.run_dir import locked
-from llava_kd.assembly.train import speaker
 from llava_kd.batch import Batch
 from llava_kd.checksums import checksum
 from llava_kd.config import TrainConfig

@@ -19,9 +19,11 @@ from llava_kd.assembly.planning.throughput import Network
 from llava_kd.assembly.settings import tables_of
 from llava_kd.batch import IGNORE_INDEX
 from llava_kd.config import TrainConfig
-from llava_kd.data.pixels.images import MAX_PIXELS, decode
+from llava_kd.data.pixels.compiled import resizer
+from llava_kd.data.pixels.images import MAX_PIXELS, decode, jpeg_decoder
 from llava_kd.data.sources.conversation import Source
 from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.files.other_tools import unopened
 from llava_kd.models.vocabulary import left_out
 
 
@@ -64,6 +66,8 @@ def check(
             extra = left_out(student.processor.tokenizer, teacher.processor.tokenizer)
             without = "" if extra is None else f"; left out are {extra}"
             lines.append(f"vocabulary       {terms.common.num_common} shared columns{without}")
+    lines.append(f"pixels           {_pixels(config)}")
+    lines += [f"not for          {line}" for line in unopened(student)]
     lines += _sample(config, student, source, num_records)
     lines += picture_lines(config, student, teacher, source, num_pictures)
     return "\n".join([*lines, plan(config, ranks, measured, network)])
@@ -82,6 +86,11 @@ def _towers(config: TrainConfig, student: Parts, teacher: Parts) -> str:
         cache = open_cache(config, reader, source)
         return f"the student's alone: the teacher's predictions come from {cache.directory}"
     return "the same: it runs once" if same_tower(config, student, teacher) else "different: both run"
+
+
+def _pixels(config: TrainConfig) -> str:
+    resized = f"{resizer()}, exactly" if config.data.resize == "exact" else "PyTorch's quick kernel"
+    return f"on a CPU JPEGs are decoded by {jpeg_decoder()}, and images resized by {resized}"
 
 
 def _sample(config: TrainConfig, student: Parts, source: Source, num_records: int) -> list[str]:

@@ -11,6 +11,7 @@ from llava_kd.data.text.template_origin import original_template
 from llava_kd.models.files.checkpoint import save_stock
 from llava_kd.models.files.convert.converting import convert
 from llava_kd.models.files.export import export
+from llava_kd.models.files.gguf.exporting import export_gguf
 from llava_kd.models.towers.vision_tower import text_config
 
 
@@ -42,6 +43,14 @@ def convert_to(source: str, out: str, *, vision_tower: str | None = None, templa
     return lines
 
 
-def export_to(source: str, out: str, *, dtype: str | None, scores: Sequence[str]) -> list[str]:
-    """Notes on other tools; see `export`."""
+def export_to(
+    source: str, out: str, *, dtype: str | None, scores: Sequence[str], layout: str = "hf"
+) -> list[str]:
+    """Notes on other tools; see `export`, and `export_gguf` for the layout `gguf`."""
+    if layout == "gguf":
+        return export_gguf(source, out, dtype=dtype, scores=scores)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(
+            f"--dtype {dtype} is a type of GGUF; with --format hf it must be one of {sorted(DTYPES)}"
+        )
     return export(source, out, dtype=None if dtype is None else DTYPES[dtype], scores=scores)

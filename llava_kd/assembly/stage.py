@@ -9,13 +9,14 @@ from pathlib import Path
 
 from llava_kd.assembly.parts.adapters import adapt_student
 from llava_kd.assembly.parts.data import make_loader
-from llava_kd.assembly.parts.engine import make_engine
+from llava_kd.assembly.parts.engine import compiles_first, make_engine
 from llava_kd.assembly.parts.held_out import evaluator
 from llava_kd.assembly.parts.lending import tap_student
 from llava_kd.assembly.parts.models import choose_attention, compute_dtype, place, student_dtypes
 from llava_kd.assembly.parts.objective import objective, token_policy
 from llava_kd.assembly.parts.several.teachers import Others
 from llava_kd.assembly.parts.teacher import say_left_out, teaching_of
+from llava_kd.assembly.parts.teaching.pictures import with_changed_pictures
 from llava_kd.config import TrainConfig, dump
 from llava_kd.data.batches.loader import Loader
 from llava_kd.data.sources.conversation import Source
@@ -28,11 +29,14 @@ from llava_kd.models.mllm import MLLM
 from llava_kd.parallel.engine import Engine
 from llava_kd.parallel.world import World
 from llava_kd.training.checkpoint import Checkpoints
-from llava_kd.training.metrics import Metrics, TensorBoardTracker, Tracker, WandbTracker
+from llava_kd.training.metrics import Metrics
+from llava_kd.training.progress import Progress
 from llava_kd.training.schedule import Cadence, Schedule, cosine_with_warmup
+from llava_kd.training.trackers import TensorBoardTracker, Tracker, WandbRun, WandbTracker
 from llava_kd.training.trainer import Output, Trainer
 
 Say = Callable[[str], None]
+ENOUGH_STEPS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +108,7 @@ def assemble(
     adapted = _adapt(config, student, say)
     placed = _place(config, world, adapted)
     fed = _feed(config, world, placed, teacher, source)
-    accompanied = _accompany(config, world, fed, say, others)
+    accompanied = _accompany(config, world, fed, source, say, others)
     joined = _join(config, accompanied, say)
     driven = _drive(config, world, joined, say)
     return _trainer(config, driven, say, identity or {}), driven.engine
@@ -136,14 +140,20 @@ def _feed(
     return Fed(placed=placed, teacher=teacher, loader=loader, shares_tower=shares_tower)
 
 
-def _accompany(config: TrainConfig, world: World, fed: Fed, say: Say, others: Others | None) -> Accompanied:
-    teaching, policy = None, token_policy(config)
+def _accompany(
+    config: TrainConfig, world: World, fed: Fed, source: Source | None, say: Say, others: Others | None
+) -> Accompanied:
+    teaching = None
     if fed.teacher is not None:
         student, mllm = fed.placed.adapted.student, fed.placed.mllm
         shares = fed.shares_tower
         teaching = teaching_of(
             config, world, (student, mllm), fed.teacher, say, shares_tower=shares, others=others
         )
+        if config.pictures is not None:
+            models = (student, mllm), fed.teacher
+            teaching = with_changed_pictures(config, world, models, teaching, source, say)
+    policy = token_policy(config)
     if policy is None:
         return Accompanied(fed=fed, teaching=teaching)
     if policy.cross_entropy > 0:
@@ -166,6 +176,8 @@ def _join(config: TrainConfig, accompanied: Accompanied, say: Say) -> Joined:
 
 def _drive(config: TrainConfig, world: World, joined: Joined, say: Say) -> Driven:
     num_steps(config, joined.accompanied.fed.loader.steps_per_epoch)  # a run without a step is refused before
+    if (note := compiles_first(config)) is not None:
+        say(note)
     engine = make_engine(config, world, joined.module)
     say(f"attention of the student: {joined.accompanied.fed.placed.kernel}")
     return Driven(joined=joined, engine=engine)
@@ -174,6 +186,8 @@ def _drive(config: TrainConfig, world: World, joined: Joined, say: Say) -> Drive
 def _trainer(config: TrainConfig, driven: Driven, say: Say, identity: Mapping[str, str]) -> Trainer:
     module, engine, fed = driven.joined.module, driven.engine, driven.joined.accompanied.fed
     total = num_steps(config, fed.loader.steps_per_epoch)
+    if (warning := few_steps(total)) is not None:
+        say(warning)
     evaluate = None
     if config.evaluate is not None:
         evaluate = evaluator(config, config.evaluate, fed.placed.adapted.student, module, engine)
@@ -190,7 +204,7 @@ def _trainer(config: TrainConfig, driven: Driven, say: Say, identity: Mapping[st
         ),
         output=Output(
             checkpoints=_checkpoints(config, {**identity, "data or tokenizer": fed.loader.fingerprint}),
-            metrics=_metrics(config, engine.world, total),
+            metrics=_metrics(config, engine.world, total, fed.loader.steps_per_epoch),
             say=say,
         ),
         evaluate=evaluate,
@@ -231,24 +245,40 @@ def num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return steps
 
 
-def _metrics(config: TrainConfig, world: World, num_steps: int) -> Metrics | None:
+def few_steps(total: int) -> str | None:
+    """A warning for a run that is over before its rates have risen and fallen."""
+    if total >= ENOUGH_STEPS:
+        return None
+    return (
+        f"{total} optimiser steps teach little (about {ENOUGH_STEPS} are the least): lower "
+        "global_batch_size, raise epochs, or give more records"
+    )
+
+
+def _metrics(config: TrainConfig, world: World, num_steps: int, steps_per_epoch: int) -> Metrics | None:
     if not world.is_main:
         return None
-    output = Path(config.output_dir)
+    output, log = Path(config.output_dir), config.log
     trackers: list[Tracker] = []
-    if config.log.wandb_project is not None:
-        settings = {"config": dump(config)}
-        trackers.append(
-            WandbTracker(output, project=config.log.wandb_project, name=output.name, config=settings)
+    if log.wandb_project is not None:
+        run = WandbRun(
+            project=log.wandb_project,
+            name=log.wandb_name or output.name,
+            entity=log.wandb_entity,
+            group=log.wandb_group,
+            tags=log.wandb_tags,
+            id=log.wandb_id,
         )
-    if config.log.tensorboard:
+        trackers.append(WandbTracker(output, run, config={"config": dump(config)}))
+    if log.tensorboard:
         trackers.append(TensorBoardTracker(output / "tensorboard"))
+    title = f"{output.parent.name}/{output.name}"
     return Metrics(
         output,
         num_steps=num_steps,
-        every=config.log.every,
+        every=log.every,
         trackers=trackers,
-        progress=config.log.progress,
-        title=f"{output.parent.name}/{output.name}",
-        line=config.log.progress_line,
+        progress=Progress(num_steps, title, line=log.progress_line, is_shown=log.progress),
+        terms=list(config.objective.terms),
+        steps_per_epoch=steps_per_epoch,
     )

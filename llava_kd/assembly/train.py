@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
-from tqdm import tqdm
 
 from llava_kd.assembly.parts.adapters import check_bits
 from llava_kd.assembly.parts.data import BAD_RECORDS, bad_records, served, source_in, tagger_in
@@ -28,12 +26,13 @@ from llava_kd.assembly.parts.teacher import (
     teacher_template,
 )
 from llava_kd.assembly.planning.estimate import ModelSizes, memory, refuse_too_large
+from llava_kd.assembly.runs.logs import logged, speaker
 from llava_kd.assembly.runs.provenance import checked_parent, finish
 from llava_kd.assembly.runs.run_dir import check_world, claim
 from llava_kd.assembly.stage import assemble
 from llava_kd.config import TrainConfig
 from llava_kd.models.files.card import reading_notes
-from llava_kd.models.files.checkpoint import save_stock
+from llava_kd.models.files.checkpoint import Parts, save_stock
 from llava_kd.models.lora import merge_adapters
 from llava_kd.models.reading import existing
 from llava_kd.parallel.world import World, join, peers
@@ -50,7 +49,8 @@ def train(config: TrainConfig) -> str | None:
         check_world(config, world)
         with claim(config, world) as is_complete:
             if not is_complete:
-                return _train(config, world)
+                with logged(Path(config.output_dir), world):
+                    return _train(config, world)
             output = Path(config.output_dir)
             speaker(world)(f"{output} is complete: nothing to do; its student is {output / 'model'}")
             return None
@@ -81,11 +81,8 @@ def _train(config: TrainConfig, world: World) -> str | None:
     begin_projector(config, student, source, world, say)
     others = other_teachers(config, student, teacher, source, say)
     identity = frozen_fingerprints(config, student, teacher) | (others.fingerprints if others else {})
-    if world.device.type == "cuda":
-        sizes = ModelSizes.of(student.stock, config)
-        more = [ModelSizes.of(one.stock) for one in others.parts] if others else []
-        needs = memory(config, world.size, sizes, teacher and ModelSizes.of(teacher.stock), more)
-        refuse_too_large(needs, torch.cuda.get_device_properties(world.device).total_memory)
+    teachers = [one for one in (teacher, *(others.parts if others else ())) if one is not None]
+    _refuse_too_large(config, world, student, teachers)
     trainer, engine = assemble(
         config, world, student, teacher, say, identity=identity, source=source, others=others
     )
@@ -121,10 +118,11 @@ def _train(config: TrainConfig, world: World) -> str | None:
     return None
 
 
-def speaker(world: World) -> Callable[[str], None]:
-    def say(message: str) -> None:
-        if world.is_main:
-            tqdm.write(message, file=sys.stderr)  # above a progress bar, not into it
-            sys.stderr.flush()
-
-    return say
+def _refuse_too_large(config: TrainConfig, world: World, student: Parts, teachers: Sequence[Parts]) -> None:
+    """ValueError where a GPU is too small for the models as they are loaded."""
+    if world.device.type != "cuda":
+        return
+    sizes = [ModelSizes.of(one.stock) for one in teachers]
+    first = sizes[0] if sizes else None
+    needs = memory(config, world.size, ModelSizes.of(student.stock, config), first, sizes[1:])
+    refuse_too_large(needs, torch.cuda.get_device_properties(world.device).total_memory)

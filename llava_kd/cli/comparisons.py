@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from llava_kd.assembly.early import look_at_file
 from llava_kd.cli.words import Commands, command, count
 
 
@@ -34,6 +35,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _ablate(arguments: argparse.Namespace) -> int:
+    look_at_file(arguments.file, "ablation", "examples are in ablations/")
     from llava_kd.assembly.ablate import Choice, ablate
 
     choice = Choice(output=arguments.out, arms=arguments.arms, seeds=arguments.seeds, num_jobs=arguments.jobs)

@@ -6,6 +6,7 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING
 
+from llava_kd.assembly.early import look_at_checkpoint, look_at_stage
 from llava_kd.cli.words import Commands, command, count, is_first_rank, show
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ def _quota(text: str) -> tuple[str, float]:
 
 
 def _select(arguments: argparse.Namespace) -> int:
+    look_at_checkpoint(arguments.reference)
+    look_at_stage(arguments.config, arguments.overrides)
     from llava_kd.assembly.curating.select import Selection, select
     from llava_kd.assembly.settings import load
     from llava_kd.curation.difference import Share

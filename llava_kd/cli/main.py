@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -10,19 +11,25 @@ from collections.abc import Sequence
 from llava_kd import __version__
 from llava_kd.assembly.runs.ending import broken_off, is_rank_of_several, left
 from llava_kd.assembly.runs.stopping import INTERRUPTED, end_with_torchrun, was_told
-from llava_kd.cli import canary, comparisons, datasets, models, scores, settings, stages
+from llava_kd.cli import canary, comparisons, datasets, models, projects, scores, settings, stages
+from llava_kd.cli.words import VERBOSE, joined, spelled
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command. A mistake that the user can mend is one line on stderr and exit status 2."""
     parser = _parser()
-    arguments, rest = parser.parse_known_args(words)
+    arguments, rest = parser.parse_known_args(spelled(sys.argv[1:] if words is None else words))
+    rest = joined(rest)
     if rest and not arguments.takes_settings:
         parser.error(f"unknown words: {' '.join(rest)}")
     engines = sorted({word for word in rest if word.startswith("--engine.kind=")})
     if len(engines) > 1:
         parser.error(f"two engines at once, {' and '.join(engines)}; name one")
     arguments.overrides = rest
+    if arguments.verbose:
+        os.environ[VERBOSE] = "1"  # for what it starts, too
+    elif os.environ.get(VERBOSE, "") in ("", "0"):
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # of what it says as it is imported
     end_with_torchrun()
     try:
         status = arguments.run(arguments)
@@ -61,6 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llava-kd", description="Distil large LLaVA models into small.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for group in (stages, comparisons, settings, scores, models, datasets, canary):
+    for group in (projects, stages, comparisons, settings, scores, models, datasets, canary):
         group.add(commands)
     return parser

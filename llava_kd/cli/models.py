@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from llava_kd.assembly.early import look_at_checkpoint, look_at_model, look_at_source
 from llava_kd.cli.words import Commands, add_plugins, command, count, plugins
 
 
@@ -22,8 +23,10 @@ def add(commands: Commands) -> None:
     export = command(commands, "export", _export, "write a checked stock directory with a model card")
     export.add_argument("source", help="stock LLaVA directory, such as a run's model/")
     export.add_argument("--out", required=True)
-    export.add_argument("--format", choices=["hf"], default="hf")
-    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    layout = "hf: stock transformers; gguf: llama.cpp and Ollama, which needs the extra gguf"
+    export.add_argument("--format", choices=["hf", "gguf"], default="hf", help=layout)
+    kinds = ["float32", "bfloat16", "float16", "q8_0"]
+    export.add_argument("--dtype", choices=kinds, help="of the weights (default: as they are); q8_0 in GGUF")
     export.add_argument("--scores", nargs="*", default=[], help="summary.json files of `llava-kd eval`")
 
     add_plugins(export, "the tower of the model")
@@ -40,6 +43,7 @@ def add(commands: Commands) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    look_at_source(arguments.source)
     from llava_kd.assembly.checkpoints import convert_to
 
     for line in convert_to(
@@ -50,15 +54,23 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    look_at_checkpoint(arguments.source)
     from llava_kd.assembly.checkpoints import export_to
 
     plugins(arguments)
-    for note in export_to(arguments.source, arguments.out, dtype=arguments.dtype, scores=arguments.scores):
+    for note in export_to(
+        arguments.source,
+        arguments.out,
+        dtype=arguments.dtype,
+        scores=arguments.scores,
+        layout=arguments.format,
+    ):
         print(f"note: {note}")
     return 0
 
 
 def _chat(arguments: argparse.Namespace) -> int:
+    look_at_model(arguments.model)
     from llava_kd.evaluation.generation.chat import Chat
 
     plugins(arguments)

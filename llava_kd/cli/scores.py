@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from llava_kd.assembly.early import look_at_file, look_at_model
 from llava_kd.cli.words import Commands, add_plugins, command, count, is_first_rank, plugins, show
 
 
@@ -37,6 +38,11 @@ def add(commands: Commands) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    if arguments.limit is not None and not arguments.benchmark:
+        raise ValueError("a limit goes with a benchmark; of a LLaVA JSON file every question is asked")
+    look_at_model(arguments.model)
+    if not arguments.benchmark:
+        look_at_file(arguments.data, "test", "give a LLaVA .json or .jsonl file")
     from llava_kd.evaluation.runner import Asking, evaluate
 
     tables = plugins(arguments)
@@ -73,23 +79,10 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from llava_kd.assembly.settings import labels
-    from llava_kd.evaluation.report.page import report
-    from llava_kd.evaluation.report.results import is_comparison, read_run, table
-    from llava_kd.evaluation.report.runs_page import write_runs_page
-    from llava_kd.evaluation.report.stage_runs import find_runs
+    from llava_kd.evaluation.report.entry import report_on
 
     named = [*([arguments.directory] if arguments.directory else []), *arguments.runs]
-    if not named:
-        raise ValueError("name a run: its output_dir, or a folder that holds runs")
-    terms = labels(arguments.plugin)
-    if len(named) == 1 and is_comparison(named[0]):
-        if arguments.out:
-            raise ValueError(f"{named[0]} is a comparison: its page is report.html there; leave --out away")
-        written = report(named[0], terms=terms)
-        show(table(read_run(named[0])))
-    else:
-        runs = find_runs(named)
-        written = write_runs_page(runs, arguments.out or Path(named[0]) / "report.html", terms)
-        show("\n".join(f"{run.name}: {run.state}" for run in runs))
+    written, said = report_on(named, terms=labels(arguments.plugin), out=arguments.out)
+    show(said)
     show(f"open {written}")
     return 0

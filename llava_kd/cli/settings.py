@@ -22,10 +22,18 @@ def add(commands: Commands) -> None:
 
 def _config(arguments: argparse.Namespace) -> int:
     """A stage is shown as YAML that loads, with comments where it is not the default."""
+    from llava_kd.config import TrainConfig
+    from llava_kd.config.describe.tree import branch
+    from llava_kd.config.reading import check_early
+
+    if arguments.of is not None and arguments.of.endswith((".yaml", ".yml")):
+        check_early(arguments.of, arguments.overrides)
+    elif arguments.of is not None and not arguments.of.startswith("objective"):
+        branch(TrainConfig, arguments.of)  # an unknown name is told before the terms are imported
     from llava_kd.assembly.settings import load, stage
     from llava_kd.config.describe.json_schema import json_schema
     from llava_kd.config.describe.pages import markdown, marked, text
-    from llava_kd.config.describe.tree import branch, walk
+    from llava_kd.config.describe.tree import walk
 
     of = arguments.of
     is_whole = arguments.json_schema or arguments.markdown

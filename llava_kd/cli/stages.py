@@ -6,6 +6,7 @@ import argparse
 import signal
 from functools import partial
 
+from llava_kd.assembly.early import look_at_file, look_at_stage
 from llava_kd.assembly.runs.stopping import status_after, stoppable
 from llava_kd.cli.words import Commands, add_rates, command, count, network, show
 
@@ -51,9 +52,10 @@ def add(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from llava_kd.assembly.settings import load
-
     if arguments.dry_run:
+        look_at_stage(arguments.config, arguments.overrides)
+        from llava_kd.assembly.settings import load
+
         config = load(arguments.config, arguments.overrides)
         from llava_kd.assembly.planning.dry_run import plan, ranks_from_environment
 
@@ -61,6 +63,9 @@ def _train(arguments: argparse.Namespace) -> int:
         show(plan(config, ranks, arguments.measured, network(arguments)))
         return 0
     with stoppable():
+        look_at_stage(arguments.config, arguments.overrides)
+        from llava_kd.assembly.settings import load
+
         config = load(arguments.config, arguments.overrides)
         from llava_kd.assembly.train import train
 
@@ -69,12 +74,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    look_at_file(arguments.pipeline, "pipeline", "an example is scripts/pipeline.yaml")
     from llava_kd.assembly.pipeline import read_pipeline, run_pipeline
 
     return run_pipeline(read_pipeline(arguments.pipeline, arguments.overrides))
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    look_at_stage(arguments.config, arguments.overrides)
     from llava_kd.assembly.check import check
     from llava_kd.assembly.settings import load
 
@@ -94,6 +101,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _cache_teacher(arguments: argparse.Namespace) -> int:
+    look_at_stage(arguments.config, arguments.overrides)
     from llava_kd.assembly.cache_teacher import cache_teacher
     from llava_kd.assembly.settings import load
 

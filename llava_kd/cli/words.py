@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llava_kd.assembly.plugins import Tables
 
 Commands = argparse._SubParsersAction
+VERBOSE = "LLAVA_KD_VERBOSE"  # as in assembly/runs/logs.py, which is too long to import here
 
 
 def count(text: str, *, least: int = 1) -> int:
@@ -32,7 +33,35 @@ def command(
     """`takes_settings`: words that it does not know are settings such as --optim.lr=1e-4."""
     parser = group.add_parser(name, help=what, description=what)
     parser.set_defaults(run=run, command=name, takes_settings=takes_settings)
+    loud = "show what libraries say; without it they write to the run's logs alone"
+    parser.add_argument("--verbose", action="store_true", help=loud)
     return parser
+
+
+def spelled(words: Sequence[str]) -> list[str]:
+    """Words as people write them: `--dry-run` is --dry_run, and `--optim.lr 1e-4` is --optim.lr=1e-4."""
+    found: list[str] = []
+    for word in words:
+        before = found[-1] if found else ""
+        if word.startswith("--"):
+            name, is_given, value = word.partition("=")
+            found.append("--" + name[2:].replace("-", "_") + is_given + value)
+        elif before.startswith("--") and "." in before and "=" not in before:
+            found[-1] = f"{before}={word}"
+        else:
+            found.append(word)
+    return found
+
+
+def joined(rest: Sequence[str]) -> list[str]:
+    """Settings that argparse left: of `--seed 3`, which has no dot to be known by, too."""
+    found: list[str] = []
+    for word in rest:
+        if found and not word.startswith("--") and found[-1].startswith("--") and "=" not in found[-1]:
+            found[-1] = f"{found[-1]}={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def is_first_rank() -> bool:

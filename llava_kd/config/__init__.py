@@ -5,6 +5,7 @@ from llava_kd.config.data import DataConfig, PackingConfig, SourceConfig
 from llava_kd.config.evaluate import EvaluateConfig, HeldOutConfig, SliceConfig
 from llava_kd.config.models import PARTS, Dtype, StudentConfig, TeacherConfig
 from llava_kd.config.objective import ObjectiveConfig, objective_type, stage_type
+from llava_kd.config.pictures import HardConfig, MixupConfig, PicturesConfig
 from llava_kd.config.reading import dump, load, plugins_of
 from llava_kd.config.running import CheckpointConfig, EngineConfig, LogConfig, OptimConfig
 from llava_kd.config.sections import TrainConfig
@@ -17,12 +18,15 @@ __all__ = [
     "Dtype",
     "EngineConfig",
     "EvaluateConfig",
+    "HardConfig",
     "HeldOutConfig",
     "LogConfig",
     "LoraConfig",
+    "MixupConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "PackingConfig",
+    "PicturesConfig",
     "SliceConfig",
     "SourceConfig",
     "SpanConfig",

@@ -24,6 +24,8 @@ def check_value(value: object, kind: object, where: str, metadata: tuple[object,
         check_section(value, kind, where)
     elif get_origin(kind) in (Union, types.UnionType):
         options = get_args(kind)
+        if type(None) in options and _means_off(value, kind):
+            raise ValueError(f"`{where}` is switched off by null; write --{where}=null in place of {value!r}")
         if value is not None or type(None) not in options:
             _check_held(value, kind, where, metadata)
     elif get_origin(kind) is Literal:
@@ -42,6 +44,13 @@ def check_value(value: object, kind: object, where: str, metadata: tuple[object,
         check_length(value, metadata, where)
     else:
         _check_scalar(value, cast(type, kind), where, metadata)
+
+
+def _means_off(value: object, union: object) -> bool:
+    """As people write it: YAML reads `off` and `no` as false, and `none` as text."""
+    kind = split(next(option for option in get_args(union) if option is not type(None)))[0]
+    is_none = isinstance(value, str) and value.lower() == "none" and value not in words_of(union)
+    return (value is False and kind is not bool) or (is_none and kind is not str)
 
 
 def words_of(union: object) -> tuple[str, ...]:

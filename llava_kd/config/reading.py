@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 import draccus
@@ -13,7 +13,7 @@ import yaml
 from draccus.utils import DraccusException
 
 from llava_kd.config.checks import check_section, check_value
-from llava_kd.config.objective import Table, stage_type
+from llava_kd.config.objective import ObjectiveConfig, Table, stage_type
 from llava_kd.config.sections import TrainConfig
 from llava_kd.config.trees import UniqueKeyLoader, parse_override, set_dotted
 
@@ -45,6 +45,19 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, terms: Table) -> Tr
         stage = stage_type(TrainConfig, terms)
         check_section(tree, stage, "")
         return draccus.decode(stage, tree)
+
+
+def check_early(path: str | Path, overrides: Sequence[str] = ()) -> dict:
+    """The tree of a stage, checked as `load` does but for its terms, which take long to import."""
+    path = Path(path)
+    with _naming(path):
+        tree = _tree(path, overrides)
+        objective = tree.get("objective")
+        if isinstance(objective, dict):
+            own = {field.name for field in fields(ObjectiveConfig)}
+            objective = {key: value for key, value in objective.items() if key in own}
+        check_section({**tree, **({"objective": objective} if "objective" in tree else {})}, TrainConfig, "")
+        return tree
 
 
 def plugins_of(path: str | Path, overrides: Sequence[str] = ()) -> list[str]:

@@ -79,9 +79,27 @@ class LogConfig:
         Doc("Steps from one look at gradients per term and at both models' tokens to the next; 0 is never."),
     ] = 50
     wandb_project: Annotated[str | None, Doc("Project of Weights & Biases; null is none.")] = None
+    wandb_name: Annotated[str | None, Doc("Name of the run there; null is that of `output_dir`.")] = None
+    wandb_entity: Annotated[str | None, Doc("User or team there; null is WANDB_ENTITY, or your own.")] = None
+    wandb_group: Annotated[str | None, Doc("Group of the run, as of all stages of a student.")] = None
+    wandb_tags: Annotated[list[str], Doc("Words by which the run is found there.")] = field(
+        default_factory=list
+    )
+    wandb_id: Annotated[
+        str | None, Doc("Id of the run; null is WANDB_RUN_ID, or one that is drawn and kept in `output_dir`.")
+    ] = None
     tensorboard: Annotated[bool, Doc("Write TensorBoard's files too.")] = False
-    progress: Annotated[bool, Doc("Show a bar.")] = True
-    progress_line: Annotated[NotNegativeInt, Doc("Line of the terminal where the bar stands.")] = 0
+    progress: Annotated[
+        bool, Doc("Show a line that is written over on a terminal, and one every `every` steps elsewhere.")
+    ] = True
+    progress_line: Annotated[NotNegativeInt, Doc("Line of the terminal where it stands.")] = 0
+
+    def __post_init__(self) -> None:
+        given = [key for key in ("name", "entity", "group", "tags", "id") if getattr(self, f"wandb_{key}")]
+        require(
+            not given or self.wandb_project is not None,
+            f"`log.wandb_{given[0] if given else ''}` belongs to a run of wandb; set log.wandb_project too",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from llava_kd.config.data import DataConfig
 from llava_kd.config.evaluate import EvaluateConfig, check_best
 from llava_kd.config.models import PARTS, StudentConfig, TeacherConfig
 from llava_kd.config.objective import ObjectiveConfig
+from llava_kd.config.pictures import PicturesConfig, check_pictures
 from llava_kd.config.ranges import PositiveFloat, PositiveInt, require
 from llava_kd.config.running import CheckpointConfig, EngineConfig, LogConfig, OptimConfig
 from llava_kd.config.teaching.token_policy import TokenPolicyConfig
@@ -43,6 +44,9 @@ class TrainConfig:
     teacher: Annotated[TeacherConfig | None, Doc("The model that is learned from; null is none.")] = None
     token_policy: Annotated[
         TokenPolicyConfig | None, Doc("What is taught of private tokens; null treats all tokens alike.")
+    ] = None
+    pictures: Annotated[
+        PicturesConfig | None, Doc("A change of the pictures before both models; null is none.")
     ] = None
     engine: Annotated[EngineConfig, Doc("What runs a step, on which devices.")] = field(
         default_factory=EngineConfig
@@ -82,8 +86,15 @@ class TrainConfig:
             self.trainable,
             placement=None if self.teacher is None else self.teacher.placement,
             cache=None if self.teacher is None else self.teacher.cache,
-            others={"student.projector": reuses_teacher},
+            others={"student.projector": reuses_teacher, "pictures": self.pictures is not None},
         )
+        if self.pictures is not None:
+            require(
+                self.token_policy is None,
+                "`pictures` and `token_policy` both weigh the labels, and were never tried together; set one "
+                "to null",
+            )
+            check_pictures(self.pictures, self.teacher, self.objective.terms, self.engine.kind)
         self.objective.check_teacher(has_teacher=self.teacher is not None, is_used=reuses_teacher)
         if self.teacher is not None:
             require(

@@ -17,7 +17,7 @@ from llava_kd.batch import Batch, Counts
 from llava_kd.distill.formulas import Common
 from llava_kd.distill.row_choice import Chosen, choose
 from llava_kd.distill.rows import Place, Rows, count, fill, visual_features
-from llava_kd.distill.taught import AnyPrediction, MixedPrediction, TopKPrediction
+from llava_kd.distill.taught import LABELLED, AnyPrediction, MixedPrediction, TopKPrediction
 from llava_kd.distill.terms.term import HeadRequest, Term
 from llava_kd.distill.token_policy import BEYOND_TOP_K, PolicyRows
 from llava_kd.losses.divergence import Divergence, Temperature
@@ -74,7 +74,7 @@ class HeadTerms:
     """The terms of an objective that go through the head, for one micro-batch.
 
     `factors`: scalars without gradient that multiply the weights of some terms. `policy`: what is taught of
-    response tokens that may be private.
+    response tokens that may be private. `label_weight_N`: as of `Taught`.
     """
 
     terms: Mapping[str, Term]
@@ -85,6 +85,7 @@ class HeadTerms:
     counts: Counts
     factors: Mapping[str, Tensor] = field(default_factory=dict)
     policy: PolicyRows | None = None
+    label_weight_N: Tensor | None = None
 
     def __call__(self) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Their weighted sum and each one's mean; None where there is none of them."""
@@ -112,12 +113,17 @@ class HeadTerms:
         rows = Rows.select(block.place, self.batch, with_teacher=with_teacher)
         request = None if block.kl is None else self.terms[block.kl].head_request()
         chosen = choose(rows, request, self.batch, self.teacher, self.common)
-        if self.policy is None or block.place != "response":
+        if block.place != "response":
             return chosen
-        return chosen.under(self.policy)
+        if self.label_weight_N is not None:
+            chosen = chosen.labelled(self.label_weight_N)
+        return chosen if self.policy is None else chosen.under(self.policy)
 
     def _share(self, name: str) -> Tensor:
-        return 1.0 / count(self.counts, self.terms[name].denominator.name)
+        denominator = self.terms[name].denominator.name
+        request = self.terms[name].head_request()
+        is_of_labels = request is not None and request.divergence is None and request.place == "response"
+        return 1.0 / count(self.counts, LABELLED if is_of_labels and LABELLED in self.counts else denominator)
 
     def _weights(self, rows: Rows, name: str | None) -> Tensor:
         if name is None:

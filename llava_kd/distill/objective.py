@@ -94,6 +94,7 @@ class Objective:
             counts=counts,
             factors=factors,
             policy=taught.policy,
+            label_weight_N=taught.label_weight_N,
         )()
         if head is not None:
             loss = loss + head[0]

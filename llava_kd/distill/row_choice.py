@@ -47,6 +47,10 @@ class Chosen:
             ce_factor_N=ce_N,
         )
 
+    def labelled(self, weight_N: Tensor) -> Chosen:
+        """All response rows, whose labels count so much."""
+        return replace(self, ce_factor_N=weight_N, is_counted=False)
+
 
 def choose(
     rows: Rows, request: HeadRequest | None, batch: Batch, teacher: AnyPrediction | None, common: Common

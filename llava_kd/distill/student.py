@@ -38,8 +38,8 @@ class Student(nn.Module):
             self.learned_weights = objective.learned
 
     def counts(self, batch: Batch) -> Counts:
-        """The denominators that the terms are divided by, of this micro-batch."""
-        return self.objective.counts(batch)
+        """Of this micro-batch: what the terms are divided by, and what the teaching adds."""
+        return Counts({**self.objective.counts(batch), **self._door[0].counts(batch)})
 
     def losses(
         self,
@@ -92,6 +92,10 @@ class Student(nn.Module):
         if (own := door.losses(batch, prediction, taught, counts)) is None:
             return losses.loss, losses.means
         return losses.loss + own[0], {**losses.means, **own[1]}
+
+    def after_step(self, means: Mapping[str, Tensor]) -> None:
+        """Once the weights have moved: what of the teaching moves without an optimiser, moves now."""
+        self._door[0].after_step(means)
 
     def advice(self, means: Mapping[str, Tensor]) -> str | None:
         """What the teacher would tell the user after a step with these global means."""

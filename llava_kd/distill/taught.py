@@ -40,7 +40,7 @@ class TopKPrediction:
 
 @dataclass(frozen=True, kw_only=True)
 class MixedPrediction:
-    """What several teachers say of the same tokens, and the log of how much each counts at each flat place."""
+    """What several teachers say of the same tokens, and the log of each one's weight at each flat place."""
 
     parts: tuple[Prediction, ...]
     log_weights_PM: Tensor
@@ -59,6 +59,9 @@ class MixedPrediction:
         )
 
 
+# What cross-entropy is divided by where some labels do not count: what is left of the response targets.
+LABELLED = "labelled_tokens"
+
 AnyPrediction = Prediction | TopKPrediction | MixedPrediction
 
 
@@ -69,9 +72,12 @@ class Taught:
     `prediction` is on the teacher's side of the batch. `switched` is the teacher's over the student's visual
     output. `others` are further ones by name, such as on other pixels, for the terms that ask for them.
     `policy`: what of it is taught at tokens that may be private.
+    `label_weight_N`: [response targets of the student's side], what the label of each counts in
+    cross-entropy; None is 1 for all. Whoever gives it counts LABELLED, of every batch.
     """
 
     prediction: AnyPrediction | None = None
     switched: Prediction | None = None
     others: Mapping[str, AnyPrediction] = field(default_factory=dict)
     policy: PolicyRows | None = None
+    label_weight_N: Tensor | None = None

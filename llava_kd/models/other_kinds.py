@@ -8,6 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from llava_kd.models.tower_source import nearest_neighbours
+
 _LFS = b"version https://git-lfs"
 _WEIGHTS = (
     ".safetensors",
@@ -123,3 +125,20 @@ def _is_mlx(folder: Path) -> bool:
         except (SafetensorError, OSError):  # its reader says what is wrong
             return False
     return False
+
+
+def existing(name: str, what: str) -> str:
+    """`name` if it is a directory or could be a hub id; ValueError for a path that is not there."""
+    path = Path(name)
+    refuse_other_kinds(name, what)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{what} {name} has no config.json: it is not a model directory")
+        return name
+    looks_like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
+    if looks_like_a_path or (path.parent.is_dir() and str(path.parent) != "."):
+        raise ValueError(
+            f"{what} {name} does not exist{nearest_neighbours(path)}; give a model directory or a hub id "
+            "such as org/name"
+        )
+    return name

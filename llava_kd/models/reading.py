@@ -19,8 +19,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llava_kd.models.other_kinds import refuse_other_kinds
-from llava_kd.models.tower_source import nearest, nearest_neighbours
+from llava_kd.models.other_kinds import existing
+from llava_kd.models.tower_source import nearest
+
+__all__ = [
+    "check_vocabulary",
+    "existing",
+    "read_config",
+    "read_json",
+    "read_pretrained",
+    "read_tokenizer",
+    "readable",
+]
 
 # Ids that an id which cannot be read is compared with, beside those that this machine has read before.
 KNOWN_IDS = (
@@ -60,23 +70,6 @@ KNOWN_IDS = (
 )
 
 
-def existing(name: str, what: str) -> str:
-    """`name` if it is a directory or could be a hub id; ValueError for a path that is not there."""
-    path = Path(name)
-    refuse_other_kinds(name, what)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{what} {name} has no config.json: it is not a model directory")
-        return name
-    looks_like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
-    if looks_like_a_path or (path.parent.is_dir() and str(path.parent) != "."):
-        raise ValueError(
-            f"{what} {name} does not exist{nearest_neighbours(path)}; give a model directory or a hub id "
-            "such as org/name"
-        )
-    return name
-
-
 @contextmanager
 def readable(what: str, name: str) -> Iterator[None]:
     """Files of `name` that are missing, broken or of another kind become a ValueError of one line."""
@@ -100,7 +93,23 @@ def read_config(name: str) -> PreTrainedConfig:
             raise
         known = {*KNOWN_IDS, *_read_before()}
         hint = "" if name in known else nearest(name, known)
+        if _is_out_of_reach(error):
+            raise ValueError(
+                f"{name} is no directory here, is not in the cache of the hub ({HF_HUB_CACHE}), and the hub "
+                f"cannot be reached from here{hint}; where it can: `hf download {name} --local-dir DIR`, "
+                "then give DIR"
+            ) from error
         raise ValueError(f"{name} is no directory here, and as an id of the hub {error}{hint}") from error
+
+
+def _is_out_of_reach(error: BaseException | None) -> bool:
+    """Whether a chain of causes is about the network, or about its being switched off, and no answer came."""
+    while error is not None:
+        text = f"{type(error).__name__} {error}".lower()
+        if any(word in text for word in ("couldn't connect", "connecterror", "offline mode", "offlinemode")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _read_before() -> list[str]:

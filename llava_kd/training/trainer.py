@@ -18,7 +18,7 @@ from llava_kd.distill.diagnosis import Diagnosis
 from llava_kd.distill.student import Student
 from llava_kd.parallel.engine import STATE_KINDS, Engine
 from llava_kd.training.checkpoint import Best, Checkpoints, Saved
-from llava_kd.training.metrics import Metrics
+from llava_kd.training.metrics import Metrics, peak_memory
 from llava_kd.training.schedule import Cadence, Schedule
 from llava_kd.training.stopping import StopRequest
 from llava_kd.training.sums import Sums
@@ -169,8 +169,10 @@ class Trainer:
             lr_multiplier=self._schedule.lr_multiplier(step), max_grad_norm=self._schedule.max_grad_norm
         )
         what = "figures of logged steps" if is_logged else "figures of steps"
+        summed = self._sums({name: value.float() for name, value in means.items()}, what)
+        self._student.after_step(summed)
         return StepResult(
-            means=self._sums({name: value.float() for name, value in means.items()}, what),
+            means=summed,
             diagnosis={} if diagnosis is None else diagnosis.figures(self._engine.world.sum),
             grad_norm=norm,
             counts=counts,
@@ -244,6 +246,7 @@ class Trainer:
             lambda: {
                 **self._schedule.rates(done - 1),
                 "ranks": self._engine.world.size,
+                "peak_memory_gb": peak_memory(self._engine.world.device) / 1e9,
                 **self._loader.telemetry(),
             },
             {**{name: float(value) for name, value in result.diagnosis.items()}, **evaluated},

@@ -12,8 +12,8 @@ import numpy as np
 
 from llava_kd.assembly.curating.scoring import Scorer
 from llava_kd.assembly.plugins import OURS, Tables
+from llava_kd.assembly.runs.logs import speaker
 from llava_kd.assembly.runs.run_dir import locked
-from llava_kd.assembly.train import speaker
 from llava_kd.config import DataConfig, Dtype, TeacherConfig
 from llava_kd.curation.difference import Share, kept
 from llava_kd.curation.elicit.entries import Asked, Dropped, Which, read_asked

@@ -16,9 +16,9 @@ import numpy as np
 from llava_kd.assembly.curating.scoring import Say, Scorer
 from llava_kd.assembly.parts.data import open_sources
 from llava_kd.assembly.parts.stored_teacher import refuse_other
+from llava_kd.assembly.runs.logs import speaker
 from llava_kd.assembly.runs.run_dir import locked
 from llava_kd.assembly.settings import tables_of
-from llava_kd.assembly.train import speaker
 from llava_kd.checksums import meta_checksum, sealed
 from llava_kd.config import Dtype, TeacherConfig, TrainConfig
 from llava_kd.curation.difference import GroupRow, Share, check_quotas, doubts, group_rows, kept, table

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from llava_kd.config import TrainConfig
 from llava_kd.distill.student import LEARNED_WEIGHTS, Student
 from llava_kd.parallel.engine import AdamWSettings, Engine, ParameterGroup
@@ -37,6 +40,18 @@ def make_engine(config: TrainConfig, world: World, module: Student) -> Engine:
     mllm = module.mllm
     units = [*mllm.language_model.layers, mllm.multi_modal_projector]
     return TorchEngine(module, groups, world=world, kind=kind, adamw=adamw, bf16=bf16, shard_units=units)
+
+
+def compiles_first(config: TrainConfig) -> str | None:
+    """What a first start under DeepSpeed takes its time for."""
+    if config.engine.kind != "deepspeed":
+        return None
+    from torch.utils.cpp_extension import get_default_build_root  # late: it says whether CUDA is there
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if any(root.glob("**/deepspeed*/*.so")):
+        return None
+    return f"DeepSpeed compiles a part of itself at its first start, once, into {root}: about a minute"
 
 
 def parameter_groups(config: TrainConfig, module: Student) -> list[ParameterGroup]:

@@ -30,7 +30,7 @@ from llava_kd.assembly.planning.throughput import Network, Rate, throughput
 from llava_kd.assembly.runs.provenance import checked_parent
 from llava_kd.assembly.runs.run_dir import check_world, refuse_other_run
 from llava_kd.assembly.settings import tables_of
-from llava_kd.assembly.stage import num_steps
+from llava_kd.assembly.stage import few_steps, num_steps
 from llava_kd.config import TrainConfig
 from llava_kd.models.files.checkpoint import load_config, load_processor
 from llava_kd.parallel.world import World
@@ -69,6 +69,7 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
         f"global batch     {config.global_batch_size} = {ranks} ranks x {accumulation(config, ranks)} "
         f"micro-batches of up to {config.micro_batch_size}",
         f"steps            {steps} ({per_epoch} an epoch of {records} records)",
+        *(f"  warning        {line}" for line in [few_steps(steps)] if line is not None),
         f"student          {_parts(student)}; trained: {', '.join(config.trainable)} ({trained / 1e6:.2f} M)",
         f"teacher          {'none' if teacher is None else _parts(teacher)}",
         *(f"  beside it      {_parts(one)}, {name}" for name, one in zip(names, others, strict=True)),

@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "checkpoint.keep",
     "checkpoint.best",
     "evaluate",
+    "pictures.hard.show_every",
     "micro_batch_size",
     "engine.kind",
     "engine.zero_stage",

@@ -21,8 +21,8 @@ class SeveralConfig:
     weights: Annotated[
         Literal["uniform", "given", "histograms", "agreement"],
         Doc(
-            "All alike; `shares`; by how alike the answers of `records` are to those of `data`; or, record by "
-            "record, by the mean log-likelihood of its labels."
+            "All alike; `shares`; by how alike the answers of `records` are to those of `data`; or, record "
+            "by record, by the mean log-likelihood of its labels."
         ),
     ]
     beta: Annotated[
@@ -63,14 +63,14 @@ class SeveralConfig:
         """ValueError where the same teacher is named twice, or a cache would stand in for all of them."""
         require(
             cache is None,
-            f"`teacher.cache` ({cache}) holds what one teacher says, but `teacher.several` is set: set one of "
-            "them to null",
+            f"`teacher.cache` ({cache}) holds what one teacher says, but `teacher.several` is set: set one "
+            "of them to null",
         )
         names = [checkpoint, *self.checkpoints]
         places = [Path(name).resolve() for name in names]
         doubled = [name for i, name in enumerate(names) if places[i] in places[:i]]
         require(
             not doubled,
-            f"`teacher.several.checkpoints` names the teacher {doubled[0] if doubled else ''} twice; name each "
+            f"`teacher.several.checkpoints` names the teacher {' and '.join(doubled)} twice; name each "
             "directory once, teacher.checkpoint among them, and give it more weight by `shares`",
         )

@@ -17,19 +17,24 @@ from llava_kd.data.batches.collate import CollatedRows, RawImages
 from llava_kd.data.batches.micro_batches import Micro
 from llava_kd.data.batches.model_side import Side
 from llava_kd.data.pixels.images import ImageTransform
+from llava_kd.data.pixels.kept_pages import KeptPages
 
 _DEPTH = 2
 _Made = tuple[Micro, Batch, torch.cuda.Event | None]
 
 
-def to_batch(micro: Micro, sides: tuple[Side, ...], device: torch.device) -> Batch:
+def to_batch(
+    micro: Micro, sides: tuple[Side, ...], device: torch.device, pages: KeptPages | None = None
+) -> Batch:
     """Move a micro-batch, decode and resize its images if the worker left them raw, and normalise them.
 
-    ValueError, naming the records, if an image that was left encoded cannot be decoded.
+    `pages` lend the memory of the pixels on a CPU. ValueError, naming the records, if an image that was left
+    encoded cannot be decoded.
     """
     raw = None if micro.raw is None else _on_device(micro.raw, micro.record_ids, device)
     inputs = [
-        _inputs(rows, side.transform, raw, device) for rows, side in zip(micro.rows, sides, strict=True)
+        _inputs(rows, side.transform, raw, device, pages)
+        for rows, side in zip(micro.rows, sides, strict=True)
     ]
     stored = micro.teacher_rows
     return Batch(
@@ -61,7 +66,11 @@ def _num_shared_targets(sides: tuple[CollatedRows, ...]) -> int | None:
 
 
 def _inputs(
-    rows: CollatedRows, transform: ImageTransform, raw: list[Tensor] | None, device: torch.device
+    rows: CollatedRows,
+    transform: ImageTransform,
+    raw: list[Tensor] | None,
+    device: torch.device,
+    pages: KeptPages | None,
 ) -> Inputs:
     if raw is None:
         images_IHWC = rows.images_IHWC.to(device, non_blocking=True)
@@ -77,7 +86,7 @@ def _inputs(
         position_ids_BT=rows.position_ids_BT.to(device, non_blocking=True),
         segment_ids_BT=rows.segment_ids_BT.to(device, non_blocking=True),
         visual_BT=rows.visual_BT.to(device, non_blocking=True),
-        pixels_ICHW=transform.normalise(images_IHWC),
+        pixels_ICHW=transform.normalise(images_IHWC, pages),
         image_is_valid_I=rows.image_is_valid_I.to(device, non_blocking=True),
         is_packed=rows.is_packed,
         known_places=rows.places.map(lambda t: t.to(device, non_blocking=True)),
@@ -93,6 +102,7 @@ class Ahead:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._pages = KeptPages()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run(self, micros: Iterator[Micro], sides: tuple[Side, ...]) -> Iterator[tuple[Micro, Batch]]:
@@ -122,7 +132,7 @@ class Ahead:
         if micro is None:
             return None
         if self._stream is None or consumer is None:
-            return micro, to_batch(micro, sides, self._device), None
+            return micro, to_batch(micro, sides, self._device, self._pages), None
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._stream.wait_stream(consumer)
             batch = to_batch(micro.pinned(), sides, self._device)

@@ -19,6 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import BaseImageProcessor
 
+from llava_kd.data.pixels import compiled
+from llava_kd.data.pixels.kept_pages import KeptPages
 from llava_kd.data.pixels.modes import to_rgb
 from llava_kd.data.pixels.orientation import AS_STORED, may_be_tagged, tag_of, turned
 from llava_kd.data.pixels.png_text import without_text
@@ -58,6 +60,11 @@ _PILLOW_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+
+
+def jpeg_decoder() -> str:
+    """Who decodes JPEGs on the CPU, for a reader."""
+    return "simplejpeg" if simplejpeg is not None else "OpenCV" if cv2 is not None else "Pillow"
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, upright: bool = False) -> Tensor:
@@ -277,15 +284,25 @@ class ImageTransform:
         colour_C = None if self.aspect != "pad" else _colour(self.mean)
         return resize_part(pixels_HWC, rows, columns, self.resample, colour_C)
 
-    def normalise(self, pixels_IHWC: Tensor) -> Tensor:
-        """float32 [I, C, H, W] from uint8 [I, H, W, C], equal bit for bit to the stock processor's."""
+    def normalise(self, pixels_IHWC: Tensor, pages: KeptPages | None = None) -> Tensor:
+        """float32 [I, C, H, W] from uint8 [I, H, W, C], equal bit for bit to the stock processor's.
+
+        On the CPU `pages` may lend the memory of the result.
+        """
         device = pixels_IHWC.device
         pixels_ICHW = pixels_IHWC.permute(0, 3, 1, 2)
+        if pages is None or device.type != "cpu":
+            result_ICHW = torch.empty(pixels_ICHW.shape, device=device)
+        else:
+            result_ICHW = pages.take(pixels_ICHW.shape)
+        if compiled.can_look_up(pixels_IHWC):
+            compiled.look_up(pixels_IHWC, _normalised_values(self), result_ICHW)
+            return result_ICHW
         if _arithmetic_is_exact(self, device):
-            return _arithmetic(self, pixels_ICHW)
+            return _arithmetic(self, pixels_ICHW, result_ICHW)
         table = _normalised_values(self).flatten().to(device)
         first_C11 = 256 * torch.arange(3, dtype=torch.int32, device=device).view(3, 1, 1)
-        return table[(pixels_ICHW.int() + first_C11).contiguous()]
+        return result_ICHW.copy_(table[pixels_ICHW.int() + first_C11])
 
 
 @lru_cache(maxsize=16)
@@ -297,10 +314,9 @@ def _normalised_values(transform: ImageTransform) -> Tensor:
     return torch.from_numpy((values - mean) / std)
 
 
-def _arithmetic(transform: ImageTransform, pixels_ICHW: Tensor) -> Tensor:
+def _arithmetic(transform: ImageTransform, pixels_ICHW: Tensor, result_ICHW: Tensor) -> Tensor:
     """The same in float32, division by division: a product with a reciprocal differs in the last bit."""
     divisor_C11, mean_C11, std_C11 = _constants(transform, pixels_ICHW.device)
-    result_ICHW = torch.empty(pixels_ICHW.shape, device=pixels_ICHW.device)
     return result_ICHW.copy_(pixels_ICHW).div_(divisor_C11).sub_(mean_C11).div_(std_C11)
 
 
@@ -314,7 +330,9 @@ def _constants(transform: ImageTransform, device: torch.device) -> Tensor:
 @lru_cache(maxsize=16)
 def _arithmetic_is_exact(transform: ImageTransform, device: torch.device) -> bool:
     values_1C1V = torch.arange(256, dtype=torch.uint8, device=device).expand(1, 3, 1, 256)
-    return torch.equal(_arithmetic(transform, values_1C1V)[0, :, 0].cpu(), _normalised_values(transform))
+    result_1C1V = torch.empty(values_1C1V.shape, device=device)
+    result_CV = _arithmetic(transform, values_1C1V, result_1C1V)[0, :, 0]
+    return torch.equal(result_CV.cpu(), _normalised_values(transform))
 
 
 def _three(values: float | list[float]) -> tuple[float, float, float]:

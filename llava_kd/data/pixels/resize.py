@@ -1,7 +1,8 @@
 """Pillow's antialiased resize, bit for bit, on the CPU and on a GPU.
 
 Pillow resizes one axis, rounds to uint8, and resizes the other, with weights in 22-bit fixed point. All of
-it is exact in float64 matrix products, in whatever order a device adds. The horizontal axis always goes
+it is exact in integers, which the part in C adds where it was built (`compiled`), and in float64 matrix
+products, in whatever order a device adds. The horizontal axis always goes
 first, as in every Pillow before 13.0 and so in the training of every published checkpoint; Pillow 13 swaps
 the axes for some tall images.
 
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from llava_kd.data.pixels import compiled
 
 BILINEAR = int(Image.Resampling.BILINEAR)
 BICUBIC = int(Image.Resampling.BICUBIC)
@@ -38,9 +41,11 @@ def check_filter(resample: int) -> None:
 
 def resize(pixels_HWC: Tensor, size: tuple[int, int], resample: int) -> Tensor:
     """uint8 [*size, C] by Pillow's filter number `resample`."""
-    if pixels_HWC.device.type == "cpu":
-        return _resize_by_pillow(pixels_HWC, size, resample)
-    return resize_by_products(pixels_HWC, size, resample)
+    if pixels_HWC.device.type != "cpu":
+        return resize_by_products(pixels_HWC, size, resample)
+    if compiled.can_resize(pixels_HWC):
+        return resize_by_c(pixels_HWC, size, resample)
+    return resize_by_pillow(pixels_HWC, size, resample)
 
 
 def resize_fast(pixels_HWC: Tensor, size: tuple[int, int], resample: int) -> Tensor:
@@ -53,7 +58,18 @@ def resize_fast(pixels_HWC: Tensor, size: tuple[int, int], resample: int) -> Ten
     return resized_1CHW[0].permute(1, 2, 0)
 
 
-def _resize_by_pillow(pixels_HWC: Tensor, size: tuple[int, int], resample: int) -> Tensor:
+def resize_by_c(
+    pixels_HWC: Tensor, size: tuple[int, int], resample: int, kernel: str | None = None
+) -> Tensor:
+    """The same in C, where that was built, by the quickest kernel unless one is named."""
+    rows, columns = (
+        (_table if length <= _KEPT_LENGTH else _table.__wrapped__)(length, out, resample)
+        for length, out in zip(pixels_HWC.shape[:2], size, strict=True)
+    )
+    return compiled.resize(pixels_HWC, rows, columns, kernel)
+
+
+def resize_by_pillow(pixels_HWC: Tensor, size: tuple[int, int], resample: int) -> Tensor:
     """An axis at a time, so that the order does not depend on Pillow's version."""
     height, width = size
     image = Image.fromarray(pixels_HWC.numpy())
@@ -162,6 +178,11 @@ class _Taps:
             1, torch.where(is_here_TK, place_TK, 0), torch.where(is_here_TK, weight_TK, 0)
         )
         return slice(low, high), weights_TS
+
+
+@lru_cache(maxsize=1024)
+def _table(length: int, out: int, resample: int) -> compiled.Table:
+    return compiled.Table.of(*taps(length, out, resample))
 
 
 @lru_cache(maxsize=4096)

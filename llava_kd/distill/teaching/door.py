@@ -25,6 +25,11 @@ class Teaching:
     changes_pictures: bool = False
     """Whether `pictures` is asked, and so the student's tower runs within the forward, behind it."""
 
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Denominators of its own, by names of its own: of a micro-batch as it came, before any forward."""
+        del batch
+        return {}
+
     def modules(self) -> nn.Module | None:
         """What is trained with the student: wrapped, sharded and saved with it, without weight in its export.
 
@@ -62,6 +67,13 @@ class Teaching:
         """Means of the teacher's own for the log, without gradient; the names are the same at every call."""
         del batch, taught, counts
         return {}
+
+    def after_step(self, means: Mapping[str, Tensor]) -> None:
+        """The global means of a step whose weights have moved: where what no engine moves is moved.
+
+        Every rank gets the same, once a step, before anything of the step is saved.
+        """
+        del means
 
     def advice(self, means: Mapping[str, Tensor]) -> str | None:
         """A line for the user after a step with these global means; None where there is nothing to say."""

@@ -48,8 +48,16 @@ class FromTeacher(Teaching):
         self._steps_worse = 0
 
     @property
+    def switch(self) -> Switch | None:
+        return self._switch
+
+    @property
     def predict(self) -> Predicts:
         return self._predict
+
+    @property
+    def head_loss(self) -> Callable[..., HeadLoss]:
+        return self._head_loss
 
     def outside(self, batch: Batch, features_INE: Tensor | None) -> Taught:
         return Taught(prediction=self._predict(batch, features_INE))
@@ -84,7 +92,7 @@ class FromTeacher(Teaching):
 
 @torch.no_grad()
 def mixture_figures(teachers: MixedPrediction, batch: Batch, counts: Counts) -> dict[str, Tensor]:
-    """The mixture's own mean cross-entropy over the response targets, and each teacher's mean weight there."""
+    """The mixture's own mean cross-entropy over the response targets, and each one's mean weight there."""
     inputs = batch.teacher_inputs
     rows_N = response_rows(inputs)
     first = teachers.parts[0]

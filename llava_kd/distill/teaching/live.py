@@ -35,9 +35,17 @@ class Teacher:
     def mllm(self) -> MLLM:
         return self._mllm
 
-    @torch.no_grad()
     def __call__(self, batch: Batch, student_features_INE: Tensor | None = None) -> Prediction:
         """Predict on the teacher's side of `batch`, from the student's features where the tower is shared."""
+        with torch.no_grad():
+            return self._predict(batch, student_features_INE)
+
+    def with_gradient(self, batch: Batch, student_features_INE: Tensor | None = None) -> Prediction:
+        """The same, with gradient to the pixels, and in the teacher's own type wherever it is asked."""
+        with torch.autocast(batch.student.pixels_ICHW.device.type, enabled=False):
+            return self._predict(batch, student_features_INE)
+
+    def _predict(self, batch: Batch, student_features_INE: Tensor | None) -> Prediction:
         inputs = batch.teacher_inputs
         if self.shares_tower and student_features_INE is not None:
             features_INE = student_features_INE

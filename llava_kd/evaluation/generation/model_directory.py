@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError
 
 from llava_kd.models.other_kinds import refuse_other_kinds
@@ -60,8 +61,9 @@ def _from_hub(name: str) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{name} is no directory here, and as an id of the hub it cannot be read ({reason}); download it "
-            f"first, `hf download {name} --local-dir DIR`, and give DIR"
+            f"{name} is no directory here, and as an id of the hub it is neither in the cache "
+            f"({HF_HUB_CACHE}) nor can it be fetched ({reason}); download it first, "
+            f"`hf download {name} --local-dir DIR`, and give DIR"
         ) from error
 
 

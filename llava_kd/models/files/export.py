@@ -50,7 +50,7 @@ def export(
     check_stock(parts, str(source))
     written = folded(parts, str(source))
     notes = [*vllm_notes(written), *llama_cpp_notes(written), transformers_note(written)]
-    request = _request(source, dtype, summaries)
+    request = made_of(source, None if dtype is None else str(dtype).removeprefix("torch."), summaries)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if _request_of(out) != request:
             raise ValueError(f"the export directory {out} is not empty; give a new one")
@@ -70,7 +70,7 @@ def export(
     return notes
 
 
-def _request(source: Path, dtype: torch.dtype | None, scores: Sequence[tuple[str, float, int]]) -> dict:
+def made_of(source: Path, dtype: str | None, scores: Sequence[tuple[str, float, int]]) -> dict:
     """What an export is made of, so that the same command finds its work done after a kill at its end."""
     digest = hashlib.sha256()
     for path in sorted(source.glob("*")):
@@ -79,7 +79,7 @@ def _request(source: Path, dtype: torch.dtype | None, scores: Sequence[tuple[str
                 digest.update(path.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return {
         "source": digest.hexdigest(),
-        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "dtype": dtype,
         "scores": [list(score) for score in scores],
     }
 
@@ -156,14 +156,13 @@ def llama_cpp_notes(parts: Parts) -> list[str]:
     """What stands against llama.cpp's converter: of stock LLaVA directories it takes Pixtral's tower only.
 
     Read in conversion/llava.py and base.py of ggml-org/llama.cpp: `LlavaVisionModel` raises for every
-    `model_type` of a tower but pixtral's; the text converter goes by `text_config.architectures`. The older
-    scripts for tower and projector were run on a student and gave 60 of 60 answers of transformers.
+    `model_type` of a tower but pixtral's; the text converter goes by `text_config.architectures`.
     """
     tower = vision_config(parts.stock.config).model_type
+    own = "`llava-kd export --format gguf` writes its files; " if tower in INNER_TOWERS else ""
     return [
-        f"llama.cpp: `convert_hf_to_gguf.py --mmproj` refuses a LLaVA with a {tower!r} tower (it takes "
-        "Pixtral's only); without --mmproj it converts the language model alone. Its older scripts for tower "
-        "and projector (`llava_surgery_v2.py`, `convert_image_encoder_to_gguf.py`) take CLIP and SigLIP"
+        f"llama.cpp: {own}its `convert_hf_to_gguf.py --mmproj` refuses a LLaVA with a {tower!r} tower (it "
+        "takes Pixtral's only), and without --mmproj converts the language model alone"
     ]
 
 
@@ -208,7 +207,7 @@ def model_card(
     ]
     if reading := reading_notes(parts.processor):
         lines += ["", "## Reading it", "", *reading]
-    if section := _provenance(source):
+    if section := provenance_of(source):
         lines += ["", section.rstrip()]
     if scores:
         lines += ["", "## Scores", "", "| data | accuracy | questions |", "|---|---|---|"]
@@ -218,7 +217,7 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def _provenance(source: Path) -> str:
+def provenance_of(source: Path) -> str:
     """From the run that the model is of, or else from the card that the model came with."""
     run, card = source.parent / "run.json", source / "README.md"
     if source.name == "model" and run.is_file():

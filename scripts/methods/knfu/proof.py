@@ -2,7 +2,7 @@
 
     python scripts/methods/knfu/proof.py [--seeds 5] [--out DIR]
 
-Pictures of 12 x 12 belong to one of sixteen smooth patterns, moved, scaled in contrast and covered with noise.
+Pictures of 12 x 12 belong to one of sixteen smooth patterns, moved, scaled in contrast, covered with noise.
 Four subjects have four patterns each, and 5 % of a subject's pictures are of any pattern. The student, a
 perceptron with one hidden layer, gets 80 pictures of the first subject; convolutional teachers learn 2,000
 of one subject each. The arms of a seed differ in who teaches: 0.5 cross-entropy + 0.5 forward divergence at
@@ -35,11 +35,11 @@ from llava_kd.search.findings.statistics import Estimate, estimate, paired
 SUBJECTS, EACH, SIDE = 4, 4, 12
 CLASSES = SUBJECTS * EACH
 TEMPERATURE = 2.0
-NONE, UNIFORM, KNFU_1, KNFU, AGREEMENT, ALONE, WRONG = (
-    "no teacher", "uniform", "KnFu, beta 1", "KnFu, beta 10", "agreement, beta 1", "the relevant one alone",
+NONE, UNIFORM, KNFU, AGREEMENT, ALONE, WRONG = (
+    "no teacher", "uniform", "KnFu, beta 10", "agreement, beta 1", "the relevant one alone",
     "an irrelevant one alone",
 )  # fmt: skip
-ARMS = (NONE, UNIFORM, KNFU_1, KNFU, AGREEMENT, ALONE, WRONG)
+ARMS = (NONE, UNIFORM, KNFU, AGREEMENT, ALONE, WRONG)
 
 
 def pictures(
@@ -137,14 +137,13 @@ def one_seed(seed: int) -> dict[str, float]:
     weights: dict[str, Tensor | None] = {
         NONE: None,
         UNIFORM: alike(torch.zeros(SUBJECTS).log_softmax(0)),
-        KNFU_1: alike(log_fusion_weights(own_V, theirs_MV, beta=1.0)),
         KNFU: alike(log_fusion_weights(own_V, theirs_MV, beta=10.0)),
         AGREEMENT: log_agreement(likelihood_NM, torch.arange(number), number, beta=1.0),
         ALONE: alike(only[0]),
         WRONG: alike(only[1]),
     }
     found = {"the relevant teacher's own accuracy": accuracy(teachers[0], *test)}
-    for arm in (KNFU_1, KNFU, AGREEMENT):
+    for arm in (KNFU, AGREEMENT):
         logs_NM = weights[arm]
         assert logs_NM is not None
         found[f"weight of the relevant teacher, {arm}"] = 100 * float(logs_NM[:, 0].exp().mean())

@@ -1,0 +1,1 @@
+"""What is put around the teacher of a stage."""

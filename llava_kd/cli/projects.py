@@ -1,0 +1,101 @@
+"""Commands of a user's own project: begin one, watch its runs, describe the machine for a bug report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llava_kd.cli.words import Commands, command, count, show
+
+
+def add(commands: Commands) -> None:
+    what = "write a project of three stages for your own pictures and a table of questions and answers"
+    init = command(commands, "init", _init, what, takes_settings=True)
+    init.add_argument(
+        "directory", help="new folder; settings that follow as --a.b=value go into its stage files"
+    )
+    init.add_argument("--images", help="folder of pictures (default: that of --data, or this folder)")
+    table = (
+        ".csv or .xlsx (columns image, question, answer) or LLaVA .json (default: the only one beside them)"
+    )
+    init.add_argument("--data", help=table)
+    init.add_argument("--columns", type=_columns, default={}, metavar="image=A,question=B,answer=C")
+    init.add_argument("--question", help="of a table without questions: what is asked of every picture")
+    init.add_argument("--teacher", help="stock LLaVA directory (default: DIRECTORY/teacher, to be put there)")
+    init.add_argument("--student", help="stock LLaVA directory to go on from, in place of the next two")
+    init.add_argument("--vision_tower", help="of a new student: directory or id")
+    init.add_argument("--language_model", help="of a new student: directory or id")
+    held = "share of the records that choose the checkpoint, and as many that score (default: 0.1)"
+    init.add_argument("--held_out", type=_held_out, default=0.1, help=held)
+    init.add_argument(
+        "--skip_bad", action="store_true", help="leave bad records out, such as of missing pictures"
+    )
+
+    watch = command(commands, "watch", _watch, "draw the losses, speed and time left of a run from its files")
+    watch.add_argument(
+        "directory", metavar="RUN", help="output_dir of a run, or a folder of runs: the one that wrote last"
+    )
+    watch.add_argument("--every", type=count, default=5, help="seconds from one drawing to the next")
+    watch.add_argument("--once", action="store_true", help="draw once, as where there is no terminal")
+
+    what = "say which versions, GPUs and options are here, for a bug report; no paths, no variables"
+    command(commands, "env", _env, what)
+
+
+def _columns(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if any(not key.strip() or not name.strip() for key, _, name in pairs):
+        raise argparse.ArgumentTypeError(f"must be image=A,question=B,answer=C; got {text}")
+    return {key.strip(): name.strip() for key, _, name in pairs}
+
+
+def _held_out(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 0.4:
+        raise argparse.ArgumentTypeError(f"must be a share from 0 to 0.4; got {text}")
+    return value
+
+
+# Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.projects.own_data import Given, find_data, refuse_taken
+
+    refuse_taken(Path(arguments.directory).absolute())
+    given = Given(
+        images=arguments.images,
+        data=arguments.data,
+        columns=arguments.columns,
+        question=arguments.question,
+        held_out=arguments.held_out,
+        skip_bad=arguments.skip_bad,
+    )
+    data = find_data(given, Path.cwd())
+    from llava_kd.assembly.projects.init import Models, begin  # late: what is wrong above is said at once
+
+    models = Models(
+        teacher=arguments.teacher,
+        student=arguments.student,
+        vision_tower=arguments.vision_tower,
+        language_model=arguments.language_model,
+    )
+    show("\n".join(begin(arguments.directory, data, models, arguments.overrides)))
+    return 0
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.watching.watch import watch
+
+    watch(arguments.directory, every=arguments.every, once=arguments.once)
+    return 0
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.projects.environment import describe
+
+    show(describe())
+    return 0

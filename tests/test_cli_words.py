@@ -1,0 +1,180 @@
+"""Words as people write them, `env`, and how soon `llava-kd` answers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from llava_kd.assembly.projects import environment
+from llava_kd.assembly.runs import logs
+from llava_kd.cli import main, words
+from llava_kd.cli.words import joined, spelled
+
+# Modules that take seconds to import.
+SLOW = ("torch", "transformers")
+PROBE = (
+    "import sys; from llava_kd.cli import main; sys.argv = ['llava-kd', *sys.argv[1:]]\n"
+    "try: status = main()\n"
+    "except SystemExit as end: status = end.code\n"
+    f"print('imported', sorted(set({SLOW!r}) & set(sys.modules)), 'status', status, file=sys.stderr)"
+)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (["--optim.lr", "1e-4"], ["--optim.lr=1e-4"]),
+        (["--optim.lr", "1e-4", "x.yaml"], ["--optim.lr=1e-4", "x.yaml"]),
+        (["x.yaml", "--dry-run"], ["x.yaml", "--dry_run"]),
+        (["--data.max-length=8"], ["--data.max_length=8"]),
+        (["--student.vision_feature_layer", "-1"], ["--student.vision_feature_layer=-1"]),
+        (["--output_dir=a-b", "c-d.yaml"], ["--output_dir=a-b", "c-d.yaml"]),
+        (["--log.tensorboard", "--seed=1"], ["--log.tensorboard", "--seed=1"]),
+        (["--objective.visual_kl={weight: 1.0}"], ["--objective.visual_kl={weight: 1.0}"]),
+    ],
+)
+def test_words_are_spelled_as_the_commands_know_them(written: list[str], meant: list[str]) -> None:
+    assert spelled(written) == meant
+    assert spelled(meant) == meant
+
+
+def test_a_value_without_a_sign_belongs_to_its_setting() -> None:
+    assert joined(["--seed", "3", "--optim.lr=1", "--epochs", "2"]) == [
+        "--seed=3",
+        "--optim.lr=1",
+        "--epochs=2",
+    ]
+    assert joined(["x=1", "--seed"]) == ["x=1", "--seed"]
+
+
+def test_either_spelling_trains_the_same_stage(
+    stage: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    shown = []
+    for words_ in (
+        ["--optim.lr=0.5", "--seed=3", "--dry_run"],
+        ["--optim.lr", "0.5", "--seed", "3", "--dry-run"],
+    ):
+        assert main(["train", str(stage("run")), *words_]) == 0
+        shown.append(capsys.readouterr().out)
+        assert main(["config", str(stage("run")), *words_[:-1]]) == 0
+        assert "lr: 0.5" in capsys.readouterr().out
+    assert shown[0] == shown[1]
+
+
+@pytest.mark.parametrize("written", ["off", "none", "None", "false", "no"])
+def test_off_is_told_what_it_is_called_here(
+    stage: Callable[..., Path], capsys: pytest.CaptureFixture[str], written: str
+) -> None:
+    assert main(["train", str(stage("run")), f"--objective.visual_kl={written}"]) == 2
+    assert (
+        "`objective.visual_kl` is switched off by null; write --objective.visual_kl=null"
+        in capsys.readouterr().err
+    )
+
+
+def test_off_is_off_where_that_is_a_value(
+    stage: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["config", str(stage("run")), "--log.tensorboard=off", "--log.wandb_project=none"]) == 0
+    out = capsys.readouterr().out
+    assert "tensorboard: false" in out
+    assert "wandb_project: none" in out
+
+
+def test_verbose_reaches_what_the_command_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words.VERBOSE == logs.VERBOSE
+    monkeypatch.setenv(logs.VERBOSE, "")
+    assert main(["config", "seed", "--verbose"]) == 0
+    assert logs.is_verbose()
+
+
+# A second is the aim; what is tested is that nothing slow is imported, which holds on a busy machine too.
+MISTAKES = [
+    (["train", "none.yaml"], "no config file none.yaml"),
+    (["train", "{stage}", "--optim.rate=1"], "no setting `rate` in `optim`"),
+    (["train", "{stage}", "--optim.lr", "fast"], "`optim.lr` must be a number; got 'fast'"),
+    (["check", "{stage}", "--teacher.checkpoint=/no/such"], "the LLaVA checkpoint /no/such does not exist"),
+    (["cache-teacher", "{stage}", "--out", "x", "--seed=a"], "`seed` must be a whole number"),
+    (["run", "none.yaml"], "no pipeline file none.yaml"),
+    (["ablate", "none.yaml"], "no ablation file none.yaml"),
+    (["config", "optim.rate"], "no setting `optim.rate`"),
+    (["eval", "--model", "/no/such", "--data", "x", "--out", "y"], "no model directory /no/such"),
+    (["eval", "--model", "a/b", "--data", "x.json", "--out", "y"], "no test file x.json"),
+    (["report", "--run", "none"], "none is no run and holds none"),
+    (["chat", "--model", "./none", "hi"], "no model directory ./none"),
+    (["export", "./none", "--out", "x"], "./none does not exist"),
+    (["convert", "./none", "--out", "x"], "./none has no config.json"),
+    (["data", "verify", "--data", "none.json"], "no data file none.json"),
+    (
+        ["data", "select", "{stage}", "--reference", "./none", "--keep", "0.5", "--out", "x"],
+        "./none does not exist",
+    ),
+    (["init", "x", "--data", "none.csv"], "no image folder"),
+    (["watch", "none"], "no run none"),
+    (["--help"], ""),
+    (["train", "--help"], ""),
+]
+
+
+@pytest.mark.parametrize(("asked", "said"), MISTAKES, ids=lambda value: " ".join(value)[:40] if value else "")
+def test_a_mistake_is_answered_before_anything_slow_is_imported(
+    stage: Callable[..., Path], tmp_path: Path, asked: list[str], said: str
+) -> None:
+    path = str(stage("run"))
+    if "no image folder" in said:
+        asked = [*asked[:-1], str(tmp_path / "gone" / "none.csv")]
+    command = [sys.executable, "-c", PROBE, *(word.replace("{stage}", path) for word in asked)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert said in done.stderr
+    assert done.stderr.splitlines()[-1] == f"imported [] status {0 if '--help' in asked else 2}"
+
+
+def test_a_hub_id_that_is_out_of_reach_names_the_cache(
+    stage: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tests are offline; a machine without network is told the same."""
+    parts = "{vision_tower: google/siglip-so400m-patch14-384, language_model: Qwen/Qwen2.5-0.5B}"
+    asked = {
+        "chat": ["--model", "llava-hf/llava-1.5-7b-hf", "hi"],
+        "train": [str(stage("run")), f"--student={parts}"],
+    }
+    for command, rest in asked.items():
+        assert main([command, *rest]) == 2
+        said = capsys.readouterr().err
+        assert f"({HF_HUB_CACHE})" in said
+        assert "`hf download " in said
+        assert "Traceback" not in said
+
+
+def test_env_says_versions_and_nothing_of_the_user(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a-secret-value")
+    monkeypatch.setenv("HF_TOKEN", "another-secret")
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    import torch
+    import transformers
+
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines() if not line.startswith("not installed"))
+    assert lines["torch"] == torch.__version__
+    assert lines["transformers"] == transformers.__version__
+    assert lines["cpu"].endswith("cores for this process")
+    assert "secret" not in out
+    for private in (
+        str(Path.home()),
+        str(environment.__file__),
+        os.uname().nodename,
+        str(Path.cwd()),
+        sys.prefix,
+    ):
+        assert private not in out
