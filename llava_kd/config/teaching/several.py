@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le, MinLen
+from annotated_types import Interval, MinLen
 from typing_extensions import Doc
 
 from llava_kd.config.ranges import require
@@ -20,16 +19,14 @@ class SeveralConfig:
     checkpoints: Annotated[list[str], MinLen(1), Doc("Stock LLaVA directories of the others.")]
     weights: Annotated[
         Literal["uniform", "given", "histograms", "agreement"],
-        Doc(
-            "All alike; `shares`; by how alike the answers of `records` are to those of `data`; or, record "
-            "by record, by the mean log-likelihood of its labels."
-        ),
+        Doc("All alike, by `shares`, by how like `data` their `records` are, or how likely its labels."),
     ]
     beta: Annotated[
-        float, Ge(0), Le(1e4), Doc("How sharply `histograms` and `agreement` weigh; 0 is `uniform`.")
+        float, Interval(ge=0, le=1e4), Doc("How sharply `histograms` and `agreement` weigh; 0 is `uniform`.")
     ] = 10.0
     shares: Annotated[
-        list[float], Doc("For `given`: of each teacher, that of `teacher.checkpoint` first; their sum is 1.")
+        list[Annotated[float, Interval(gt=0, le=1)]],
+        Doc("For `given`: of each teacher, that of `teacher.checkpoint` first; their sum is 1."),
     ] = field(default_factory=list)
     records: Annotated[
         list[str],
@@ -53,10 +50,9 @@ class SeveralConfig:
             )
         if self.shares:
             require(
-                all(math.isfinite(share) and share > 0 for share in self.shares)
-                and abs(sum(self.shares) - 1) < 1e-6,
-                f"`teacher.several.shares` must be above 0 and sum to 1; got {self.shares}: leave out a "
-                "teacher that does not count",
+                abs(sum(self.shares) - 1) < 1e-6,
+                f"`teacher.several.shares` must sum to 1; got {self.shares}, which sum to "
+                f"{sum(self.shares):g}",
             )
 
     def check_beside(self, checkpoint: str, cache: str | None) -> None:
