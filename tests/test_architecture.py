@@ -62,7 +62,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "": {"generation", "scorers"},
         "benchmarks": {"", "generation", "report", "scorers"},
     },
-    "losses": {"kernels": {""}, "targets": {""}, "": {"kernels"}},
+    "losses": {"kernels": {""}, "targets": {""}, "inner": {""}, "": {"kernels"}},
     "curation": {"elicit": {""}, "": set()},
     "search": {"grids": set(), "findings": {"grids"}, "running": {"findings", "grids"}, "": set()},
     "assembly": {
