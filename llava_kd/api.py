@@ -113,12 +113,15 @@ class Chat:
         return list(self._talk.turns)
 
 
-def report(directory: str | Path) -> Path:
-    """Write results.json and report.html of a comparison run, as the quickstart makes; path of the page."""
-    from llava_kd.assembly.settings import labels
-    from llava_kd.evaluation.report.page import report as write
+def report(*directories: str | Path, out: str | Path | None = None) -> Path:
+    """Write a page of runs, finished or not, or of a comparison as the quickstart makes; its path.
 
-    return write(directory, terms=labels())
+    Each directory is a run's, or holds runs; `out` None is report.html in the first.
+    """
+    from llava_kd.assembly.settings import labels
+    from llava_kd.evaluation.report.entry import report_on
+
+    return report_on(directories, terms=labels(), out=out)[0]
 
 
 def _word(value: object) -> str:

@@ -37,7 +37,7 @@ class Watched(nn.Module):
     def __init__(self, mllm: MLLM) -> None:
         super().__init__()
         self.mllm = mllm
-        self._taps = Taps(mllm, TAPS)
+        self._taps = Taps(mllm.stock, TAPS)
 
     def forward(self, batch: Inputs, features_INE: Tensor) -> Tensor:
         with self._taps.watch() as seen:

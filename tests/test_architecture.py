@@ -62,7 +62,13 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "": {"generation", "scorers"},
         "benchmarks": {"", "generation", "report", "scorers"},
     },
-    "losses": {"kernels": {""}, "targets": {""}, "tuning": {"", "kernels"}, "": {"kernels"}},
+    "losses": {
+        "kernels": {""},
+        "targets": {""},
+        "inner": {""},
+        "tuning": {"", "kernels"},
+        "": {"kernels"},
+    },
     "curation": {"elicit": {""}, "": set()},
     "search": {"grids": set(), "findings": {"grids"}, "running": {"findings", "grids"}, "": set()},
     "assembly": {

@@ -80,8 +80,19 @@ def copied(hidden: Path, tmp_path: Path) -> Path:
         ["--data.packing={max_tokens: 600, packs_per_step: 2}", "--micro_batch_size=1"],
         ["--objective.visual_kl=null", KL_ALONE],
         ["--objective.losses=reference", "--objective.relation.tap=hidden"],
+        [
+            "--objective.exit_logits={gamma: 1.5, form: code}",
+            "--objective.visual_exit_logits={layers: [0, 1]}",
+        ],
     ],
-    ids=["padded, two epochs", "another order and split", "packed", "response alone", "plain formulas"],
+    ids=[
+        "padded, two epochs",
+        "another order and split",
+        "packed",
+        "response alone",
+        "plain formulas",
+        "exits",
+    ],
 )
 def test_losses_from_the_cache_are_those_of_the_live_teacher(stage, hidden: Path, words: list[str]) -> None:
     config = stage("run", max_steps=9 if not words else 2)  # 30 records in steps of 4

@@ -99,7 +99,8 @@ def step_of(config: Path, *overrides: str, batch: Batch) -> tuple[StepResult, Wa
         batch = on_device(batch, lambda tensor: on_fake_cuda(mode, tensor))
         with watch:
             result = trainer.step([batch, batch], 0)
-    return result, watch, said[-1]
+    (kernel,) = (line for line in said if line.startswith("attention of the student"))
+    return result, watch, kernel
 
 
 def check(result: StepResult, watch: Watch) -> None:

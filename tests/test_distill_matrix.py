@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny_batches import TinyRecord, inputs, record
 from tiny_llava import make_tiny_llava
-from tiny_objectives import objective_of
+from tiny_objectives import furnished, objective_of
 from torch import Tensor
 
 from llava_kd.batch import Batch
@@ -114,6 +114,7 @@ class Sides:
         uniform_KV = torch.full((rows, rows), 1 / rows)  # every label has one
         centroids = Centroids.of(torch.arange(rows), uniform_KV)
         objective = objective_of(num_common=COMMON, align=align, losses=losses, centroids=centroids, **terms)
+        objective = furnished(objective, self.student, self.teacher.mllm)
         source = source_of(terms)
         switch = None if source is None else self.switch(source)
         module = Student(self.student, objective, FromTeacher(self.teacher, switch))
@@ -135,6 +136,8 @@ class Sides:
     def skip_if_refused(self, terms: dict[str, Term]) -> None:
         if source_of(terms) == "tower" and not self.student.train_tower:
             pytest.skip("refused by the settings: it could move nothing")
+        if any(getattr(term, "map", None) == "never" for term in terms.values()):
+            pytest.skip("refused: the models are of other widths")
 
 
 def source_of(terms: dict[str, Term]) -> str | None:
@@ -176,8 +179,8 @@ def test_every_term_takes_every_kind_of_batch(sides: Sides, case: str, kind: str
     if kind in SILENT:
         assert not any(bool(value.any()) for value in found.values())
     if kind == "images" and case != "response_kl trust=first":  # which a teacher of random weights never is
-        signed = {"label_smoothing": 0, "mcmi": -1}.get(case, 1)  # of mutual information more is asked for
-        assert signed * float(found["loss"]) > 0 or (signed == 0 and float(found["loss"]) != 0)
+        assert float(found["loss"]) != 0
+        assert float(found["loss"]) > 0 or any(term.goes_below_zero for term in terms.values())
     if kind == "text only":
         sides.run(terms, "reference", sides.batch(*KINDS[kind]))
 
@@ -185,7 +188,9 @@ def test_every_term_takes_every_kind_of_batch(sides: Sides, case: str, kind: str
 @pytest.mark.parametrize("case", CASES)
 def test_a_batch_without_images_adds_what_its_records_add_beside_images(sides: Sides, case: str) -> None:
     """The same records in one micro-batch and in two, one of them of text alone."""
-    terms = CASES[case]
+    terms = {name: term for name, term in CASES[case].items() if not term.compares_rows}
+    if not terms:
+        pytest.skip("its rows are compared with those of their micro-batch, as it says of itself")
     sides.skip_if_refused(terms)
     rows = [{"images": 2}, {}, {"images": 0}, {"images": 0, "answer": 3}]
     together = sides.run(terms, "fast", sides.batch(*rows))

@@ -16,7 +16,7 @@ import torch
 from extra_terms import Mapped
 from safetensors.torch import load_file
 from tiny_batches import inputs, record
-from tiny_objectives import objective_of
+from tiny_objectives import furnished, objective_of
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from typing_extensions import Doc
@@ -120,6 +120,7 @@ def test_a_cache_of_what_terms_declare_gives_the_live_loss(
 ) -> None:
     """Everything else of the teacher is zero there, or is not there."""
     objective = objective_of(num_common=260, **{name: term})  # pyright: ignore[reportArgumentType]
+    objective = furnished(objective, student, teacher.mllm)
     live = teacher(MIXED)
     where = {"response": MIXED.student.places.response_N, "visual": MIXED.student.places.visual_N}
     places_M = torch.cat([where[place] for place in places_read(objective.terms)])

@@ -59,8 +59,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return said
 
 
-def with_hint(stage: Stage, pages: dict[str, str], **more: object) -> Path:
-    objective = CE | {"hint": {"weight": 0.5, "margin": 0.1}}
+def with_mapped(stage: Stage, pages: dict[str, str], **more: object) -> Path:
+    objective = CE | {"mapped_states": {"weight": 0.5, "margin": 0.1}}
     return stage("hinted", plugins=[pages["my_terms.py"]], objective=objective, **more)
 
 
@@ -70,15 +70,16 @@ def with_hint(stage: Stage, pages: dict[str, str], **more: object) -> Path:
 def test_a_term_of_a_plug_in_trains_is_logged_and_goes_on_as_if_never_stopped(
     stage: Stage, pages: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = with_hint(stage, pages, max_steps=4, checkpoint={"every": 2, "keep": 5}, optim={"lr": 0.01})
+    config = with_mapped(stage, pages, max_steps=4, checkpoint={"every": 2, "keep": 5}, optim={"lr": 0.01})
     whole = train(config, "whole")
     figures = logged(whole)
-    assert all(line["hint"] > 0 for line in figures)
+    assert all(line["mapped_states"] > 0 for line in figures)
     for line in figures:  # the loss is the weighted sum
-        assert line["loss"] == pytest.approx(line["cross_entropy"] + 0.5 * line["hint"], rel=1e-6)
-    assert figures[-1]["hint"] < figures[0]["hint"]  # its own weights learn
+        assert line["loss"] == pytest.approx(line["cross_entropy"] + 0.5 * line["mapped_states"], rel=1e-6)
+    assert figures[-1]["mapped_states"] < figures[0]["mapped_states"]  # its own weights learn
     assert "plug-in" in " ".join(json.loads((whole / "run.json").read_text())["fingerprints"])
-    assert not any("hint" in name for name in weights(whole))  # what terms bring stays out of the student
+    # What terms bring stays out of the student.
+    assert not any("mapped_states" in name for name in weights(whole))
 
     half = Path(shutil.copytree(whole, config.parent / "half"))
     for gone in ("run.json", "metrics.jsonl"):
@@ -98,13 +99,13 @@ def test_a_term_of_a_plug_in_trains_is_logged_and_goes_on_as_if_never_stopped(
 
 
 def test_its_label_stands_in_the_report(pages: dict[str, str], tmp_path: Path) -> None:
-    for arm, terms in (("plain", ("cross_entropy",)), ("kd", ("cross_entropy", "hint"))):
+    for arm, terms in (("plain", ("cross_entropy",)), ("kd", ("cross_entropy", "mapped_states"))):
         write_model(tmp_path / "run" / "seed0" / arm / "eval", "10")
         write_log(tmp_path / "run" / "seed0" / arm / "stage1", terms)
     words = ["report", "--run", str(tmp_path / "run")]
     assert main([*words, "--plugin", pages["my_terms.py"]]) == 0
     page = (tmp_path / "run" / "report.html").read_text()
-    label = labels([pages["my_terms.py"]])["hint"]
+    label = labels([pages["my_terms.py"]])["mapped_states"]
     assert label.split(";")[0].replace("'", "&#x27;") in page
     assert main(words) == 0
     assert "mapped to the teacher" not in (tmp_path / "run" / "report.html").read_text()
@@ -113,22 +114,22 @@ def test_its_label_stands_in_the_report(pages: dict[str, str], tmp_path: Path) -
 def test_a_cache_of_states_serves_it_and_one_of_logits_is_refused_by_its_name(
     stage: Stage, pages: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = with_hint(stage, pages, max_steps=2)
+    config = with_mapped(stage, pages, max_steps=2)
     assert main(["cache-teacher", str(config), f"--out={tmp_path / 'states'}"]) == 0
     live, cached = train(config, "live"), train(config, "cached", f"--teacher.cache={tmp_path / 'states'}")
     for a, b in zip(logged(live), logged(cached), strict=True):
-        assert b["hint"] == pytest.approx(a["hint"], rel=1e-5)
+        assert b["mapped_states"] == pytest.approx(a["mapped_states"], rel=1e-5)
     said = refused(
         capsys, "cache-teacher", config, f"--out={tmp_path / 'logits'}", "--mode", "topk", "--topk", 4
     )
-    assert "hint" in said
+    assert "mapped_states" in said
 
 
 def test_a_term_without_a_teacher_is_refused_by_its_name(
     stage: Stage, pages: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = refused(capsys, "train", with_hint(stage, pages), "--teacher=null")
-    assert "hint" in said
+    said = refused(capsys, "train", with_mapped(stage, pages), "--teacher=null")
+    assert "mapped_states" in said
     assert "teacher" in said
 
 
@@ -141,7 +142,7 @@ def test_a_term_without_a_teacher_is_refused_by_its_name(
         (('    label: ClassVar[str] = "', '    name: ClassVar[str] = "'), "must have a `label`"),
         (("def total(", "def totals("), "must give its `total`"),
         (("@dataclass(frozen=True, kw_only=True)\n", ""), "must be a dataclass of its settings"),
-        (("hint", "relation"), "names 'relation', which exists"),
+        (("mapped_states", "relation"), "names 'relation', which exists"),
     ],
     ids=["row not declared", "teacher not declared", "table", "label", "value", "dataclass", "name"],
 )
@@ -156,7 +157,7 @@ def test_a_slip_in_a_term_is_named(
     code = path.read_text()
     assert slip[0] in code
     path.write_text(code.replace(*slip))
-    said = refused(capsys, "train", with_hint(stage, pages, max_steps=1))
+    said = refused(capsys, "train", with_mapped(stage, pages, max_steps=1))
     assert any(part in said for part in message.split("|"))
 
 
@@ -165,9 +166,9 @@ def test_in_the_package_it_is_one_file_and_a_line_of_the_table(
 ) -> None:
     copy = Copy(tmp_path / "copy", 1)
     code = PLUGINS["my_terms.py"].split("\n", 1)[1].split("\n\nTERMS =")[0] + "\n"
-    copy.add("llava_kd/distill/terms/hint.py", '"""States, mapped."""\n' + code)
+    copy.add("llava_kd/distill/terms/mapped_states.py", '"""States, mapped."""\n' + code)
     assert len(copy.touched) == 2
-    config = with_hint(stage, pages, max_steps=2)
+    config = with_mapped(stage, pages, max_steps=2)
     by_plugin = train(config, "plugged")
     tree = yaml.safe_load(config.read_text()) | {"plugins": [], "output_dir": str(tmp_path / "own")}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(tree))
@@ -179,7 +180,7 @@ def test_in_the_package_it_is_one_file_and_a_line_of_the_table(
 def test_its_settings_are_shown_with_their_help(
     pages: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["config", "objective.hint", "--plugin", pages["my_terms.py"]]
+    words = ["config", "objective.mapped_states", "--plugin", pages["my_terms.py"]]
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "margin" in shown

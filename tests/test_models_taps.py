@@ -35,7 +35,7 @@ def model(parts: Parts) -> MLLM:
 
 
 def tapped(model: MLLM, batch: Inputs, *taps: Tap) -> dict[Tap, Tensor]:
-    with Taps(model, taps).watch() as seen:
+    with Taps(model.stock, taps).watch() as seen:
         model(batch, model.image_features(batch))
     return dict(seen)
 
@@ -63,7 +63,7 @@ def test_a_layer_of_the_tower_is_the_stock_towers_hidden_state(model: MLLM) -> N
     tower = model.stock.model.vision_tower
     names = [name for name, _ in tower.named_modules() if name.endswith("layers.0")]
     tap = Tap(f"vision_tower.{names[0]}")
-    with Taps(model, [tap]).watch() as seen:
+    with Taps(model.stock, [tap]).watch() as seen:
         model.image_features(batch)
     hidden = tower(batch.pixels_ICHW, output_hidden_states=True).hidden_states
     assert torch.equal(seen[tap], hidden[1])
@@ -117,8 +117,8 @@ def test_adapters_keep_the_paths_and_show_what_they_add(parts: Parts) -> None:
 
 def test_nothing_stays_on_the_model(model: MLLM) -> None:
     tapped(model, inputs(*RECORDS), LAYER, Tap("language_model.norm", "input"))
-    module = tapped_module(model, LAYER)
-    with pytest.raises(ValueError, match="did not run"), Taps(model, [LAYER]).watch():
+    module = tapped_module(model.stock, LAYER)
+    with pytest.raises(ValueError, match="did not run"), Taps(model.stock, [LAYER]).watch():
         pass
     assert not module._forward_hooks
     assert not module._forward_pre_hooks
@@ -134,7 +134,7 @@ BAD = {
 @pytest.mark.parametrize(("path", "hint"), BAD.items(), ids=BAD.keys())
 def test_a_path_that_is_none_is_refused_with_the_nearest(model: MLLM, path: str, hint: str) -> None:
     with pytest.raises(ValueError, match=hint):
-        Taps(model, [Tap(path)])
+        Taps(model.stock, [Tap(path)])
 
 
 def test_a_tap_is_read_from_text_and_written_back() -> None:
@@ -147,7 +147,7 @@ def test_a_tap_is_read_from_text_and_written_back() -> None:
 def test_two_forwards_in_one_block_are_refused(model: MLLM) -> None:
     batch = inputs(*RECORDS)
     features_INE = model.image_features(batch)
-    with Taps(model, [LAYER]).watch():
+    with Taps(model.stock, [LAYER]).watch():
         model(batch, features_INE)
         with pytest.raises(ValueError, match="ran twice"):
             model(batch, features_INE)

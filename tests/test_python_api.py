@@ -48,6 +48,7 @@ def test_the_page_runs(commands, tmp_path: Path, capsys) -> None:
     said = capsys.readouterr().out
     assert "0.003 1.0" in said
     assert (tmp_path / "eval/summary.json").is_file()
+    assert "Training report" in (tmp_path / "report.html").read_text()
 
 
 def test_the_notebook_runs(commands, tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_settings_are_what_the_command_reads(stage) -> None:
 
 
 def test_a_stage_that_is_interrupted_goes_on_with_the_same_call(stage) -> None:
-    settings = llava_kd.load(stage("run", max_steps=400, log={"every": 1, "progress": False}))
+    settings = llava_kd.load(stage("run", max_steps=80, log={"every": 1, "progress": False}))
     metrics = Path(settings.output_dir) / "metrics.jsonl"
 
     def interrupt() -> None:
@@ -95,15 +96,15 @@ def test_a_stage_that_is_interrupted_goes_on_with_the_same_call(stage) -> None:
     with pytest.raises(FileNotFoundError, match="call train with the same settings to go on"):
         run.model  # noqa: B018
     reached = int(run.metrics()[-1]["step"])
-    assert 2 < reached < 400
+    assert 2 < reached < 80
     with metrics.open("a") as file:
         file.write('{"step": 4')  # the run is writing
     assert int(run.metrics()[-1]["step"]) == reached
     shorter = llava_kd.load(Path(settings.output_dir).with_suffix(".yaml"), {"log.progress": False})
-    assert shorter.max_steps == 400
+    assert shorter.max_steps == 80
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert llava_kd.train(settings).stopped is None
-    assert [int(line["step"]) for line in run.metrics()] == list(range(1, 401))
+    assert [int(line["step"]) for line in run.metrics()] == list(range(1, 81))
     assert run.model.is_dir()
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from llava_kd.distill.formulas import FORMULAS, Align, Common
 from llava_kd.distill.objective import Objective
 from llava_kd.distill.terms import TERMS
-from llava_kd.distill.terms.term import Term
+from llava_kd.distill.terms.term import Term, Widths
 from llava_kd.losses.tuning.information import Centroids
+from llava_kd.models.mllm import MLLM
+from llava_kd.models.taps import tapped_widths
 
 
 def objective_of(
@@ -22,6 +26,25 @@ def objective_of(
     """Terms that are None are off; the others stand in the order of the table."""
     common = Common(num_common=num_common, align=align, centroids=centroids, formulas=FORMULAS[losses])
     return Objective(terms=_on(terms), common=common)
+
+
+def furnished(objective: Objective, student: MLLM, teacher: MLLM, seed: int = 0) -> Objective:
+    """With the weights that its terms bring; both models show what its taps read."""
+    reads = [term.reads for term in objective.terms.values()]
+    ours = [tap for read in reads for tap in read.student_taps]
+    theirs = [tap for read in reads for tap in read.teacher_taps]
+    student.watch_taps(ours)
+    teacher.watch_taps(theirs)
+    widths = Widths(
+        student=student.lm_head.weight.shape[1],
+        teacher=teacher.lm_head.weight.shape[1],
+        student_taps=tapped_widths(student.stock, ours),
+        teacher_taps=tapped_widths(teacher.stock, theirs),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = {name: term.module(widths) for name, term in objective.terms.items()}
+    return replace(objective, modules={name: module for name, module in made.items() if module is not None})
 
 
 def changed(before: Objective, **terms: Term | None) -> Objective:

@@ -72,6 +72,11 @@ def cache_teacher(
     """
     if config.teacher is None:
         raise ValueError("`teacher` is null: there is nothing to cache; set teacher.checkpoint")
+    if config.teacher.several is not None:
+        raise ValueError(
+            "a cache holds what one teacher says, but `teacher.several` is set; set it to null to cache "
+            f"{config.teacher.checkpoint} alone"
+        )
     with peers(), ExitStack() as held:
         world = join(config.engine.device, timeout_minutes=config.engine.timeout_minutes)
         say = speaker(world)

@@ -9,6 +9,7 @@ from llava_kd.assembly.parts.data import same_tower, side_in, source_in
 from llava_kd.assembly.parts.lending import with_projector
 from llava_kd.assembly.parts.models import choose_attention, student_in
 from llava_kd.assembly.parts.objective import objective
+from llava_kd.assembly.parts.several.teachers import check_several, other_teachers
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.stored_teacher import open_cache
 from llava_kd.assembly.parts.teacher import is_cached, teacher_parts, teacher_template
@@ -43,6 +44,7 @@ def check(
     Raises ValueError for what `train` would refuse, and if more of the sample is bad than it would allow.
     """
     read_slices(config)
+    check_several(config)
     source = source_in(config)
     lines = [f"plug-in          {p.name}, sha256 {p.sha256[:16]}" for p in tables_of(config).plugins]
     student = student_in(config, lambda line: lines.append(f"template         of the student: {line}"))
@@ -55,6 +57,9 @@ def check(
     terms = with_centroids(config, terms, student, source)
     if teacher is not None:
         lines.append(f"template         of the teacher: {teacher_template(config, teacher)}")
+        other_teachers(
+            config, student, teacher, source, lambda line: lines.append(f"several          {line}")
+        )
         lines.append(f"towers           {_towers(config, student, teacher)}")
         lines.append(
             f"visual tokens    student {student.tokens_per_image}, teacher {teacher.tokens_per_image}"

@@ -14,6 +14,7 @@ from llava_kd.assembly.parts.held_out import evaluator
 from llava_kd.assembly.parts.lending import tap_student
 from llava_kd.assembly.parts.models import choose_attention, compute_dtype, place, student_dtypes
 from llava_kd.assembly.parts.objective import objective, token_policy
+from llava_kd.assembly.parts.several.teachers import Others
 from llava_kd.assembly.parts.teacher import say_left_out, teaching_of
 from llava_kd.assembly.parts.teaching.pictures import with_changed_pictures
 from llava_kd.assembly.parts.tuning.centroids import with_centroids
@@ -98,16 +99,17 @@ def assemble(
     *,
     identity: Mapping[str, str] | None = None,
     source: Source | None = None,
+    others: Others | None = None,
 ) -> tuple[Trainer, Engine]:
     """Trainer and engine of a stage from its loaded models.
 
     `identity` is of what its checkpoints rely on (see `Checkpoints`), before the models are placed. `source`
-    is the records, where they are read already.
+    is the records, where they are read already. `others` are the teachers that `teacher.several` names.
     """
     adapted = _adapt(config, student, say)
     placed = _place(config, world, adapted)
     fed = _feed(config, world, placed, teacher, source)
-    accompanied = _accompany(config, world, fed, source, say)
+    accompanied = _accompany(config, world, fed, source, say, others)
     joined = _join(config, accompanied, source, say)
     driven = _drive(config, world, joined, say)
     return _trainer(config, driven, say, identity or {}), driven.engine
@@ -139,12 +141,16 @@ def _feed(
     return Fed(placed=placed, teacher=teacher, loader=loader, shares_tower=shares_tower)
 
 
-def _accompany(config: TrainConfig, world: World, fed: Fed, source: Source | None, say: Say) -> Accompanied:
+def _accompany(
+    config: TrainConfig, world: World, fed: Fed, source: Source | None, say: Say, others: Others | None
+) -> Accompanied:
     teaching = None
     if fed.teacher is not None:
         student, mllm = fed.placed.adapted.student, fed.placed.mllm
         shares = fed.shares_tower
-        teaching = teaching_of(config, world, (student, mllm), fed.teacher, say, shares_tower=shares)
+        teaching = teaching_of(
+            config, world, (student, mllm), fed.teacher, say, shares_tower=shares, others=others
+        )
         if config.pictures is not None:
             models = (student, mllm), fed.teacher
             teaching = with_changed_pictures(config, world, models, teaching, source, say)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from llava_kd.assembly.parts.models import (
     student_in,
 )
 from llava_kd.assembly.parts.objective import token_policy
+from llava_kd.assembly.parts.several.teachers import check_several, other_teachers
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.teacher import (
     teacher_parts,
@@ -30,7 +32,7 @@ from llava_kd.assembly.runs.run_dir import check_world, claim
 from llava_kd.assembly.stage import assemble
 from llava_kd.config import TrainConfig
 from llava_kd.models.files.card import reading_notes
-from llava_kd.models.files.checkpoint import save_stock
+from llava_kd.models.files.checkpoint import Parts, save_stock
 from llava_kd.models.lora import merge_adapters
 from llava_kd.models.reading import existing
 from llava_kd.parallel.world import World, join, peers
@@ -64,6 +66,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
         read_slices(config)
         read_held_out(config)
         token_policy(config)
+        check_several(config)
         tagger_in(config)
         source = source_in(config)
         if config.teacher is not None and config.teacher.checkpoint is not None:
@@ -76,12 +79,13 @@ def _train(config: TrainConfig, world: World) -> str | None:
         say(f"template of the teacher: {teacher_template(config, teacher)}")
     student = with_projector(config, student, teacher)
     begin_projector(config, student, source, world, say)
-    identity = frozen_fingerprints(config, student, teacher)
-    if world.device.type == "cuda":
-        sizes = ModelSizes.of(student.stock, config)
-        needs = memory(config, world.size, sizes, teacher and ModelSizes.of(teacher.stock))
-        refuse_too_large(needs, torch.cuda.get_device_properties(world.device).total_memory)
-    trainer, engine = assemble(config, world, student, teacher, say, identity=identity, source=source)
+    others = other_teachers(config, student, teacher, source, say)
+    identity = frozen_fingerprints(config, student, teacher) | (others.fingerprints if others else {})
+    teachers = [one for one in (teacher, *(others.parts if others else ())) if one is not None]
+    _refuse_too_large(config, world, student, teachers)
+    trainer, engine = assemble(
+        config, world, student, teacher, say, identity=identity, source=source, others=others
+    )
     if (stopped := trainer.fit()) is not None:
         return stopped
     weights = engine.parameters()
@@ -112,3 +116,13 @@ def _train(config: TrainConfig, world: World) -> str | None:
         say(f"{bad} records were bad and are not trained on: {output / BAD_RECORDS} names them")
     say(f"done: the student is {output / 'model'}")
     return None
+
+
+def _refuse_too_large(config: TrainConfig, world: World, student: Parts, teachers: Sequence[Parts]) -> None:
+    """ValueError where a GPU is too small for the models as they are loaded."""
+    if world.device.type != "cuda":
+        return
+    sizes = [ModelSizes.of(one.stock) for one in teachers]
+    first = sizes[0] if sizes else None
+    needs = memory(config, world.size, ModelSizes.of(student.stock, config), first, sizes[1:])
+    refuse_too_large(needs, torch.cuda.get_device_properties(world.device).total_memory)

@@ -78,26 +78,11 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from llava_kd.evaluation.report.results import is_comparison, read_run, table
-    from llava_kd.evaluation.report.stage_runs import find_runs
+    from llava_kd.assembly.settings import labels
+    from llava_kd.evaluation.report.entry import report_on
 
     named = [*([arguments.directory] if arguments.directory else []), *arguments.runs]
-    if not named:
-        raise ValueError("name a run: its output_dir, or a folder that holds runs")
-    is_one = len(named) == 1 and is_comparison(named[0])
-    if is_one and arguments.out:
-        raise ValueError(f"{named[0]} is a comparison: its page is report.html there; leave --out away")
-    runs = [] if is_one else find_runs(named)
-    from llava_kd.assembly.settings import labels  # late: what is wrong above is said at once
-    from llava_kd.evaluation.report.page import report
-    from llava_kd.evaluation.report.runs_page import write_runs_page
-
-    terms = labels(arguments.plugin)
-    if is_one:
-        written = report(named[0], terms=terms)
-        show(table(read_run(named[0])))
-    else:
-        written = write_runs_page(runs, arguments.out or Path(named[0]) / "report.html", terms)
-        show("\n".join(f"{run.name}: {run.state}" for run in runs))
+    written, said = report_on(named, terms=labels(arguments.plugin), out=arguments.out)
+    show(said)
     show(f"open {written}")
     return 0

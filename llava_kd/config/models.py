@@ -9,6 +9,7 @@ from typing_extensions import Doc
 
 from llava_kd.config.adapters import LoraConfig, check_teacher_bits
 from llava_kd.config.ranges import require
+from llava_kd.config.teaching.several import SeveralConfig
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
@@ -79,6 +80,14 @@ class TeacherConfig:
         str | None, Doc("Directory of `llava-kd cache-teacher`, whose predictions are read in its place.")
     ] = None
     template: Annotated[str | None, Doc("Template of its prompts; null is that of `data`.")] = None
+    several: Annotated[SeveralConfig | None, Doc("More teachers beside this one; null is none.")] = None
 
     def __post_init__(self) -> None:
         check_teacher_bits(self.quantize, self.placement)
+        if self.several is not None:
+            self.several.check_beside(self.checkpoint, self.cache)
+
+    @property
+    def others(self) -> list[str]:
+        """Directories of the teachers beside this one."""
+        return [] if self.several is None else self.several.checkpoints

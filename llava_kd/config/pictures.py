@@ -116,6 +116,10 @@ def check_pictures(
         f"`{name}` asks the teacher within the student's forward, where it must be whole on every rank; set "
         f"teacher.placement to replicated instead of {teacher.placement}",
     )
+    require(
+        teacher.several is None,
+        f"`{name}` asks one teacher about pictures, but `teacher.several` is set; set one of them to null",
+    )
     if pictures.hard is None:
         return
     require(

@@ -27,8 +27,9 @@ from torch import Tensor
 from llava_kd.batch import Batch, Counts
 from llava_kd.distill.objective import Objective
 from llava_kd.distill.rows import Rows
-from llava_kd.distill.taught import AnyPrediction, Taught, TopKPrediction
+from llava_kd.distill.taught import AnyPrediction, MixedPrediction, Taught, TopKPrediction
 from llava_kd.distill.terms.term import Term
+from llava_kd.losses.reference import ChangeRows
 from llava_kd.losses.row_figures import RowFigures, row_figures
 from llava_kd.models.mllm import Prediction
 
@@ -102,9 +103,11 @@ class Diagnosis:
         shared_N = rows.is_shared_N.double()
         num_common = self._objective.common.num_common
 
-        def said(side: Prediction, rows_N: Tensor) -> RowFigures:
+        def said(side: Prediction, rows_N: Tensor, change: ChangeRows | None = None) -> RowFigures:
             states_ND = side.hidden_BTD.flatten(0, 1)[rows_N]
-            return row_figures(states_ND, side.head_VD, side.bias_V, rows.targets_N, num_common=num_common)
+            return row_figures(
+                states_ND, side.head_VD, side.bias_V, rows.targets_N, num_common=num_common, change=change
+            )
 
         ours = said(student, rows.student_N)
         found = {"rows": shared_N, "student_nll": ours.nll_N, "student_entropy": ours.entropy_N}
@@ -114,7 +117,10 @@ class Diagnosis:
             choice_N = top.columns_NK.gather(1, best_N1).squeeze(1)
             found["top1_agreement"] = ours.choice_N == choice_N
         elif teacher is not None:
-            theirs = said(teacher, rows.teacher_N)
+            change = None
+            if isinstance(teacher, MixedPrediction):
+                change, teacher = teacher.target(rows.teacher_N), teacher.parts[0]
+            theirs = said(teacher, rows.teacher_N, change)
             found |= {"teacher_nll": theirs.nll_N, "teacher_entropy": theirs.entropy_N}
             found["teacher_better"] = theirs.nll_N < ours.nll_N
             if num_common is not None:

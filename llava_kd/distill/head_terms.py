@@ -17,12 +17,11 @@ from llava_kd.batch import Batch, Counts
 from llava_kd.distill.formulas import Common
 from llava_kd.distill.row_choice import Chosen, choose
 from llava_kd.distill.rows import Place, Rows, count, fill, visual_features
-from llava_kd.distill.taught import LABELLED, TopKPrediction
+from llava_kd.distill.taught import LABELLED, AnyPrediction, MixedPrediction, TopKPrediction
 from llava_kd.distill.terms.term import HeadRequest, Term
 from llava_kd.distill.token_policy import BEYOND_TOP_K, PolicyRows
 from llava_kd.losses.divergence import Divergence, Temperature
-from llava_kd.losses.reference import HeadLoss
-from llava_kd.losses.targets.swing import SwingTarget
+from llava_kd.losses.reference import ChangeRows, HeadLoss
 from llava_kd.models.mllm import Prediction
 
 Softening = tuple[Temperature, Divergence]
@@ -81,7 +80,7 @@ class HeadTerms:
     terms: Mapping[str, Term]
     common: Common
     student: Prediction
-    teacher: Prediction | TopKPrediction | None
+    teacher: AnyPrediction | None
     batch: Batch
     counts: Counts
     factors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -160,6 +159,8 @@ class HeadTerms:
                 raise ValueError(f"the largest logits of a teacher cannot serve {BEYOND_TOP_K}")
             top = teacher.top_k(torch.cat([r.teacher_N for r in rows]))
             return formulas.top_k_head_loss(student_ND, student.head_VD, targets_N, **common, top=top)
+        if isinstance(teacher, MixedPrediction):
+            teacher = teacher.parts[0]  # the change brings the others
         return formulas.head_loss(
             student_ND,
             student.head_VD,
@@ -172,15 +173,35 @@ class HeadTerms:
             **({} if change is None else {"teacher_change": change}),
         )
 
-    def _change(self, pairs: list[tuple[_Block, Rows]], temperature: Temperature) -> SwingTarget | None:
-        """What the policy makes of the teacher's rows of a call."""
+    def _change(self, pairs: list[tuple[_Block, Rows]], temperature: Temperature) -> ChangeRows | None:
+        """What other teachers, and then the policy, make of the first teacher's rows of a call."""
+        found = [self._mixed(pairs, temperature), self._hidden(pairs, temperature)]
+        changes = [change for change in found if change is not None]
+
+        def in_turn(index_C: Tensor, logits_CU: Tensor) -> None:
+            for change in changes:
+                change(index_C, logits_CU)
+
+        return in_turn if changes else None
+
+    def _mixed(self, pairs: list[tuple[_Block, Rows]], temperature: Temperature) -> ChangeRows | None:
+        if not isinstance(self.teacher, MixedPrediction) or isinstance(temperature, str):
+            return None
+        rows_N = torch.cat([rows.teacher_N for _, rows in pairs])
+        return self.teacher.target(rows_N, temperature=temperature, num_common=self._num_common)
+
+    @property
+    def _num_common(self) -> int:
+        return self.common.num_common or self.student.head_VD.shape[0]
+
+    def _hidden(self, pairs: list[tuple[_Block, Rows]], temperature: Temperature) -> ChangeRows | None:
+        """What the policy for private tokens changes."""
         if self.policy is None or self.teacher is None:
             return None
         ends = list(accumulate(len(rows.student_N) for _, rows in pairs))
         starts = zip([0, *ends[:-1]], pairs, strict=True)
         of_responses = tuple(start for start, (block, _) in starts if block.place == "response")
-        num_common = self.common.num_common or self.student.head_VD.shape[0]
-        return self.policy.target(temperature, of_responses, ends[-1], num_common)
+        return self.policy.target(temperature, of_responses, ends[-1], self._num_common)
 
     def _counts(self, name: str | None) -> bool:
         return name is not None and self.terms[name].weight > 0

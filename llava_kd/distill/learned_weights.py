@@ -17,8 +17,12 @@ from llava_kd.losses.uncertainty import learned_loss, log_variances
 
 
 def learnable(terms: Mapping[str, Term]) -> list[str]:
-    """Terms that count and read the teacher; the others keep their weights, as in Beta-KD."""
-    return [name for name, term in terms.items() if term.weight > 0 and term.reads.teacher != "nothing"]
+    """Terms that count and read the teacher; the others keep their weights, as in Beta-KD.
+
+    So do those that may be below 0: their variance has no meaning, and their weight would only grow.
+    """
+    reading = {name: term for name, term in terms.items() if term.reads.teacher != "nothing"}
+    return [name for name, term in reading.items() if term.weight > 0 and not term.goes_below_zero]
 
 
 class LearnedWeights(nn.Module):

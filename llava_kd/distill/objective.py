@@ -16,13 +16,17 @@ from llava_kd.distill.formulas import Common
 from llava_kd.distill.head_terms import HeadTerms, head_requests
 from llava_kd.distill.learned_weights import LearnedWeights
 from llava_kd.distill.rows import Place, count
-from llava_kd.distill.taught import Taught, TopKPrediction
+from llava_kd.distill.taught import MixedPrediction, Taught, TopKPrediction
 from llava_kd.distill.terms.seen import Seen
 from llava_kd.distill.terms.term import IMAGES, Term
 from llava_kd.models.mllm import Prediction
 
 # Where a teacher is always read: its own cross-entropy on the responses stands in the log.
 OWN_PLACES: tuple[Place, ...] = ("response",)
+NO_MIXTURE = (
+    "only response_kl, at a number as temperature and in full trust, compares the student with several "
+    "teachers: leave the others out, or teach with one"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +125,10 @@ class Objective:
         """The prediction, where it is more than logits. ValueError where it does not serve the terms."""
         if self.needs_teacher and taught.prediction is None:
             raise ValueError("the objective has distillation terms but got no teacher prediction")
+        if isinstance(taught.prediction, MixedPrediction):
+            if beyond := beyond_mixture(self.terms):
+                raise ValueError(f"a mixture of teachers cannot serve {' and '.join(beyond)}; {NO_MIXTURE}")
+            return None
         if not isinstance(taught.prediction, TopKPrediction):
             return taught.prediction
         if beyond := beyond_top_k(self.terms):
@@ -131,6 +139,22 @@ class Objective:
 def beyond_top_k(terms: Mapping[str, Term]) -> list[str]:
     """The terms that read more of a teacher than its largest logits."""
     return [name for name, term in terms.items() if term.reads.teacher in ("states", "model")]
+
+
+def beyond_mixture(terms: Mapping[str, Term]) -> list[str]:
+    """The terms that read more than what several teachers say together of all response tokens, by setting."""
+    requests, found = head_requests(terms), []
+    for name, term in terms.items():
+        if term.reads.teacher == "nothing" and term.reads.switched is None:
+            continue
+        request = requests.get(name)
+        if request is None or request.place != "response":
+            found.append(name)
+        elif request.trust != "all":
+            found.append(f"{name}.trust")
+        elif isinstance(request.temperature, str):
+            found.append(f"{name}.temperature {request.temperature}")
+    return found
 
 
 def places_read(terms: Mapping[str, Term]) -> tuple[Place, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from llava_kd.batch import Batch
 from llava_kd.distill.formulas import Align, Common
 from llava_kd.distill.rows import Rows
-from llava_kd.distill.taught import AnyPrediction, TopKPrediction
+from llava_kd.distill.taught import AnyPrediction, MixedPrediction, TopKPrediction
 from llava_kd.distill.terms.term import HeadRequest, Trust
 from llava_kd.distill.token_policy import PolicyRows
 from llava_kd.losses.label import top_k_label_rows
@@ -91,6 +91,8 @@ def _most_attended(
 def _trust(rows: Rows, trust: Trust, teacher: AnyPrediction, common: Common) -> Tensor:
     if isinstance(teacher, TopKPrediction):
         found = top_k_label_rows(teacher.top_k(rows.teacher_N), rows.targets_N)
+    elif isinstance(teacher, MixedPrediction):
+        raise ValueError(f"trust in the first choice or probability is of one teacher; got {trust!r}")
     else:
         found = common.formulas.label_rows(
             teacher.hidden_BTD.flatten(0, 1)[rows.teacher_N],

@@ -51,10 +51,15 @@ def visual_features(prediction: Prediction, inputs: Inputs, tap: VisualTap) -> T
                 f"{prediction.projected_IND.shape[0]}: a cache of the teacher was written without it"
             )
         return prediction.projected_IND
-    hidden_D = prediction.hidden_BTD.flatten(0, 1)[inputs.places.visual_N]
+    return of_images(prediction.hidden_BTD, inputs)
+
+
+def of_images(states_BTD: Tensor, inputs: Inputs) -> Tensor:
+    """[I, M, D] of states of every place."""
+    states_D = states_BTD.flatten(0, 1)[inputs.places.visual_N]
     if inputs.num_images == 0:
-        return hidden_D.view(0, 1, prediction.hidden_BTD.shape[2])
-    return hidden_D.view(inputs.num_images, -1, hidden_D.shape[1])
+        return states_D.view(0, 1, states_BTD.shape[2])
+    return states_D.view(inputs.num_images, -1, states_D.shape[1])
 
 
 def fill(rows: Rows, value: Tensor | float) -> Tensor:

@@ -1,6 +1,6 @@
 """What a teacher says of a micro-batch, however it came to say it.
 
-Shape legend: B rows, T tokens, N selected rows, K stored columns.
+Shape legend: B rows, T tokens, N selected rows, P places of the flattened rows, K stored columns, M teachers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llava_kd.distill.token_policy import PolicyRows
 from llava_kd.losses.reference_top_k import TopK
+from llava_kd.losses.targets.mixture import MixedTarget, Voice
 from llava_kd.models.mllm import Prediction
 
 
@@ -37,10 +38,31 @@ class TopKPrediction:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class MixedPrediction:
+    """What several teachers say of the same tokens, and the log of each one's weight at each flat place."""
+
+    parts: tuple[Prediction, ...]
+    log_weights_PM: Tensor
+
+    def target(
+        self, rows_N: Tensor, *, temperature: float = 1.0, num_common: int | None = None
+    ) -> MixedTarget:
+        """Of these flat places: what the first teacher's logits become; over the columns that all have."""
+        return MixedTarget(
+            others=tuple(
+                Voice(one.hidden_BTD.flatten(0, 1)[rows_N], one.head_VD, one.bias_V) for one in self.parts[1:]
+            ),
+            log_weights_NM=self.log_weights_PM[rows_N],
+            temperature=temperature,
+            num_common=num_common or min(len(one.head_VD) for one in self.parts),
+        )
+
+
 # What cross-entropy is divided by where some labels do not count: what is left of the response targets.
 LABELLED = "labelled_tokens"
 
-AnyPrediction = Prediction | TopKPrediction
+AnyPrediction = Prediction | TopKPrediction | MixedPrediction
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llava_kd.losses.head_loss import by_chunk
-from llava_kd.losses.reference import accumulation_dtype
+from llava_kd.losses.reference import ChangeRows, accumulation_dtype
 
 _COPIES = 4  # of a chunk's logits: as they come, widened, their softmax, what is summed
 
@@ -51,13 +51,17 @@ def row_figures(
     *,
     num_common: int | None = None,
     chunk_rows: int | None = None,
+    change: ChangeRows | None = None,
 ) -> RowFigures:
     """`of_logits` of hidden @ head.T (+ bias), a chunk of rows at a time: [N, V] logits never exist.
 
-    `chunk_rows` overrides the chunk size, which otherwise depends on sizes and the device alone.
+    `chunk_rows` overrides the chunk size, which otherwise depends on sizes and the device alone. `change`
+    makes the logits others first.
     """
 
     def of_chunk(index_C: Tensor, logits_CV: Tensor) -> RowFigures:
+        if change is not None:
+            change(index_C, logits_CV)
         return of_logits(logits_CV, targets_N[index_C], num_common)
 
     return RowFigures(*by_chunk(hidden_ND, head_VD, bias_V, of_chunk, copies=_COPIES, chunk_rows=chunk_rows))

@@ -150,7 +150,7 @@ class MLLM(nn.Module):
                     f"the tap {str(tap)!r} must lie in multi_modal_projector or language_model: the tower "
                     "runs apart from them, and of the head only the weight is used"
                 )
-        self._taps = Taps(self, parsed)
+        self._taps = Taps(self.stock, parsed)
 
     def forward(self, inputs: Inputs, features_INE: Tensor) -> Prediction:
         """Final hidden states of every position. Raises ValueError if features and placeholders differ."""

@@ -1,20 +1,23 @@
 """What goes into or comes out of any module of a model, by its path, without changing the model.
 
-Shape legend: B rows, T tokens, D width.
+Shape legend: B rows, T tokens, D width, I images, N tokens of an image, E tower width.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
 
-if TYPE_CHECKING:
-    from llava_kd.models.mllm import MLLM
+from llava_kd.batch import IGNORE_INDEX, Inputs, Places
+from llava_kd.models.attention import packed as packed_attention
+from llava_kd.models.towers.vision_tower import vision_config
 
 _SIDES = ("input", "output")
 
@@ -40,14 +43,14 @@ class Tap:
         return self.path if self.side == "output" else f"{self.path}:{self.side}"
 
 
-def tapped_module(mllm: MLLM, tap: Tap) -> nn.Module:
+def tapped_module(stock: LlavaForConditionalGeneration, tap: Tap) -> nn.Module:
     """The module that a tap names. Raises ValueError with the nearest paths where there is none."""
-    model = mllm.stock.model
+    model = stock.model
     roots: dict[str, nn.Module] = {
         "vision_tower": model.vision_tower,
         "multi_modal_projector": model.multi_modal_projector,
         "language_model": model.language_model,
-        "lm_head": mllm.lm_head,
+        "lm_head": stock.lm_head,
     }
     part, _, rest = tap.path.partition(".")
     if part not in roots:
@@ -67,9 +70,9 @@ class Taps:
     the forward itself, with their graph, so a loss on them trains what they come from.
     """
 
-    def __init__(self, mllm: MLLM, taps: Sequence[Tap]) -> None:
+    def __init__(self, stock: LlavaForConditionalGeneration, taps: Sequence[Tap]) -> None:
         """Raises ValueError for a path that the model does not have."""
-        self._modules = {tap: tapped_module(mllm, tap) for tap in taps}
+        self._modules = {tap: tapped_module(stock, tap) for tap in taps}
 
     @contextmanager
     def watch(self) -> Iterator[Mapping[Tap, Tensor]]:
@@ -97,6 +100,55 @@ class Taps:
                 f"the module of the tap {missing[0]!r} did not run: the model computes its features without "
                 "it; take a layer below vision_feature_layer, or another path"
             )
+
+
+@torch.no_grad()
+def tapped_widths(stock: LlavaForConditionalGeneration, taps: Sequence[str]) -> dict[str, int]:
+    """How wide the states are that each tap shows, by a forward of two tokens and of one visual token.
+
+    A tap is left out that shows no [batch, token, width]. Nothing random is used up. Ranks that share the
+    model's layers must ask alike. Raises ValueError for a path that the model does not have.
+    """
+    if not taps:
+        return {}
+    model, embed = stock.model, stock.model.language_model.get_input_embeddings()
+    weight = next(embed.parameters())
+    device = weight.device  # layers may be elsewhere, and come when they are called
+    is_mixed = len({p.dtype for p in stock.parameters() if p.is_floating_point()}) > 1
+    inputs = _two_tokens(device)
+    features_INE = torch.zeros(1, 1, vision_config(stock.config).hidden_size, device=device)
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.autocast(device.type, torch.bfloat16) if is_mixed else nullcontext(),
+        Taps(stock, [Tap.parse(text) for text in dict.fromkeys(taps)]).watch() as seen,
+    ):
+        dtype = next(iter(model.multi_modal_projector.parameters()), weight).dtype
+        model.multi_modal_projector(features_INE.to(dtype))
+        packed_attention.read_rows(model.language_model, inputs, embed(inputs.input_ids_BT))
+    return {str(tap): value.shape[2] for tap, value in seen.items() if value.ndim == 3}
+
+
+def _two_tokens(device: torch.device) -> Inputs:
+    """A row of text alone."""
+    ids_BT = torch.zeros(1, 2, dtype=torch.long)
+    is_visual_BT, is_valid_I = torch.zeros(1, 2, dtype=torch.bool), torch.zeros(0, dtype=torch.bool)
+    positions_BT, labels_BT = torch.arange(2).unsqueeze(0), torch.full_like(ids_BT, IGNORE_INDEX)
+    places = Places.find(
+        labels_BT=labels_BT,
+        visual_BT=is_visual_BT,
+        position_ids_BT=positions_BT,
+        image_is_valid_I=is_valid_I,
+    )
+    return Inputs(
+        input_ids_BT=ids_BT,
+        labels_BT=labels_BT,
+        position_ids_BT=positions_BT,
+        segment_ids_BT=torch.ones_like(ids_BT),
+        visual_BT=is_visual_BT,
+        pixels_ICHW=torch.zeros(0, 3, 1, 1),
+        image_is_valid_I=is_valid_I,
+        known_places=places,
+    ).to(device)
 
 
 def _hook(module: nn.Module, tap: Tap, keep: Callable[[Tap, Any], None]) -> Any:

@@ -24,7 +24,12 @@ OWN = [
     f"--plugins=[{extra_terms.__file__}]",
     "--objective.mapped={weight: 0.5}",
     "--objective.layer_states={weight: 0.5}",
+    "--objective.hint={weight: 0.5, student_taps: [language_model.layers.0]}",
+    "--objective.visual_mi_alpha={weight: 0.1, teacher_taps: [language_model.layers.0]}",
+    "--objective.exit_logits={weight: 0.5, gamma: 1.5, width: 16}",
+    "--micro_batch_size=1",  # one record each, so that information is told apart in the same groups
 ]
+NAMES = ("mapped.weight", "hint.0.weight", "visual_mi_alpha.0.baseline.0.weight", "exit_logits.0.down.weight")
 
 
 def train(config: Path, *words: str, ranks: int) -> dict[str, torch.Tensor]:
@@ -50,6 +55,6 @@ def test_two_ranks_train_own_weights_and_tapped_states_as_one_device_does(stage,
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
     got = train(stage("two", max_steps=3), *ENGINES[engine], ranks=2)
     assert got.keys() == one.keys()
-    assert "parameter/terms.mapped.weight" in got
+    assert {f"parameter/terms.{name}" for name in NAMES} <= got.keys()
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, one[name], rtol=1e-5, atol=1e-5, msg=name)

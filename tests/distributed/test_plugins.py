@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
 
-FIGURES = ("loss", "cross_entropy", "hint", "visual_norm", "grad_norm")
+FIGURES = ("loss", "cross_entropy", "mapped_states", "visual_norm", "grad_norm")
 
 
 def metrics(output: Path) -> list[list[float]]:
@@ -34,7 +34,11 @@ def config(stage: Callable[..., Path], tmp_path: Path, shapes_dir: Path) -> Path
     entries = json.loads((shapes_dir / "captions.json").read_text())
     lines = [f"{entry['image']}\t{entry['conversations'][-1]['value']}" for entry in entries]
     (tmp_path / "captions.tsv").write_text("\n".join(lines) + "\n")
-    objective = {"cross_entropy": {"weight": 1.0}, "hint": {"weight": 0.5, "margin": 0.1}, "visual_norm": {}}
+    objective = {
+        "cross_entropy": {"weight": 1.0},
+        "mapped_states": {"weight": 0.5, "margin": 0.1},
+        "visual_norm": {},
+    }
     written = stage(
         "run",
         engine="auto",

@@ -18,6 +18,7 @@ from llava_kd.distill.terms.term import Term, Widths
 from llava_kd.distill.token_policy import TokenPolicy, refuse_beside
 from llava_kd.losses.divergence import Temperature
 from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.taps import tapped_widths
 from llava_kd.models.towers.visual_grid import VisualGrid, check_resample, resample
 from llava_kd.models.vocabulary import num_common_columns
 
@@ -118,7 +119,13 @@ def _learned(config: ObjectiveConfig, terms: Mapping[str, Term], student: Parts)
     settings = config.learned_weights
     if settings is None:
         return None
-    made = LearnedWeights(learnable(terms), strength=settings.strength, most=settings.most)
+    names = learnable(terms)
+    if not names:
+        raise ValueError(
+            f"`objective.learned_weights` has no weight to learn: {', '.join(terms)} are not of the teacher, "
+            "or may be below 0; add a term such as response_kl, or set learned_weights to null"
+        )
+    made = LearnedWeights(names, strength=settings.strength, most=settings.most)
     return made.to(student.stock.lm_head.weight.device)
 
 
@@ -126,18 +133,37 @@ def _modules(
     terms: Mapping[str, Term], student: Parts, teacher: Parts | None, seed: int
 ) -> dict[str, nn.Module]:
     """Weights that terms bring, equal on every rank and whatever else was drawn before."""
-    widths = Widths(
-        student=student.stock.lm_head.weight.shape[1],
-        teacher=None if teacher is None else teacher.stock.lm_head.weight.shape[1],
-    )
     made = {}
     for name, term in terms.items():
+        widths = _widths(name, term, student, teacher)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module = term.module(widths)
+            try:
+                module = term.module(widths)
+            except ValueError as error:
+                raise ValueError(f"`objective.{name}`: {error}") from error
         if module is not None:
             made[name] = module.to(student.stock.lm_head.weight.device)
     return made
+
+
+def _widths(name: str, term: Term, student: Parts, teacher: Parts | None) -> Widths:
+    """Raises ValueError for a tap that a model lacks."""
+
+    def tapped(parts: Parts, taps: tuple[str, ...], whose: str) -> dict[str, int]:
+        if type(term).module is Term.module:
+            return {}  # it brings no weights, so nothing has to run
+        try:
+            return tapped_widths(parts.stock, taps)
+        except ValueError as error:
+            raise ValueError(f"{name} reads the {whose}: {error}") from error
+
+    return Widths(
+        student=student.stock.lm_head.weight.shape[1],
+        teacher=None if teacher is None else teacher.stock.lm_head.weight.shape[1],
+        student_taps=tapped(student, term.reads.student_taps, "student"),
+        teacher_taps={} if teacher is None else tapped(teacher, term.reads.teacher_taps, "teacher"),
+    )
 
 
 def carried(

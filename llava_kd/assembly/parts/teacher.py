@@ -13,6 +13,7 @@ from llava_kd.assembly.parts.adapters import quantize_teacher
 from llava_kd.assembly.parts.lending import lend
 from llava_kd.assembly.parts.models import DTYPES, choose_attention, place
 from llava_kd.assembly.parts.objective import wants_head_gram
+from llava_kd.assembly.parts.several.teachers import Others
 from llava_kd.assembly.parts.stored_teacher import HEAD
 from llava_kd.assembly.settings import tables_of
 from llava_kd.config import TeacherConfig, TrainConfig
@@ -76,8 +77,11 @@ def teaching_of(
     say: Callable[[str], None],
     *,
     shares_tower: bool,
+    others: Others | None = None,
 ) -> Teaching:
     """Whoever teaches, behind its door. `student`: as it was loaded, and as it is placed.
+
+    `others` are the teachers that `teacher.several` names.
 
     To be called before an engine shards the student, and after its kernel of attention is chosen.
     """
@@ -86,15 +90,24 @@ def teaching_of(
         stored = cached_teacher(config, teacher, world.device, say)
         return FromTeacher(stored, head_loss=formula)
     assert config.teacher is not None
+    is_packed = config.data.packing is not None
     frozen = placed_teacher(
         config.teacher,
         world,
         teacher,
         shares_tower=shares_tower,
-        is_packed=config.data.packing is not None,
+        is_packed=is_packed,
         keeps_head_gram=wants_head_gram(config.objective),
     )
     say("the tower runs once for both models" if shares_tower else "each model runs its own tower")
+    if (several := config.teacher.several) is not None:
+        if others is None:
+            raise ValueError("`teacher.several` names more teachers, and they were not loaded")
+
+        def placed(settings: TeacherConfig, parts: Parts, *, shares_tower: bool) -> Teacher:
+            return placed_teacher(settings, world, parts, shares_tower=shares_tower, is_packed=is_packed)
+
+        return FromTeacher(others.join(frozen, placed, beta=several.beta), head_loss=formula)
     switch = lend(config, student[0], teacher, student[1], frozen.mllm)
     return FromTeacher(frozen, switch, head_loss=formula)
 

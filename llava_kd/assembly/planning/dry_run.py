@@ -13,6 +13,7 @@ from llava_kd.assembly.parts.data import side_of, source_in, tagger_in
 from llava_kd.assembly.parts.held_out import read_held_out
 from llava_kd.assembly.parts.models import student_in
 from llava_kd.assembly.parts.objective import policy_lines
+from llava_kd.assembly.parts.several.teachers import check_several
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.planning.estimate import (
     GB,
@@ -48,6 +49,7 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     read_slices(config)
     read_held_out(config)
     private = policy_lines(config)
+    check_several(config)
     tagger_in(config)
     _check_sides(config)
     rate = None if measured is None else Rate.of(measured)
@@ -57,7 +59,9 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     records = len(source_in(config))
     per_epoch = -(-records // config.global_batch_size)
     steps = num_steps(config, per_epoch)
-    found = memory(config, ranks, student, teacher)
+    names = [] if config.teacher is None else config.teacher.others
+    others = [ModelSizes.of_directory(name) for name in names]
+    found = memory(config, ranks, student, teacher, others)
     output = Path(config.output_dir)
     trained = student.trained
     lines = [
@@ -68,6 +72,7 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
         *(f"  warning        {line}" for line in [few_steps(steps)] if line is not None),
         f"student          {_parts(student)}; trained: {', '.join(config.trainable)} ({trained / 1e6:.2f} M)",
         f"teacher          {'none' if teacher is None else _parts(teacher)}",
+        *(f"  beside it      {_parts(one)}, {name}" for name, one in zip(names, others, strict=True)),
         *loss_formula(config.objective, student_stock, teacher_stock),
         *private,
         f"memory of a rank {sum(found.values()) / GB:.2f} GB estimated",
@@ -99,7 +104,8 @@ def _check_sides(config: TrainConfig) -> None:
     """Raises ValueError for a processor or template with which no record can be read."""
     sides = [(config.student.checkpoint, config.student.template)]
     if config.teacher is not None:
-        sides.append((config.teacher.checkpoint, config.teacher.template))
+        names = [config.teacher.checkpoint, *config.teacher.others]
+        sides += [(name, config.teacher.template) for name in names]
     for checkpoint, template in sides:
         if checkpoint is not None:
             model = load_config(checkpoint)

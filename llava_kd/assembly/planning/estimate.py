@@ -5,7 +5,7 @@ Weights, gradients and optimiser are counted; activations are an estimate of wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llava_kd.assembly.parts.models import wholly_trained
 from llava_kd.assembly.parts.objective import terms_of
-from llava_kd.config import LoraConfig, TrainConfig
+from llava_kd.config import LoraConfig, TeacherConfig, TrainConfig
 from llava_kd.distill.terms.term import Term
 from llava_kd.losses.kernels.gemm import HEAD_ROWS_AT_A_TIME
 from llava_kd.losses.kernels.rows import CPU_CHUNK_BYTES, CUDA_MEMORY_SHARE, MAX_CHUNK_ROWS
@@ -111,9 +111,13 @@ def engine_kind(config: TrainConfig, ranks: int) -> str:
 
 
 def memory(
-    config: TrainConfig, ranks: int, student: ModelSizes, teacher: ModelSizes | None
+    config: TrainConfig,
+    ranks: int,
+    student: ModelSizes,
+    teacher: ModelSizes | None,
+    others: Sequence[ModelSizes] = (),
 ) -> dict[str, float]:
-    """Bytes on one rank, by what takes them."""
+    """Bytes on one rank, by what takes them. `others` are teachers beside the first."""
     bf16 = config.engine.precision == "bf16"
     width = 2 if bf16 else 4
     trained = student.trained
@@ -132,21 +136,29 @@ def memory(
         teacher = None  # its head is all that is there
     if teacher is not None:
         assert config.teacher is not None
-        spread = teacher.layers * teacher.largest_unit * WIDTHS[config.teacher.dtype]
-        found["teacher"] = sum(teacher.parameters.values()) * WIDTHS[config.teacher.dtype]
-        if config.teacher.quantize is not None:
-            found["teacher"] -= teacher.linear * (
-                WIDTHS[config.teacher.dtype] - BYTES[config.teacher.quantize]
-            )
-        if config.teacher.placement == "cpu_offload":
-            found["teacher"] -= spread
-            found["gathered units"] += spread / teacher.layers
-        if config.teacher.placement == "fsdp":
-            found["teacher"] -= spread * (ranks - 1) / ranks
-            found["gathered units"] += 2 * spread / teacher.layers * (ranks > 1)
+        held = [_frozen(config.teacher, ranks, one) for one in (teacher, *others)]
+        found["teacher"] = sum(resident for resident, _ in held)
+        found["gathered units"] += max(gathered for _, gathered in held)  # one teacher at a time
     is_autocast = bf16 and kind in ("single", "ddp")
     found["activations"] = _activations(config, student, teacher, width, is_autocast=is_autocast)
+    tokens = config.micro_batch_size * config.data.max_length
+    found["activations"] += sum(2 * tokens * one.hidden * width for one in others)  # their predictions
     return found
+
+
+def _frozen(settings: TeacherConfig, ranks: int, teacher: ModelSizes) -> tuple[float, float]:
+    """Bytes of a live teacher that stay on a rank, and those of its layers that come and go."""
+    width = WIDTHS[settings.dtype]
+    spread = float(teacher.layers * teacher.largest_unit * width)
+    resident, gathered = float(sum(teacher.parameters.values()) * width), 0.0
+    if settings.quantize is not None:
+        resident -= teacher.linear * (width - BYTES[settings.quantize])
+    if settings.placement == "cpu_offload":
+        return resident - spread, spread / teacher.layers
+    if settings.placement == "fsdp":
+        resident -= spread * (ranks - 1) / ranks
+        gathered = 2 * spread / teacher.layers * (ranks > 1)
+    return resident, gathered
 
 
 def _states(

@@ -12,7 +12,6 @@ from llava_kd.assembly.parts.objective import terms_of
 from llava_kd.config import ObjectiveConfig
 from llava_kd.distill.learned_weights import learnable
 from llava_kd.distill.terms.term import Need, Term
-from llava_kd.models.mllm import MLLM
 from llava_kd.models.taps import Tap, tapped_module
 
 SERVED_BY: Mapping[Need, str] = {
@@ -38,6 +37,11 @@ def loss_formula(
     for name, term in terms.items():
         lines.append(f"  {name}: {term.label or type(term).__name__}")
         lines += [f"    {line}" for line in (_sum_of(term), *_settings(term))]
+        if term.compares_rows:
+            lines.append(
+                "    rows are compared with each other within a micro-batch of a rank: micro_batch_size and "
+                "packing change its value"
+            )
         lines += [f"    {line}" for line in _taps(name, student, term.reads.student_taps, "student")]
         if teacher is not None:
             lines += [f"    {line}" for line in _taps(name, teacher, term.reads.teacher_taps, "teacher")]
@@ -70,7 +74,7 @@ def _taps(
     for text in taps:
         tap = Tap.parse(text)
         try:
-            module = tapped_module(MLLM(stock), tap)
+            module = tapped_module(stock, tap)
         except ValueError as error:
             raise ValueError(f"{name} reads the {whose}: {error}") from error
         yield f"{whose}'s {tap.side} of {tap.path}: {type(module).__name__}{_width(module)}"

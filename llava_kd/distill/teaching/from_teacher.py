@@ -14,13 +14,15 @@ from torch import Tensor
 
 from llava_kd.batch import Batch, Counts
 from llava_kd.distill.rows import response_rows, targets_of_rows
-from llava_kd.distill.taught import AnyPrediction, Taught
+from llava_kd.distill.taught import AnyPrediction, MixedPrediction, Taught
 from llava_kd.distill.teaching.door import Teaching
 from llava_kd.distill.teaching.switch import Switch
 from llava_kd.losses.reference import HeadLoss, head_loss
+from llava_kd.losses.row_figures import row_figures
 from llava_kd.models.mllm import Prediction
 
 OWN = "teacher_cross_entropy"
+WEIGHT = "teacher_weight/"  # and the number of a teacher, from 1
 WORSE_STEPS = 3
 
 
@@ -67,6 +69,8 @@ class FromTeacher(Teaching):
 
     def figures(self, batch: Batch, taught: Taught, counts: Counts) -> Mapping[str, Tensor]:
         prediction = taught.prediction
+        if isinstance(prediction, MixedPrediction):
+            return mixture_figures(prediction, batch, counts)
         if not isinstance(prediction, Prediction):
             return {}
         return {OWN: teacher_cross_entropy(prediction, batch, counts, self._head_loss)}
@@ -84,6 +88,25 @@ class FromTeacher(Teaching):
             f"{float(student):.3f}: it holds the student back. Look at its checkpoint, data.template and "
             "image preprocessing, or lower the weight of response_kl"
         )
+
+
+@torch.no_grad()
+def mixture_figures(teachers: MixedPrediction, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+    """The mixture's own mean cross-entropy over the response targets, and each one's mean weight there."""
+    inputs = batch.teacher_inputs
+    rows_N = response_rows(inputs)
+    first = teachers.parts[0]
+    nll_N = row_figures(
+        first.hidden_BTD.flatten(0, 1)[rows_N],
+        first.head_VD,
+        first.bias_V,
+        targets_of_rows(inputs, rows_N),
+        change=teachers.target(rows_N),
+    ).nll_N
+    share = 1 / counts["response_tokens"].clamp_min(1).float()
+    weights_M = teachers.log_weights_PM[rows_N].float().exp().sum(0) * share
+    found = {f"{WEIGHT}{m}": weight for m, weight in enumerate(weights_M, 1)}
+    return {OWN: nll_N.sum() * share, **found}
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
-"""The loss terms, a file each; their names are those of the settings, the log and the report."""
+"""The loss terms, most a file each; their names are those of the settings, the log and the report."""
 
 from collections.abc import Mapping
 
 from llava_kd.distill.terms.attention import Attention
 from llava_kd.distill.terms.cross_entropy import CrossEntropy
+from llava_kd.distill.terms.inner.exit_logits import ExitLogits, VisualExitLogits
+from llava_kd.distill.terms.inner.hint import Hint, VisualHint
+from llava_kd.distill.terms.inner.mi_alpha import MIAlpha, VisualMIAlpha
 from llava_kd.distill.terms.relation import Relation
 from llava_kd.distill.terms.response_dbild import ResponseDBiLD
 from llava_kd.distill.terms.response_kl import ResponseKL
@@ -23,6 +26,12 @@ TERMS: Mapping[str, type[Term]] = {
     "response_dbild": ResponseDBiLD,
     "visual_switch": VisualSwitch,
     "attention": Attention,
+    "hint": Hint,
+    "visual_hint": VisualHint,
+    "mi_alpha": MIAlpha,
+    "visual_mi_alpha": VisualMIAlpha,
+    "exit_logits": ExitLogits,
+    "visual_exit_logits": VisualExitLogits,
     "label_smoothing": LabelSmoothing,
     "mcmi": MCMI,
 }

@@ -11,15 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llava_kd.batch import Batch
+from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
 from llava_kd.distill.formulas import Align, Common, Formulas
-from llava_kd.distill.rows import Place, Rows, VisualTap, visual_features
+from llava_kd.distill.rows import Place, Rows, VisualTap, of_images, visual_features
 from llava_kd.distill.terms.term import Need, Reads
 from llava_kd.losses.tuning.information import Centroids
 from llava_kd.models.mllm import Prediction
 from llava_kd.models.taps import Tap
 
 NEEDS: tuple[Need, ...] = ("nothing", "logits", "states", "model")  # each serves those before it
+PROJECTOR = "multi_modal_projector"  # where taps show images, not the places of rows
 
 
 class Head(NamedTuple):
@@ -86,12 +87,8 @@ class Seen:
 
     def states(self, place: Place) -> tuple[Tensor, Tensor]:
         """Final hidden states of student [N, D] and teacher [N, E] at rows that both answer alike."""
-        rows = self.rows(place)
-        student_N, teacher_N = rows.student_N, rows.teacher_N
-        if place == "response" and self.batch.teacher is not None:
-            is_shared_N = rows.is_shared_N > 0  # other tokens have no common place in the two vocabularies
-            student_N, teacher_N = student_N[is_shared_N], teacher_N[is_shared_N]
-        return _at(self._student, student_N), _at(self._of_teacher("states"), teacher_N)
+        rows = self._answered_alike(place)
+        return _at(self._student, rows.student_N), _at(self._of_teacher("states"), rows.teacher_N)
 
     def labelled_states(self) -> tuple[Tensor, Tensor]:
         """The student's final hidden states [N, D] at response rows, and their labels [N]."""
@@ -154,6 +151,36 @@ class Seen:
         self._declared(tap in self._reads.teacher_taps, f"teacher_taps=({tap!r}, ...)")
         return self._of_teacher("model").tapped[str(Tap.parse(tap))]
 
+    def tapped_rows(self, place: Place, tap: str) -> Tensor:
+        """[N, D] of the student's module at rows that both sides answer alike, or of valid visual tokens."""
+        states = self.tapped(tap)
+        if place == "response":
+            return states.flatten(0, 1)[self._answered_alike(place).student_N]
+        return self._valid(_of_images(states, self.batch.student, tap))
+
+    def teacher_rows(self, place: Place, tap: str | None = None) -> Tensor:
+        """[N, E] of the teacher at the rows of `tapped_rows`: of its module, or its final states.
+
+        Visual ones are carried to the student's tokens.
+        """
+        if tap is None:
+            states = self._of_teacher("states").hidden_BTD
+        else:
+            states = self.teacher_tapped(tap)
+        if place == "response":
+            return states.flatten(0, 1)[self._answered_alike(place).teacher_N]
+        self._declared(self._reads.grids, "grids=True")
+        features_IME = _of_images(states, self.batch.teacher_inputs, tap)
+        align = self._common.align
+        return self._valid(features_IME if align is None else align(features_IME))
+
+    def targets(self, place: Place) -> Tensor:
+        """[N] next tokens at the rows of `tapped_rows`; IGNORE_INDEX at visual ones."""
+        if place == "response":
+            return self._answered_alike(place).targets_N
+        self._declared(place in self._reads.places, f"places=({place!r}, ...)")
+        return torch.full_like(self.batch.student.places.distilled_N, IGNORE_INDEX)
+
     def attention_maps(self) -> tuple[Tensor, Tensor]:
         """[L, I, N, N] of both sides. ValueError if one does not show its attention."""
         self._declared(self._reads.attention is not None, "attention")
@@ -169,6 +196,17 @@ class Seen:
         teacher = self._of_teacher("states")
         gram_DD = teacher.head_gram_DD if self._reads.head_gram else None
         return self.student_head, Head(teacher.head_VD, teacher.bias_V, gram_DD)
+
+    def _answered_alike(self, place: Place) -> Rows:
+        """Rows but those of response tokens that differ: they have no common place in two vocabularies."""
+        rows = self.rows(place)
+        if place == "response" and self.batch.teacher is not None:
+            return rows.take((rows.is_shared_N > 0).nonzero().squeeze(1))
+        return rows
+
+    def _valid(self, features_IND: Tensor) -> Tensor:
+        """[N, D] of the images that could be read."""
+        return features_IND[self.batch.student.places.valid_images_N].flatten(0, 1)
 
     def _declare_tap(self, tap: VisualTap) -> None:
         if tap == "projector":
@@ -187,6 +225,13 @@ class Seen:
             raise ValueError(
                 f"the term {self._name} reads what it does not declare: add {what} to its `reads`"
             )
+
+
+def _of_images(states: Tensor, inputs: Inputs, tap: str | None) -> Tensor:
+    """[I, N, D]: what a projector gives, but for its stand-in without images, and rows of visual tokens."""
+    if tap is not None and tap.startswith(PROJECTOR):
+        return states[: inputs.num_images]
+    return of_images(states, inputs)
 
 
 def _at(prediction: Prediction, rows_N: Tensor) -> Tensor:

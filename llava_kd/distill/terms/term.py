@@ -6,8 +6,8 @@ a cache of the teacher, the checks before a run and the report read what they ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge
@@ -119,10 +119,15 @@ class Saturation:
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """Of the hidden states that a term with weights of its own may join."""
+    """Of the hidden states that a term with weights of its own may join.
+
+    `student_taps` and `teacher_taps`: of what goes through the modules that it reads, by their paths.
+    """
 
     student: int
     teacher: int | None
+    student_taps: Mapping[str, int] = field(default_factory=dict)
+    teacher_taps: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +143,10 @@ class Term:
     label: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     denominator: ClassVar[Denominator] = RESPONSE_TOKENS
+    compares_rows: ClassVar[bool] = False
+    """Whether rows of a micro-batch are compared with each other, so that its size changes the value."""
+    goes_below_zero: ClassVar[bool] = False
+    """Whether a row may be less than 0, as minus a bound is; its weight is then never learned."""
 
     @property
     def reads(self) -> Reads:

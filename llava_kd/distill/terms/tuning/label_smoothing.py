@@ -21,6 +21,7 @@ class LabelSmoothing(Term):
 
     label: ClassVar[str] = "what labels smoothed over all tokens add to cross-entropy; nats a token"
     paper: ClassVar[str] = "label smoothing, arXiv 1512.00567"
+    goes_below_zero: ClassVar[bool] = True
 
     @property
     def reads(self) -> Reads:

@@ -33,6 +33,7 @@ class MCMI(Term):
         "minus conditional mutual information, of answers and their input given the label; nats a token"
     )
     paper: ClassVar[str] = "MCMI, arXiv 2401.08732"
+    goes_below_zero: ClassVar[bool] = True
 
     @property
     def reads(self) -> Reads:

@@ -1,0 +1,32 @@
+"""A report of whatever directories are named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llava_kd.evaluation.report.page import report
+from llava_kd.evaluation.report.results import is_comparison, read_run, table
+from llava_kd.evaluation.report.runs_page import write_runs_page
+from llava_kd.evaluation.report.stage_runs import find_runs
+
+
+def report_on(
+    named: Sequence[str | Path], *, terms: Mapping[str, str], out: str | Path | None = None
+) -> tuple[Path, str]:
+    """The page, and what a terminal shows: a comparison (see `results`) by its own page, others as runs.
+
+    `out` None is report.html in the first directory. Raises ValueError where nothing is named, or no run.
+    """
+    if not named:
+        raise ValueError("name a run: its output_dir, or a folder that holds runs")
+    first = Path(named[0])
+    if len(named) > 1 or not is_comparison(first):
+        runs = find_runs(named)
+        written = write_runs_page(runs, out or first / "report.html", terms)
+        return written, "\n".join(f"{run.name}: {run.state}" for run in runs)
+    if out is not None:
+        raise ValueError(
+            f"{first} is a comparison: its page is report.html there; leave out the place to write"
+        )
+    return report(first, terms=terms), table(read_run(first))
