@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava_kd.data.record_lists import read_lists, write_lists
-from llava_kd.search.findings.statistics import estimate, paired
+from llava_kd.search.findings.statistics import Estimate, estimate, paired
 
 ARMS = {
     "random": "half of the records, drawn",
@@ -97,11 +97,11 @@ def write_table(run: Path, seeds: list[int]) -> None:
     )
 
 
-def shown(found: dict | None, *, sign: bool = False) -> str:
+def shown(found: Estimate | None, *, sign: bool = False) -> str:
     """Mean and 95 % t interval over seeds."""
     assert found is not None
     mark = "+" if sign else ""
-    if found["low"] is None:
+    if found["low"] is None or found["high"] is None:
         return f"{found['mean']:{mark}.3f}"
     return f"{found['mean']:{mark}.3f} ({found['low']:{mark}.3f} to {found['high']:{mark}.3f})"
 

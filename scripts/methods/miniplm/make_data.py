@@ -19,6 +19,7 @@ from pathlib import Path
 
 from llava_kd.data.shapes.questions import Question, questions
 from llava_kd.data.shapes.scenes import Scene, encode_picture, random_scene
+from llava_kd.data.shapes.scenes import draw as draw_scene
 
 TURNS = 3
 EASY = {("exist", "by colour"), ("count", "all")}
@@ -68,9 +69,8 @@ def draw(
     records = []
     for number, (scene, turns, said) in enumerate(zip(scenes, asked, answers, strict=True)):
         name = f"{split}_{kind}_{number:05d}"
-        picture = encode_picture(
-            scene, random.Random(f"picture {arguments.seed} {name}"), image_format="JPEG"
-        )
+        own = random.Random(f"picture {arguments.seed} {name}")
+        picture = encode_picture(draw_scene(scene, own), own, image_format="JPEG")
         (arguments.out / "images" / f"{name}.jpg").write_bytes(picture)
         talk = [
             {"from": speaker, "value": value}
