@@ -130,18 +130,18 @@ def test_plugins_is_a_list_of_names(stage: Callable[..., Path], value: str) -> N
 
 def test_settings_with_plug_ins_come_back_as_they_were(stage: Callable[..., Path], tmp_path: Path) -> None:
     pages = write_plugins(tmp_path)
-    objective = {"cross_entropy": {}, "hint": {"margin": 0.25}}
+    objective = {"cross_entropy": {}, "mapped_states": {"margin": 0.25}}
     config = load(stage("run", plugins=[pages["my_terms.py"]], objective=objective))
     (tmp_path / "again.yaml").write_text(dump(config))
     again = load(tmp_path / "again.yaml")
     assert again == config
-    assert vars(again.objective.terms["hint"])["margin"] == 0.25
+    assert vars(again.objective.terms["mapped_states"])["margin"] == 0.25
 
 
 def test_a_setting_of_a_term_out_of_its_range_is_named(stage: Callable[..., Path], tmp_path: Path) -> None:
     pages = write_plugins(tmp_path)
-    config = stage("run", plugins=[pages["my_terms.py"]], objective={"hint": {"margin": "much"}})
-    with pytest.raises(ValueError, match=r"objective\.hint\.margin` must be a number"):
+    config = stage("run", plugins=[pages["my_terms.py"]], objective={"mapped_states": {"margin": "much"}})
+    with pytest.raises(ValueError, match=r"objective\.mapped_states\.margin` must be a number"):
         load(config)
 
 

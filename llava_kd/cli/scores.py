@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from llava_kd.assembly.early import look_at_file, look_at_model
+from llava_kd.assembly.early import look_at_file, look_at_model, look_at_runs
 from llava_kd.cli.words import Commands, add_plugins, command, count, is_first_rank, plugins, show
 
 
@@ -78,10 +78,11 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    named = [*([arguments.directory] if arguments.directory else []), *arguments.runs]
+    look_at_runs(named)
     from llava_kd.assembly.settings import labels
     from llava_kd.evaluation.report.entry import report_on
 
-    named = [*([arguments.directory] if arguments.directory else []), *arguments.runs]
     written, said = report_on(named, terms=labels(arguments.plugin), out=arguments.out)
     show(said)
     show(f"open {written}")
