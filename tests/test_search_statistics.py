@@ -17,7 +17,7 @@ from llava_kd.search.findings.curves import (
     stage_log,
     value_at,
 )
-from llava_kd.search.findings.statistics import estimate, paired, ranks, spearman
+from llava_kd.search.findings.statistics import as_text, estimate, paired, ranks, spearman
 
 
 def test_a_mean_with_its_error_and_interval_by_hand() -> None:
@@ -131,3 +131,14 @@ def test_a_curve_is_read_at_what_was_asked_by_then() -> None:
     assert value_at(curve, seconds=1000.0) == 0.3
     assert value_at(curve, steps=9) is None
     assert value_at(curve, steps=29) == 0.2
+
+
+def test_an_estimate_as_text_is_the_mean_and_half_its_interval() -> None:
+    found = estimate([1.0, 2.0, 3.0])
+    assert found["low"] is not None
+    assert found["high"] is not None
+    half = (found["high"] - found["low"]) / 2
+    assert as_text(found, digits=2, sign="+") == f"+2.00 +- {half:.2f}"
+    assert as_text(estimate([2.0])) == "2.0"
+    assert as_text(None) == "-"
+    assert as_text(None, none="") == ""

@@ -37,6 +37,16 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estima
     return estimate(gaps) if gaps else None
 
 
+def as_text(value: Estimate | None, *, digits: int = 1, sign: str = "", none: str = "-") -> str:
+    """`mean +- half the interval`, the mean alone where there is no interval; `sign` "+" shows both signs."""
+    if value is None:
+        return none
+    mean = f"{value['mean']:{sign}.{digits}f}"
+    if value["low"] is None or value["high"] is None:
+        return mean
+    return f"{mean} +- {(value['high'] - value['low']) / 2:.{digits}f}"
+
+
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Correlation of ranks, equal values sharing theirs; None under three pairs or where one side is flat."""
     if len(first) != len(second):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from llava_kd.losses.divergence import KINDS, Divergence
 from llava_kd.losses.head_loss import head_loss
-from llava_kd.search.findings.statistics import Estimate, estimate
+from llava_kd.search.findings.statistics import Estimate, as_text, estimate
 
 COLUMNS, CONTEXTS, STEPS, RATE = 64, 32, 1500, 0.05
 MODE_WIDTH = 2.0
@@ -91,12 +91,6 @@ def measures(p_s_NV: Tensor, p_t_NV: Tensor, centres_N2: Tensor) -> dict[str, Te
     }
 
 
-def shown(value: Estimate) -> str:
-    if value["low"] is None or value["high"] is None:
-        return f"{value['mean']:.3f}"
-    return f"{value['mean']:.3f} +- {(value['high'] - value['low']) / 2:.3f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
@@ -115,7 +109,7 @@ def main() -> None:
             name: estimate([float(v) for v in values_N.view(len(seeds), CONTEXTS).double().mean(1)])
             for name, values_N in found.items()
         }
-        figures = [shown(value) for value in results[kind].values()]
+        figures = [as_text(value, digits=3) for value in results[kind].values()]
         print(f"| {kind} | {MIX.get(kind, 0.5)} | {' | '.join(figures)} |", flush=True)
     print(f"\n{time.perf_counter() - began:.0f} s")
     if not all(math.isfinite(value["mean"]) for row in results.values() for value in row.values()):

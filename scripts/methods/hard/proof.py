@@ -33,7 +33,7 @@ from llava_kd.distill.teaching.pictures.augmentor import NOISE, Augmentor, next_
 from llava_kd.distill.teaching.pictures.warps import NUMBERS, Pixels, Warps
 from llava_kd.losses.divergence import FORWARD, divergence_rows
 from llava_kd.losses.head_loss import head_loss
-from llava_kd.search.findings.statistics import Estimate, estimate, paired
+from llava_kd.search.findings.statistics import as_text, estimate, paired
 
 CLASSES, PATTERN, SIDE, REACH = 10, 8, 18, 5
 STEPS, BATCH, RATE = 2000, 32, 2e-3
@@ -182,24 +182,18 @@ def one_seed(seed: int) -> dict[str, float]:
     return found
 
 
-def shown(value: Estimate | None, sign: str = "") -> str:
-    if value is None or value["low"] is None or value["high"] is None:
-        return "-" if value is None else f"{value['mean']:{sign}.1f}"
-    return f"{value['mean']:{sign}.1f} +- {(value['high'] - value['low']) / 2:.1f}"
-
-
 def report(runs: dict[int, dict[str, float]]) -> None:
     """The table, of each seed's figures."""
     values = {name: {seed: run[name] for seed, run in runs.items()} for name in next(iter(runs.values()))}
     print(f"{len(runs)} seeds; mean +- half the 95 % interval over them\n")
     for name in values:
         if name.startswith(("teacher", "steps")):
-            print(f"{name}: {shown(estimate(list(values[name].values())))}")
+            print(f"{name}: {as_text(estimate(list(values[name].values())))}")
     print("\n| arm | moved, % | centred, % | moved, against small moves, paired |\n|---|---|---|---|")
     for arm in ARMS:
         gap = None if arm == "small moves" else paired(values[f"{arm}, moved"], values["small moves, moved"])
-        each = [shown(estimate(list(values[f"{arm}, {name}"].values()))) for name in ("moved", "centred")]
-        print(f"| {arm} | {' | '.join(each)} | {shown(gap, '+')} |")
+        each = [as_text(estimate(list(values[f"{arm}, {name}"].values()))) for name in ("moved", "centred")]
+        print(f"| {arm} | {' | '.join(each)} | {as_text(gap, sign='+')} |")
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_kd.losses.head_loss import head_loss
-from llava_kd.search.findings.statistics import Estimate, estimate, paired
+from llava_kd.search.findings.statistics import as_text, estimate, paired
 
 CLASSES, SIDE, FEW, BATCH, EPOCHS = 10, 12, 150, 50, 200
 TEACHER_WIDTH = 64
@@ -107,12 +107,6 @@ def train(parameters: Sequence[nn.Parameter], loss_of: Callable[[Tensor], Tensor
             optimiser.step()
 
 
-def shown(value: Estimate | None, sign: str = "") -> str:
-    if value is None or value["low"] is None or value["high"] is None:
-        return "" if value is None else f"{value['mean']:{sign}.1f}"
-    return f"{value['mean']:{sign}.1f} +- {(value['high'] - value['low']) / 2:.1f}"
-
-
 def report(doc: str, one_seed: Callable[[int], dict[str, float]], reference: str) -> None:
     """Run the seeds that the command line asks for and print a table of arms against one of them."""
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
@@ -128,7 +122,7 @@ def report(doc: str, one_seed: Callable[[int], dict[str, float]], reference: str
         values = {seed: run[arm] for seed, run in runs.items()}
         base = {seed: run[reference] for seed, run in runs.items()}
         gap = None if arm == reference else paired(values, base)
-        print(f"| {arm} | {shown(estimate(list(values.values())))} | {shown(gap, '+')} |")
+        print(f"| {arm} | {as_text(estimate(list(values.values())))} | {as_text(gap, sign='+', none='')} |")
     print(f"\n{time.perf_counter() - began:.0f} s")
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)

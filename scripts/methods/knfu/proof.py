@@ -30,7 +30,7 @@ from llava_kd.losses.targets.mixture import (
     log_agreement,
     log_fusion_weights,
 )
-from llava_kd.search.findings.statistics import Estimate, estimate, paired
+from llava_kd.search.findings.statistics import as_text, estimate, paired
 
 SUBJECTS, EACH, SIDE = 4, 4, 12
 CLASSES = SUBJECTS * EACH
@@ -150,12 +150,6 @@ def one_seed(seed: int) -> dict[str, float]:
     return found | {arm: accuracy(train_student(*few, said, weights[arm], seed), *test) for arm in ARMS}
 
 
-def shown(value: Estimate | None, sign: str = "") -> str:
-    if value is None or value["low"] is None or value["high"] is None:
-        return "-" if value is None else f"{value['mean']:{sign}.1f}"
-    return f"{value['mean']:{sign}.1f} +- {(value['high'] - value['low']) / 2:.1f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
@@ -167,11 +161,11 @@ def main() -> None:
     values = {name: {seed: run[name] for seed, run in runs.items()} for name in runs[0]}
     print(f"{len(runs)} seeds; mean +- half the 95 % interval over them; per cent\n")
     for name in list(values)[: -len(ARMS)]:
-        print(f"{name}: {shown(estimate(list(values[name].values())))}")
+        print(f"{name}: {as_text(estimate(list(values[name].values())))}")
     print("\n| arm | accuracy, % | against no teacher, paired |\n|---|---|---|")
     for arm in ARMS:
         gap = None if arm == NONE else paired(values[arm], values[NONE])
-        print(f"| {arm} | {shown(estimate(list(values[arm].values())))} | {shown(gap, '+')} |")
+        print(f"| {arm} | {as_text(estimate(list(values[arm].values())))} | {as_text(gap, sign='+')} |")
     print(f"\n{time.perf_counter() - began:.0f} s")
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)

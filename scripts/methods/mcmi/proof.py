@@ -41,7 +41,7 @@ from llava_kd.losses.tuning.information import (
     conditional_information_by_chunk,
 )
 from llava_kd.losses.tuning.smoothing import smoothing_without_logits
-from llava_kd.search.findings.statistics import Estimate, estimate, paired
+from llava_kd.search.findings.statistics import as_text, estimate, paired
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,14 +167,6 @@ def one_seed(seed: int, arms: dict[str, Tuning]) -> dict[str, dict[str, float]]:
     return found
 
 
-def shown(value: Estimate | None, digits: int, sign: str = "") -> str:
-    if value is None:
-        return "-"
-    if value["low"] is None or value["high"] is None:
-        return f"{value['mean']:{sign}.{digits}f}"
-    return f"{value['mean']:{sign}.{digits}f} +- {(value['high'] - value['low']) / 2:.{digits}f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="how many")
@@ -198,9 +190,9 @@ def main() -> None:
         for figure in figures:
             values, plain = ({s: run[a][figure] for s, run in runs.items()} for a in (arm, "plain"))
             digits = 3 if "nats" in figure else 1
-            cell = shown(estimate(list(values.values())), digits)
+            cell = as_text(estimate(list(values.values())), digits=digits)
             if arm != "plain" and len(runs) > 1:
-                cell += f" ({shown(paired(values, plain), digits, '+')})"
+                cell += f" ({as_text(paired(values, plain), digits=digits, sign='+')})"
             cells.append(cell)
         print(f"| {arm} | {' | '.join(cells)} |")
     print(f"\n{time.perf_counter() - began:.0f} s")

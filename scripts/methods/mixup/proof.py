@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from llava_kd.distill.teaching.pictures.mixup import draw_pairs
 from llava_kd.losses.divergence import Temperature
 from llava_kd.losses.head_loss import head_loss
-from llava_kd.search.findings.statistics import estimate, paired
+from llava_kd.search.findings.statistics import as_text, estimate, paired
 
 ARMS = {  # share of the pictures that are mixed, weight of cross-entropy on the others
     "none": (0.0, 0.1),
@@ -111,15 +111,15 @@ def main() -> None:
     began = time.perf_counter()
     runs = {seed: one_seed(seed) for seed in range(arguments.seeds)}
     values = {name: {seed: run[name] for seed, run in runs.items()} for name in runs[0]}
-    shown = PATTERNS.shown
     print(f"{len(runs)} seeds; mean +- half the 95 % interval over them\n")
-    print(f"teacher: {shown(estimate(list(values['teacher'].values())))} %")
+    print(f"teacher: {as_text(estimate(list(values['teacher'].values())))} %")
     print("\n| pictures mixed | T | accuracy, % | against no mixup, paired |\n|---|---|---|---|")
     for temperature in TEMPERATURES:
         for name in ARMS:
             own, none = (values[f"{n}, T = {temperature}"] for n in (name, "none"))
             gap = None if name == "none" else paired(own, none)
-            print(f"| {name} | {temperature} | {shown(estimate(list(own.values())))} | {shown(gap, '+')} |")
+            right, gain = as_text(estimate(list(own.values()))), as_text(gap, sign="+")
+            print(f"| {name} | {temperature} | {right} | {gain} |")
     print(f"\n{time.perf_counter() - began:.0f} s")
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from llava_kd.losses.divergence import Temperature
 from llava_kd.losses.head_loss import head_loss
-from llava_kd.search.findings.statistics import Estimate, estimate, paired
+from llava_kd.search.findings.statistics import as_text, estimate, paired
 
 CLASSES, SIDE = 10, 12
 ARMS: dict[str, tuple[float, float, Temperature]] = {  # weights of cross-entropy and divergence, temperature
@@ -116,12 +116,6 @@ def one_seed(seed: int) -> dict[str, float]:
     return found | {arm: accuracy(train_student(arm, *few, logits_NV, seed), *test) for arm in ARMS}
 
 
-def shown(value: Estimate | None, sign: str = "") -> str:
-    if value is None or value["low"] is None or value["high"] is None:
-        return "-" if value is None else f"{value['mean']:{sign}.1f}"
-    return f"{value['mean']:{sign}.1f} +- {(value['high'] - value['low']) / 2:.1f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
@@ -133,11 +127,11 @@ def main() -> None:
     values = {name: {seed: run[name] for seed, run in runs.items()} for name in runs[0]}
     print(f"{len(runs)} seeds; mean +- half the 95 % interval over them\n")
     for name in list(values)[: -len(ARMS)]:
-        print(f"{name}: {shown(estimate(list(values[name].values())))}")
+        print(f"{name}: {as_text(estimate(list(values[name].values())))}")
     print("\n| arm | accuracy, % | against T = 1, paired |\n|---|---|---|")
     for arm in ARMS:
         gap = None if arm == "T = 1" else paired(values[arm], values["T = 1"])
-        print(f"| {arm} | {shown(estimate(list(values[arm].values())))} | {shown(gap, '+')} |")
+        print(f"| {arm} | {as_text(estimate(list(values[arm].values())))} | {as_text(gap, sign='+')} |")
     print(f"\n{time.perf_counter() - began:.0f} s")
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from llava_kd.cli import main as llava_kd
-from llava_kd.search.findings.statistics import estimate, paired
+from llava_kd.search.findings.statistics import as_text, estimate, paired
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "quickstart"))
 from backbone_tokenizer import IMAGE_TOKEN, make_tokenizer  # pyright: ignore[reportMissingImports]
@@ -183,13 +183,6 @@ def one_seed(folder: Path, seed: int, steps: int) -> dict[str, dict[str, float]]
     return found
 
 
-def shown(values: list[float], digits: int) -> str:
-    found = estimate(values)
-    if found["low"] is None or found["high"] is None:
-        return f"{found['mean']:.{digits}f}"
-    return f"{found['mean']:.{digits}f} +- {(found['high'] - found['low']) / 2:.{digits}f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
@@ -212,9 +205,10 @@ def main() -> None:
     }
     for arm, values in exposures.items():
         gap = None if arm in ("teacher", "KD") else paired(values, exposures["KD"])
-        right = [run[arm]["accuracy"] for run in runs.values()]
+        bits = as_text(estimate(list(values.values())), digits=2)
+        right = as_text(estimate([run[arm]["accuracy"] for run in runs.values()]))
         against = "" if gap is None else f"{gap['mean']:+.2f}"
-        print(f"| {arm} | {shown(list(values.values()), 2)} | {against} | {shown(right, 1)} |")
+        print(f"| {arm} | {bits} | {against} | {right} |")
     print(f"\n{time.perf_counter() - began:.0f} s")
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
