@@ -55,10 +55,6 @@ def look_at_checkpoint(name: str) -> None:
 
 def look_at_runs(named: Sequence[str]) -> None:
     """Of `report`: ValueError where nothing is named, or no run is there."""
-    from llava_kd.evaluation.report.results import is_comparison
-    from llava_kd.evaluation.report.stage_runs import find_runs
+    from llava_kd.evaluation.report.stage_runs import named_runs
 
-    if not named:
-        raise ValueError("name a run: its output_dir, or a folder that holds runs")
-    if len(named) > 1 or not is_comparison(named[0]):
-        find_runs(named)
+    named_runs(named)

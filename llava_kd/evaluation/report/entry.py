@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llava_kd.evaluation.report.page import report
-from llava_kd.evaluation.report.results import is_comparison, read_run, table
+from llava_kd.evaluation.report.results import read_run, table
 from llava_kd.evaluation.report.runs_page import write_runs_page
-from llava_kd.evaluation.report.stage_runs import find_runs
+from llava_kd.evaluation.report.stage_runs import named_runs
 
 
 def report_on(
@@ -18,11 +18,9 @@ def report_on(
 
     `out` None is report.html in the first directory. Raises ValueError where nothing is named, or no run.
     """
-    if not named:
-        raise ValueError("name a run: its output_dir, or a folder that holds runs")
+    runs = named_runs(named)
     first = Path(named[0])
-    if len(named) > 1 or not is_comparison(first):
-        runs = find_runs(named)
+    if runs is not None:
         written = write_runs_page(runs, out or first / "report.html", terms)
         return written, "\n".join(f"{run.name}: {run.state}" for run in runs)
     if out is not None:

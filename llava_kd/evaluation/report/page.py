@@ -20,7 +20,7 @@ from llava_kd.evaluation.report.results import (
     mean_by_type,
     read_run,
 )
-from llava_kd.evaluation.report.style import CSS
+from llava_kd.evaluation.report.style import html_page
 from llava_kd.evaluation.scorers.exact import is_correct
 
 # docs/diagnostics.md; the gradients of the terms come first.
@@ -60,14 +60,9 @@ def write_report(
         _examples(run),
         _facts(run),
     ]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head><body><main>{''.join(sections)}</main></body></html>\n"
-    )
     out_html = Path(out_html)
     out_html.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out_html, page)
+    write_atomic(out_html, html_page(title, sections))
     return out_html
 
 

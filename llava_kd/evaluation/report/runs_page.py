@@ -12,7 +12,7 @@ from llava_kd.evaluation.report.charts import Line, line_chart, smooth
 from llava_kd.evaluation.report.page import GRADIENT_SHARE, TOKENS
 from llava_kd.evaluation.report.pictures import thumbnail
 from llava_kd.evaluation.report.stage_runs import StageRun, differing
-from llava_kd.evaluation.report.style import CSS
+from llava_kd.evaluation.report.style import html_page
 from llava_kd.evaluation.scorers.exact import is_correct
 
 COLOURS = 8  # of the style sheet; more runs begin again
@@ -41,15 +41,9 @@ def write_runs_page(runs: Sequence[StageRun], out_html: str | Path, terms: Mappi
         _differences(runs),
         _facts(runs),
     ]
-    title = "Training report"
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}</title><style>{CSS}</style></head><body><main>{''.join(sections)}</main></body></html>\n"
-    )
     out_html = Path(out_html)
     out_html.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out_html, page)
+    write_atomic(out_html, html_page("Training report", sections))
     return out_html
 
 

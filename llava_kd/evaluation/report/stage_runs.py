@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from llava_kd.evaluation.report.results import Evaluated, read_evaluated, read_metrics
+from llava_kd.evaluation.report.results import Evaluated, is_comparison, read_evaluated, read_metrics
 
 DEEPEST = 3  # folders below the one that is named, in which runs are looked for
 
@@ -41,6 +41,16 @@ class StageRun:
 
     def total(self, name: str) -> float:
         return sum(line.get(name, 0.0) for line in self.lines)
+
+
+def named_runs(named: Sequence[str | Path]) -> list[StageRun] | None:
+    """The runs that a report was asked for; None for a comparison, which has a page of its own.
+
+    Raises ValueError where nothing is named, and as `find_runs`.
+    """
+    if not named:
+        raise ValueError("name a run: its output_dir, or a folder that holds runs")
+    return None if len(named) == 1 and is_comparison(named[0]) else find_runs(named)
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[StageRun]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from html import escape
+
 CSS = """
 :root{color-scheme:light dark;--bg:#fbfaf8;--card:#fff;--ink:#1c1f23;--soft:#5d646e;--line:#e4e1db;
 --teacher:#7a808a;
@@ -92,3 +95,13 @@ CSS += "".join(
     f".legend .run{k}::before{{background:var(--run{k})}}svg .curve.run{k}{{stroke:var(--run{k})}}"
     for k in range(8)
 )
+
+
+def html_page(title: str, sections: Sequence[str], *, more_css: str = "") -> str:
+    """A whole page of sections, which are HTML already; `title` is text."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{CSS}{more_css}</style></head><body><main>"
+        f"{''.join(sections)}</main></body></html>\n"
+    )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from llava_kd.evaluation.report.charts import Line, label, line_chart, nice_ticks
-from llava_kd.evaluation.report.style import CSS
+from llava_kd.evaluation.report.style import html_page
 from llava_kd.search.findings import words
 from llava_kd.search.findings.curves import Curve
 from llava_kd.search.findings.grid_tables import score_rows, type_rows
@@ -25,12 +25,7 @@ def page(results: Mapping, curves: Mapping[str, Sequence[Curve]]) -> str:
     for test in results["tests"]:
         sections += [_scores(results, test), _types(results, test)]
     sections += [_curves(results, curves), _arms(results), _how(results)]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}{_MORE_CSS}</style></head><body><main>"
-        f"{''.join(sections)}</main></body></html>\n"
-    )
+    return html_page(title, sections, more_css=_MORE_CSS)
 
 
 def _head(results: Mapping, title: str) -> str:
