@@ -75,6 +75,8 @@ KINDS: dict[str, list[dict]] = {
     "bad image": [{"is_valid": False}],
     "bad image and bad text": [{"is_valid": False}, {"images": 0, "is_valid": False}],
 }
+# A teacher of random weights is never right, and one that is wider is nowhere the less sure.
+UNTAUGHT = {"response_kl trust=first", "visual_regions trust=worse"}
 SILENT = {"text, all masked", "bad image", "bad image and bad text"}
 
 
@@ -178,7 +180,7 @@ def test_every_term_takes_every_kind_of_batch(sides: Sides, case: str, kind: str
     assert all(bool(value.isfinite().all()) for value in found.values())
     if kind in SILENT:
         assert not any(bool(value.any()) for value in found.values())
-    if kind == "images" and case != "response_kl trust=first":  # which a teacher of random weights never is
+    if kind == "images" and case not in UNTAUGHT:
         assert float(found["loss"]) != 0
         assert float(found["loss"]) > 0 or any(term.goes_below_zero for term in terms.values())
     if kind == "text only":

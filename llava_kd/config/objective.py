@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, make_dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, get_args, get_type_hints
+from dataclasses import dataclass, fields, make_dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, Self, get_args, get_type_hints
 
 from annotated_types import Gt
 from typing_extensions import Doc
@@ -23,6 +23,14 @@ class Reads(Protocol):
     def teacher(self) -> str: ...
     @property
     def before_decoder(self) -> bool: ...
+    @property
+    def attention(self) -> object: ...
+    @property
+    def attended(self) -> object: ...
+    @property
+    def switched(self) -> object: ...
+    @property
+    def centroids(self) -> bool: ...
 
 
 class TermSettings(Protocol):
@@ -34,6 +42,7 @@ class TermSettings(Protocol):
     def weight(self) -> float: ...
     @property
     def reads(self) -> Reads: ...
+    def mirrored(self) -> Self: ...
     def fits(self, trainable: Sequence[str], placement: str) -> None: ...
 
 
@@ -87,6 +96,10 @@ class ObjectiveConfig:
     @property
     def needs_teacher(self) -> bool:
         return any(term.reads.teacher != "nothing" for term in self.terms.values())
+
+    def mirrored(self) -> Self:
+        """The same terms where student and teacher change places."""
+        return replace(self, **{name: term.mirrored() for name, term in self.terms.items()})
 
     def check_stage(
         self,

@@ -16,6 +16,7 @@ from llava_kd.config.objective import ObjectiveConfig
 from llava_kd.config.pictures import PicturesConfig, check_pictures
 from llava_kd.config.ranges import PositiveFloat, PositiveInt, require
 from llava_kd.config.running import CheckpointConfig, EngineConfig, LogConfig, OptimConfig
+from llava_kd.config.teaching.peer import check_peer
 from llava_kd.config.teaching.token_policy import TokenPolicyConfig
 
 
@@ -42,6 +43,10 @@ class TrainConfig:
     max_steps: Annotated[PositiveInt | None, Doc("Optimiser steps, instead of `epochs`.")] = None
     seed: Annotated[int, Ge(0), Le(2**63 - 1), Doc("Of new weights and of the order of records.")] = 0
     teacher: Annotated[TeacherConfig | None, Doc("The model that is learned from; null is none.")] = None
+    peer: Annotated[
+        StudentConfig | None,
+        Doc("A second student that learns beside the first, each the other's teacher; null is none."),
+    ] = None
     token_policy: Annotated[
         TokenPolicyConfig | None, Doc("What is taught of private tokens; null treats all tokens alike.")
     ] = None
@@ -84,7 +89,7 @@ class TrainConfig:
         )
         self.objective.check_stage(
             self.trainable,
-            placement=None if self.teacher is None else self.teacher.placement,
+            placement=self._placement,
             cache=None if self.teacher is None else self.teacher.cache,
             others={"student.projector": reuses_teacher, "pictures": self.pictures is not None},
         )
@@ -95,7 +100,16 @@ class TrainConfig:
                 "to null",
             )
             check_pictures(self.pictures, self.teacher, self.objective.terms, self.engine.kind)
-        self.objective.check_teacher(has_teacher=self.teacher is not None, is_used=reuses_teacher)
+        self.objective.check_teacher(
+            has_teacher=self.teacher is not None or self.peer is not None, is_used=reuses_teacher
+        )
+        if self.peer is not None:
+            check_peer(
+                self._beside_peer,
+                self.objective.terms,
+                projector=self.peer.projector,
+                engine_kind=self.engine.kind,
+            )
         if self.teacher is not None:
             require(
                 self.teacher.cache is None or self.data.decode == "cpu",
@@ -107,12 +121,34 @@ class TrainConfig:
             f"`global_batch_size` ({self.global_batch_size}) must be a multiple of `micro_batch_size` "
             f"({self.micro_batch_size})",
         )
-        check_adapters(
-            has_lora=self.student.lora is not None,
-            quantize=self.student.quantize,
-            trains_language_model="language_model" in self.trainable,
-            engine_kind=self.engine.kind,
-        )
+        for one in (self.student, self.peer):
+            if one is not None:
+                check_adapters(
+                    has_lora=one.lora is not None,
+                    quantize=one.quantize,
+                    trains_language_model="language_model" in self.trainable,
+                    engine_kind=self.engine.kind,
+                )
         asked = self.evaluate
         slices, losses = ({}, {}) if asked is None else (asked.slices, asked.losses)
         check_best(self.checkpoint.best, self.checkpoint.export, slices, losses)
+
+    @property
+    def _placement(self) -> str | None:
+        """Of whoever teaches; None where nobody does."""
+        if self.peer is not None:
+            return "replicated"
+        return None if self.teacher is None else self.teacher.placement
+
+    @property
+    def _beside_peer(self) -> dict[str, object]:
+        """What does not fit a peer."""
+        teacher = self.teacher
+        return {
+            "teacher.cache": None if teacher is None else teacher.cache,
+            "teacher.several": None if teacher is None else teacher.several,
+            "teacher": teacher,
+            "token_policy": self.token_policy,
+            "pictures": self.pictures,
+            "objective.learned_weights": self.objective.learned_weights,
+        }

@@ -112,7 +112,7 @@ class HeadTerms:
         with_teacher = has_teacher and not self._is_aligned(block.place)
         rows = Rows.select(block.place, self.batch, with_teacher=with_teacher)
         request = None if block.kl is None else self.terms[block.kl].head_request()
-        chosen = choose(rows, request, self.batch, self.teacher, self.common)
+        chosen = choose(rows, request, self.batch, (self.student, self.teacher), self.common)
         if block.place != "response":
             return chosen
         if self.label_weight_N is not None:

@@ -18,7 +18,7 @@ from llava_kd.distill.rows import Rows
 from llava_kd.distill.taught import AnyPrediction, MixedPrediction, TopKPrediction
 from llava_kd.distill.terms.term import HeadRequest, Trust
 from llava_kd.distill.token_policy import PolicyRows
-from llava_kd.losses.label import top_k_label_rows
+from llava_kd.losses.label import LabelRows, top_k_label_rows
 from llava_kd.models.mllm import Prediction
 
 
@@ -53,16 +53,24 @@ class Chosen:
 
 
 def choose(
-    rows: Rows, request: HeadRequest | None, batch: Batch, teacher: AnyPrediction | None, common: Common
+    rows: Rows,
+    request: HeadRequest | None,
+    batch: Batch,
+    models: tuple[Prediction, AnyPrediction | None],
+    common: Common,
 ) -> Chosen:
-    """Of all rows of a place, those of a request for a divergence; None stands for no such request."""
+    """Of all rows of a place, those of a request for a divergence; None stands for no such request.
+
+    `models`: what the student and the teacher said.
+    """
+    student, teacher = models
     every = Chosen(rows=rows, factor_N=rows.is_shared_N)
     if request is None or teacher is None:
         return every
     if request.share < 1:
         return _most_attended(rows, request.share, batch, teacher, common.align)
     if request.trust != "all":
-        factor_N = rows.is_shared_N * _trust(rows, request.trust, teacher, common)
+        factor_N = rows.is_shared_N * _trust(rows, request.trust, student, teacher, common)
         return replace(every, factor_N=factor_N, is_counted=False)
     return every
 
@@ -88,17 +96,25 @@ def _most_attended(
 
 
 @torch.no_grad()
-def _trust(rows: Rows, trust: Trust, teacher: AnyPrediction, common: Common) -> Tensor:
+def _trust(rows: Rows, trust: Trust, student: Prediction, teacher: AnyPrediction, common: Common) -> Tensor:
+    if isinstance(teacher, MixedPrediction):
+        raise ValueError(f"trust in the first choice or probability is of one teacher; got {trust!r}")
     if isinstance(teacher, TopKPrediction):
         found = top_k_label_rows(teacher.top_k(rows.teacher_N), rows.targets_N)
-    elif isinstance(teacher, MixedPrediction):
-        raise ValueError(f"trust in the first choice or probability is of one teacher; got {trust!r}")
     else:
-        found = common.formulas.label_rows(
-            teacher.hidden_BTD.flatten(0, 1)[rows.teacher_N],
-            teacher.head_VD,
-            rows.targets_N,
-            bias_V=teacher.bias_V,
-            num_common=common.num_common,
-        )
+        found = _label_rows(teacher, rows.teacher_N, rows, common)
+    if trust in ("better", "worse"):
+        own_N = _label_rows(student, rows.student_N, rows, common).nll_N
+        is_taught_N = found.nll_N < own_N if trust == "better" else found.nll_N > own_N
+        return is_taught_N.float()
     return found.is_first_N.float() if trust == "first" else found.probability_N
+
+
+def _label_rows(side: Prediction, rows_N: Tensor, rows: Rows, common: Common) -> LabelRows:
+    return common.formulas.label_rows(
+        side.hidden_BTD.flatten(0, 1)[rows_N],
+        side.head_VD,
+        rows.targets_N,
+        bias_V=side.bias_V,
+        num_common=common.num_common,
+    )

@@ -1,7 +1,8 @@
 """What a model says of the labels themselves: their probability, and whether no token has a larger logit.
 
-With p = softmax(z) over the columns that both models share, at temperature 1: p(label), and whether
-z(label) >= z(v) for every column v. A label that is no common column has probability 0 and is never first.
+With p = softmax(z) over the columns that both models share, at temperature 1: p(label), -log p(label), and
+whether z(label) >= z(v) for every column v. A label that is no common column has probability 0 and is never
+first.
 To follow a teacher only where its first choice is the label is conditional teacher-student learning (Meng et
 al., arXiv 1904.12399), where the label alone is learned elsewhere. Logits that are not numbers count as first
 choice, so that what reads them is not a number either.
@@ -22,10 +23,14 @@ from llava_kd.losses.reference_top_k import TopK
 
 
 class LabelRows(NamedTuple):
-    """fp32 probabilities of the labels, and whether each is its row's first choice. No gradient."""
+    """fp32 probabilities of the labels, whether each is its row's first choice, and its loss. No gradient.
+
+    `nll_N` tells apart what `probability_N` rounds to 0 or 1; infinite where the probability is 0.
+    """
 
     probability_N: Tensor
     is_first_N: Tensor
+    nll_N: Tensor
 
 
 @torch.no_grad()
@@ -77,11 +82,14 @@ def top_k_label_rows(top: TopK, labels_N: Tensor) -> LabelRows:
     is_label_NK = top.columns_NK == labels_N.unsqueeze(1)
     label_N = torch.where(is_label_NK, logits_NK, -torch.inf).amax(1)
     mass_N = torch.logaddexp(logits_NK.logsumexp(1), top.rest_N.float())
-    return LabelRows((label_N - mass_N).exp(), is_label_NK.any(1) & ~(label_N < logits_NK.amax(1)))
+    is_first_N = is_label_NK.any(1) & ~(label_N < logits_NK.amax(1))
+    return LabelRows((label_N - mass_N).exp(), is_first_N, mass_N - label_N)
 
 
 def _of_logits(logits_CV: Tensor, labels_C: Tensor) -> LabelRows:
     is_common_C = (labels_C >= 0) & (labels_C < logits_CV.shape[1])
     label_C = logits_CV.gather(1, torch.where(is_common_C, labels_C, 0).unsqueeze(1)).squeeze(1)
-    probability_C = (label_C - logits_CV.logsumexp(1)).exp().float()
-    return LabelRows(probability_C * is_common_C, ~(label_C < logits_CV.amax(1)) & is_common_C)
+    nll_C = (logits_CV.logsumexp(1) - label_C).float()
+    is_first_C = ~(label_C < logits_CV.amax(1)) & is_common_C
+    nll_C = torch.where(is_common_C, nll_C, torch.inf)
+    return LabelRows((-nll_C).exp(), is_first_C, nll_C)

@@ -7,7 +7,7 @@ model, V vocabulary rows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,12 @@ class Prediction:
     attention_LINN: Tensor | None = None
     attended_IN: Tensor | None = None
     tapped: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def detached(self) -> Prediction:
+        """The same without a graph, as a frozen model would give it."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        cut = {name: value.detach() for name, value in held.items() if isinstance(value, Tensor)}
+        return replace(self, tapped={tap: value.detach() for tap, value in self.tapped.items()}, **cut)
 
 
 class MLLM(nn.Module):

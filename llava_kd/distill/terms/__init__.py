@@ -7,6 +7,7 @@ from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.distill.terms.inner.exit_logits import ExitLogits, VisualExitLogits
 from llava_kd.distill.terms.inner.hint import Hint, VisualHint
 from llava_kd.distill.terms.inner.mi_alpha import MIAlpha, VisualMIAlpha
+from llava_kd.distill.terms.inner.regions import VisualRegions
 from llava_kd.distill.terms.relation import Relation
 from llava_kd.distill.terms.response_dbild import ResponseDBiLD
 from llava_kd.distill.terms.response_kl import ResponseKL
@@ -28,6 +29,7 @@ TERMS: Mapping[str, type[Term]] = {
     "attention": Attention,
     "hint": Hint,
     "visual_hint": VisualHint,
+    "visual_regions": VisualRegions,
     "mi_alpha": MIAlpha,
     "visual_mi_alpha": VisualMIAlpha,
     "exit_logits": ExitLogits,

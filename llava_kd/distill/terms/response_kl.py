@@ -17,7 +17,8 @@ class ResponseKL(KL):
     trust: Annotated[
         Trust,
         Doc(
-            "At `all` tokens, where the teacher's `first` choice is the label, or by the label's probability."
+            "At `all` tokens, where the teacher's `first` choice is the label, by the label's probability, "
+            "or where its cross-entropy is `better`, or `worse`, than the student's."
         ),
     ] = "all"
 

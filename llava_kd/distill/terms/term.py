@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from annotated_types import Ge
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llava_kd.distill.terms.seen import Seen
 
 Need = Literal["nothing", "logits", "states", "model"]
-Trust = Literal["all", "first", "probability"]
+Trust = Literal["all", "first", "probability", "better", "worse"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,8 @@ class HeadRequest:
     Requests of equal temperature and divergence go through the head together. `share`: of the visual tokens
     of an image, those that the teacher's response tokens attend to most, each counting as one over the share
     rows. `trust` in the teacher at a response token: full, full or none by whether its first choice is the
-    label, or its probability of the label; a row's divergence is multiplied by it.
+    label, its probability of the label, or full where its cross-entropy there is below the student's
+    (`better`), or above it (`worse`), and none elsewhere; a row's divergence is multiplied by it.
     """
 
     place: Place
@@ -169,6 +170,10 @@ class Term:
     def saturation(self) -> Saturation | None:
         """Below what the term, so set, has nothing to teach from the start; None where that is not known."""
         return None
+
+    def mirrored(self) -> Self:
+        """The same where student and teacher change places, as a peer learns by it from the student."""
+        return self
 
     def fits(self, trainable: Sequence[str], placement: str) -> None:
         """ValueError where the term could move nothing that is trained, or not run the teacher so placed."""

@@ -42,12 +42,17 @@ class Hint(TapPairs):
         is_mapped = self.map == "always" or student != teacher
         return nn.Linear(student, teacher) if is_mapped else nn.Identity()
 
-    def total(self, seen: Seen) -> Tensor:
+    def mapped_pairs(self, seen: Seen) -> list[tuple[Tensor, Tensor]]:
+        """[N, E] of both sides in every pair."""
         pairs = self.states_of_pairs(seen)
-        if seen.has_module:
-            maps = seen.module
-            assert isinstance(maps, nn.ModuleList)
-            pairs = [(map_(ours), theirs) for map_, (ours, theirs) in zip(maps, pairs, strict=True)]
+        if not seen.has_module:
+            return pairs
+        maps = seen.module
+        assert isinstance(maps, nn.ModuleList)
+        return [(map_(ours), theirs) for map_, (ours, theirs) in zip(maps, pairs, strict=True)]
+
+    def total(self, seen: Seen) -> Tensor:
+        pairs = self.mapped_pairs(seen)
         return torch.stack([hint_rows(ours, theirs, self.kind).sum() for ours, theirs in pairs]).sum()
 
 

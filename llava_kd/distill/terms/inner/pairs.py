@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Self
 
 from annotated_types import MinLen
 from torch import Tensor
@@ -55,6 +55,9 @@ class TapPairs(Term):
             teacher_taps=self.teacher_taps,
             before_decoder=all(tap.startswith(PROJECTOR) for tap in self.student_taps),
         )
+
+    def mirrored(self) -> Self:
+        return replace(self, student_taps=self.teacher_taps, teacher_taps=self.student_taps)
 
     def widths_of_pairs(self, widths: Widths) -> list[tuple[int, int]]:
         """Of student and teacher. ValueError for a tap that shows no states."""

@@ -1,0 +1,57 @@
+"""What fits beside a peer: a second student, in whose settings nothing is another's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from llava_kd.config.ranges import require
+
+
+class Reads(Protocol):
+    """Of what a term reads, what only a frozen teacher gives."""
+
+    @property
+    def attention(self) -> object: ...
+    @property
+    def attended(self) -> object: ...
+    @property
+    def switched(self) -> object: ...
+    @property
+    def centroids(self) -> bool: ...
+
+
+class Term(Protocol):
+    @property
+    def reads(self) -> Reads: ...
+
+
+def check_peer(
+    beside: Mapping[str, object], terms: Mapping[str, Term], *, projector: str, engine_kind: str
+) -> None:
+    """ValueError where other settings do not fit a peer.
+
+    `beside`: the settings that were never tried with one, by their names; set where they are not None.
+    """
+    for name, value in beside.items():
+        require(
+            value is None,
+            f"`peer` learns from the student alone, and teaches it alone, but `{name}` is set; set it to "
+            "null, or peer",
+        )
+    require(
+        projector == "own",
+        f"`peer.projector` is {projector}, but with a peer there is no teacher to take one from; leave it out",
+    )
+    for name, term in terms.items():
+        read = term.reads
+        needs = read.attention or read.attended or read.switched or read.centroids
+        require(
+            not needs,
+            f"`objective.{name}` reads attention, another pass or stored means of a model, which a peer does "
+            "not give; leave it out, or set peer to null",
+        )
+    require(
+        engine_kind != "deepspeed",
+        "`peer` was never tried under `engine.kind` deepspeed; use auto, single, ddp or fsdp2",
+    )
