@@ -13,6 +13,7 @@ from llava_kd.assembly.parts.several.teachers import check_several, other_teache
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.stored_teacher import open_cache
 from llava_kd.assembly.parts.teacher import is_cached, teacher_parts, teacher_template
+from llava_kd.assembly.parts.teaching.peer import mirrored, peer_terms
 from llava_kd.assembly.parts.tuning.centroids import with_centroids
 from llava_kd.assembly.planning.dry_run import plan
 from llava_kd.assembly.planning.pictures import picture_lines
@@ -53,19 +54,20 @@ def check(
     _keeps_records_apart(config, student, "student")
     if teacher is not None and not is_cached(config):
         _keeps_records_apart(config, teacher, "teacher")
-    terms = objective(config.objective, student, teacher, config.data.visual_alignment)
+    peer = _peer(config, student, lines)
+    other, whose = (teacher, "teacher") if peer is None else (peer, "peer")
+    terms = objective(config.objective, student, other, config.data.visual_alignment)
     terms = with_centroids(config, terms, student, source)
     if teacher is not None:
         lines.append(f"template         of the teacher: {teacher_template(config, teacher)}")
         other_teachers(
             config, student, teacher, source, lambda line: lines.append(f"several          {line}")
         )
-        lines.append(f"towers           {_towers(config, student, teacher)}")
-        lines.append(
-            f"visual tokens    student {student.tokens_per_image}, teacher {teacher.tokens_per_image}"
-        )
+    if other is not None:
+        lines.append(f"towers           {_towers(config, student, other)}")
+        lines.append(f"visual tokens    student {student.tokens_per_image}, {whose} {other.tokens_per_image}")
         if terms.common.num_common is not None:
-            extra = left_out(student.processor.tokenizer, teacher.processor.tokenizer)
+            extra = left_out(student.processor.tokenizer, other.processor.tokenizer)
             without = "" if extra is None else f"; left out are {extra}"
             lines.append(f"vocabulary       {terms.common.num_common} shared columns{without}")
     lines.append(f"pixels           {_pixels(config)}")
@@ -73,6 +75,17 @@ def check(
     lines += _sample(config, student, source, num_records)
     lines += picture_lines(config, student, teacher, source, num_pictures)
     return "\n".join([*lines, plan(config, ranks, measured, network)])
+
+
+def _peer(config: TrainConfig, student: Parts, lines: list[str]) -> Parts | None:
+    """The peer, if there is one. ValueError where one of the two cannot learn from the other."""
+    if config.peer is None:
+        return None
+    its = mirrored(config)
+    peer = student_in(its, lambda line: lines.append(f"template         of the peer: {line}"))
+    _keeps_records_apart(its, peer, "peer")
+    peer_terms(its, peer, student)
+    return peer
 
 
 def _keeps_records_apart(config: TrainConfig, parts: Parts, whose: str) -> None:

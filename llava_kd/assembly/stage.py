@@ -12,10 +12,11 @@ from llava_kd.assembly.parts.data import make_loader
 from llava_kd.assembly.parts.engine import compiles_first, make_engine
 from llava_kd.assembly.parts.held_out import evaluator
 from llava_kd.assembly.parts.lending import tap_student
-from llava_kd.assembly.parts.models import choose_attention, compute_dtype, place, student_dtypes
+from llava_kd.assembly.parts.models import compute_dtype, placed_student
 from llava_kd.assembly.parts.objective import objective, token_policy
 from llava_kd.assembly.parts.several.teachers import Others
 from llava_kd.assembly.parts.teacher import say_left_out, teaching_of
+from llava_kd.assembly.parts.teaching.peer import peer_of
 from llava_kd.assembly.parts.teaching.pictures import with_changed_pictures
 from llava_kd.assembly.parts.tuning.centroids import with_centroids
 from llava_kd.config import TrainConfig, dump
@@ -25,7 +26,6 @@ from llava_kd.distill.student import Student
 from llava_kd.distill.teaching.door import Teaching
 from llava_kd.distill.teaching.guarded import Guarded
 from llava_kd.models.files.checkpoint import Parts
-from llava_kd.models.language_model import checkpoint_activations
 from llava_kd.models.mllm import MLLM
 from llava_kd.parallel.engine import Engine
 from llava_kd.parallel.world import World
@@ -104,7 +104,8 @@ def assemble(
     """Trainer and engine of a stage from its loaded models.
 
     `identity` is of what its checkpoints rely on (see `Checkpoints`), before the models are placed. `source`
-    is the records, where they are read already. `others` are the teachers that `teacher.several` names.
+    is the records, where they are read already. `others` are the teachers that `teacher.several` names. A
+    peer comes in the teacher's place.
     """
     adapted = _adapt(config, student, say)
     placed = _place(config, world, adapted)
@@ -121,15 +122,7 @@ def _adapt(config: TrainConfig, student: Parts, say: Say) -> Adapted:
 
 
 def _place(config: TrainConfig, world: World, adapted: Adapted) -> Placed:
-    stock = adapted.student.stock
-    mllm = MLLM(stock, trainable=config.trainable, tower_last_layers=config.vision_tower_last_layers)
-    place(mllm, world.device, student_dtypes(config))
-    kernel = choose_attention(
-        mllm.language_model, world.device, compute_dtype(config),
-        whose="student", is_packed=config.data.packing is not None,
-    )  # fmt: skip
-    if config.engine.activation_checkpointing:
-        checkpoint_activations(stock)
+    mllm, kernel = placed_student(config, world, adapted.student)
     tap_student(config, mllm)
     return Placed(adapted=adapted, mllm=mllm, kernel=kernel)
 
@@ -145,9 +138,10 @@ def _accompany(
     config: TrainConfig, world: World, fed: Fed, source: Source | None, say: Say, others: Others | None
 ) -> Accompanied:
     teaching = None
-    if fed.teacher is not None:
-        student, mllm = fed.placed.adapted.student, fed.placed.mllm
-        shares = fed.shares_tower
+    student, mllm, shares = fed.placed.adapted.student, fed.placed.mllm, fed.shares_tower
+    if fed.teacher is not None and config.peer is not None:
+        teaching = peer_of(config, world, (student, mllm), fed.teacher, say, shares_tower=shares)
+    elif fed.teacher is not None:
         teaching = teaching_of(
             config, world, (student, mllm), fed.teacher, say, shares_tower=shares, others=others
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 
 from llava_kd.assembly.parts.adapters import check_bits
 from llava_kd.assembly.parts.data import BAD_RECORDS, bad_records, served, source_in, tagger_in
@@ -25,7 +26,13 @@ from llava_kd.assembly.parts.teacher import (
     teacher_parts,
     teacher_template,
 )
-from llava_kd.assembly.planning.estimate import ModelSizes, memory, refuse_too_large
+from llava_kd.assembly.parts.teaching.peer import (
+    check_peer_parent,
+    mirrored,
+    peer_fingerprints,
+    peer_parts,
+)
+from llava_kd.assembly.planning.estimate import ModelSizes, memory, refuse_too_large, together
 from llava_kd.assembly.runs.logs import logged, speaker
 from llava_kd.assembly.runs.provenance import checked_parent, finish
 from llava_kd.assembly.runs.run_dir import check_world, claim
@@ -41,8 +48,9 @@ from llava_kd.parallel.world import World, join, peers
 def train(config: TrainConfig) -> str | None:
     """Run one stage to its end, or go on with it. The name of the signal, if one stopped it.
 
-    Writes `metrics.jsonl`, `checkpoints/` and, at the end, the student as a stock LLaVA directory `model/`
-    into `config.output_dir`. Raises ValueError for settings that do not fit the models, data or machine.
+    Writes `metrics.jsonl`, `checkpoints/` and, at the end, the student as a stock LLaVA directory `model/`,
+    and a peer as `peer/`, into `config.output_dir`. Raises ValueError for settings that do not fit the
+    models, data or machine.
     """
     with peers():
         world = join(config.engine.device, timeout_minutes=config.engine.timeout_minutes)
@@ -67,6 +75,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
         read_held_out(config)
         token_policy(config)
         check_several(config)
+        check_peer_parent(config)
         tagger_in(config)
         source = source_in(config)
         if config.teacher is not None and config.teacher.checkpoint is not None:
@@ -74,17 +83,18 @@ def _train(config: TrainConfig, world: World) -> str | None:
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
     student = student_in(config, lambda line: say(f"template of the student: {line}"))
-    teacher = teacher_parts(config)
+    teacher, peer = teacher_parts(config), peer_parts(config, source, world, say)
     if teacher is not None:
         say(f"template of the teacher: {teacher_template(config, teacher)}")
     student = with_projector(config, student, teacher)
     begin_projector(config, student, source, world, say)
     others = other_teachers(config, student, teacher, source, say)
     identity = frozen_fingerprints(config, student, teacher) | (others.fingerprints if others else {})
+    identity |= peer_fingerprints(config, peer)
     teachers = [one for one in (teacher, *(others.parts if others else ())) if one is not None]
-    _refuse_too_large(config, world, student, teachers)
+    _refuse_too_large(config, world, student, teachers, peer)
     trainer, engine = assemble(
-        config, world, student, teacher, say, identity=identity, source=source, others=others
+        config, world, student, teacher or peer, say, identity=identity, source=source, others=others
     )
     if (stopped := trainer.fit()) is not None:
         return stopped
@@ -95,34 +105,51 @@ def _train(config: TrainConfig, world: World) -> str | None:
             if config.checkpoint.export == "best":
                 best, moved = trainer.best_weights()
                 weights |= moved
-            trained = {  # what terms bring stays behind
-                name.removeprefix("mllm."): tensor
-                for name, tensor in weights.items()
-                if name.startswith("mllm.")
-            }
-            if config.student.lora is not None:
-                trained = merge_adapters(student.stock, trained)
-            finished = served(student, config.data)
-            save_stock(finished, output / "model", trained=trained, dtype=compute_dtype(config))
+            readings = {"model": _export(config, student, weights, "mllm.", output / "model")}
+            if peer is not None:
+                its = mirrored(config)
+                readings["peer"] = _export(its, peer, weights, "teaching.mllm.", output / "peer")
             finish(
                 config,
                 num_steps=trainer.num_steps,
                 identity=trainer.identity,
                 parent=parent,
                 exported=best,
-                reading=reading_notes(finished.processor),
+                readings=readings,
             )
     if world.is_main and (bad := bad_records(output)):
         say(f"{bad} records were bad and are not trained on: {output / BAD_RECORDS} names them")
-    say(f"done: the student is {output / 'model'}")
+    also = "" if peer is None else f", its peer {output / 'peer'}"
+    say(f"done: the student is {output / 'model'}{also}")
     return None
 
 
-def _refuse_too_large(config: TrainConfig, world: World, student: Parts, teachers: Sequence[Parts]) -> None:
+def _export(
+    config: TrainConfig, student: Parts, weights: Mapping[str, Tensor], prefix: str, out: Path
+) -> Sequence[str]:
+    """Write a finished student, whose weights have this prefix; what its card says of its processor.
+
+    What terms bring stays behind.
+    """
+    trained = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+    if config.student.lora is not None:
+        trained = merge_adapters(student.stock, trained)
+    finished = served(student, config.data)
+    save_stock(finished, out, trained=trained, dtype=compute_dtype(config))
+    return reading_notes(finished.processor)
+
+
+def _refuse_too_large(
+    config: TrainConfig, world: World, student: Parts, teachers: Sequence[Parts], peer: Parts | None
+) -> None:
     """ValueError where a GPU is too small for the models as they are loaded."""
     if world.device.type != "cuda":
         return
     sizes = [ModelSizes.of(one.stock) for one in teachers]
     first = sizes[0] if sizes else None
-    needs = memory(config, world.size, ModelSizes.of(student.stock, config), first, sizes[1:])
+    own = ModelSizes.of(student.stock, config)
+    needs = memory(config, world.size, own, first, sizes[1:])
+    if peer is not None:
+        its = mirrored(config)
+        needs = together(needs, memory(its, world.size, ModelSizes.of(peer.stock, its), None))
     refuse_too_large(needs, torch.cuda.get_device_properties(world.device).total_memory)

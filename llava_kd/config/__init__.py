@@ -3,7 +3,7 @@
 from llava_kd.config.adapters import LoraConfig
 from llava_kd.config.data import DataConfig, PackingConfig, SourceConfig
 from llava_kd.config.evaluate import EvaluateConfig, HeldOutConfig, SliceConfig
-from llava_kd.config.models import PARTS, Dtype, StudentConfig, TeacherConfig
+from llava_kd.config.models import PARTS, Dtype, PeerConfig, StudentConfig, TeacherConfig
 from llava_kd.config.objective import ObjectiveConfig, objective_type, stage_type
 from llava_kd.config.pictures import HardConfig, MixupConfig, PicturesConfig
 from llava_kd.config.reading import dump, load, plugins_of
@@ -26,6 +26,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "PackingConfig",
+    "PeerConfig",
     "PicturesConfig",
     "SliceConfig",
     "SourceConfig",

@@ -26,22 +26,27 @@ class LoraConfig:
 
 
 def check_adapters(
-    *, has_lora: bool, quantize: str | None, trains_language_model: bool, engine_kind: str
+    *,
+    has_lora: bool,
+    quantize: str | None,
+    trains_language_model: bool,
+    engine_kind: str,
+    whose: str = "student",
 ) -> None:
-    """ValueError where the student's adapters and bits do not fit what is trained, or by what."""
+    """ValueError where a student's adapters and bits do not fit what is trained, or by what."""
     require(
         not has_lora or trains_language_model,
-        "`student.lora` adapts the language model, which `trainable` does not name; add language_model to "
-        "it, or set student.lora to null",
+        f"`{whose}.lora` adapts the language model, which `trainable` does not name; add language_model to "
+        f"it, or set {whose}.lora to null",
     )
     require(
         quantize is None or has_lora,
-        f"`student.quantize` is {quantize}: weights of few bits cannot be trained; set student.lora "
-        "as well, or student.quantize to null",
+        f"`{whose}.quantize` is {quantize}: weights of few bits cannot be trained; set {whose}.lora "
+        f"as well, or {whose}.quantize to null",
     )
     require(
         quantize is None or engine_kind in ("auto", "single", "ddp"),
-        f"`student.quantize` is {quantize}, whose packed weights `engine.kind` {engine_kind} cannot shard; "
+        f"`{whose}.quantize` is {quantize}, whose packed weights `engine.kind` {engine_kind} cannot shard; "
         "use auto, single or ddp",
     )
 

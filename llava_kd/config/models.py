@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from typing_extensions import Doc
 
@@ -48,23 +48,33 @@ class StudentConfig:
     ] = "random"
     template: Annotated[str | None, Doc("Template of its prompts; null is that of `data`.")] = None
 
+    where: ClassVar[str] = "student"
+
     def __post_init__(self) -> None:
         parts = (self.vision_tower, self.language_model)
         require(
             (self.checkpoint is not None) != any(parts) and (self.checkpoint is not None or all(parts)),
-            "`student` needs either `checkpoint`, or both `vision_tower` and `language_model`; got "
+            f"`{self.where}` needs either `checkpoint`, or both `vision_tower` and `language_model`; got "
             f"checkpoint={self.checkpoint}, vision_tower={parts[0]}, language_model={parts[1]}",
         )
         require(
             self.projector == "own" or self.checkpoint is None,
-            "`student.projector` is of a new student; one that goes on from `student.checkpoint` keeps the "
-            "projector it has, its teacher's too: leave projector out",
+            f"`{self.where}.projector` is of a new student; one that goes on from `{self.where}.checkpoint` "
+            "keeps the projector it has, its teacher's too: leave projector out",
         )
         require(
             self.projector_start == "random" or (self.projector == "own" and self.checkpoint is None),
-            "`student.projector_start: closed_form` is of a new student with its own projector; one that "
-            "goes on from `student.checkpoint`, or takes the teacher's, has learned already: leave it out",
+            f"`{self.where}.projector_start: closed_form` is of a new student with its own projector; one "
+            f"that goes on from `{self.where}.checkpoint`, or takes the teacher's, has learned already: "
+            "leave it out",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerConfig(StudentConfig):
+    """The same settings, of a second student."""
+
+    where: ClassVar[str] = "peer"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing_extensions import Doc
 from llava_kd.config.adapters import check_adapters
 from llava_kd.config.data import DataConfig
 from llava_kd.config.evaluate import EvaluateConfig, check_best
-from llava_kd.config.models import PARTS, StudentConfig, TeacherConfig
+from llava_kd.config.models import PARTS, PeerConfig, StudentConfig, TeacherConfig
 from llava_kd.config.objective import ObjectiveConfig
 from llava_kd.config.pictures import PicturesConfig, check_pictures
 from llava_kd.config.ranges import PositiveFloat, PositiveInt, require
@@ -44,7 +44,7 @@ class TrainConfig:
     seed: Annotated[int, Ge(0), Le(2**63 - 1), Doc("Of new weights and of the order of records.")] = 0
     teacher: Annotated[TeacherConfig | None, Doc("The model that is learned from; null is none.")] = None
     peer: Annotated[
-        StudentConfig | None,
+        PeerConfig | None,
         Doc("A second student that learns beside the first, each the other's teacher; null is none."),
     ] = None
     token_policy: Annotated[
@@ -128,6 +128,7 @@ class TrainConfig:
                     quantize=one.quantize,
                     trains_language_model="language_model" in self.trainable,
                     engine_kind=self.engine.kind,
+                    whose=one.where,
                 )
         asked = self.evaluate
         slices, losses = ({}, {}) if asked is None else (asked.slices, asked.losses)

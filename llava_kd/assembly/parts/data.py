@@ -250,10 +250,11 @@ def _teacher_side(
     config: TrainConfig, student: Parts, teacher: Parts, student_side: Side, source: Source
 ) -> tuple[Side | None, bool, TeacherCache | None]:
     """How the teacher reads, None where as the student does; whether they share a tower; what is stored."""
-    assert config.teacher is not None
-    own = side_in(config, teacher, config.teacher)
+    its = config.teacher or config.peer
+    assert its is not None
+    own = side_in(config, teacher, its)
     reads_alike = own.reads_as(student_side)
-    if config.teacher.cache is None:
+    if config.teacher is None or config.teacher.cache is None:
         shares_tower = same_tower(config, student, teacher)
         return (None if reads_alike and shares_tower else own), shares_tower, None
     if own.template != student_side.template:

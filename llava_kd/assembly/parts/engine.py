@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llava_kd.config import TrainConfig
 from llava_kd.distill.student import LEARNED_WEIGHTS, Student
+from llava_kd.models.mllm import MLLM
 from llava_kd.parallel.engine import AdamWSettings, Engine, ParameterGroup
 from llava_kd.parallel.torch_engine import TorchEngine
 from llava_kd.parallel.world import World
@@ -37,8 +38,7 @@ def make_engine(config: TrainConfig, world: World, module: Student) -> Engine:
             adamw=adamw,
             bf16=bf16,
         )
-    mllm = module.mllm
-    units = [*mllm.language_model.layers, mllm.multi_modal_projector]
+    units = [u for one in students(module) for u in (*one.language_model.layers, one.multi_modal_projector)]
     return TorchEngine(module, groups, world=world, kind=kind, adamw=adamw, bf16=bf16, shard_units=units)
 
 
@@ -54,11 +54,17 @@ def compiles_first(config: TrainConfig) -> str | None:
     return f"DeepSpeed compiles a part of itself at its first start, once, into {root}: about a minute"
 
 
+def students(module: Student) -> list[MLLM]:
+    """The models that train: the student first, and a peer."""
+    return [one for one in module.modules() if isinstance(one, MLLM)]
+
+
 def parameter_groups(config: TrainConfig, module: Student) -> list[ParameterGroup]:
     """One group a trained part, each with its own learning rate, and one of what is trained beside them."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups = []
-    for part, modules in module.mllm.parts(config.trainable).items():
+    parts = [item for one in students(module) for item in one.parts(config.trainable).items()]
+    for part, modules in parts:
         trained = (p for child in modules for p in child.parameters() if p.requires_grad)
         owned = dict.fromkeys(names[id(p)] for p in trained)
         lr = config.optim.lr_by_part.get(part, config.optim.lr)

@@ -66,6 +66,18 @@ def tap_student(config: TrainConfig, student_mllm: MLLM) -> None:
     _tap(student_mllm, {name: term.reads.student_taps for name, term in terms.items()}, "the student")
 
 
+def tap_both(config: TrainConfig, student_mllm: MLLM, its: TrainConfig, peer_mllm: MLLM) -> None:
+    """Let two students show what either objective reads of them; `its` is the stage as the peer sees it."""
+    for own, other, mllm, whose in (
+        (config, its, student_mllm, "the student"),
+        (its, config, peer_mllm, "the peer"),
+    ):
+        asked = {name: term.reads.student_taps for name, term in terms_of(own.objective).items()}
+        for name, term in terms_of(other.objective).items():
+            asked[name] = (*asked[name], *term.reads.teacher_taps)
+        _tap(mllm, asked, whose)
+
+
 def _tap(model: MLLM, asked: Mapping[str, tuple[str, ...]], whose: str) -> None:
     names = [name for name, taps in asked.items() if taps]
     if not names:

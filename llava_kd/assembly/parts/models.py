@@ -15,9 +15,11 @@ from llava_kd.data.text.template import Template
 from llava_kd.data.text.template_choice import choose
 from llava_kd.models.attention.probe import choose_kernel
 from llava_kd.models.files.checkpoint import Parts, compose, load_stock
+from llava_kd.models.language_model import checkpoint_activations
 from llava_kd.models.lora import is_adapter
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.towers.vision_tower import text_config
+from llava_kd.parallel.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,7 +62,7 @@ def student_parts(
         tokenizer=parts.processor.tokenizer,
         model_type=text_config(parts.stock.config).model_type,
         chat_template=parts.processor.chat_template,
-        where="data.template" if config.template is None else "student.template",
+        where="data.template" if config.template is None else f"{config.where}.template",
         is_trained=config.checkpoint is not None,
         templates=tables.templates,
     )
@@ -97,6 +99,21 @@ def place(mllm: MLLM, device: torch.device, dtypes: Mapping[str, torch.dtype]) -
             for path, value in constants.items():
                 owner, _, buffer = path.rpartition(".")
                 module.get_submodule(owner).register_buffer(buffer, value.to(device), persistent=False)
+
+
+def placed_student(
+    config: TrainConfig, world: World, student: Parts, *, whose: str = "student"
+) -> tuple[MLLM, str]:
+    """It on its device, in its types, what trains marked; and the kernel of its attention."""
+    mllm = MLLM(student.stock, trainable=config.trainable, tower_last_layers=config.vision_tower_last_layers)
+    place(mllm, world.device, student_dtypes(config))
+    kernel = choose_attention(
+        mllm.language_model, world.device, compute_dtype(config),
+        whose=whose, is_packed=config.data.packing is not None,
+    )  # fmt: skip
+    if config.engine.activation_checkpointing:
+        checkpoint_activations(student.stock)
+    return mllm, kernel
 
 
 def choose_attention(

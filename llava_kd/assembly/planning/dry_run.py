@@ -15,6 +15,7 @@ from llava_kd.assembly.parts.models import student_in
 from llava_kd.assembly.parts.objective import policy_lines
 from llava_kd.assembly.parts.several.teachers import check_several
 from llava_kd.assembly.parts.slices import read_slices
+from llava_kd.assembly.parts.teaching.peer import check_peer_parent, mirrored
 from llava_kd.assembly.planning.estimate import (
     GB,
     ModelSizes,
@@ -22,6 +23,7 @@ from llava_kd.assembly.planning.estimate import (
     engine_kind,
     memory,
     refuse_too_large,
+    together,
     traffic,
     without_weights,
 )
@@ -46,6 +48,7 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     _check_output(Path(config.output_dir))
     refuse_other_run(config)
     checked_parent(config.student.checkpoint)
+    check_peer_parent(config)
     read_slices(config)
     read_held_out(config)
     private = policy_lines(config)
@@ -62,22 +65,34 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     names = [] if config.teacher is None else config.teacher.others
     others = [ModelSizes.of_directory(name) for name in names]
     found = memory(config, ranks, student, teacher, others)
-    output = Path(config.output_dir)
+    sent = traffic(config, ranks, student, teacher)
+    peer_stock, peer = _peer(config)
     trained = student.trained
+    if peer is not None:
+        its = mirrored(config)
+        found = together(found, memory(its, ranks, peer, None))
+        sent, trained = sent + traffic(its, ranks, peer), trained + peer.trained
+    output = Path(config.output_dir)
     lines = [
         f"ranks            {ranks}, engine {engine_kind(config, ranks)}, {config.engine.precision}",
         f"global batch     {config.global_batch_size} = {ranks} ranks x {accumulation(config, ranks)} "
         f"micro-batches of up to {config.micro_batch_size}",
         f"steps            {steps} ({per_epoch} an epoch of {records} records)",
         *(f"  warning        {line}" for line in [few_steps(steps)] if line is not None),
-        f"student          {_parts(student)}; trained: {', '.join(config.trainable)} ({trained / 1e6:.2f} M)",
+        f"student          {_parts(student)}; trained: {', '.join(config.trainable)} "
+        f"({student.trained / 1e6:.2f} M)",
         f"teacher          {'none' if teacher is None else _parts(teacher)}",
         *(f"  beside it      {_parts(one)}, {name}" for name, one in zip(names, others, strict=True)),
-        *loss_formula(config.objective, student_stock, teacher_stock),
+        *(
+            []
+            if peer is None
+            else [f"peer             {_parts(peer)}; trained alike ({peer.trained / 1e6:.2f} M)"]
+        ),
+        *loss_formula(config.objective, student_stock, teacher_stock or peer_stock),
         *private,
         f"memory of a rank {sum(found.values()) / GB:.2f} GB estimated",
         *(f"  {what:<14} {size / GB:8.2f} GB" for what, size in found.items() if size),
-        f"sent by a rank   {traffic(config, ranks, student, teacher) / GB:.2f} GB a step",
+        f"sent by a rank   {sent / GB:.2f} GB a step",
         f"output           {output}: {_state(output)}",
         f"checkpoints      every {config.checkpoint.every} steps, {config.checkpoint.keep} kept, "
         f"{12 * trained / GB:.2f} GB each; {_free(output) / GB:.0f} GB free there",
@@ -100,9 +115,21 @@ def _stocks(
     return student, None if config.teacher is None else without_weights(config.teacher.checkpoint)
 
 
+def _peer(config: TrainConfig) -> tuple[LlavaForConditionalGeneration | None, ModelSizes | None]:
+    """A second student, as `_stocks` reads the first."""
+    if config.peer is None:
+        return None, None
+    its = mirrored(config)
+    checkpoint = its.student.checkpoint
+    stock = student_in(its).stock if checkpoint is None else without_weights(checkpoint)
+    return stock, ModelSizes.of(stock, its)
+
+
 def _check_sides(config: TrainConfig) -> None:
     """Raises ValueError for a processor or template with which no record can be read."""
     sides = [(config.student.checkpoint, config.student.template)]
+    if config.peer is not None:
+        sides.append((config.peer.checkpoint, config.peer.template))
     if config.teacher is not None:
         names = [config.teacher.checkpoint, *config.teacher.others]
         sides += [(name, config.teacher.template) for name in names]

@@ -146,6 +146,11 @@ def memory(
     return found
 
 
+def together(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """Of two models that train side by side."""
+    return {what: one.get(what, 0.0) + other.get(what, 0.0) for what in {**one, **other}}
+
+
 def _frozen(settings: TeacherConfig, ranks: int, teacher: ModelSizes) -> tuple[float, float]:
     """Bytes of a live teacher that stay on a rank, and those of its layers that come and go."""
     width = WIDTHS[settings.dtype]

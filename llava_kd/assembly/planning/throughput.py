@@ -29,7 +29,15 @@ from llava_kd.config import TrainConfig
 # GB/s of busbw that are assumed: GPUs on NVLink, two 100 Gbit/s cards a machine.
 INSIDE, BETWEEN = 150.0, 25.0
 # Settings that a measured rate carries over with.
-_DECIDE = ("student.", "teacher.", "objective.", "trainable", "vision_tower_last_layers", "micro_batch_size")
+_DECIDE = (
+    "student.",
+    "peer.",
+    "teacher.",
+    "objective.",
+    "trainable",
+    "vision_tower_last_layers",
+    "micro_batch_size",
+)
 _DECIDE += ("data.max_length", "data.packing", "data.num_workers", "engine.precision")
 _DECIDE += ("engine.activation_checkpointing",)
 

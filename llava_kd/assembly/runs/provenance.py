@@ -20,6 +20,7 @@ VERSIONED = ("torch", "transformers", "numpy", "pillow")
 _UNSEALED = {
     *("completed", "steps", "exported", "commit", "versions", "fingerprints", "parent", "config", "model")
 }
+EXPORTS = ("model", "peer")  # directories of a run's finished students
 CARD = "README.md"  # prose that a user may edit; not part of the hashes
 
 
@@ -50,30 +51,34 @@ def file_hashes(directory: Path) -> dict[str, str]:
     return hashes
 
 
-def checked_parent(checkpoint: str | None) -> dict[str, object] | None:
-    """The run that `checkpoint` is the model of, or None if it is not the model of a run.
+def checked_parent(checkpoint: str | None, *, whose: str = "student") -> dict[str, object] | None:
+    """The run that `checkpoint` is a model of, or None if it is not a model of a run.
 
     Raises ValueError if that run is not complete, or its model is no longer what it wrote.
     """
     if checkpoint is None:
         return None
     if not Path(checkpoint).is_dir():
-        if Path(checkpoint).name == "model" and checkpoint.count("/") != 1:
+        if Path(checkpoint).name in EXPORTS and checkpoint.count("/") != 1:
             raise ValueError(
-                f"`student.checkpoint` {checkpoint} does not exist: a stage writes it at its end; run that "
+                f"`{whose}.checkpoint` {checkpoint} does not exist: a stage writes it at its end; run that "
                 "stage first, or to its end"
             )
         return None
     model = Path(checkpoint).resolve()
     run = model.parent
-    if model.name != "model" or not (run / "config.yaml").is_file() or not (run / "metrics.jsonl").is_file():
+    if (
+        model.name not in EXPORTS
+        or not (run / "config.yaml").is_file()
+        or not (run / "metrics.jsonl").is_file()
+    ):
         return None
     if not (run / "run.json").is_file():
         raise ValueError(
             f"{checkpoint} belongs to the run {run}, which is not complete; finish that stage first"
         )
     record = read_run(run / "run.json")
-    written, found = record.get("model", {}), file_hashes(model)
+    written, found = record.get(model.name, {}), file_hashes(model)
     changed = sorted(name for name in {**written, **found} if written.get(name) != found.get(name))
     if changed:
         raise ValueError(
@@ -90,12 +95,12 @@ def finish(
     identity: Mapping[str, str],
     parent: Mapping[str, object] | None,
     exported: Best | None = None,
-    reading: Sequence[str] = (),
+    readings: Mapping[str, Sequence[str]],
 ) -> None:
-    """Write the model card, then `run.json`, which makes the run complete.
+    """Write the model cards, then `run.json`, which makes the run complete.
 
-    `exported` is the checkpoint that the model was taken from, None for the last weights. `reading` is what
-    the card says of the processor.
+    `exported` is the checkpoint that the model was taken from, None for the last weights. `readings`: of
+    each directory of a finished student, what its card says of the processor.
     """
     output = Path(config.output_dir)
     record = {
@@ -108,9 +113,11 @@ def finish(
         "parent": parent,
         "config": dump(config),
     }
-    write_text(output / "model" / CARD, card(output.name, record, reading))
-    model = file_hashes(output / "model")
-    write_text(output / "run.json", json.dumps(sealed({**record, "model": model}), indent=2))
+    for name, reading in readings.items():
+        title = output.name if name == "model" else f"{output.name}, {name}"
+        write_text(output / name / CARD, card(title, record, reading))
+    hashes = {name: file_hashes(output / name) for name in readings}
+    write_text(output / "run.json", json.dumps(sealed({**record, **hashes}), indent=2))
 
 
 def read_run(path: Path) -> dict:

@@ -41,7 +41,8 @@ def check_peer(
         )
     require(
         projector == "own",
-        f"`peer.projector` is {projector}, but with a peer there is no teacher to take one from; leave it out",
+        f"`peer.projector` is {projector}, but beside a peer there is no teacher to take one from; leave it "
+        "out",
     )
     for name, term in terms.items():
         read = term.reads
