@@ -90,10 +90,12 @@ def test_the_finished_peer_begins_another_stage_and_one_that_was_changed_does_no
 ) -> None:
     metrics(paired(max_steps=1), "run")
     peer = paired(max_steps=1).parent / "run" / "peer"
-    after = stage("after", distilled=False, max_steps=1, student={"checkpoint": str(peer)})
-    assert metrics(after, "after")
+    after = stage("after", distilled=False, max_steps=1)
+    assert metrics(after, "after", f"--student.checkpoint={peer}")
     (peer / "config.json").write_text((peer / "config.json").read_text() + "\n")
-    assert "config.json changed" in refused(after, capsys, f"--output_dir={after.parent / 'again'}")
+    assert "config.json changed" in refused(
+        after, capsys, f"--student.checkpoint={peer}", "--output_dir=again"
+    )
     both = paired("both", peer=peer, max_steps=1)
     assert "config.json changed" in refused(both, capsys)
 
@@ -142,7 +144,8 @@ def test_a_peer_of_the_same_settings_begins_at_other_weights(paired, student_dir
     """It would have nothing to teach else; the next seed is its own."""
     settings = load(paired(seed=5))
     assert mirrored(settings).seed == 6
-    assert mirrored(mirrored(settings)).student == settings.student
+    assert mirrored(settings).student == settings.peer
+    assert mirrored(mirrored(settings)).peer == settings.peer
 
 
 def test_terms_that_tap_are_turned_round_for_the_peer(paired) -> None:
@@ -157,7 +160,7 @@ def test_two_students_of_one_tower_run_it_once_and_other_grids_are_resampled_or_
 ) -> None:
     metrics(paired("same", peer=student_dir, max_steps=1), "same")
     assert "the tower runs once for both students" in capsys.readouterr().err
-    finer = make_tiny_llava(tmp_path / "finer", image_size=40, hidden=40, seed=9)
+    finer = make_tiny_llava(tmp_path / "larger", image_size=40, hidden=40, seed=9)
     config = paired("finer", peer=finer, max_steps=2)
     assert "visual_kl need equal grids" in refused(config, capsys)
     lines = metrics(config, "finer", "--data.visual_alignment=resample")
@@ -203,7 +206,11 @@ def test_another_frozen_part_is_refused_on_resume(paired, peer_dir: Path, tmp_pa
 
 def test_a_peer_of_another_vocabulary_is_refused_by_its_tokens(paired, tmp_path: Path, capsys) -> None:
     other = make_tiny_llava(tmp_path / "other", vocab_size=300)
-    tiny_processor(extra_tokens=("hello",)).save_pretrained(other)
+    processor = tiny_processor(extra_tokens=("hello",))
+    processor.save_pretrained(other)
+    settings = json.loads((other / "config.json").read_text())
+    settings["image_token_index"] = processor.tokenizer.convert_tokens_to_ids("<image>")
+    (other / "config.json").write_text(json.dumps(settings))
     message = refused(paired(peer=other), capsys)
     assert "tokenizers must have the same content" in message
     assert "hello" in message
@@ -214,21 +221,30 @@ def test_a_peer_of_another_vocabulary_is_refused_by_its_tokens(paired, tmp_path:
     [
         (["--teacher={checkpoint: DIR}"], "`teacher` is set"),
         (["--teacher={checkpoint: DIR, cache: x}"], "`teacher.cache` is set"),
-        (["--teacher={checkpoint: DIR, several: {checkpoints: [x], weights: uniform}}"], "`teacher.several` is set"),
+        (
+            ["--teacher={checkpoint: DIR, several: {checkpoints: [x], weights: uniform}}"],
+            "`teacher.several` is set",
+        ),
         (["--token_policy={spans: [{regex: a}]}"], "`token_policy` is set"),
         (["--pictures={mixup: {}}"], "`pictures` is set"),
         (["--objective.learned_weights={}"], "`objective.learned_weights` is set"),
         (["--engine.kind=deepspeed"], "`peer` was never tried under `engine.kind` deepspeed"),
-        (["--peer.projector=teacher", "--peer.checkpoint=null", "--peer.vision_tower=a", "--peer.language_model=b"], "`peer.projector` is teacher"),
+        (
+            ["--peer={vision_tower: a, language_model: b, projector: teacher}"],
+            "`peer.projector` is teacher",
+        ),
         (["--objective.attention={}"], "`objective.attention` reads attention"),
-        (["--objective.visual_switch={}", "--trainable=[vision_tower, multi_modal_projector]"], "`objective.visual_switch` reads attention, another pass"),
+        (["--objective.visual_switch={}"], "`objective.visual_switch` reads attention, another pass"),
         (["--objective.visual_kl={share: 0.5}"], "`objective.visual_kl` reads attention"),
-        (["--objective={cross_entropy: {}}"], "no term of `objective` uses it"),
+        (["--objective={cross_entropy: {}}"], "`peer` is set but no term of `objective` uses it"),
         (["--peer={}"], "`peer` needs either `checkpoint`, or both"),
-        (["--peer.checkpoint=run/model"], "does not exist"),
-        (["--peer.lora={rank: 2}", "--trainable=[multi_modal_projector]"], "`peer.lora` adapts the language model"),
+        (["--peer.checkpoint=a/run/model"], "`peer.checkpoint` a/run/model does not exist"),
+        (
+            ["--peer.lora={rank: 2}", "--trainable=[multi_modal_projector]"],
+            "`peer.lora` adapts the language model",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_a_peer_is_named(
     paired, capsys, words: list[str], message: str, teacher_dir
 ) -> None:

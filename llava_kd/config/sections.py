@@ -82,6 +82,13 @@ class TrainConfig:
             f"`vision_tower_last_layers` is {self.vision_tower_last_layers} but `trainable` is "
             f"{list(self.trainable)}; add vision_tower to it, or set vision_tower_last_layers to null",
         )
+        if self.peer is not None:
+            check_peer(
+                self._beside_peer,
+                self.objective.terms,
+                projector=self.peer.projector,
+                engine_kind=self.engine.kind,
+            )
         reuses_teacher = self.student.projector == "teacher"
         require(
             self.teacher is not None or not reuses_teacher,
@@ -103,13 +110,6 @@ class TrainConfig:
         self.objective.check_teacher(
             has_teacher=self.teacher is not None or self.peer is not None, is_used=reuses_teacher
         )
-        if self.peer is not None:
-            check_peer(
-                self._beside_peer,
-                self.objective.terms,
-                projector=self.peer.projector,
-                engine_kind=self.engine.kind,
-            )
         if self.teacher is not None:
             require(
                 self.teacher.cache is None or self.data.decode == "cpu",

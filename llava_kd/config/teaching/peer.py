@@ -12,6 +12,8 @@ class Reads(Protocol):
     """Of what a term reads, what only a frozen teacher gives."""
 
     @property
+    def teacher(self) -> str: ...
+    @property
     def attention(self) -> object: ...
     @property
     def attended(self) -> object: ...
@@ -43,6 +45,11 @@ def check_peer(
         projector == "own",
         f"`peer.projector` is {projector}, but beside a peer there is no teacher to take one from; leave it "
         "out",
+    )
+    require(
+        any(term.reads.teacher != "nothing" for term in terms.values()),
+        "`peer` is set but no term of `objective` uses it; add a term that reads the teacher, such as "
+        "response_kl, or set peer to null",
     )
     for name, term in terms.items():
         read = term.reads
