@@ -66,11 +66,12 @@ def test_a_cached_teacher_that_cannot_show_attention_is_refused_by_name(stage: C
     assert load(stage("whole"), ["--objective.visual_kl={share: 1.0}", "--teacher.cache=somewhere"])
 
 
+@pytest.mark.parametrize("trust", ["probability", "better"])
 def test_probabilities_of_labels_need_a_cache_at_temperature_1(
-    stage: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stage: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], trust: str
 ) -> None:
     objective = "--objective={cross_entropy: {}, response_kl: {temperature: 2.0, trust: TRUST}}"
-    first, by_probability = (objective.replace("TRUST", trust) for trust in ("first", "probability"))
+    first, by_probability = (objective.replace("TRUST", word) for word in ("first", trust))
     config, cache = stage("topk", max_steps=1), tmp_path / "cache"
     assert main(["cache-teacher", str(config), f"--out={cache}", "--mode=topk", "--topk=8", first]) == 0
     assert main(["train", str(config), first, f"--teacher.cache={cache}"]) == 0

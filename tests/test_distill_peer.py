@@ -41,13 +41,13 @@ from llava_kd.models.towers.visual_grid import VisualGrid, resample
 COMMON = 260
 KINDS = [{"images": 2}, {"prompt": 7}, {"images": 0}, {"answer": 9}, {"is_valid": False}]
 SMALL, LARGE = VisualGrid(rows=4, columns=4), VisualGrid(rows=5, columns=5)
-TAPS = {"student_taps": ("multi_modal_projector",), "teacher_taps": ("language_model.layers.0",)}
+LOW, DEEPER = ("multi_modal_projector",), ("language_model.layers.0",)
 TERMS: dict[str, dict[str, Term]] = {
     "mutual": {"response_kl": ResponseKL(temperature=2.0), "visual_kl": VisualKL(), "relation": Relation()},
     "better": {"response_kl": ResponseKL(trust="better")},
     "worse": {"response_kl": ResponseKL(trust="worse")},
-    "hfd": {"visual_hint": VisualHint(kind="cosine", map="always", **TAPS)},
-    "entropy": {"visual_regions": VisualRegions(**TAPS)},
+    "hfd": {"visual_hint": VisualHint(kind="cosine", map="always", student_taps=LOW, teacher_taps=DEEPER)},
+    "entropy": {"visual_regions": VisualRegions(student_taps=LOW, teacher_taps=DEEPER)},
     "answer": {"visual_regions": VisualRegions(judged_by="answer", trust="worse")},
 }
 

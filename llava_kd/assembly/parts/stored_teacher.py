@@ -91,7 +91,9 @@ def in_words(temperature: Temperature | None) -> str:
 
 
 def trusted_by_probability(terms: Mapping[str, Term]) -> list[str]:
-    return [name for name, request in head_requests(terms).items() if request.trust == "probability"]
+    """Those whose trust needs how likely the label is, not only whether it is the first choice."""
+    found = head_requests(terms).items()
+    return [name for name, request in found if request.trust in ("probability", "better", "worse")]
 
 
 def _refuse_missing(
