@@ -13,11 +13,13 @@ import yaml
 from safetensors.torch import load_file
 from test_assembly_token_policy import metrics, refused
 from tiny_llava import make_tiny_llava, tiny_processor
+from tiny_towers import make_language_model, make_tower
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_kd.assembly.parts.teaching.peer import mirrored
 from llava_kd.assembly.settings import load
 from llava_kd.cli import main
+from llava_kd.models.files.checkpoint import load_stock
 
 TERMS = {"cross_entropy": {"weight": 1.0}, "response_kl": {"weight": 1.0}, "visual_kl": {"weight": 1.0}}
 HFD = {"student_taps": ["multi_modal_projector"], "teacher_taps": ["language_model.layers.0"]}
@@ -165,6 +167,23 @@ def test_two_students_of_one_tower_run_it_once_and_other_grids_are_resampled_or_
     assert "visual_kl need equal grids" in refused(config, capsys)
     lines = metrics(config, "finer", "--data.visual_alignment=resample")
     assert lines[0]["peer/visual_kl"] > 0
+
+
+def test_a_convnet_and_a_vit_of_one_language_model_begin_anew_together(paired, tmp_path: Path) -> None:
+    towers = {name: make_tower(name, tmp_path / name) for name in ("siglip", "convnext")}
+    parts = [{"vision_tower": t, "language_model": str(tmp_path / "llm")} for t in towers.values()]
+    make_language_model("qwen2", tmp_path / "llm")
+    config = paired(max_steps=2)
+    tree = yaml.safe_load(config.read_text())
+    tree |= {"student": parts[0], "peer": parts[1]}
+    tree["data"]["visual_alignment"] = "resample"
+    tree["objective"]["visual_hint"] = {"kind": "cosine", **HFD}
+    config.write_text(yaml.safe_dump(tree))
+    lines = metrics(config, "run")
+    assert lines[0]["peer/cross_entropy"] != pytest.approx(lines[0]["cross_entropy"], rel=1e-4)
+    assert main(["check", str(config)]) == 0
+    found = [load_stock(str(config.parent / "run" / name)) for name in ("model", "peer")]
+    assert [parts.tokens_per_image for parts in found] == [16, 4]
 
 
 def test_each_part_of_either_student_has_its_rate_and_adapters_are_merged(paired) -> None:

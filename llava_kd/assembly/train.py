@@ -68,14 +68,16 @@ def _train(config: TrainConfig, world: World) -> str | None:
     output = Path(config.output_dir)
     say = speaker(world)
     with world.together():
-        parent = checked_parent(config.student.checkpoint) if world.is_main else None
+        parent = None
+        if world.is_main:
+            parent = checked_parent(config.student.checkpoint)
+            check_peer_parent(config)
         check_bits(config, world.device)
         # What is wrong with these is said before a model is read.
         read_slices(config)
         read_held_out(config)
         token_policy(config)
         check_several(config)
-        check_peer_parent(config)
         tagger_in(config)
         source = source_in(config)
         if config.teacher is not None and config.teacher.checkpoint is not None:

@@ -82,13 +82,7 @@ class TrainConfig:
             f"`vision_tower_last_layers` is {self.vision_tower_last_layers} but `trainable` is "
             f"{list(self.trainable)}; add vision_tower to it, or set vision_tower_last_layers to null",
         )
-        if self.peer is not None:
-            check_peer(
-                self._beside_peer,
-                self.objective.terms,
-                projector=self.peer.projector,
-                engine_kind=self.engine.kind,
-            )
+        self._check_students()
         reuses_teacher = self.student.projector == "teacher"
         require(
             self.teacher is not None or not reuses_teacher,
@@ -121,6 +115,12 @@ class TrainConfig:
             f"`global_batch_size` ({self.global_batch_size}) must be a multiple of `micro_batch_size` "
             f"({self.micro_batch_size})",
         )
+        asked = self.evaluate
+        slices, losses = ({}, {}) if asked is None else (asked.slices, asked.losses)
+        check_best(self.checkpoint.best, self.checkpoint.export, slices, losses)
+
+    def _check_students(self) -> None:
+        """ValueError where one of the students does not fit what is trained, or a peer what is beside it."""
         for one in (self.student, self.peer):
             if one is not None:
                 check_adapters(
@@ -130,9 +130,13 @@ class TrainConfig:
                     engine_kind=self.engine.kind,
                     whose=one.where,
                 )
-        asked = self.evaluate
-        slices, losses = ({}, {}) if asked is None else (asked.slices, asked.losses)
-        check_best(self.checkpoint.best, self.checkpoint.export, slices, losses)
+        if self.peer is not None:
+            check_peer(
+                self._beside_peer,
+                self.objective.terms,
+                projector=self.peer.projector,
+                engine_kind=self.engine.kind,
+            )
 
     @property
     def _placement(self) -> str | None:

@@ -14,8 +14,9 @@ from llava_kd.models.quantize import check_quantization, quantize_linears
 
 def check_bits(config: TrainConfig, device: torch.device) -> None:
     """ValueError where the device, or a missing package, does not let the settings be."""
-    if config.student.quantize is not None:
-        check_quantization("student.quantize", config.student.quantize, device)
+    for one in (config.student, config.peer):
+        if one is not None and one.quantize is not None:
+            check_quantization(f"{one.where}.quantize", one.quantize, device)
     if config.teacher is not None and config.teacher.quantize is not None:
         check_quantization("teacher.quantize", config.teacher.quantize, device)
 

@@ -44,17 +44,7 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     `measured` is the directory of a run on one machine, to foretell samples per second from.
     Raises ValueError for what it would refuse: the ranks, the models, the data, or too small a device.
     """
-    check_world(config, World(rank=0, size=ranks, device=torch.device("cpu")))
-    _check_output(Path(config.output_dir))
-    refuse_other_run(config)
-    checked_parent(config.student.checkpoint)
-    check_peer_parent(config)
-    read_slices(config)
-    read_held_out(config)
-    private = policy_lines(config)
-    check_several(config)
-    tagger_in(config)
-    _check_sides(config)
+    _check(config, ranks)
     rate = None if measured is None else Rate.of(measured)
     student_stock, teacher_stock = _stocks(config)
     student = ModelSizes.of(student_stock, config)
@@ -64,9 +54,8 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     steps = num_steps(config, per_epoch)
     names = [] if config.teacher is None else config.teacher.others
     others = [ModelSizes.of_directory(name) for name in names]
-    found = memory(config, ranks, student, teacher, others)
-    sent = traffic(config, ranks, student, teacher)
     peer_stock, peer = _peer(config)
+    found, sent = memory(config, ranks, student, teacher, others), traffic(config, ranks, student, teacher)
     trained = student.trained
     if peer is not None:
         its = mirrored(config)
@@ -89,7 +78,7 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
             else [f"peer             {_parts(peer)}; trained alike ({peer.trained / 1e6:.2f} M)"]
         ),
         *loss_formula(config.objective, student_stock, teacher_stock or peer_stock),
-        *private,
+        *policy_lines(config),
         f"memory of a rank {sum(found.values()) / GB:.2f} GB estimated",
         *(f"  {what:<14} {size / GB:8.2f} GB" for what, size in found.items() if size),
         f"sent by a rank   {sent / GB:.2f} GB a step",
@@ -104,6 +93,20 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     if rate is not None:
         lines += throughput(config, ranks, rate, network or Network(), student, teacher)
     return "\n".join(lines)
+
+
+def _check(config: TrainConfig, ranks: int) -> None:
+    """ValueError for what is known to be wrong before a model is read."""
+    check_world(config, World(rank=0, size=ranks, device=torch.device("cpu")))
+    _check_output(Path(config.output_dir))
+    refuse_other_run(config)
+    checked_parent(config.student.checkpoint)
+    check_peer_parent(config)
+    read_slices(config)
+    read_held_out(config)
+    check_several(config)
+    tagger_in(config)
+    _check_sides(config)
 
 
 def _stocks(
