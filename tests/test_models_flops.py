@@ -34,7 +34,7 @@ def batch():
 
 @pytest.mark.parametrize("tower", ["siglip", "clip"])
 @pytest.mark.parametrize("trainable", STAGES.values(), ids=STAGES.keys())
-def test_a_step_takes_what_pytorch_counts(tmp_path: Path, tower: str, trainable: tuple[str, ...]) -> None:
+def test_a_step_takes_what_pytorch_counts(tmp_path: Path, tower, trainable: tuple[str, ...]) -> None:
     strategy = "default" if tower == "clip" else "full"
     directory = make_tiny_llava(tmp_path, tower=tower, strategy=strategy, feature_layer=-1)
     stock = LlavaForConditionalGeneration.from_pretrained(directory, attn_implementation="eager")
