@@ -114,6 +114,14 @@ def test_seconds_add_up_over_lines_and_stages(tmp_path: Path) -> None:
     assert chain_curve([tmp_path / "none"], "slice/val") == Curve(points=(), steps=0, seconds=0.0, tflop=0.0)
 
 
+def test_operations_add_up_over_ranks_models_lines_and_stages(tmp_path: Path) -> None:
+    counted = {"seconds_per_step": 1.0, "ranks": 4, "student_tflop": 3.0}
+    first = write_log(tmp_path / "first", [{"step": 1, **counted}, {"step": 2, **counted, "ranks": 2}])
+    second = write_log(tmp_path / "second", [{"step": 1, **counted, "teacher_tflop": 2.0, "slice/val": 0.5}])
+    curve = chain_curve([first, second], "slice/val")
+    assert curve.points[0].tflop == curve.tflop == 4 * 3 + 2 * 3 + 4 * (3 + 2)
+
+
 def test_the_last_diagnosis_is_the_last_line_that_has_one(tmp_path: Path) -> None:
     found = {"gradient/relation": 0.5, "gradient_share/relation": 0.25, "tokens/top1_agreement": 0.75}
     older = {name: 2 * value for name, value in found.items()}
