@@ -82,6 +82,7 @@ def test_both_students_are_written_and_stock_transformers_reads_them(
             assert ours.replace("/mllm.", "/teaching.mllm.") in saved
     assert lines[-1]["response_kl"] > 0
     assert lines[-1]["peer/response_kl"] > 0
+    assert lines[-1]["peer_tflop_per_s"] > lines[-1]["student_tflop_per_s"] > 0  # it is wider and deeper
     run = json.loads((output / "run.json").read_text())
     assert "model.safetensors" in run["peer"]
     assert "frozen part of the peer" in run["fingerprints"]
