@@ -30,6 +30,7 @@ STAGE = stage()
 SCHEMA = json_schema(STAGE)
 WITHOUT_RANGE = {
     "student.vision_feature_layer": "counts from either end; the tower that is loaded knows its depth",
+    "peer.vision_feature_layer": "counts from either end; the tower that is loaded knows its depth",
 }
 Path_ = tuple[str, ...]
 

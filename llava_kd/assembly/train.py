@@ -38,6 +38,7 @@ from llava_kd.assembly.runs.provenance import checked_parent, finish
 from llava_kd.assembly.runs.run_dir import check_world, claim
 from llava_kd.assembly.stage import assemble
 from llava_kd.config import TrainConfig
+from llava_kd.data.sources.conversation import Source
 from llava_kd.models.files.card import reading_notes
 from llava_kd.models.files.checkpoint import Parts, save_stock
 from llava_kd.models.files.other_tools import unopened
@@ -69,20 +70,8 @@ def _train(config: TrainConfig, world: World) -> str | None:
     output = Path(config.output_dir)
     say = speaker(world)
     with world.together():
-        parent = None
-        if world.is_main:
-            parent = checked_parent(config.student.checkpoint)
-            check_peer_parent(config)
-        check_bits(config, world.device)
-        # What is wrong with these is said before a model is read.
-        read_slices(config)
-        read_held_out(config)
-        token_policy(config)
-        check_several(config)
-        tagger_in(config)
-        source = source_in(config)
-        if config.teacher is not None and config.teacher.checkpoint is not None:
-            existing(config.teacher.checkpoint, "the LLaVA checkpoint")
+        parent = _parent(config) if world.is_main else None
+        source = _checked_source(config, world)
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
     student = student_in(config, lambda line: say(f"template of the student: {line}"))
@@ -128,6 +117,25 @@ def _train(config: TrainConfig, world: World) -> str | None:
     also = "" if peer is None else f", its peer {output / 'peer'}"
     say(f"done: the student is {output / 'model'}{also}")
     return None
+
+
+def _parent(config: TrainConfig) -> dict[str, object] | None:
+    """The run that the student comes from. ValueError where it, or a peer's, is not whole."""
+    check_peer_parent(config)
+    return checked_parent(config.student.checkpoint)
+
+
+def _checked_source(config: TrainConfig, world: World) -> Source:
+    """The records. What is wrong with settings and data is said here, before a model is read."""
+    check_bits(config, world.device)
+    read_slices(config)
+    read_held_out(config)
+    token_policy(config)
+    check_several(config)
+    tagger_in(config)
+    if config.teacher is not None and config.teacher.checkpoint is not None:
+        existing(config.teacher.checkpoint, "the LLaVA checkpoint")
+    return source_in(config)
 
 
 def _export(

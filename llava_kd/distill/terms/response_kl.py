@@ -17,8 +17,7 @@ class ResponseKL(KL):
     trust: Annotated[
         Trust,
         Doc(
-            "At `all` tokens, where the teacher's `first` choice is the label, by the label's probability, "
-            "or where its cross-entropy is `better`, or `worse`, than the student's."
+            "At `all` tokens, its `first` choices alone, by the label's probability, or where it knows `better`."
         ),
     ] = "all"
 
