@@ -16,9 +16,7 @@ from llava_kd.distill.terms.term import HeadRequest, Trust
 class ResponseKL(KL):
     trust: Annotated[
         Trust,
-        Doc(
-            "At `all` tokens, its `first` choices alone, by the label's probability, or where it knows `better`."
-        ),
+        Doc("At `all` tokens, its `first` choices, by the label's probability, or where it is `better`."),
     ] = "all"
 
     label: ClassVar[str] = "response tokens, against the teacher; nats a token"
