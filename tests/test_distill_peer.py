@@ -349,29 +349,35 @@ def _of_width(student_dir: Path, peer_dirs: dict[str, Path]) -> MLLM:
 
 
 @torch.no_grad()
-def test_pictures_are_taught_by_the_side_that_answers_better(
+def test_each_picture_is_taught_by_the_side_that_answers_its_record_better(
     student_dir: Path, peer_dirs: dict[str, Path]
 ) -> None:
-    """One record a batch, so that the side is known from its loss alone; text judges nothing."""
-    teacher = Teacher(_of_width(student_dir, peer_dirs), shares_tower=False)
-    seen = set()
-    for seed in range(8):
-        student = mllm(student_dir)
-        batch = batch_of([{"images": 2}, {"images": 0}], "same grid", first=10 * seed)
-        term = VisualRegions(judged_by="answer")
-        objective = objective_of(visual_regions=term, cross_entropy=CrossEntropy(), num_common=COMMON)
-        objective = furnished(objective, student, teacher.mllm)
-        with torch.enable_grad():
-            means, _ = step(Student(student, objective, FromTeacher(teacher)), batch)
-        first = batch_of([{"images": 2}], "same grid", first=10 * seed)
-        labels_N = first.student.targets_BT.flatten()[first.student.places.response_N]
+    """By hand, record by record; a record of text alone judges no picture."""
+    student, teacher = mllm(student_dir), Teacher(_of_width(student_dir, peer_dirs), shares_tower=False)
+    kinds = [{"images": 2}, {"images": 0}, *[{"answer": number} for number in (2, 3, 4, 5, 6)]]
+    batch = batch_of(kinds, "same grid", first=20)
+    term = VisualRegions(judged_by="answer")
+    objective = furnished(
+        objective_of(visual_regions=term, num_common=COMMON, losses="fast"), student, teacher.mllm
+    )
+    with torch.enable_grad():
+        means, _ = step(Student(student, objective, FromTeacher(teacher)), batch)
+    total, tokens, better = 0.0, 0, []
+    for number, kind in enumerate(kinds):
+        one = batch_of([kind], "same grid", first=20 + number)
+        labels_N = one.student.targets_BT.flatten()[one.student.places.response_N]
         losses = [
-            -float(said(side, first).gather(1, labels_N.unsqueeze(1)).mean())
-            for side in (student, teacher.mllm)
+            -float(said(m, one).gather(1, labels_N.unsqueeze(1)).mean()) for m in (student, teacher.mllm)
         ]
-        seen.add(losses[1] < losses[0])
-        assert (float(means["visual_regions"]) > 0) == (losses[1] < losses[0])
-    assert seen == {True, False}
+        if not one.student.num_images:
+            continue
+        better.append(losses[1] < losses[0])
+        sides = [m(one.student, m.image_features(one.student)) for m in (student, teacher.mllm)]
+        states = [side.hidden_BTD.flatten(0, 1)[one.student.places.visual_N] for side in sides]
+        tokens += len(states[0])
+        total += better[-1] * float((1 - cosine_similarity(*states, dim=1)).sum())
+    assert set(better) == {True, False}
+    assert float(means["visual_regions"]) == pytest.approx(total / tokens, rel=1e-4)
 
 
 def test_what_a_peer_says_has_no_graph_for_the_student(student_dir: Path, peer_dirs: dict[str, Path]) -> None:
