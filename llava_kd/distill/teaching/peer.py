@@ -9,6 +9,7 @@ Shape legend: I images, N tokens of an image, E tower width.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -55,8 +56,8 @@ class Peer(Teaching):
         mllm, inputs = self._model.mllm, batch.teacher_inputs
         if not self._shares_tower:
             # A frozen tower computes in its own type, as it does outside the forward.
-            is_cast = mllm.train_tower and torch.is_autocast_enabled(features_INE.device.type)
-            with torch.autocast(features_INE.device.type, enabled=is_cast):
+            cast = torch.autocast(features_INE.device.type, enabled=False)
+            with contextlib.nullcontext() if mllm.train_tower else cast:
                 features_INE = mllm.image_features(inputs)
         peer = mllm(inputs, features_INE)
         return replace(taught, prediction=peer.detached(), others={PEER: peer})
