@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from tiny_runs import write_stage
 
-from llava_kd.assembly import ablate as ablate_module
+from llava_kd.assembly.runs.slots import Slots
 from llava_kd.search.running.schedule import Job
 
 
@@ -56,8 +56,8 @@ class FakeRuns:
         self.curve: Callable[[dict, int], float] | None = None
 
     def install(self, monkeypatch) -> FakeRuns:
-        monkeypatch.setattr(ablate_module._Slots, "start", lambda slots, job, slot: self.start(job))
-        monkeypatch.setattr(ablate_module._Slots, "ended", lambda slots, status: status)
+        monkeypatch.setattr(Slots, "start", lambda slots, job, slot: self.start(job))
+        monkeypatch.setattr(Slots, "ended", lambda slots, status: status)
         return self
 
     def start(self, job: Job) -> int:
