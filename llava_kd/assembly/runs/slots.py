@@ -32,6 +32,10 @@ class Slots:
     def ended(self, process: subprocess.Popen) -> int | None:
         return self._children.ended(process)
 
+    def stop(self, process: subprocess.Popen) -> None:
+        """It saves and ends."""
+        process.terminate()
+
     def is_stopping(self) -> bool:
         return bool(self._children.asked)
 
