@@ -83,7 +83,7 @@ class FakeRuns:
             if self.curve is not None and step % 5 == 0:
                 line["slice/val"] = self.curve(tree, step)
             if step in (1, tree["max_steps"]):
-                line["tokens/student_nll"] = tree["seed"] + rate / step
+                line["tokens/student_nll"] = tree.get("seed", 0) + rate / step
             lines.append(json.dumps(line) + "\n")
         (output / "metrics.jsonl").write_text("".join(lines))
         prints = {"data or tokenizer": self.data}

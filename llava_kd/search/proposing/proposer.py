@@ -6,6 +6,7 @@ counts, and runs on other data, whose scores are of other questions, can stand b
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,7 +17,6 @@ from llava_kd.search.store.entries import better
 
 STARTUP = 10  # trials, similar runs among them, before TPE takes over from chance
 _ATTEMPTS = 50
-_STRIDE = 10007
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,7 @@ def optuna() -> ModuleType:
     try:
         import optuna as package
     except ImportError as error:
-        raise ValueError(
-            "`llava-kd search` needs the package optuna: pip install 'llava_kd[search]'"
-        ) from error
+        raise ValueError("a search needs the package optuna: pip install 'llava_kd[search]'") from error
     package.logging.set_verbosity(package.logging.WARNING)
     return package
 
@@ -55,15 +53,17 @@ class Proposer:
         if len(self._distinct(seen)) >= self._space.size:
             return None
         for attempt in range(_ATTEMPTS):
-            values = self._ask(
-                _STRIDE * self._space.seed + number + _STRIDE * _STRIDE * attempt, seen, similar
-            )
+            values = self._ask(self._seed(number, attempt), seen, similar)
             if not self._was_tried(values, seen):
                 return values
         return self._any_other(number, seen)
 
     def is_chance(self, seen: Sequence[Seen], similar: Sequence[Seen]) -> bool:
         return sum(one.place is not None for one in (*seen, *similar)) < self._startup
+
+    def _seed(self, number: int, attempt: int) -> int:
+        digest = hashlib.sha256(f"{self._space.seed} {number} {attempt}".encode()).digest()
+        return int.from_bytes(digest[:4])
 
     def _ask(self, seed: int, seen: Sequence[Seen], similar: Sequence[Seen]) -> dict[str, object]:
         sampler = self._optuna.samplers.TPESampler(
@@ -113,7 +113,7 @@ class Proposer:
 
     def _any_other(self, number: int, seen: Sequence[Seen]) -> dict[str, object] | None:
         """By chance: TPE keeps to what it has found good, which may all have been tried."""
-        sampler = self._optuna.samplers.RandomSampler(seed=_STRIDE * self._space.seed + number)
+        sampler = self._optuna.samplers.RandomSampler(seed=self._seed(number, _ATTEMPTS))
         study = self._optuna.create_study(sampler=sampler)
         for _ in range(_ATTEMPTS * _ATTEMPTS):
             params = study.ask(self._distributions).params

@@ -268,14 +268,15 @@ def _pruning(file: Mapping, path: Path) -> Pruning | None:
 
 def _number(value: object, where: str) -> float:
     """A whole number stays one; YAML reads 1e-4, without a dot, as a word."""
+    number = value
     if isinstance(value, str):
         try:
-            value = float(value)
+            number = float(value)
         except ValueError:
-            value = None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            number = None
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
         raise ValueError(f"{where} must be a number; got {value!r}")
-    return value
+    return number
 
 
 def _whole(value: object, where: str, *, least: int) -> int:

@@ -14,8 +14,10 @@ VERSION = 1
 PATIENCE_S = 2.0  # how long another process may hold the file
 _APPLICATION = 0x4C4B4453  # of this project's files among all SQLite files
 _TABLES = (
-    "CREATE TABLE runs (key TEXT PRIMARY KEY, entry TEXT NOT NULL, entered TEXT DEFAULT CURRENT_TIMESTAMP)",
-    "CREATE TABLE data_sets (fingerprint TEXT PRIMARY KEY, name TEXT NOT NULL, features TEXT NOT NULL)",
+    "CREATE TABLE runs (key TEXT PRIMARY KEY NOT NULL, entry TEXT NOT NULL, "
+    "entered TEXT DEFAULT CURRENT_TIMESTAMP)",
+    "CREATE TABLE data_sets (fingerprint TEXT PRIMARY KEY NOT NULL, name TEXT NOT NULL, "
+    "features TEXT NOT NULL)",
     f"PRAGMA application_id = {_APPLICATION}",
     f"PRAGMA user_version = {VERSION}",
 )

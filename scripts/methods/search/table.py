@@ -4,7 +4,7 @@
 
 The pictures, the teacher and the student of scripts/methods/std_temperature/proof.py. A data set is ten
 patterns of its own, a number of pictures for the student (100 to 250) and a teacher of its own. The student is
-trained for 60 epochs by SGD with llava_kd's head loss, once for each of 6 rates x 3 temperatures x 4 shares of
+trained for 30 epochs by SGD with llava_kd's head loss, once for each of 6 rates x 3 temperatures x 4 shares of
 the divergence x 2 kinds of it: 576 trainings in all. The table holds accuracies on 2,000 further pictures, null
 where the loss was no number. One training a cell: what a search would see.
 """
@@ -32,7 +32,7 @@ SPACE = {  # the rate is 10 ** (rate / 2 - 2)
     "divergence": ["forward", "reverse"],
 }
 DATA = {"patterns 0": 150, "patterns 1": 100, "patterns 2": 200, "patterns 3": 250}
-EPOCHS, BATCH = 60, 50
+EPOCHS, BATCH = 30, 50
 
 
 def beside(name: str) -> ModuleType:
