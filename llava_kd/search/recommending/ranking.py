@@ -2,7 +2,7 @@
 
 A recipe is what differs among the runs of the store, but for paths and the seed. The place that is expected
 of one is a mean over runs, each weighed by how alike its data are and how near its recipe is (a Nadaraya-
-Watson mean), with a run of place 0.5 of small weight added, so that one far run proves little.
+Watson mean), with one more run of place 0.5, so that a single one proves little.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _LOCAL = (
     *("seed", "data.path", "data.images", "data.sources", "data.records", "teacher.cache", "plugins"),
     *("student.checkpoint", "teacher.checkpoint"),
 )
-_REACH = 0.5
-_DOUBT = 0.1  # weight of the run of place 0.5
+_REACH = 0.15  # of a setting's range, were all to differ by as much
+_DOUBT = 1.0  # runs of place 0.5 that are added
 _SHOWN = 5
 
 
@@ -139,7 +139,7 @@ def _nearness(
 
     def near(first: Mapping[str, object], second: Mapping[str, object]) -> float:
         square = math.fsum(scale(first[key], second[key]) ** 2 for key, scale in scales.items())
-        return math.exp(-square / _REACH**2)
+        return math.exp(-square / (len(scales) * _REACH**2))
 
     return near
 
