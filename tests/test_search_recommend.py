@@ -74,13 +74,13 @@ def test_leaving_each_data_set_out_says_how_good_the_advice_is() -> None:
 
 def test_a_single_run_proves_little() -> None:
     sets = {"a": data_set("a"), "b": data_set("b")}
-    settings = {**history("a", 1.0)[0].settings, "optim.lr": 90.0}
+    settings = {**history("a", 1.0)[0].settings, "optim.lr": 1.0}
     lone = entry("lone", "a", settings=settings, scores={"slice/v": 9.0})
     found = recommend([*history("a", 1e-3), *history("b", 1e-3), lone], sets, data_set("n").features)
     by_rate = {float(str(one.settings["optim.lr"])): one for one in found.advice}
-    assert by_rate[90.0].weight < found.advice[0].weight
-    assert by_rate[90.0].place == pytest.approx((0.5 + 12.5 / 13) / 2, abs=1e-3)
-    assert by_rate[90.0].place < found.advice[0].place
+    assert by_rate[1.0].weight < found.advice[0].weight
+    assert by_rate[1.0].place < 0.8, "its own place is the highest, 0.96"
+    assert by_rate[1.0].place < found.advice[0].place
 
 
 def test_failed_runs_are_counted_and_give_no_evidence() -> None:

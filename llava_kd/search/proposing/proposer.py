@@ -50,10 +50,12 @@ class Proposer:
         self, number: int, seen: Sequence[Seen], similar: Sequence[Seen] = ()
     ) -> dict[str, object] | None:
         """Settings that were not tried in this search; None where the space has no others."""
-        if len(self._distinct(seen)) >= self._space.size:
+        if len(seen) >= self._space.size and len(self._distinct(seen)) >= self._space.size:
             return None
-        for attempt in range(_ATTEMPTS):
-            values = self._ask(self._seed(number, attempt), seen, similar)
+        study = self._study(self._seed(number), (*similar, *seen))
+        for _ in range(_ATTEMPTS):  # each counts as one that runs, so the next is sought elsewhere
+            params = study.ask(self._distributions).params
+            values = {name: self._decoded(name, value) for name, value in params.items()}
             if not self._was_tried(values, seen):
                 return values
         return self._any_other(number, seen)
@@ -61,19 +63,16 @@ class Proposer:
     def is_chance(self, seen: Sequence[Seen], similar: Sequence[Seen]) -> bool:
         return sum(one.place is not None for one in (*seen, *similar)) < self._startup
 
-    def _seed(self, number: int, attempt: int) -> int:
-        digest = hashlib.sha256(f"{self._space.seed} {number} {attempt}".encode()).digest()
-        return int.from_bytes(digest[:4])
+    def _seed(self, number: int) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self._space.seed} {number}".encode()).digest()[:4])
 
-    def _ask(self, seed: int, seen: Sequence[Seen], similar: Sequence[Seen]) -> dict[str, object]:
+    def _study(self, seed: int, seen: Sequence[Seen]) -> Any:
         sampler = self._optuna.samplers.TPESampler(
             n_startup_trials=self._startup, multivariate=True, constant_liar=True, seed=seed
         )
         study = self._optuna.create_study(direction="maximize", sampler=sampler)
-        for one in (*similar, *seen):
-            study.add_trial(self._trial(one))
-        params = study.ask(self._distributions).params
-        return {name: self._decoded(name, value) for name, value in params.items()}
+        study.add_trials([self._trial(one) for one in seen])
+        return study
 
     def _trial(self, seen: Seen) -> Any:
         state = self._optuna.trial.TrialState
@@ -113,7 +112,7 @@ class Proposer:
 
     def _any_other(self, number: int, seen: Sequence[Seen]) -> dict[str, object] | None:
         """By chance: TPE keeps to what it has found good, which may all have been tried."""
-        sampler = self._optuna.samplers.RandomSampler(seed=self._seed(number, _ATTEMPTS))
+        sampler = self._optuna.samplers.RandomSampler(seed=self._seed(number))
         study = self._optuna.create_study(sampler=sampler)
         for _ in range(_ATTEMPTS * _ATTEMPTS):
             params = study.ask(self._distributions).params

@@ -166,7 +166,9 @@ def main() -> None:
     began, runs = time.perf_counter(), {}
     for seed in range(arguments.seeds):
         runs[seed] = one_seed(record, seed)
-        print(f"seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
+        means = {way: statistics.fmean(n for n, _ in one.values()) for way, one in runs[seed].items()}
+        told = ", ".join(f"{way} {mean:.1f}" for way, mean in means.items())
+        print(f"seed {seed}: {told}; {time.perf_counter() - began:.0f} s", flush=True)
     counts, valid = (
         {
             way: {seed: statistics.fmean(one[k] for one in run[way].values()) for seed, run in runs.items()}

@@ -79,8 +79,8 @@ def losses(recipes: list[dict], logits_RNV: Tensor, classes_N: Tensor, teacher_N
     far_RN = torch.empty(len(recipes), count)
     for kind in SPACE["divergence"]:
         rows = [k for k, recipe in enumerate(recipes) if recipe["divergence"] == kind]
-        pair = (one[rows].reshape(-1, classes) for one in (student_RNV, teacher_RNV))
-        far_RN[rows] = divergence_rows(*pair, Divergence(kind=kind)).view(len(rows), count)
+        student_NV, teacher_NV = (one[rows].reshape(-1, classes) for one in (student_RNV, teacher_RNV))
+        far_RN[rows] = divergence_rows(student_NV, teacher_NV, Divergence(kind=kind)).view(len(rows), count)
     return (1 - share_R) * own_RN.mean(1) + share_R * (t_R11.view(-1) ** 2) * far_RN.mean(1)
 
 
