@@ -32,7 +32,7 @@ ROOMS = {
         *("batch", "config", "data", "distill", "evaluation", "losses", "models", "parallel", "training"),
         *("checksums", "curation", "plugin_file", "search", "tensor_files"),
     },
-    "cli": {"assembly", "config", "curation", "data", "evaluation"},
+    "cli": {"assembly", "config", "curation", "data", "evaluation", "search"},
     "api": {"assembly", "config", "evaluation"},
 }
 # Inside a room the arrows go down; "" are the files that stand in it beside its sub-rooms.
@@ -70,13 +70,22 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "": {"kernels"},
     },
     "curation": {"elicit": {""}, "": set()},
-    "search": {"grids": set(), "findings": {"grids"}, "running": {"findings", "grids"}, "": set()},
+    "search": {
+        "grids": set(),
+        "findings": {"grids"},
+        "running": {"findings", "grids"},
+        "store": {"findings", "grids", "running"},
+        "proposing": {"findings", "grids", "store"},
+        "recommending": {"findings", "proposing", "store"},
+        "": set(),
+    },
     "assembly": {
         "curating": {"", "parts", "runs"},
         "parts": {"", "runs"},
         "planning": {"", "parts", "runs"},
         "projects": {"", "parts", "planning"},
         "runs": {""},
+        "searching": {"", "parts", "runs"},
         "watching": set(),
         "": {"parts", "planning", "runs"},
     },

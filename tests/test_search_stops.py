@@ -18,6 +18,7 @@ from tiny_grids import FakeRuns, edit, write_grid
 
 from llava_kd.assembly import ablate as ablate_module
 from llava_kd.assembly.runs.children import Children
+from llava_kd.assembly.runs.slots import Slots, environments
 from llava_kd.cli import main
 from llava_kd.search.running.schedule import Job, Outcome, run_jobs
 
@@ -205,13 +206,14 @@ def test_after_a_stop_nothing_starts_and_nothing_has_failed() -> None:
 def test_each_gpu_gets_a_job_of_its_own(tmp_path: Path, monkeypatch) -> None:
     grid = write_grid(tmp_path, {"AA": ["A", "A"]}, seeds=[0], common={"engine.device": "cuda"})
     plan = ablate_module.make_plan(ablate_module.read_grid(grid))
+    trees = [stage.tree for stage in plan.stages.values()]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    found = [slot["CUDA_VISIBLE_DEVICES"] for slot in ablate_module._slots(plan, None, is_whole=False)]
+    found = [slot["CUDA_VISIBLE_DEVICES"] for slot in environments(trees, None)]
     assert found == ["3", "5"]
-    shared = ablate_module._slots(plan, 3, is_whole=False)
+    shared = environments(trees, 3)
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in shared] == ["3", "5", "3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert ablate_module._slots(plan, 2, is_whole=False)[0]["OMP_NUM_THREADS"] == "1"
+    assert environments(trees, 2)[0]["OMP_NUM_THREADS"] == "1"
 
 
 # To its end, with real students ----
@@ -223,8 +225,8 @@ def in_this_process(monkeypatch) -> None:
     def start(slots, job: Job, slot: int) -> int:
         return main(list(job.command[3:]))
 
-    monkeypatch.setattr(ablate_module._Slots, "start", start)
-    monkeypatch.setattr(ablate_module._Slots, "ended", lambda slots, status: status)
+    monkeypatch.setattr(Slots, "start", start)
+    monkeypatch.setattr(Slots, "ended", lambda slots, status: status)
 
 
 def test_two_real_arms_to_their_results(stage, shapes_dir: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from tiny_runs import write_stage
 
-from llava_kd.assembly import ablate as ablate_module
+from llava_kd.assembly.runs.slots import Slots
 from llava_kd.search.running.schedule import Job
 
 
@@ -58,8 +58,8 @@ class FakeRuns:
         self.operations: float | None = None
 
     def install(self, monkeypatch) -> FakeRuns:
-        monkeypatch.setattr(ablate_module._Slots, "start", lambda slots, job, slot: self.start(job))
-        monkeypatch.setattr(ablate_module._Slots, "ended", lambda slots, status: status)
+        monkeypatch.setattr(Slots, "start", lambda slots, job, slot: self.start(job))
+        monkeypatch.setattr(Slots, "ended", lambda slots, status: status)
         return self
 
     def start(self, job: Job) -> int:
@@ -87,7 +87,7 @@ class FakeRuns:
             if self.curve is not None and step % 5 == 0:
                 line["slice/val"] = self.curve(tree, step)
             if step in (1, tree["max_steps"]):
-                line["tokens/student_nll"] = tree["seed"] + rate / step
+                line["tokens/student_nll"] = tree.get("seed", 0) + rate / step
             lines.append(json.dumps(line) + "\n")
         (output / "metrics.jsonl").write_text("".join(lines))
         prints = {"data or tokenizer": self.data}

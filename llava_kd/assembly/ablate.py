@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ import yaml
 from llava_kd.assembly.pipeline import command_words
 from llava_kd.assembly.runs.children import Children
 from llava_kd.assembly.runs.run_dir import locked
+from llava_kd.assembly.runs.slots import CLI, Slots, environments
 from llava_kd.assembly.runs.stopping import INTERRUPTED
 from llava_kd.assembly.settings import load
 from llava_kd.search.findings.grid_results import RESULTS, read_results
@@ -30,14 +28,6 @@ from llava_kd.search.grids.sharing import Plan, StageRun, check_arms, make_plan
 from llava_kd.search.running.pricing import Clock, price_text
 from llava_kd.search.running.schedule import Job, Outcome, run_jobs
 from llava_kd.search.running.work import faults, make_jobs, write_work
-
-CLI = (sys.executable, "-m", "llava_kd.cli")
-# Keep freed memory: fetching it from the system anew costs a tenth of a step of small models.
-_KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 31),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +51,8 @@ def ablate(path: str | Path, overrides: Sequence[str], choice: Choice, *, is_dry
     check_arms(grid, plan, _settings)
     refuse_changes(grid, plan)
     arms, seeds = _chosen(grid, choice)
-    slots = _slots(plan, choice.num_jobs, is_whole=grid.command is not None)
+    trees = [stage.tree for stage in plan.stages.values()]
+    slots = environments(trees, choice.num_jobs, is_whole=grid.command is not None)
     results = grid.output / RESULTS
     if results.is_file():
         read_results(results)
@@ -76,7 +67,7 @@ def ablate(path: str | Path, overrides: Sequence[str], choice: Choice, *, is_dry
         jobs = make_jobs(grid, plan, runs, train=train, evaluate=(*CLI, "eval"))
         if any(not job.is_done() for job in jobs):
             _prepare(grid, children)
-        outcome = _run(grid, plan, jobs, _Slots(children, slots))
+        outcome = _run(grid, plan, jobs, Slots(children, slots))
         write_results(grid, plan, faults(plan, jobs, outcome))
         return _end(grid, plan, jobs, outcome, children)
 
@@ -136,7 +127,7 @@ def _prepare(grid: Grid, children: Children) -> None:
                 raise ValueError(f"{grid.path}: test {test.name}: there is no file {test.data}")
 
 
-def _run(grid: Grid, plan: Plan, jobs: Sequence[Job], slots: _Slots) -> Outcome:
+def _run(grid: Grid, plan: Plan, jobs: Sequence[Job], slots: Slots) -> Outcome:
     """A line for each job that ends; the results as they are then."""
     clock = Clock(plan, jobs, num_slots=len(slots.environments))
 
@@ -151,52 +142,3 @@ def _run(grid: Grid, plan: Plan, jobs: Sequence[Job], slots: _Slots) -> Outcome:
         print(f"{job.name} {why}; what does not need it goes on", flush=True)
 
     return run_jobs(jobs, slots, num_slots=len(slots.environments), finished=finished, failed=failed)
-
-
-class _Slots:
-    """A core or a GPU for each job that runs."""
-
-    def __init__(self, children: Children, environments: Sequence[Mapping[str, str]]) -> None:
-        self.environments = environments
-        self._children = children
-
-    def start(self, job: Job, slot: int) -> subprocess.Popen:
-        return self._children.start(job.command, job.log, self.environments[slot])
-
-    def ended(self, process: subprocess.Popen) -> int | None:
-        return self._children.ended(process)
-
-    def is_stopping(self) -> bool:
-        return bool(self._children.asked)
-
-
-def _slots(plan: Plan, num_jobs: int | None, *, is_whole: bool) -> list[dict[str, str]]:
-    """The environment of each job that may run at once; `is_whole`: a job takes devices by its own means."""
-    if is_whole:
-        return [dict(os.environ)] * (num_jobs or 1)
-    devices = [] if all(_is_for_cpu(stage) for stage in plan.stages.values()) else gpus()
-    if devices:
-        count = num_jobs or len(devices)
-        return [{**os.environ, "CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} for slot in range(count)]
-    alone = {"OMP_NUM_THREADS": "1", **_KEEP_MEMORY, **os.environ}
-    return [alone] * (num_jobs or len(os.sched_getaffinity(0)))
-
-
-def _is_for_cpu(stage: StageRun) -> bool:
-    engine = stage.tree.get("engine")
-    return isinstance(engine, Mapping) and engine.get("device") == "cpu"
-
-
-def gpus() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES names them: those of this process, or all that nvidia-smi lists."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name.strip() and name.strip() != "-1"]
-    try:
-        listed = subprocess.run(
-            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    lines = listed.stdout.splitlines() if listed.returncode == 0 else []
-    return [str(k) for k, line in enumerate(lines) if line.startswith("GPU ")]

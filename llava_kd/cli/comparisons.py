@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 
 from llava_kd.assembly.early import look_at_file
-from llava_kd.cli.words import Commands, command, count
+from llava_kd.cli.words import Commands, command, count, show
+
+STORE = "runs/store.sqlite"  # as in search/proposing/space.py, which reads YAML
 
 
 def add(commands: Commands) -> None:
@@ -21,6 +23,26 @@ def add(commands: Commands) -> None:
     ablate.add_argument(
         "--dry_run", action="store_true", help="say what is to be trained, and how long it takes"
     )
+
+    what = "seek a recipe within a search file's budget; `search add RUN ...` enters runs into the store"
+    search = command(commands, "search", _search, what, takes_settings=True)
+    search.add_argument(
+        "words",
+        nargs="+",
+        metavar="FILE | add RUN",
+        help="YAML file; settings that follow as --a.b=value go to every trial. After `add`: runs",
+    )
+    search.add_argument("--out", help="directory (default: the file's `output`)")
+    search.add_argument("--store", help=f"file of runs (default: the file's `store`, or {STORE})")
+    search.add_argument("--jobs", type=count, help="how many at once (default: one a GPU, or one a core)")
+
+    what = "rank recipes for a data set by the runs of the store, with the evidence"
+    recommend = command(commands, "recommend", _recommend, what)
+    recommend.add_argument("data", help="LLaVA .json or .jsonl file, .tar or .parquet")
+    recommend.add_argument("--images", help="image root of the file (default: its folder)")
+    recommend.add_argument("--store", default=STORE, help=f"file of runs (default: {STORE})")
+    recommend.add_argument("--top", type=count, default=5, help="how many recipes are shown (default: 5)")
+    recommend.add_argument("--out", help="JSON file for all of them")
 
 
 def _names(text: str) -> list[str]:
@@ -40,3 +62,47 @@ def _ablate(arguments: argparse.Namespace) -> int:
 
     choice = Choice(output=arguments.out, arms=arguments.arms, seeds=arguments.seeds, num_jobs=arguments.jobs)
     return ablate(arguments.file, arguments.overrides, choice, is_dry=arguments.dry_run)
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    first, *rest = arguments.words
+    if first == "add":
+        return _add(arguments, rest)
+    if rest:
+        raise ValueError(f"one search file at a time; got {' '.join(arguments.words)}")
+    look_at_file(first, "search", "docs/search.md shows one")
+    from llava_kd.search.proposing.proposer import optuna
+
+    optuna()
+    from llava_kd.assembly.searching.search import Choice, search
+
+    choice = Choice(output=arguments.out, store=arguments.store, num_jobs=arguments.jobs)
+    return search(first, arguments.overrides, choice)
+
+
+def _add(arguments: argparse.Namespace, runs: list[str]) -> int:
+    if arguments.overrides or arguments.out or arguments.jobs:
+        raise ValueError("`search add` takes runs and --store alone")
+    if not runs:
+        raise ValueError("name a run after `add`: its output_dir, or a folder that holds runs")
+    from llava_kd.assembly.searching.entering import add_runs
+    from llava_kd.search.store.database import Store
+
+    for line in add_runs(runs, Store(arguments.store or STORE)):
+        show(line)
+    return 0
+
+
+def _recommend(arguments: argparse.Namespace) -> int:
+    from llava_kd.search.store.database import Store
+
+    store = Store(arguments.store)
+    store.entries()  # one that cannot be used is said before PyTorch is read
+    from llava_kd.assembly.searching.recommend import recommend_for
+
+    said = recommend_for(
+        arguments.data, store, images=arguments.images, most=arguments.top, out=arguments.out
+    )
+    for line in said:
+        show(line)
+    return 0

@@ -1,1 +1,1 @@
-"""Grids of runs: what differs, what is shared, what came out."""
+"""Grids of runs, a memory of all runs, and what to try next."""

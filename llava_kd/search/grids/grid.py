@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llava_kd.config.trees import parse_override, read_tree, set_dotted
+from llava_kd.search.grids.entries import listed, mapping, named, near, only
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _KEYS = {
     *(
         "name",
@@ -92,23 +90,23 @@ def read_grid(path: str | Path, overrides: Sequence[str] = (), *, output: str | 
     if not path.is_file():
         raise ValueError(f"no ablation file {path}; examples are in ablations/")
     tree = read_tree(path)
-    _only(tree, _KEYS, f"{path}")
+    only(tree, _KEYS, f"{path}")
     for key in ("arms", "seeds", "baseline", "tests"):
         if not tree.get(key):
             raise ValueError(f"{path} must hold `{key}`; docs/ablations.md shows a file")
-    name = _named(tree.get("name") or path.stem, f"{path}: `name`")
+    name = named(tree.get("name") or path.stem, f"{path}: `name`")
     shared = _Shared(
         path=path,
-        stages=_mapping(tree.get("stages"), f"{path}: `stages`"),
-        first=_mapping(tree.get("common"), f"{path}: `common`"),
+        stages=mapping(tree.get("stages"), f"{path}: `stages`"),
+        first=mapping(tree.get("common"), f"{path}: `common`"),
         last=dict(map(parse_override, overrides)),
     )
-    arms = {key: _arm(key, entry, shared) for key, entry in _mapping(tree["arms"], f"{path}: `arms`").items()}
+    arms = {key: _arm(key, entry, shared) for key, entry in mapping(tree["arms"], f"{path}: `arms`").items()}
     baseline = str(tree["baseline"])
     if baseline not in arms:
-        raise ValueError(f"{path}: `baseline` is {baseline}, which is no arm{_near(baseline, arms)}")
+        raise ValueError(f"{path}: `baseline` is {baseline}, which is no arm{near(baseline, arms)}")
     tests = {
-        key: _test(key, entry, path) for key, entry in _mapping(tree["tests"], f"{path}: `tests`").items()
+        key: _test(key, entry, path) for key, entry in mapping(tree["tests"], f"{path}: `tests`").items()
     }
     curve = tree.get("curve") or _only_slice(arms[baseline])
     return Grid(
@@ -120,7 +118,7 @@ def read_grid(path: str | Path, overrides: Sequence[str] = (), *, output: str | 
         baseline=baseline,
         arms=arms,
         tests=tests,
-        prepare=tuple(map(str, _list(tree.get("prepare"), f"{path}: `prepare`"))),
+        prepare=tuple(map(str, listed(tree.get("prepare"), f"{path}: `prepare`"))),
         command=None if tree.get("command") is None else str(tree["command"]),
         curve=None if curve is None else str(curve),
     )
@@ -138,8 +136,8 @@ class _Shared:
 
 def _arm(name: object, entry: object, shared: _Shared) -> Arm:
     where = f"{shared.path}: arm {name}"
-    arm = {"stages": entry} if isinstance(entry, list) else _mapping(entry, where)
-    _only(arm, _OF_ARM, where)
+    arm = {"stages": entry} if isinstance(entry, list) else mapping(entry, where)
+    only(arm, _OF_ARM, where)
     stages = arm.get("stages")
     if not isinstance(stages, list) or not stages:
         raise ValueError(f"{where} must list its `stages`, in order; got {stages!r}")
@@ -147,7 +145,7 @@ def _arm(name: object, entry: object, shared: _Shared) -> Arm:
     if published is not None and (isinstance(published, bool) or not isinstance(published, int | float)):
         raise ValueError(f"{where}: `published` must be a number, got {published!r}")
     return Arm(
-        name=_named(name, f"{shared.path}: an arm"),
+        name=named(name, f"{shared.path}: an arm"),
         stages=tuple(_stage(entry, shared, f"{where}, stage {k}") for k, entry in enumerate(stages, 1)),
         published=published,
         what=str(arm.get("what") or ""),
@@ -156,21 +154,21 @@ def _arm(name: object, entry: object, shared: _Shared) -> Arm:
 
 def _stage(entry: object, shared: _Shared, where: str) -> Stage:
     """`NAME` of the file's stages, that name with more overrides, or a recipe of its own."""
-    own = {"stage": entry} if isinstance(entry, str) else _mapping(entry, where)
-    _only(own, _OF_STAGE, where)
+    own = {"stage": entry} if isinstance(entry, str) else mapping(entry, where)
+    only(own, _OF_STAGE, where)
     if ("stage" in own) == ("recipe" in own):
         raise ValueError(f"{where} must name either a `stage` of the file or a `recipe`; got {entry!r}")
     named: Mapping = {}
     if "stage" in own:
         name = own["stage"]
         if name not in shared.stages:
-            raise ValueError(f"{where} is {name}, which `stages` does not hold{_near(name, shared.stages)}")
-        named = _mapping(shared.stages[name], f"{shared.path}: stage {name}")
-        _only(named, {"recipe", "overrides"}, f"{shared.path}: stage {name}")
+            raise ValueError(f"{where} is {name}, which `stages` does not hold{near(name, shared.stages)}")
+        named = mapping(shared.stages[name], f"{shared.path}: stage {name}")
+        only(named, {"recipe", "overrides"}, f"{shared.path}: stage {name}")
     recipe = _recipe((named or own).get("recipe"), shared.path, where)
     tree = read_tree(recipe)
     changes = [named.get("overrides"), own.get("overrides")]
-    for part in (shared.first, *(_mapping(c, f"{where}: `overrides`") for c in changes), shared.last):
+    for part in (shared.first, *(mapping(c, f"{where}: `overrides`") for c in changes), shared.last):
         for key, value in part.items():
             set_dotted(tree, str(key), copy.deepcopy(value))
     return Stage(label=str(own.get("label") or own.get("stage") or recipe.stem), recipe=recipe, tree=tree)
@@ -181,14 +179,14 @@ def _recipe(name: object, path: Path, where: str) -> Path:
     if name is None or not found.is_file():
         beside = found.parent
         there = [file.name for file in sorted(beside.glob("*.yaml"))] if beside.is_dir() else []
-        raise ValueError(f"{where}: there is no recipe {found}{_near(found.name, there)}")
+        raise ValueError(f"{where}: there is no recipe {found}{near(found.name, there)}")
     return found
 
 
 def _test(name: object, entry: object, path: Path) -> TestFile:
     where = f"{path}: test {name}"
-    own = {"data": entry} if isinstance(entry, str) else _mapping(entry, where)
-    _only(own, _OF_TEST, where)
+    own = {"data": entry} if isinstance(entry, str) else mapping(entry, where)
+    only(own, _OF_TEST, where)
     if not own.get("data"):
         raise ValueError(f"{where} must name `data`, a LLaVA JSON file")
     limit = own.get("max_new_tokens")
@@ -196,7 +194,7 @@ def _test(name: object, entry: object, path: Path) -> TestFile:
         raise ValueError(f"{where}: `max_new_tokens` must be a whole number, at least 1; got {limit!r}")
     images = own.get("images")
     return TestFile(
-        name=_named(name, f"{path}: a test"),
+        name=named(name, f"{path}: a test"),
         data=str(own["data"]),
         images=None if images is None else str(images),
         max_new_tokens=limit,
@@ -204,7 +202,7 @@ def _test(name: object, entry: object, path: Path) -> TestFile:
 
 
 def _seeds(entry: object, path: Path) -> tuple[int, ...]:
-    seeds = _list(entry, f"{path}: `seeds`")
+    seeds = listed(entry, f"{path}: `seeds`")
     odd = [seed for seed in seeds if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0]
     if odd:
         raise ValueError(f"{path}: `seeds` must be whole numbers from 0; got {odd}")
@@ -218,39 +216,3 @@ def _only_slice(arm: Arm) -> str | None:
     evaluate = arm.stages[-1].tree.get("evaluate")
     slices = evaluate.get("slices") if isinstance(evaluate, Mapping) else None
     return f"slice/{next(iter(slices))}" if isinstance(slices, Mapping) and slices else None
-
-
-def _named(name: object, where: str) -> str:
-    """It becomes the name of a directory."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"{where} may be named by letters, digits and . _ + - alone; got {name!r}")
-    return name
-
-
-def _mapping(entry: object, where: str) -> Mapping:
-    if entry is None:
-        return {}
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"{where} must be `key: value` lines; got {entry!r}")
-    return entry
-
-
-def _list(entry: object, where: str) -> list:
-    if entry is None:
-        return []
-    if not isinstance(entry, list):
-        raise ValueError(f"{where} must be a list; got {entry!r}")
-    return entry
-
-
-def _only(tree: Mapping, known: set[str], where: str) -> None:
-    for key in tree:
-        if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}{_near(str(key), known)}")
-
-
-def _near(name: object, known: Iterable[object]) -> str:
-    names = sorted(map(str, known))
-    found = difflib.get_close_matches(str(name), names, n=1)
-    meant = f"; did you mean {found[0]}?" if found else ""
-    return f"{meant}; there are {', '.join(names) or 'none'}"

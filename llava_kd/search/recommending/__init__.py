@@ -1,0 +1,1 @@
+"""Which recipes to begin with on data that are new, and on what evidence."""
