@@ -39,8 +39,11 @@ class StudentConfig:
         None
     )
     projector: Annotated[
-        Literal["own", "teacher"],
-        Doc("A new one of its `own`, or the `teacher`'s, frozen, with a trained linear map to its width."),
+        Literal["own", "teacher", "conv_attention"],
+        Doc(
+            "A new one of its `own`; the `teacher`'s, frozen, with a trained linear map to its width; or "
+            "`conv_attention`, new, as large as its own, whose visual tokens look at each other."
+        ),
     ] = "own"
     projector_start: Annotated[
         Literal["random", "closed_form"],
@@ -58,12 +61,13 @@ class StudentConfig:
         require(
             self.projector == "own" or self.checkpoint is None,
             "`student.projector` is of a new student; one that goes on from `student.checkpoint` keeps the "
-            "projector it has, its teacher's too: leave projector out",
+            "projector it has, of whatever kind: leave projector out",
         )
         require(
             self.projector_start == "random" or (self.projector == "own" and self.checkpoint is None),
             "`student.projector_start: closed_form` is of a new student with its own projector; one that "
-            "goes on from `student.checkpoint`, or takes the teacher's, has learned already: leave it out",
+            "goes on from `student.checkpoint`, or takes the teacher's, has learned already, and "
+            "conv_attention is no linear map: leave it out",
         )
 
 

@@ -17,6 +17,7 @@ from llava_kd.models.attention.probe import choose_kernel
 from llava_kd.models.files.checkpoint import Parts, compose, load_stock
 from llava_kd.models.lora import is_adapter
 from llava_kd.models.mllm import MLLM, PARTS
+from llava_kd.models.projectors.on_a_grid import with_conv_attention
 from llava_kd.models.towers.vision_tower import text_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +56,8 @@ def student_parts(
             seed=seed,
             families=tables.towers,
         )
+        if config.projector == "conv_attention":
+            parts = with_conv_attention(parts, seed=seed)
     chosen = choose(
         config.template or template,
         tokenizer=parts.processor.tokenizer,
