@@ -187,9 +187,9 @@ def test_it_begins_as_its_two_layers_alone(own: Path) -> None:
 
 
 def test_every_weight_of_a_new_one_is_soon_trained(own: Path) -> None:
-    """Values begin at zero, and with them what queries and keys get; a step later all move."""
+    """Values begin at zero, and so does what reaches queries and keys; a step later all move."""
     connector = student(own).stock.model.multi_modal_projector
-    optimiser = torch.optim.SGD(connector.parameters(), lr=1.0)
+    optimiser = torch.optim.AdamW(connector.parameters(), lr=1e-3, weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in connector.named_parameters()}
     features_INE = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
     for _ in range(3):
@@ -319,7 +319,7 @@ def test_it_comes_back_from_disk_and_answers(tmp_path: Path, own: Path) -> None:
 
 
 def test_stock_loaders_refuse_it_and_draw_nothing(tmp_path: Path, own: Path) -> None:
-    """transformers alone, in a process of its own: the auto class does not know it, LLaVA's has other shapes."""
+    """transformers alone, in another process: the auto class does not know it, LLaVA's has other shapes."""
     save_stock(student(own), tmp_path / "model")
     code = """
 import sys, transformers
@@ -335,7 +335,7 @@ print("loaded")
         assert "loaded" not in done.stdout
         said[kind] = done.stderr
     assert "llava_kd_conv_attention" in said["AutoModelForImageTextToText"]
-    assert "linear_1.weight" in said["LlavaForConditionalGeneration"]
+    assert "`ignore_mismatched_sizes` to `False`" in said["LlavaForConditionalGeneration"]
 
 
 def test_export_names_what_would_make_it_loadable(tmp_path: Path, own: Path) -> None:
