@@ -387,3 +387,18 @@ def test_a_teachers_own_is_not_lent(own: Path) -> None:
 def test_settings_that_cannot_work_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StudentConfig(projector="conv_attention", **settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_autocast", [True, False], ids=["autocast", "in bf16"])
+def test_it_computes_in_bf16(own: Path, is_autocast: bool) -> None:
+    connector = stirred(student(own).stock.model.multi_modal_projector)
+    features_INE = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    expected = connector(features_INE)
+    if is_autocast:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = connector(features_INE)
+    else:
+        found = connector.bfloat16()(features_INE.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.05 * float(expected.abs().max()))
