@@ -12,20 +12,13 @@ from llava_kd.models.towers.vision_tower import text_config
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
-def only_here(parts: Parts) -> list[str]:
-    """A line where stock LLaVA cannot express the student, so that no other tool will open it."""
-    try:
-        check_stock(parts, "the student")
-    except ValueError as error:
-        return [f"none but llava_kd: {error}"]
-    return []
-
-
 def unopened(parts: Parts) -> list[str]:
     """One line a tool; empty where transformers, vLLM and llama.cpp all take such a student."""
-    if found := only_here(parts):
-        return found
     name = "the student"
+    try:
+        check_stock(parts, name)
+    except ValueError as error:
+        return [f"none but llava_kd: {error}"]
     lines = vllm_notes(parts)
     text = text_config(parts.stock.config)
     has_heads = hasattr(text, "num_attention_heads")  # a recurrent one has none
