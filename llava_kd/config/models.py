@@ -40,10 +40,7 @@ class StudentConfig:
     )
     projector: Annotated[
         Literal["own", "teacher", "conv_attention"],
-        Doc(
-            "A new one of its `own`; the `teacher`'s, frozen, with a trained linear map to its width; or "
-            "`conv_attention`, new, as large as its own, whose visual tokens look at each other."
-        ),
+        Doc("A new one; the `teacher`'s, frozen, and a linear map; or `conv_attention`, over the grid."),
     ] = "own"
     projector_start: Annotated[
         Literal["random", "closed_form"],
