@@ -18,7 +18,7 @@ from llava_kd.models.projectors.on_a_grid import with_conv_attention
 pytestmark = pytest.mark.distributed
 
 ENGINES = {name: ranks.ENGINES[name] for name in ("ddp", "fsdp2", "zero2", "zero3")}
-CASES = [pytest.param(name, marks=() if name in ("fsdp2", "zero3") else pytest.mark.slow) for name in ENGINES]
+CASES = [pytest.param(name, marks=() if name == "fsdp2" else pytest.mark.slow) for name in ENGINES]
 
 
 @pytest.fixture(scope="module")
