@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tiny_batches import inputs, record
 from tiny_llava import make_tiny_llava
 from tiny_towers import make_language_model, make_tower
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, SiglipVisionConfig
+from transformers import AutoModelForImageTextToText, SiglipVisionConfig
 
 from llava_kd.assembly.parts.models import student_parts
 from llava_kd.config import StudentConfig
@@ -48,7 +49,7 @@ def student(own: Path, *, seed: int = 3) -> Parts:
     return with_conv_attention(load_stock(str(own)), seed=seed)
 
 
-def stirred(connector: ConvAttention) -> ConvAttention:
+def stirred(connector: Any) -> Any:
     """With values and gates that do something; a new one has neither."""
     generator = torch.Generator().manual_seed(5)
     for parameter in connector.parameters():
@@ -70,7 +71,7 @@ def connector_of(rows: int, columns: int, width: int = 8, gate: int = 3) -> Conv
     return stirred(ConvAttention(config))
 
 
-def logits_BTV(stock: LlavaForConditionalGeneration) -> Tensor:
+def logits_BTV(stock: Any) -> Tensor:
     batch = inputs(record(1), record(2, images=2))
     with torch.no_grad():
         return stock.eval()(input_ids=batch.input_ids_BT, pixel_values=batch.pixels_ICHW).logits
@@ -232,7 +233,7 @@ def test_models_too_narrow_for_it_are_refused() -> None:
     ],
 )
 def test_a_strategy_that_leaves_no_whole_grid_is_refused(
-    tmp_path: Path, tower: str, strategy: str, message: str
+    tmp_path: Path, tower: str, strategy: Any, message: str
 ) -> None:
     text = make_language_model("qwen2", tmp_path / "text")
     config = StudentConfig(
@@ -246,7 +247,7 @@ def test_a_strategy_that_leaves_no_whole_grid_is_refused(
 
 
 @pytest.mark.parametrize(("tower", "strategy"), [("clip", "default"), ("timm-convnext", "full")])
-def test_towers_with_a_class_token_or_of_maps_have_a_grid(tmp_path: Path, tower: str, strategy: str) -> None:
+def test_towers_with_a_class_token_or_of_maps_have_a_grid(tmp_path: Path, tower: str, strategy: Any) -> None:
     text = make_language_model("qwen2", tmp_path / "text")
     config = StudentConfig(
         vision_tower=make_tower(tower, tmp_path / "tower"),
