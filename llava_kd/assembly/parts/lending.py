@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 def with_projector(config: TrainConfig, student: Parts, teacher: Parts | None) -> Parts:
     """The student, with the teacher's projector where the settings ask for it."""
-    if config.student.projector == "own" or teacher is None:
+    if config.student.projector != "teacher" or teacher is None:
         return student
     return with_teacher_projector(student, teacher, seed=config.seed)
 

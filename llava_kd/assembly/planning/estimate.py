@@ -19,7 +19,7 @@ from llava_kd.losses.kernels.gemm import HEAD_ROWS_AT_A_TIME
 from llava_kd.losses.kernels.rows import CPU_CHUNK_BYTES, CUDA_MEMORY_SHARE, MAX_CHUNK_ROWS
 from llava_kd.models.attention.visual import middle_layers
 from llava_kd.models.lora import chosen_layers, linear_layers
-from llava_kd.models.projectors.reused import llava_class
+from llava_kd.models.projectors.kinds import llava_class
 from llava_kd.models.reading import existing, read_config
 from llava_kd.models.towers.vision_tower import text_config, tokens_per_image, vision_config
 from llava_kd.models.trained import PREFIXES, trained_of

@@ -55,6 +55,8 @@ def evaluate_benchmarks(
     Every file is checked before the model is loaded. `server_figures` puts the figures of VQAv2 and VizWiz,
     once their servers have answered, into the table. What OUT holds of this model stays in the table.
     """
+    if asking.noise:
+        raise ValueError("noise goes with a LLaVA JSON file; of a benchmark pictures are as they are")
     model_dir, root, out_dir = model_directory(model_dir), Path(data_root), Path(out_dir)
     quirks = quirks or Quirks()
     chosen = find(names, table)

@@ -177,9 +177,10 @@ def pictures(question: Question, upright: bool = False) -> tuple[list[Image.Imag
 def _open_image(question: Question, index: int, upright: bool = False) -> Image.Image:
     source = question.images[index]
     try:
-        return open_picture(source, upright)
+        picture = open_picture(source, upright)
     except FileNotFoundError:
         raise ValueError(f"no image file {source}; check the image root") from None
+    return picture if question.noise is None else question.noise.on(picture, question.id, index)
 
 
 def check_processor(processor: LlavaProcessor, directory: Path) -> LlavaProcessor:

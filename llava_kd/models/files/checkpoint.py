@@ -24,7 +24,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from llava_kd.models.files.served import served_generation, served_processor
 from llava_kd.models.language_model import IMAGE_TOKEN, decoder_of, load_language_model
-from llava_kd.models.projectors.reused import llava_class
+from llava_kd.models.projectors.conv_attention import check_grid
+from llava_kd.models.projectors.kinds import llava_class
 from llava_kd.models.reading import (
     check_vocabulary,
     existing,
@@ -67,9 +68,12 @@ def load_stock(name: str, *, dtype: torch.dtype = torch.float32) -> Parts:
 
     Raises ValueError if it is missing, is another kind of model, or lacks its processor.
     """
-    stock = read_pretrained(llava_class(load_config(name)), name, dtype)
+    config = load_config(name)
+    processor = load_processor(name)
+    check_grid(config, visual_grid(config, input_size(processor.image_processor)), name)
+    stock = read_pretrained(llava_class(config), name, dtype)
     assert isinstance(stock, LlavaForConditionalGeneration)
-    return Parts(stock=stock, processor=load_processor(name))
+    return Parts(stock=stock, processor=processor)
 
 
 def load_config(name: str) -> LlavaConfig:
