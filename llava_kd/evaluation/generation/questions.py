@@ -20,7 +20,7 @@ class Question:
     """One question, behind what was said before it: roles and texts.
 
     The user's texts hold one "<image>" for each of `images` (a file, or the bytes of one); without any, it is
-    a word.
+    a word. `begun`: the answer so far, which a model goes on with; its answer is what comes after.
     """
 
     id: str
@@ -30,6 +30,7 @@ class Question:
     kind: str = "all"
     extra: dict[str, str] = field(default_factory=dict)
     history: tuple[tuple[str, str], ...] = ()
+    begun: str = ""
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -50,7 +51,7 @@ def fingerprint(questions: Iterable[Question]) -> str:
     digest = hashlib.sha256()
     for question in questions:
         row = [question.id, question.text, question.truth, question.kind, *question.history]
-        digest.update(json.dumps(row).encode())
+        digest.update(json.dumps([*row, question.begun] if question.begun else row).encode())
     return digest.hexdigest()[:16]
 
 

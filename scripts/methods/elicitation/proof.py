@@ -98,8 +98,8 @@ def train(out: Path, student: dict, data: dict, steps: int, seed: int) -> Path:
         "objective": {"cross_entropy": {"weight": 1.0}},
         "trainable": ["multi_modal_projector", "language_model"],
         "optim": {"lr": 3.0e-3},
-        "global_batch_size": 32,
-        "micro_batch_size": 32,
+        "global_batch_size": 16,
+        "micro_batch_size": 16,
         "max_steps": steps,
         "seed": seed,
         "engine": {"kind": "single", "precision": "fp32", "device": "cpu"},
@@ -186,8 +186,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
-    parser.add_argument("--steps", type=int, default=300, help="of every arm")
-    parser.add_argument("--start", type=int, default=150, help="steps on captions, once for all arms")
+    parser.add_argument("--steps", type=int, default=200, help="of every arm")
+    parser.add_argument("--start", type=int, default=100, help="steps on captions, once for all arms")
     parser.add_argument("--out", type=Path, help="folder for results.json and all that is made")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the matrices are small
