@@ -10,7 +10,7 @@ import pytest
 
 from llava_kd.curation.elicit.entries import Asked
 from llava_kd.curation.elicit.making import Made
-from llava_kd.curation.rationale.evidence import Checks
+from llava_kd.curation.rationale.evidence import Check, Checks, Verdict
 from llava_kd.curation.rationale.scenes import read_scene_graphs
 from llava_kd.curation.rationale.steps import malformed, steps_of, text_of
 from llava_kd.curation.rationale.verifying import Rules, rationales
@@ -227,14 +227,36 @@ def test_the_prompt_is_asked_and_kept_with_the_record(checks: Checks) -> None:
     assert entry["conversations"][0]["value"] == f"{QUESTION}\nStep by step."  # type: ignore[index]
 
 
-def test_a_correction_that_other_evidence_calls_wrong_is_none(checks: Checks, tmp_path: Path) -> None:
+class Hearsay:
+    """Evidence of a user's own, which corrects to what is not so."""
+
+    name = "hearsay"
+    fingerprint = "1"
+    keys = None
+
+    def about(self, record: Record) -> Check:
+        return lambda claim: (
+            Verdict(holds=False, fact="it is said", correction="The circle is blue.")
+            if claim == "It is a circle."
+            else None
+        )
+
+
+def test_a_correction_that_the_evidence_does_not_bear_out_is_none(checks: Checks) -> None:
+    both = Checks([Hearsay(), *checks.evidence])
+    script = Script("It is a circle.\nAnswer: circle", GOOD)
+    assert "no evidence corrects it" in made(script, both).dropped[0].reason
+    drawn = made(Script("It is a circle.\nAnswer: circle", GOOD), both, is_greedy=False)
+    assert text(drawn) == GOOD
+
+
+def test_the_first_evidence_that_can_read_a_step_decides(checks: Checks, tmp_path: Path) -> None:
     path = tmp_path / "facts.csv"
-    path.write_text("subject,relation,object\nthe circle,is,blue\n")
-    both = Checks([read_facts(path), *checks._evidence])
-    (dropped,) = made(Script("The circle is 3.\nAnswer: circle"), both).dropped
-    assert "no evidence can read any" in dropped.reason
-    first = Checks([*checks._evidence, read_facts(path)])
-    assert text(made(Script("The circle is blue.\nAnswer: star", "The star is blue.\nAnswer: circle"), first))
+    path.write_text("subject,relation,object\nthe circle,is,blue\nthe star,is,red\n")
+    facts = read_facts(path)
+    assert made(Script(GOOD), Checks([*checks.evidence, facts])).entries
+    (dropped,) = made(Script(GOOD), Checks([facts, *checks.evidence]), rounds=0).dropped
+    assert dropped.reason == "step 1 is wrong: 'The circle is red.', and the circle, is: blue"
 
 
 def test_evidence_that_names_none_of_the_records_is_refused(checks: Checks) -> None:

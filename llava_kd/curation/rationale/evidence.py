@@ -61,16 +61,16 @@ class Checks:
     def __init__(self, evidence: Sequence[Evidence]) -> None:
         if not evidence:
             raise ValueError("steps are checked against evidence; give a file or a folder of it")
-        self._evidence = evidence
+        self.evidence = evidence
 
     @property
     def fingerprint(self) -> str:
-        return " ".join(f"{one.name}:{one.fingerprint}" for one in self._evidence)
+        return " ".join(f"{one.name}:{one.fingerprint}" for one in self.evidence)
 
     def check_records(self, records: Sequence[Record], data: str | Path) -> None:
         """ValueError where evidence is about other records than these."""
         known = {key for record in records for key in (record.id, *record.images)}
-        for one in self._evidence:
+        for one in self.evidence:
             if one.keys is not None and not known.intersection(one.keys):
                 shown = ", ".join(map(repr, list(one.keys)[:3])) or "nothing"
                 raise ValueError(
@@ -79,7 +79,7 @@ class Checks:
                 )
 
     def about(self, record: Record) -> Callable[[str], Checked | None] | None:
-        found = [(one.name, check) for one in self._evidence if (check := one.about(record)) is not None]
+        found = [(one.name, check) for one in self.evidence if (check := one.about(record)) is not None]
         if not found:
             return None
 
