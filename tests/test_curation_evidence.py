@@ -162,7 +162,7 @@ def test_written_words(tmp_path: Path, claim: str, truth: str | bool | None) -> 
         ("The height of Rigi is 1797 m.", "The height of Rigi is 1798 m."),
         ("The height of Rigi, in 2020, was 1797.", False),  # which of the numbers is wrong is not known
         ("Rigi is in Italy, the country.", "Rigi is in Switzerland, the country."),
-        ("The capital of France is Lyon and the capital of Italy is Paris.", None),
+        ("Rome is the capital of France and Paris that of Italy.", None),
     ],
 )
 def test_facts(tmp_path: Path, claim: str, truth: str | bool | None) -> None:
