@@ -69,7 +69,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "tuning": {"", "kernels"},
         "": {"kernels"},
     },
-    "curation": {"elicit": {""}, "": set()},
+    "curation": {"elicit": {""}, "rationale": {"", "elicit"}, "": set()},
     "search": {
         "grids": set(),
         "findings": {"grids"},

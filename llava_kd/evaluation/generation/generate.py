@@ -153,7 +153,7 @@ class Prepared:
 
 
 def prepare(processor: LlavaProcessor, questions: Sequence[Question]) -> Prepared:
-    texts = [render_talk(processor, q.messages, has_images=bool(q.images)) for q in questions]
+    texts = [render_talk(processor, q.messages, has_images=bool(q.images), begun=q.begun) for q in questions]
     upright = reads_upright(processor)
     opened = [pictures(question, upright) for question in questions]
     images = [image for found, _ in opened for image in found]
@@ -208,8 +208,12 @@ def evaluation_mode(model: LlavaForConditionalGeneration) -> Iterator[None]:
 
 def batches_by_length(questions: Sequence[Question], batch_size: int) -> list[list[Question]]:
     """Batches of questions of similar length, the longest first, so that a lack of memory shows at once."""
-    ordered = sorted(questions, key=lambda q: (len(q.images), len(q.text)), reverse=True)
+    ordered = _longest_first(questions)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def _longest_first(questions: Sequence[Question]) -> list[Question]:
+    return sorted(questions, key=lambda q: (len(q.images), len(q.text) + len(q.begun)), reverse=True)
 
 
 def generate(
@@ -224,7 +228,7 @@ def generate(
 ) -> None:
     """Answer this rank's part of the questions, batch by batch, appending to its file in `out_dir`."""
     ranks = ranks or Ranks()
-    ordered = sorted(questions, key=lambda q: (len(q.images), len(q.text)), reverse=True)
+    ordered = _longest_first(questions)
     batches = batches_by_length(ordered[ranks.rank :: ranks.world_size], batch_size)
     bar = tqdm(total=sum(map(len, batches)), desc="answers", unit="q", disable=not progress or ranks.rank > 0)
     with AnswerWriter(out_dir, ranks.rank) as writer, bar, ThreadPoolExecutor(prefetch) as pool:

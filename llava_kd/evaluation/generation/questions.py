@@ -21,7 +21,11 @@ class Question:
     """One question, behind what was said before it: roles and texts.
 
     The user's texts hold one "<image>" for each of `images` (a file, or the bytes of one); without any, it is
+<<<<<<< HEAD
     a word. `noise` is put on each of them.
+=======
+    a word. `begun`: the answer so far, which a model goes on with; its answer is what comes after.
+>>>>>>> rationale
     """
 
     id: str
@@ -31,7 +35,11 @@ class Question:
     kind: str = "all"
     extra: dict[str, str] = field(default_factory=dict)
     history: tuple[tuple[str, str], ...] = ()
+<<<<<<< HEAD
     noise: Noise | None = None
+=======
+    begun: str = ""
+>>>>>>> rationale
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -52,8 +60,12 @@ def fingerprint(questions: Iterable[Question]) -> str:
     digest = hashlib.sha256()
     for question in questions:
         row = [question.id, question.text, question.truth, question.kind, *question.history]
+<<<<<<< HEAD
         row += [] if question.noise is None else [str(question.noise)]
         digest.update(json.dumps(row).encode())
+=======
+        digest.update(json.dumps([*row, question.begun] if question.begun else row).encode())
+>>>>>>> rationale
     return digest.hexdigest()[:16]
 
 
