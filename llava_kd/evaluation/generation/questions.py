@@ -35,11 +35,8 @@ class Question:
     kind: str = "all"
     extra: dict[str, str] = field(default_factory=dict)
     history: tuple[tuple[str, str], ...] = ()
-<<<<<<< HEAD
     noise: Noise | None = None
-=======
     begun: str = ""
->>>>>>> rationale
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -60,12 +57,9 @@ def fingerprint(questions: Iterable[Question]) -> str:
     digest = hashlib.sha256()
     for question in questions:
         row = [question.id, question.text, question.truth, question.kind, *question.history]
-<<<<<<< HEAD
         row += [] if question.noise is None else [str(question.noise)]
+        row += [question.begun] if question.begun else []
         digest.update(json.dumps(row).encode())
-=======
-        digest.update(json.dumps([*row, question.begun] if question.begun else row).encode())
->>>>>>> rationale
     return digest.hexdigest()[:16]
 
 
