@@ -21,11 +21,8 @@ class Question:
     """One question, behind what was said before it: roles and texts.
 
     The user's texts hold one "<image>" for each of `images` (a file, or the bytes of one); without any, it is
-<<<<<<< HEAD
-    a word. `noise` is put on each of them.
-=======
-    a word. `begun`: the answer so far, which a model goes on with; its answer is what comes after.
->>>>>>> rationale
+    a word. `noise` is put on each of them. `begun`: the answer so far, which a model goes on with; its answer
+    is what comes after.
     """
 
     id: str
