@@ -13,6 +13,7 @@ from llava_kd.assembly.parts.data import side_of, source_in, tagger_in
 from llava_kd.assembly.parts.held_out import read_held_out
 from llava_kd.assembly.parts.models import student_in
 from llava_kd.assembly.parts.objective import policy_lines
+from llava_kd.assembly.parts.on_policy.assembling import on_policy_lines
 from llava_kd.assembly.parts.several.teachers import check_several
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.planning.estimate import (
@@ -75,6 +76,7 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
         *(f"  beside it      {_parts(one)}, {name}" for name, one in zip(names, others, strict=True)),
         *loss_formula(config.objective, student_stock, teacher_stock),
         *private,
+        *on_policy_lines(config),
         f"memory of a rank {sum(found.values()) / GB:.2f} GB estimated",
         *(f"  {what:<14} {size / GB:8.2f} GB" for what, size in found.items() if size),
         f"sent by a rank   {traffic(config, ranks, student, teacher) / GB:.2f} GB a step",
