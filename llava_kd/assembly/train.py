@@ -29,6 +29,7 @@ from llava_kd.assembly.planning.estimate import ModelSizes, memory, refuse_too_l
 from llava_kd.assembly.runs.logs import logged, speaker
 from llava_kd.assembly.runs.provenance import checked_parent, finish
 from llava_kd.assembly.runs.run_dir import check_world, claim
+from llava_kd.assembly.runs.written_by import checked_writers
 from llava_kd.assembly.stage import assemble
 from llava_kd.config import TrainConfig
 from llava_kd.models.files.card import reading_notes
@@ -62,15 +63,9 @@ def _train(config: TrainConfig, world: World) -> str | None:
     with world.together():
         parent = checked_parent(config.student.checkpoint) if world.is_main else None
         check_bits(config, world.device)
-        # What is wrong with these is said before a model is read.
-        read_slices(config)
-        read_held_out(config)
-        token_policy(config)
-        check_several(config)
-        tagger_in(config)
+        _check_settings(config)
         source = source_in(config)
-        if config.teacher is not None and config.teacher.checkpoint is not None:
-            existing(config.teacher.checkpoint, "the LLaVA checkpoint")
+        written_by = checked_writers(config, parent)
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
     student = student_in(config, lambda line: say(f"template of the student: {line}"))
@@ -109,6 +104,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
                 num_steps=trainer.num_steps,
                 identity=trainer.identity,
                 parent=parent,
+                written_by=written_by,
                 exported=best,
                 reading=reading_notes(finished.processor),
             )
@@ -116,6 +112,17 @@ def _train(config: TrainConfig, world: World) -> str | None:
         say(f"{bad} records were bad and are not trained on: {output / BAD_RECORDS} names them")
     say(f"done: the student is {output / 'model'}")
     return None
+
+
+def _check_settings(config: TrainConfig) -> None:
+    """What is wrong with these is said before a model is read."""
+    read_slices(config)
+    read_held_out(config)
+    token_policy(config)
+    check_several(config)
+    tagger_in(config)
+    if config.teacher is not None and config.teacher.checkpoint is not None:
+        existing(config.teacher.checkpoint, "the LLaVA checkpoint")
 
 
 def _refuse_too_large(config: TrainConfig, world: World, student: Parts, teachers: Sequence[Parts]) -> None:

@@ -30,6 +30,7 @@ from llava_kd.assembly.planning.formula import loss_formula
 from llava_kd.assembly.planning.throughput import Network, Rate, throughput
 from llava_kd.assembly.runs.provenance import checked_parent
 from llava_kd.assembly.runs.run_dir import check_world, refuse_other_run
+from llava_kd.assembly.runs.written_by import checked_writers
 from llava_kd.assembly.settings import tables_of
 from llava_kd.assembly.stage import few_steps, num_steps
 from llava_kd.config import TrainConfig
@@ -46,7 +47,7 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
     check_world(config, World(rank=0, size=ranks, device=torch.device("cpu")))
     _check_output(Path(config.output_dir))
     refuse_other_run(config)
-    checked_parent(config.student.checkpoint)
+    checked_writers(config, checked_parent(config.student.checkpoint))
     read_slices(config)
     read_held_out(config)
     private = policy_lines(config)

@@ -20,6 +20,7 @@ VERSIONED = ("torch", "transformers", "numpy", "pillow")
 _UNSEALED = {
     *("completed", "steps", "exported", "commit", "versions", "fingerprints", "parent", "config", "model")
 }
+WRITTEN_BY = "written_by"  # the models whose answers were learned, where models wrote some
 CARD = "README.md"  # prose that a user may edit; not part of the hashes
 
 
@@ -80,7 +81,8 @@ def checked_parent(checkpoint: str | None) -> dict[str, object] | None:
             f"{checkpoint} is no longer what its run wrote: {', '.join(changed)} changed. Copy a model "
             f"that you edit out of {run}, or remove run.json and run that stage again to export it anew"
         )
-    return {"run": str(Path(checkpoint).parent), "model": found, "parent": record.get("parent")}
+    above = {"run": str(Path(checkpoint).parent), "model": found, "parent": record.get("parent")}
+    return above | ({WRITTEN_BY: record[WRITTEN_BY]} if WRITTEN_BY in record else {})
 
 
 def finish(
@@ -89,11 +91,13 @@ def finish(
     num_steps: int,
     identity: Mapping[str, str],
     parent: Mapping[str, object] | None,
+    written_by: Sequence[Mapping[str, str]] = (),
     exported: Best | None = None,
     reading: Sequence[str] = (),
 ) -> None:
     """Write the model card, then `run.json`, which makes the run complete.
 
+    `written_by`: the models that answered the data's questions, where any did.
     `exported` is the checkpoint that the model was taken from, None for the last weights. `reading` is what
     the card says of the processor.
     """
@@ -107,6 +111,7 @@ def finish(
         "fingerprints": dict(identity),
         "parent": parent,
         "config": dump(config),
+        **({WRITTEN_BY: list(written_by)} if written_by else {}),
     }
     write_text(output / "model" / CARD, card(output.name, record, reading))
     model = file_hashes(output / "model")

@@ -81,6 +81,6 @@ def on_policy_lines(config: TrainConfig) -> list[str]:
     if asked.temperature > 0:
         how = f"at temperature {asked.temperature:g}, top_p {asked.top_p:g}"
     return [
-        f"own answers      at {asked.share:.0%} of the steps, {how}, up to {asked.max_new_tokens} tokens; their "
-        "labels do not count"
+        f"own answers      at {asked.share:.0%} of the steps, {how}, up to {asked.max_new_tokens} tokens; "
+        "their labels do not count"
     ]
