@@ -1,4 +1,4 @@
-"""Data that models wrote: whose they are is recorded, and another teacher than the one that wrote them refused."""
+"""Data that models wrote: whose they are is recorded, and another teacher than their writer refused."""
 
 from __future__ import annotations
 
