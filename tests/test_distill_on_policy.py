@@ -17,6 +17,7 @@ from tiny_objectives import among, objective_of
 from torch import Tensor
 
 from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
+from llava_kd.distill.formulas import FORMULAS, Common
 from llava_kd.distill.student import Student
 from llava_kd.distill.taught import LABELLED
 from llava_kd.distill.teaching.from_teacher import FromTeacher
@@ -213,7 +214,7 @@ def test_the_gradient_is_that_of_a_run_on_the_same_answers_without_labels(
     said = ([[100], [101, 102, 103], [104]], [[110, 111]], [[120], [121]])
     ours = answered(batch_of(*RECORDS), *said)
     student, teacher = models
-    terms = replace(OBJECTIVE, common=objective_of(num_common=260, losses=losses, **OBJECTIVE.terms).common)
+    terms = replace(OBJECTIVE, common=Common(num_common=260, formulas=FORMULAS[losses]))
     found = gradients(Student(student, terms, OwnAnswers(FromTeacher(teacher))), ours)
     offline = replace(ours, own_answers=False)
     alone = among(terms, "response_kl", "visual_kl", "relation")
