@@ -220,7 +220,8 @@ class Batch:
 
     `teacher_rows` is what a cache holds of the teacher, where one stands in for it. `num_shared_targets`: how
     many targets are the same tokens on both sides, where there are two and the loader counted. `step`: the
-    optimiser step that it is of, for what is drawn anew at each; steps count from 0.
+    optimiser step that it is of, for what is drawn anew at each; steps count from 0. `own_answers`: its
+    labels are answers of the student's own, in place of the data's, and no truth.
     """
 
     student: Inputs
@@ -229,6 +230,7 @@ class Batch:
     teacher_rows: TeacherRows | None = None
     num_shared_targets: int | None = None
     step: int = 0
+    own_answers: bool = False
 
     @property
     def teacher_inputs(self) -> Inputs:

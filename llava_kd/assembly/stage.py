@@ -14,6 +14,7 @@ from llava_kd.assembly.parts.held_out import evaluator
 from llava_kd.assembly.parts.lending import tap_student
 from llava_kd.assembly.parts.models import compute_dtype, placed_student
 from llava_kd.assembly.parts.objective import objective, token_policy
+from llava_kd.assembly.parts.on_policy.assembling import with_own_answers
 from llava_kd.assembly.parts.several.teachers import Others
 from llava_kd.assembly.parts.teacher import say_left_out, teaching_of
 from llava_kd.assembly.parts.teaching.peer import peer_of
@@ -26,6 +27,7 @@ from llava_kd.data.sources.conversation import Source
 from llava_kd.distill.student import Student
 from llava_kd.distill.teaching.door import Teaching
 from llava_kd.distill.teaching.guarded import Guarded
+from llava_kd.distill.teaching.on_policy.own_answers import OwnAnswers
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.mllm import MLLM
 from llava_kd.parallel.engine import Engine
@@ -153,6 +155,8 @@ def _accompany(
         if config.pictures is not None:
             models = (student, mllm), fed.teacher
             teaching = with_changed_pictures(config, world, models, teaching, source, say)
+        if config.on_policy is not None:
+            teaching = OwnAnswers(teaching)
     policy = token_policy(config)
     if policy is None:
         return Accompanied(fed=fed, teaching=teaching)
@@ -187,12 +191,13 @@ def _drive(config: TrainConfig, world: World, joined: Joined, say: Say) -> Drive
 
 def _trainer(config: TrainConfig, driven: Driven, say: Say, identity: Mapping[str, str]) -> Trainer:
     module, engine, fed = driven.joined.module, driven.engine, driven.joined.accompanied.fed
+    student = fed.placed.adapted.student
     total = num_steps(config, fed.loader.steps_per_epoch)
     if (warning := few_steps(total)) is not None:
         say(warning)
     evaluate = None
     if config.evaluate is not None:
-        evaluate = evaluator(config, config.evaluate, fed.placed.adapted.student, module, engine)
+        evaluate = evaluator(config, config.evaluate, student, module, engine)
     return Trainer(
         engine=engine,
         student=module,
@@ -215,9 +220,14 @@ def _trainer(config: TrainConfig, driven: Driven, say: Say, identity: Mapping[st
 
 
 def _measured(config: TrainConfig, driven: Driven, say: Say) -> TrainingLoader:
-    """The loader, which counts operations, and traces the steps that are asked for."""
+    """The loader, which counts operations, and traces the steps that are asked for.
+
+    Where the student answers for itself, its answers are in what is counted, and writing them is not.
+    """
     fed, world = driven.joined.accompanied.fed, driven.engine.world
-    counted = Counted(fed.loader, driven.joined.operations, peak=peak(world.device))
+    student = fed.placed.adapted.student
+    loader = with_own_answers(config, fed.loader, student, fed.teacher, driven.engine)
+    counted = Counted(loader, driven.joined.operations, peak=peak(world.device))
     if config.profile is None:
         return counted
     directory = Path(config.output_dir) / "profile"

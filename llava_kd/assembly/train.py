@@ -36,6 +36,7 @@ from llava_kd.assembly.planning.estimate import ModelSizes, memory, refuse_too_l
 from llava_kd.assembly.runs.logs import logged, speaker
 from llava_kd.assembly.runs.provenance import checked_parent, finish
 from llava_kd.assembly.runs.run_dir import check_world, claim
+from llava_kd.assembly.runs.written_by import checked_writers
 from llava_kd.assembly.stage import assemble
 from llava_kd.config import TrainConfig
 from llava_kd.data.sources.conversation import Source
@@ -72,6 +73,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
     with world.together():
         parent = _parent(config) if world.is_main else None
         source = _checked_source(config, world)
+        written_by = checked_writers(config, parent)
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
     student = student_in(config, lambda line: say(f"template of the student: {line}"))
@@ -109,6 +111,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
                 num_steps=trainer.num_steps,
                 identity=trainer.identity,
                 parent=parent,
+                written_by=written_by,
                 exported=best,
                 readings=readings,
             )

@@ -13,6 +13,7 @@ from llava_kd.assembly.parts.data import side_of, source_in, tagger_in
 from llava_kd.assembly.parts.held_out import read_held_out
 from llava_kd.assembly.parts.models import student_in
 from llava_kd.assembly.parts.objective import policy_lines
+from llava_kd.assembly.parts.on_policy.assembling import on_policy_lines
 from llava_kd.assembly.parts.several.teachers import check_several
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.teaching.peer import check_peer_parent, mirrored
@@ -31,6 +32,7 @@ from llava_kd.assembly.planning.formula import loss_formula
 from llava_kd.assembly.planning.throughput import Network, Rate, throughput
 from llava_kd.assembly.runs.provenance import checked_parent
 from llava_kd.assembly.runs.run_dir import check_world, refuse_other_run
+from llava_kd.assembly.runs.written_by import checked_writers
 from llava_kd.assembly.settings import tables_of
 from llava_kd.assembly.stage import few_steps, num_steps
 from llava_kd.config import TrainConfig
@@ -79,6 +81,7 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
         ),
         *loss_formula(config.objective, student_stock, teacher_stock or peer_stock),
         *policy_lines(config),
+        *on_policy_lines(config),
         f"memory of a rank {sum(found.values()) / GB:.2f} GB estimated",
         *(f"  {what:<14} {size / GB:8.2f} GB" for what, size in found.items() if size),
         f"sent by a rank   {sent / GB:.2f} GB a step",
@@ -100,7 +103,7 @@ def _check(config: TrainConfig, ranks: int) -> None:
     check_world(config, World(rank=0, size=ranks, device=torch.device("cpu")))
     _check_output(Path(config.output_dir))
     refuse_other_run(config)
-    checked_parent(config.student.checkpoint)
+    checked_writers(config, checked_parent(config.student.checkpoint))
     check_peer_parent(config)
     read_slices(config)
     read_held_out(config)

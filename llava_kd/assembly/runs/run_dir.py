@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "checkpoint.best",
     "evaluate",
     "pictures.hard.show_every",
+    "on_policy.batch_size",
     "micro_batch_size",
     "engine.kind",
     "engine.zero_stage",
