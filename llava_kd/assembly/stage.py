@@ -25,6 +25,7 @@ from llava_kd.distill.student import Student
 from llava_kd.distill.teaching.door import Teaching
 from llava_kd.distill.teaching.guarded import Guarded
 from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.foreign.loading import AnyParts, as_llava
 from llava_kd.models.language_model import checkpoint_activations
 from llava_kd.models.mllm import MLLM
 from llava_kd.parallel.engine import Engine
@@ -61,7 +62,7 @@ class Fed:
     """With the loader, which knows whether the teacher sees through the student's tower."""
 
     placed: Placed
-    teacher: Parts | None
+    teacher: AnyParts | None
     loader: Loader
     shares_tower: bool
 
@@ -94,7 +95,7 @@ def assemble(
     config: TrainConfig,
     world: World,
     student: Parts,
-    teacher: Parts | None,
+    teacher: AnyParts | None,
     say: Say = print,
     *,
     identity: Mapping[str, str] | None = None,
@@ -135,7 +136,7 @@ def _place(config: TrainConfig, world: World, adapted: Adapted) -> Placed:
 
 
 def _feed(
-    config: TrainConfig, world: World, placed: Placed, teacher: Parts | None, source: Source | None
+    config: TrainConfig, world: World, placed: Placed, teacher: AnyParts | None, source: Source | None
 ) -> Fed:
     loader, shares_tower = make_loader(config, world, placed.adapted.student, teacher, source)
     return Fed(placed=placed, teacher=teacher, loader=loader, shares_tower=shares_tower)
@@ -152,7 +153,7 @@ def _accompany(
             config, world, (student, mllm), fed.teacher, say, shares_tower=shares, others=others
         )
         if config.pictures is not None:
-            models = (student, mllm), fed.teacher
+            models = (student, mllm), as_llava(fed.teacher, "`pictures`")
             teaching = with_changed_pictures(config, world, models, teaching, source, say)
     policy = token_policy(config)
     if policy is None:

@@ -22,6 +22,7 @@ from llava_kd.assembly.parts.objective import token_policy
 from llava_kd.assembly.parts.several.teachers import check_several, other_teachers
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.teacher import (
+    check_foreign,
     teacher_parts,
     teacher_template,
 )
@@ -33,6 +34,7 @@ from llava_kd.assembly.stage import assemble
 from llava_kd.config import TrainConfig
 from llava_kd.models.files.card import reading_notes
 from llava_kd.models.files.checkpoint import Parts, save_stock
+from llava_kd.models.foreign.loading import AnyParts
 from llava_kd.models.lora import merge_adapters
 from llava_kd.models.reading import existing
 from llava_kd.parallel.world import World, join, peers
@@ -70,7 +72,8 @@ def _train(config: TrainConfig, world: World) -> str | None:
         tagger_in(config)
         source = source_in(config)
         if config.teacher is not None and config.teacher.checkpoint is not None:
-            existing(config.teacher.checkpoint, "the LLaVA checkpoint")
+            existing(config.teacher.checkpoint, "the teacher")
+            check_foreign(config)
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
     student = student_in(config, lambda line: say(f"template of the student: {line}"))
@@ -118,7 +121,9 @@ def _train(config: TrainConfig, world: World) -> str | None:
     return None
 
 
-def _refuse_too_large(config: TrainConfig, world: World, student: Parts, teachers: Sequence[Parts]) -> None:
+def _refuse_too_large(
+    config: TrainConfig, world: World, student: Parts, teachers: Sequence[AnyParts]
+) -> None:
     """ValueError where a GPU is too small for the models as they are loaded."""
     if world.device.type != "cuda":
         return

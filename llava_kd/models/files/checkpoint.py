@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -52,6 +53,14 @@ class Parts:
 
     stock: LlavaForConditionalGeneration
     processor: LlavaProcessor
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return self.processor.tokenizer
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.stock.lm_head
 
     @property
     def tokens_per_image(self) -> int:

@@ -1,0 +1,30 @@
+"""A frozen teacher of another kind than LLaVA: it reads its own tokens and pictures, and nothing is shared.
+
+Shape legend: I images, N tokens of an image, E tower width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava_kd.batch import Batch
+from llava_kd.models.foreign.reading import ForeignModel
+from llava_kd.models.mllm import Prediction
+
+
+class ForeignTeacher:
+    """Predictions on the teacher's side of a batch. Not a Module, so the student's tree cannot hold it."""
+
+    def __init__(self, model: ForeignModel) -> None:
+        self._model = model
+
+    @property
+    def model(self) -> ForeignModel:
+        return self._model
+
+    def __call__(self, batch: Batch, student_features_INE: Tensor | None = None) -> Prediction:
+        del student_features_INE
+        inputs = batch.teacher_inputs
+        with torch.no_grad(), torch.autocast(inputs.input_ids_BT.device.type, enabled=False):
+            return self._model(inputs)
