@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
 from llava_kd.config import DataConfig, TeacherConfig
 from llava_kd.data.batches.collate import Item, collate_foreign
 from llava_kd.data.sources.conversation import Record, Turn
+from llava_kd.models.foreign.grids import foreign_grid, is_visual
 from llava_kd.models.foreign.loading import ForeignParts, load_foreign
+from llava_kd.models.foreign.reading import ForeignModel
 from llava_kd.parallel.world import World
 
 FAMILIES = [
@@ -130,6 +133,19 @@ def test_logits_at_answers_are_those_of_the_models_own_code(teacher: ForeignPart
 
 
 @pytest.mark.parametrize("teacher", FAMILIES, indirect=True)
+def test_what_is_in_a_picture_changes_what_is_said(teacher: ForeignParts) -> None:
+    model = ForeignModel(teacher.stock)
+    inputs = inputs_of(teacher, ["one", "text"])
+    own = inputs.own or {}
+    other = replace(inputs, own={**own, "pixel_values": own["pixel_values"].flip(-1)})
+    with torch.no_grad():
+        said, said_of_other = model(inputs).hidden_BTD, model(other).hidden_BTD
+    rows = inputs.targets_BT != IGNORE_INDEX
+    assert not torch.allclose(said[0][rows[0]], said_of_other[0][rows[0]], atol=1e-3)
+    torch.testing.assert_close(said[1][rows[1]], said_of_other[1][rows[1]])
+
+
+@pytest.mark.parametrize("teacher", FAMILIES, indirect=True)
 def test_labels_are_the_answers_and_their_ends_word_by_word(teacher: ForeignParts) -> None:
     inputs = inputs_of(teacher, list(TALKS))
     tokenizer = teacher.tokenizer
@@ -138,3 +154,44 @@ def test_labels_are_the_answers_and_their_ends_word_by_word(teacher: ForeignPart
         text = tokenizer.decode(labels[labels != IGNORE_INDEX])
         end = "<end_of_utterance>" if "idefics" in teacher.name or "smolvlm" in teacher.name else "<|im_end|>"
         assert text == "".join(f"{answer}{end}" for answer in talk[1::2]), name
+
+
+def one_tile(name: str, teacher: ForeignParts) -> None:
+    """Let its processor make one tile of every picture."""
+    images = teacher.processor.image_processor
+    if name == "internvl":
+        images.max_patches = 1
+    elif name != "gemma3":
+        images.do_image_splitting = False
+
+
+@pytest.mark.parametrize("teacher", ["gemma3", "idefics3", "internvl"], indirect=True)
+def test_visual_tokens_lie_row_by_row_in_the_grid_that_is_told(teacher: ForeignParts) -> None:
+    """What changes in the upper right of a picture changes most in the token of that place."""
+    one_tile(Path(teacher.name).name, teacher)
+    assert (grid := foreign_grid(teacher.stock.config, teacher.processor)) is not None
+    assert (grid.rows, grid.columns) == (2, 2)
+    pixels = torch.full((64, 64, 3), 120, dtype=torch.uint8)
+    pixels[::2, 1::3] = 30
+    changed = pixels.clone()
+    changed[:32, 32:, :2] = 250
+    states = []
+    for picture in (pixels, changed):
+        given = teacher.processor(
+            text=[teacher.processor.image_token],
+            images=[[Image.fromarray(picture.numpy())]],
+            return_tensors="pt",
+        )
+        own = {k: v for k, v in given.items() if k in ("pixel_values", "pixel_attention_mask")}
+        assert int(is_visual(teacher.stock.config, given["input_ids"]).sum()) == 4
+        with torch.no_grad():
+            features = teacher.stock.model.get_image_features(**own).pooler_output
+            states.append(torch.cat([*features]).view(4, -1))
+    assert int((states[0] - states[1]).norm(dim=1).argmax()) == 1
+
+
+@pytest.mark.parametrize("teacher", ["qwen2_vl", "idefics3", "llava_next", "mistral3"], indirect=True)
+def test_pictures_of_several_sizes_or_tiles_have_no_grid(teacher: ForeignParts) -> None:
+    assert teacher.grid is None
+    with pytest.raises(ValueError, match="in no grid that is known"):
+        _ = teacher.visual_grid

@@ -120,8 +120,8 @@ def _drawn(kind: type, config: object, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(config)
-        for name, parameter in model.named_parameters():  # newlines and queries are zeros or narrow as drawn
-            if parameter.dim() == 1 and "norm" not in name and "bias" not in name:
+        for name, parameter in model.named_parameters():  # some are made of zeros, so no picture would count
+            if not parameter.any() and "norm" not in name and "bias" not in name:
                 torch.nn.init.normal_(parameter, std=WIDE)
     return model.eval()
 
@@ -347,7 +347,7 @@ def gemma3(seed: int, **text: object) -> tuple[PreTrainedModel, ProcessorMixin]:
         "eoi_token": "<end_of_image>",
         "image_token": "<image_soft_token>",
     }
-    tokenizer = tokenizer_with("<bos>", *own.values(), bos="<bos>", **own)
+    tokenizer = tokenizer_with(*own.values(), bos="<|endoftext|>", **own)
     processor = Gemma3Processor(
         image_processor=Gemma3ImageProcessor(size={"height": 32, "width": 32}),
         tokenizer=tokenizer,

@@ -29,7 +29,7 @@ from llava_kd.assembly.parts.teacher import load_teacher, placed_teacher, teache
 from llava_kd.assembly.record_pass import RecordPass
 from llava_kd.assembly.runs.logs import speaker
 from llava_kd.assembly.runs.run_dir import locked
-from llava_kd.batch import Batch
+from llava_kd.batch import IGNORE_INDEX, Batch
 from llava_kd.checksums import checksum
 from llava_kd.config import TrainConfig
 from llava_kd.data.batches.model_side import AnySide
@@ -235,14 +235,14 @@ class _Run:
         """What to keep of each record that is not bad."""
         inputs = batch.student.to("cpu")
         length = inputs.input_ids_BT.shape[1]
-        per_image = 0 if isinstance(self.teacher, ForeignParts) else self.teacher.tokens_per_image
+        per_image = _tokens_per_image(self.teacher)
         encoded, positions, images = [], [], []
         for b in range(len(numbers)):
             tokens = slice(0, int((inputs.segment_ids_BT[b] == 1).sum()))
             tensors = (inputs.input_ids_BT, inputs.labels_BT, inputs.visual_BT)
             ids, labels, visual = (tensor_BT[b, tokens] for tensor_BT in tensors)
             encoded.append(Encoded(ids=ids, labels=labels, visual=visual))
-            positions.append(places_to_store(encoded[-1], self.contents.places))
+            positions.append(self._places(encoded[-1]))
             first = images[-1].stop if images else 0
             images.append(slice(first, first + (int(visual.sum()) // per_image if per_image else 0)))
         places_M = torch.cat([b * length + of_row.long() for b, of_row in enumerate(positions)])
@@ -260,6 +260,17 @@ class _Run:
                 tensors["projected_INE"] = of_record.reshape(-1, per_image, of_record.shape[2]).cpu()
             crc = text_crc(batch.record_ids[b], encoded[b])
             yield StoredRecord(number=number, text_crc=crc, positions_M=positions[b], tensors=tensors)
+
+    def _places(self, encoded: Encoded) -> Tensor:
+        """Where the record is stored; of a talk in another template than the student's also one row before
+        each answer, which stands beside a token that only the student's answer may begin with.
+        """
+        places_M = places_to_store(encoded, self.contents.places)
+        if not isinstance(self.teacher, ForeignParts):
+            return places_M
+        is_target = encoded.labels != IGNORE_INDEX
+        begins = (is_target[2:] & ~is_target[1:-1]).nonzero().squeeze(1)
+        return torch.cat([places_M, begins.to(places_M.dtype)]).unique()
 
     def _kept(self, hidden_ME: Tensor, prediction: Prediction) -> dict[str, Tensor]:
         contents = self.contents
@@ -291,6 +302,13 @@ class _Run:
         if self._pending:
             write_shard(self.directory / SHARDS, self._pending)
             self._pending, self._pending_bytes = [], 0
+
+
+def _tokens_per_image(teacher: AnyParts) -> int:
+    """0 where pictures have other numbers of them."""
+    if isinstance(teacher, ForeignParts):
+        return 0 if teacher.grid is None else teacher.grid.num_tokens
+    return teacher.tokens_per_image
 
 
 def largest(

@@ -36,7 +36,6 @@ from llava_kd.models.files.card import reading_notes
 from llava_kd.models.files.checkpoint import Parts, save_stock
 from llava_kd.models.foreign.loading import AnyParts
 from llava_kd.models.lora import merge_adapters
-from llava_kd.models.reading import existing
 from llava_kd.parallel.world import World, join, peers
 
 
@@ -71,9 +70,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
         check_several(config)
         tagger_in(config)
         source = source_in(config)
-        if config.teacher is not None and config.teacher.checkpoint is not None:
-            existing(config.teacher.checkpoint, "the teacher")
-            check_foreign(config)
+        check_foreign(config)
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
     student = student_in(config, lambda line: say(f"template of the student: {line}"))

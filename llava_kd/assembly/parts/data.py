@@ -257,7 +257,13 @@ def _teacher_side(
     if isinstance(teacher, ForeignParts):
         is_stored = config.teacher.cache is not None
         foreign = foreign_side(teacher, config.data, keeps_pictures=not is_stored)
-        return foreign, False, open_cache(config, foreign, source) if is_stored else None
+        if not is_stored:
+            return foreign, False, None
+        cache = open_cache(config, foreign, source)
+        contents = cache.manifest.contents
+        if contents.mode == "topk" and "visual" in contents.places:
+            _refuse_other_grid(cache, student, teacher)
+        return foreign, False, cache
     own = side_in(config, teacher, config.teacher)
     reads_alike = own.reads_as(student_side)
     if config.teacher.cache is None:
@@ -270,13 +276,18 @@ def _teacher_side(
             f"{own.template.name}; set data.template, or teacher.cache to null"
         )
     cache = open_cache(config, own, source)
-    if cache.manifest.contents.mode == "topk" and teacher.visual_grid != student.visual_grid:
+    if cache.manifest.contents.mode == "topk":
+        _refuse_other_grid(cache, student, teacher)
+    # The cache checks the tokens.
+    return (None if teacher.tokens_per_image == student.tokens_per_image else own), False, cache
+
+
+def _refuse_other_grid(cache: TeacherCache, student: Parts, teacher: AnyParts) -> None:
+    if teacher.visual_grid != student.visual_grid:
         raise ValueError(
             f"{cache.directory} holds logits, which cannot be resampled to the grid of the student; "
             "write one with --mode hidden, or use the tower of the teacher"
         )
-    # The cache checks the tokens.
-    return (None if teacher.tokens_per_image == student.tokens_per_image else own), False, cache
 
 
 def same_tower(config: TrainConfig, student: Parts, teacher: Parts) -> bool:

@@ -19,6 +19,7 @@ from llava_kd.assembly.parts.several.teachers import Others
 from llava_kd.assembly.parts.stored_teacher import HEAD
 from llava_kd.assembly.settings import tables_of
 from llava_kd.config import TeacherConfig, TrainConfig
+from llava_kd.data.foreign.talks import Talks
 from llava_kd.data.teacher_store.store import Manifest
 from llava_kd.data.text.template_choice import Choice, choose
 from llava_kd.distill.formulas import FORMULAS
@@ -28,6 +29,7 @@ from llava_kd.distill.teaching.from_teacher import FromTeacher
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.models.files.checkpoint import Parts, load_stock
 from llava_kd.models.files.teacher_head import load_head_only
+from llava_kd.models.foreign.grids import foreign_grid
 from llava_kd.models.foreign.loading import (
     AnyParts,
     ForeignParts,
@@ -35,6 +37,7 @@ from llava_kd.models.foreign.loading import (
     is_foreign,
     load_foreign,
     load_foreign_head,
+    load_foreign_processor,
 )
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.towers.vision_tower import text_config
@@ -56,8 +59,10 @@ def load_teacher(config: TrainConfig) -> AnyParts:
 def check_foreign(config: TrainConfig) -> None:
     """ValueError for settings that a teacher which is no LLaVA cannot serve, before its weights are read."""
     if config.teacher is not None and is_foreign(config.teacher.checkpoint):
-        kind = type(foreign_without_weights(config.teacher.checkpoint)).__name__
-        refuse_settings(config, kind)
+        name = config.teacher.checkpoint
+        stock, processor = foreign_without_weights(name), load_foreign_processor(name)
+        Talks(processor)
+        refuse_settings(config, type(stock).__name__, foreign_grid(stock.config, processor))
 
 
 def teacher_parts(config: TrainConfig) -> AnyParts | None:
@@ -124,7 +129,9 @@ def teaching_of(
     if isinstance(teacher, ForeignParts):
         say(f"the teacher is a {type(teacher.stock).__name__}, read by its own processor")
         side = foreign_side(teacher, config.data)
-        return FromTeacher(placed_foreign(config.teacher, world, teacher, side), head_loss=formula)
+        keeps_head_gram = wants_head_gram(config.objective)
+        alone = placed_foreign(config.teacher, world, teacher, side, keeps_head_gram=keeps_head_gram)
+        return FromTeacher(alone, head_loss=formula)
     is_packed = config.data.packing is not None
     frozen = placed_teacher(
         config.teacher,

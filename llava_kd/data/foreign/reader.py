@@ -37,12 +37,24 @@ class Read:
 class Reader:
     """Turns records and decoded pictures into what one model reads. Not shared between threads."""
 
-    def __init__(self, processor: ProcessorMixin, max_tokens: int | None = None) -> None:
-        """`max_tokens`: a record of more is refused, for no picture is ever cut."""
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        max_tokens: int | None = None,
+        *,
+        visual_token: int | None = None,
+        tokens_per_image: int = 0,
+    ) -> None:
+        """`max_tokens`: a record of more is refused, for no picture is ever cut.
+
+        `visual_token` holds the features of pictures, `tokens_per_image` of each; None marks none of them.
+        """
         self._processor = processor
         self._tokenizer = tokenizer_of(processor)
         self._talks = Talks(processor)
         self._max_tokens = max_tokens
+        self._visual_token = visual_token
+        self._tokens_per_image = tokens_per_image
 
     def __call__(self, record: Record, images: Sequence[Tensor]) -> Read:
         """`images` are uint8 [H, W, 3]. ValueError, naming the record, where it cannot be read."""
@@ -68,8 +80,19 @@ class Reader:
         for place, span in targets:
             spans[place] = torch.tensor(span, dtype=torch.int32)
             labels[place] = ids[place]
-        encoded = Encoded(ids=ids, labels=labels, visual=torch.zeros_like(ids, dtype=torch.bool), spans=spans)
+        encoded = Encoded(ids=ids, labels=labels, visual=self._visual(record, ids, len(images)), spans=spans)
         return Read(encoded=encoded, own=self._own(record, given, len(ids)))
+
+    def _visual(self, record: Record, ids: Tensor, num_images: int) -> Tensor:
+        if self._visual_token is None:
+            return torch.zeros_like(ids, dtype=torch.bool)
+        is_visual = ids == self._visual_token
+        if (found := int(is_visual.sum())) != num_images * self._tokens_per_image:
+            raise ValueError(
+                f"record {record.id!r}: the teacher's processor makes {found} visual tokens of its "
+                f"{num_images} pictures, not {self._tokens_per_image} of each as of those that were tried"
+            )
+        return is_visual
 
     def question(self, record: Record) -> str:
         """The text before a record's first answer, pictures as placeholders."""
@@ -118,7 +141,8 @@ class Reader:
 
 def _moved(record: Record, rendered: Rendered, given: Mapping, num_images: int) -> list[tuple[int, int]]:
     """Where the answers are once the placeholders of pictures have become as many words as they take."""
-    replaced = given[_REPLACED][0] if given.get(_REPLACED) else []
+    listed = given.get(_REPLACED)
+    replaced = [] if listed is None or not len(listed) else list(listed[0])
     if len(replaced) != num_images:
         raise ValueError(
             f"record {record.id!r}: the teacher's processor does not say where its {num_images} pictures "

@@ -18,17 +18,25 @@ class ForeignSide:
     """A processor of its own: its tokens, its tiles, its chat template.
 
     A record of more than `max_tokens` is refused. `upright`: as of the other side. Without `keeps_pictures`
-    only the tokens are made, for predictions that are stored.
+    only the tokens are made, for predictions that are stored. `visual_token`: the id whose places hold the
+    features of pictures, `tokens_per_image` of each; None where they lie in no grid that is known.
     """
 
     processor: ProcessorMixin
     max_tokens: int | None = None
     upright: bool = False
     keeps_pictures: bool = True
+    visual_token: int | None = None
+    tokens_per_image: int = 0
 
     def reader(self) -> Reader:
         """With a processor of its own, for a tokenizer is not shared between threads."""
-        return Reader(copy.deepcopy(self.processor), self.max_tokens)
+        return Reader(
+            copy.deepcopy(self.processor),
+            self.max_tokens,
+            visual_token=self.visual_token,
+            tokens_per_image=self.tokens_per_image,
+        )
 
     @property
     def pad_id(self) -> int:
@@ -46,6 +54,7 @@ class ForeignSide:
             "tokenizer": _sha(backend.to_str()),
             "chat template": _sha(own_chat_template(self.processor)),
             "processor": _sha(settings),
+            "visual tokens": f"{self.tokens_per_image} an image, id {self.visual_token}",
         }
 
     @property

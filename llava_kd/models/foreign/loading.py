@@ -6,6 +6,8 @@ Shape legend: V vocabulary, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -21,8 +23,16 @@ from transformers import (
     ProcessorMixin,
 )
 
-from llava_kd.models.files.checkpoint import Parts
-from llava_kd.models.reading import check_vocabulary, existing, read_config, read_pretrained, readable
+from llava_kd.models.files.checkpoint import Parts, is_older_layout
+from llava_kd.models.foreign.grids import foreign_grid
+from llava_kd.models.reading import (
+    check_vocabulary,
+    existing,
+    read_config,
+    read_json,
+    read_pretrained,
+    readable,
+)
 from llava_kd.models.towers.visual_grid import VisualGrid
 
 _WHAT = "the teacher"
@@ -49,12 +59,19 @@ class ForeignParts:
     def head(self) -> nn.Linear:
         return head_of(self.stock)
 
+    @cached_property
+    def grid(self) -> VisualGrid | None:
+        """Of the visual tokens of every picture; None where it is not known, or not always the same."""
+        return foreign_grid(self.stock.config, self.processor)
+
     @property
     def visual_grid(self) -> VisualGrid:
-        """ValueError: where its visual tokens lie is not known."""
-        raise ValueError(
-            f"{type(self.stock).__name__} makes visual tokens of its own, in no grid that is known"
-        )
+        """ValueError where it is not known."""
+        if self.grid is None:
+            raise ValueError(
+                f"{type(self.stock).__name__} makes visual tokens of its own, in no grid that is known"
+            )
+        return self.grid
 
 
 AnyParts = Parts | ForeignParts
@@ -71,7 +88,10 @@ def as_llava(teacher: AnyParts, what: str) -> Parts:
 
 def is_foreign(name: str) -> bool:
     """Whether a directory or hub id is a model of transformers that is no LLaVA. ValueError for no model."""
-    return not isinstance(read_config(existing(name, _WHAT)), LlavaConfig)
+    existing(name, _WHAT)
+    if Path(name).is_dir() and is_older_layout(read_json(Path(name) / "config.json")):
+        return False  # whoever reads it as a LLaVA says how it becomes one
+    return not isinstance(read_config(name), LlavaConfig)
 
 
 def foreign_config(name: str) -> PreTrainedConfig:

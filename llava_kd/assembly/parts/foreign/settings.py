@@ -8,11 +8,17 @@ from itertools import chain
 from llava_kd.assembly.parts.objective import terms_of
 from llava_kd.config import TrainConfig
 from llava_kd.distill.terms.term import Term
+from llava_kd.models.towers.visual_grid import VisualGrid
 
 
-def refuse_settings(config: TrainConfig, kind: str) -> None:
-    """ValueError for the first setting that a teacher of `kind`, a model's class, cannot serve."""
-    found = next(chain(_beyond(config), _terms_beyond(terms_of(config.objective))), None)
+def refuse_settings(config: TrainConfig, kind: str, grid: VisualGrid | None) -> None:
+    """ValueError for the first setting that a teacher of `kind`, a model's class, cannot serve.
+
+    `grid`: of its visual tokens, None where none is known.
+    """
+    found = next(
+        chain(_beyond(config), _terms_beyond(terms_of(config.objective), has_grid=grid is not None)), None
+    )
     if found is not None:
         what, remedy = found
         raise ValueError(
@@ -39,14 +45,16 @@ def _beyond(config: TrainConfig) -> Iterator[tuple[str, str]]:
         yield "`data.decode` is nvjpeg, which leaves pictures encoded", "set it to cpu"
 
 
-def _terms_beyond(terms: Mapping[str, Term]) -> Iterator[tuple[str, str]]:
+def _terms_beyond(terms: Mapping[str, Term], *, has_grid: bool) -> Iterator[tuple[str, str]]:
     for name, term in terms.items():
         reads = term.reads
         if reads.teacher == "nothing" and reads.switched is None:
             continue
         if reads.teacher == "model" or reads.switched or reads.attention or reads.attended:
             yield f"`objective.{name}` reads inside the teacher", f"set objective.{name} to null"
-        elif reads.grids or reads.projector or "visual" in reads.places:
+        elif reads.projector:
+            yield f"`objective.{name}` reads the teacher's projector", f"set objective.{name} to null"
+        elif not has_grid and (reads.grids or "visual" in reads.places):
             yield (
                 f"`objective.{name}` compares visual tokens one by one",
                 f"set objective.{name} to null: its visual tokens lie in no grid that is known",

@@ -15,6 +15,7 @@ from llava_kd.data.foreign.reader import Read
 from llava_kd.data.foreign.side import ForeignSide
 from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER, Record, Turn
 from llava_kd.distill.teaching.foreign import ForeignTeacher
+from llava_kd.models.foreign.grids import visual_token
 from llava_kd.models.foreign.loading import ForeignParts
 from llava_kd.models.foreign.reading import ForeignModel, refuse_other_logits
 from llava_kd.models.quantize import quantize_linears
@@ -33,6 +34,8 @@ def foreign_side(teacher: ForeignParts, config: DataConfig, *, keeps_pictures: b
         max_tokens=_most_tokens(teacher),
         upright=config.exif == "apply",
         keeps_pictures=keeps_pictures,
+        visual_token=visual_token(teacher.stock.config) if teacher.grid else None,
+        tokens_per_image=teacher.grid.num_tokens if teacher.grid else 0,
     )
     made.reader()(_talk("Yes."), [_picture(*_SIZES[0])])
     return made
@@ -44,7 +47,12 @@ def _most_tokens(teacher: ForeignParts) -> int | None:
 
 
 def placed_foreign(
-    settings: TeacherConfig, world: World, teacher: ForeignParts, side: ForeignSide
+    settings: TeacherConfig,
+    world: World,
+    teacher: ForeignParts,
+    side: ForeignSide,
+    *,
+    keeps_head_gram: bool = False,
 ) -> ForeignTeacher:
     """It where its settings want it, frozen. ValueError where its answers do not stand alone."""
     dtype = DTYPES[settings.dtype]
@@ -62,7 +70,7 @@ def placed_foreign(
     else:
         _ = nn.Module.to(teacher.stock, world.device)
     refuse_other_logits(model)
-    placed = ForeignTeacher(model)
+    placed = ForeignTeacher(model, keeps_head_gram=keeps_head_gram)
     refuse_ahead(placed, side, world.device)
     return placed
 
