@@ -102,7 +102,7 @@ MISTAKES = [
     (["train", "none.yaml"], "no config file none.yaml"),
     (["train", "{stage}", "--optim.rate=1"], "no setting `rate` in `optim`"),
     (["train", "{stage}", "--optim.lr", "fast"], "`optim.lr` must be a number; got 'fast'"),
-    (["check", "{stage}", "--teacher.checkpoint=/no/such"], "the teacher /no/such does not exist"),
+    (["check", "{stage}", "--teacher.checkpoint=/no/such"], "the LLaVA checkpoint /no/such does not exist"),
     (["cache-teacher", "{stage}", "--out", "x", "--seed=a"], "`seed` must be a whole number"),
     (["run", "none.yaml"], "no pipeline file none.yaml"),
     (["ablate", "none.yaml"], "no ablation file none.yaml"),

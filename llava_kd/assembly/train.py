@@ -84,8 +84,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
     begin_projector(config, student, source, world, say)
     others = other_teachers(config, student, teacher, source, say)
     identity = frozen_fingerprints(config, student, teacher) | (others.fingerprints if others else {})
-    teachers = [one for one in (teacher, *(others.parts if others else ())) if one is not None]
-    _refuse_too_large(config, world, student, teachers)
+    _refuse_too_large(config, world, student, (teacher, *(others.parts if others else ())))
     trainer, engine = assemble(
         config, world, student, teacher, say, identity=identity, source=source, others=others
     )
@@ -127,7 +126,7 @@ def _refuse_too_large(
     """ValueError where a GPU is too small for the models as they are loaded."""
     if world.device.type != "cuda":
         return
-    sizes = [ModelSizes.of(one.stock) for one in teachers]
+    sizes = [ModelSizes.of(one.stock) for one in teachers if one is not None]
     first = sizes[0] if sizes else None
     needs = memory(config, world.size, ModelSizes.of(student.stock, config), first, sizes[1:])
     refuse_too_large(needs, torch.cuda.get_device_properties(world.device).total_memory)
