@@ -121,7 +121,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
 
 
 def _refuse_too_large(
-    config: TrainConfig, world: World, student: Parts, teachers: Sequence[AnyParts]
+    config: TrainConfig, world: World, student: Parts, teachers: Sequence[AnyParts | None]
 ) -> None:
     """ValueError where a GPU is too small for the models as they are loaded."""
     if world.device.type != "cuda":
