@@ -44,7 +44,8 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "shapes": set(),
         "text": {"sources"},
         "teacher_store": {"text"},
-        "batches": {"pixels", "sources", "teacher_store", "text"},
+        "foreign": {"sources", "text"},
+        "batches": {"foreign", "pixels", "sources", "teacher_store", "text"},
         "": {"batches", "pixels", "sources", "text"},
     },
     "distill": {"teaching": {""}, "terms": {""}, "": {"teaching", "terms"}},
@@ -54,6 +55,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "towers": {""},
         "": {"attention", "projectors", "towers"},
         "files": {"", "projectors", "towers"},
+        "foreign": {"", "files", "towers"},
     },
     "evaluation": {
         "scorers": {""},

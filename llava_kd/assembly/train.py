@@ -23,6 +23,7 @@ from llava_kd.assembly.parts.objective import token_policy
 from llava_kd.assembly.parts.several.teachers import check_several, other_teachers
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.teacher import (
+    check_foreign,
     teacher_parts,
     teacher_template,
 )
@@ -43,8 +44,8 @@ from llava_kd.data.sources.conversation import Source
 from llava_kd.models.files.card import reading_notes
 from llava_kd.models.files.checkpoint import Parts, save_stock
 from llava_kd.models.files.other_tools import unopened
+from llava_kd.models.foreign.loading import AnyParts
 from llava_kd.models.lora import merge_adapters
-from llava_kd.models.reading import existing
 from llava_kd.parallel.world import World, join, peers
 
 
@@ -136,9 +137,9 @@ def _checked_source(config: TrainConfig, world: World) -> Source:
     token_policy(config)
     check_several(config)
     tagger_in(config)
-    if config.teacher is not None and config.teacher.checkpoint is not None:
-        existing(config.teacher.checkpoint, "the LLaVA checkpoint")
-    return source_in(config)
+    source = source_in(config)
+    check_foreign(config)
+    return source
 
 
 def _export(
@@ -157,7 +158,7 @@ def _export(
 
 
 def _refuse_too_large(
-    config: TrainConfig, world: World, student: Parts, teachers: Sequence[Parts], peer: Parts | None
+    config: TrainConfig, world: World, student: Parts, teachers: Sequence[AnyParts], peer: Parts | None
 ) -> None:
     """ValueError where a GPU is too small for the models as they are loaded."""
     if world.device.type != "cuda":

@@ -79,7 +79,7 @@ class PeerConfig(StudentConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    checkpoint: Annotated[str, Doc("Stock LLaVA directory.")]
+    checkpoint: Annotated[str, Doc("Stock LLaVA directory, or one of another image-text-to-text model.")]
     dtype: Annotated[Dtype, Doc("Of its weights.")] = "bfloat16"
     quantize: Annotated[Literal["8bit"] | None, Doc("Few bits for the weights of its language model.")] = None
     placement: Annotated[

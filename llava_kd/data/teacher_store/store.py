@@ -221,14 +221,14 @@ class TeacherCache:
         if torch.equal(asked_M, record.positions_M):
             return record
         at_M = torch.searchsorted(record.positions_M, asked_M).clamp_max(max(0, len(record.positions_M) - 1))
-        if len(asked_M) and (
-            not len(record.positions_M) or not torch.equal(record.positions_M[at_M], asked_M)
-        ):
+        held_M = record.positions_M[at_M] == asked_M if len(record.positions_M) else asked_M < 0
+        if not bool((held_M | _stands_in(wanted.encoded, asked_M)).all()):
             raise ValueError(
                 f"record {wanted.id!r} is read at places that {self.directory} does not hold; {_AGAIN}"
             )
         chosen = {
-            name: tensor if name in IMAGE_TENSORS else tensor[at_M] for name, tensor in record.tensors.items()
+            name: tensor if name in IMAGE_TENSORS else _where(held_M, tensor, at_M)
+            for name, tensor in record.tensors.items()
         }
         return StoredRecord(
             number=record.number, text_crc=record.text_crc, positions_M=asked_M, tensors=chosen
@@ -254,6 +254,26 @@ class TeacherCache:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} cannot be read ({error}); {_AGAIN}") from error
         return self._index
+
+
+def _stands_in(encoded: Encoded, places_M: Tensor) -> Tensor:
+    """Whether each place is before a token of the prompt that stands beside one that only the student has.
+
+    No term reads the teacher there (see `alignment.matched`).
+    """
+    if not len(encoded.spans):
+        return torch.zeros(len(places_M), dtype=torch.bool)
+    next_M = (places_M.long() + 1).clamp_max(len(encoded.ids) - 1)
+    return ~encoded.spans[next_M].any(1) & ~encoded.visual[places_M.long()]
+
+
+def _where(held_M: Tensor, tensor: Tensor, at_M: Tensor) -> Tensor:
+    """Rows of what is held; zeros elsewhere."""
+    if not len(tensor):
+        return tensor.new_zeros(len(at_M), *tensor.shape[1:])
+    rows = tensor[at_M]
+    rows[~held_M] = 0
+    return rows
 
 
 def _nothing(empty: StoredRecord, num_images: int) -> StoredRecord:

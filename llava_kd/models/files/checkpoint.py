@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -55,6 +56,14 @@ class Parts:
     processor: LlavaProcessor
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return self.processor.tokenizer
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.stock.lm_head
+
+    @property
     def tokens_per_image(self) -> int:
         return tokens_per_image(self.stock.config, input_size(self.processor.image_processor))
 
@@ -80,16 +89,21 @@ def load_config(name: str) -> LlavaConfig:
     name = existing(name, "the LLaVA checkpoint")
     if Path(name).is_dir():
         tree = read_json(Path(name) / "config.json")
-        kind = str(tree.get("model_type"))
-        if kind.startswith("tinyllava") or "mm_vision_tower" in tree:
+        if is_older_layout(tree):
             raise ValueError(
-                f"{name} has the layout of TinyLLaVA or LLaVA-1.5 (model_type {kind!r}), not that of "
-                "transformers; run `llava-kd convert` on it first"
+                f"{name} has the layout of TinyLLaVA or LLaVA-1.5 (model_type "
+                f"{str(tree.get('model_type'))!r}), not that of transformers; run "
+                "`llava-kd convert` on it first"
             )
     config = read_config(name)
     if not isinstance(config, LlavaConfig):
         raise ValueError(f"{name} is a {config.model_type!r} model; a LLaVA checkpoint must be 'llava'")
     return config
+
+
+def is_older_layout(config: Mapping[str, object]) -> bool:
+    """Of TinyLLaVA or LLaVA-1.5's own code, which transformers does not read."""
+    return str(config.get("model_type")).startswith("tinyllava") or "mm_vision_tower" in config
 
 
 def load_processor(name: str) -> LlavaProcessor:
