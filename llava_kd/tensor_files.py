@@ -42,7 +42,7 @@ def writing(path: Path) -> Iterator[None]:
 def share(*paths: Path) -> None:
     """Give files the mode that the umask gives a new one; safetensors keeps its own for the owner alone."""
     for path in paths:
-        probe = path.with_name(f".{path.name}.mode")
+        probe = path.with_name(f".{path.name}.mode.partial")  # a name that is swept away after a kill
         probe.touch()
         mode = probe.stat().st_mode
         probe.unlink()

@@ -15,7 +15,8 @@ from typing import TypedDict
 
 import torch
 
-from llava_kd.evaluation.answers import ERROR, answers_file, claim, mend, merge, read_all, write_atomic
+from llava_kd.durable import write_text
+from llava_kd.evaluation.answers import ERROR, answers_file, claim, mend, merge, read_all
 from llava_kd.evaluation.generation.generate import Generator, generate, pictures
 from llava_kd.evaluation.generation.model_directory import model_directory
 from llava_kd.evaluation.generation.prompt import check_template
@@ -105,7 +106,7 @@ def evaluate(
         "versions": versions(),
     }
     if ranks.rank == 0:
-        write_atomic(out_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        write_text(out_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -275,4 +275,6 @@ class Trainer:
         state = self._engine.state() | self._student.state()
         with self._engine.world.together():
             if self._engine.world.is_main:
+                if self._metrics is not None:
+                    self._metrics.sync()
                 self._checkpoints.save(Saved(step=done, state=state, figures=figures))
