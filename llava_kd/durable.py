@@ -116,10 +116,14 @@ def put_folder(scratch: Path, folder: Path) -> None:
 
 def delete(path: Path) -> None:
     """A folder with all in it, a file, or a link, not what that leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    if not path.is_dir() or path.is_symlink():
         path.unlink()
+        return
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        error.filename = str(path)  # it says no more than the name of a file in there
+        raise
 
 
 class Lines:

@@ -123,6 +123,7 @@ class Disk:
         self._next = 1
         self._marks: tuple[str, ...] = ()
         self._pending: list[dict[tuple[int, str], int | None]] = []
+        self._now: dict[int, bytes] = {}
         self._names, self._now = self._look()  # what is there at the beginning is on disk
         self._there = {folder: dict(entries) for folder, entries in self._names.items()}
         self._folders = set(self._names)
@@ -241,7 +242,9 @@ class Disk:
                 if entry.is_dir(follow_symlinks=False):
                     todo.append(Path(entry.path))
                 else:
-                    files[entries[entry.name]] = Path(entry.path).read_bytes()
+                    item, data = entries[entry.name], Path(entry.path).read_bytes()
+                    before = self._now.get(item)
+                    files[item] = before if before == data else data  # every moment holds it
         self._ids = ids  # a number that is free is given to the next file
         return names, files
 

@@ -20,7 +20,7 @@ ROOMS = {
     "losses": set(),
     "moved": set(),
     "plugin_file": set(),
-    "tensor_files": set(),
+    "tensor_files": {"durable"},
     "models": {"batch", "durable", "tensor_files"},
     "data": {"batch", "checksums", "durable", "plugin_file", "tensor_files"},
     "parallel": {"batch", "models"},

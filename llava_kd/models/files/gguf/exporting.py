@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import LlavaConfig, LlavaProcessor
 
-from llava_kd.durable import make_folder, put_folder
+from llava_kd.durable import make_folder, named, put_folder
 from llava_kd.models.files.checkpoint import load_config, load_processor
 from llava_kd.models.files.export import REQUEST, made_of, provenance_of, read_summary
 from llava_kd.models.files.gguf.language import (
@@ -86,12 +86,13 @@ def export_gguf(
     shutil.rmtree(scratch, ignore_errors=True)
     make_folder(scratch)
     try:
-        _write(student, scratch)
-        (scratch / CARD).write_text(_card(source, student, notes, summaries), encoding="utf-8")
-        files = {path.name: _digest(path) for path in sorted(scratch.iterdir())}
-        text = json.dumps({**request, "files": files}, indent=2)
-        (scratch / REQUEST).write_text(text + "\n", encoding="utf-8")
-        put_folder(scratch, out)
+        with named(out):
+            _write(student, scratch)
+            (scratch / CARD).write_text(_card(source, student, notes, summaries), encoding="utf-8")
+            files = {path.name: _digest(path) for path in sorted(scratch.iterdir())}
+            text = json.dumps({**request, "files": files}, indent=2)
+            (scratch / REQUEST).write_text(text + "\n", encoding="utf-8")
+            put_folder(scratch, out)
     except BaseException:  # Ctrl-C too leaves nothing half-written; it is raised again
         shutil.rmtree(scratch, ignore_errors=True)
         raise
