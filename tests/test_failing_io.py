@@ -15,7 +15,13 @@ from power_cut import quick_folder
 
 NAMES = ("checkpoints and figures", "answers and scores", "scores of records", "a teacher's cache")
 NAMES = (*NAMES, "a model directory", "a run made longer", "the id of a tracker")
-ERRORS = [("EIO", False), ("ENOSPC", False), ("ENOSPC", True), ("EINTR", False), ("short", False)]
+ERRORS = [
+    ("EIO", False),
+    ("ENOSPC", True),
+    ("short", False),
+    pytest.param("ENOSPC", False, marks=pytest.mark.slow),
+    pytest.param("EINTR", False, marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from power_cut import Disk, Moment, Tree, lay_out, quick_folder
 
 from llava_kd.assembly.runs.provenance import checked_parent, file_hashes
 from llava_kd.cli import main
+from llava_kd.durable import make_folder, write_text
 from llava_kd.training.checkpoint import Checkpoints, Saved
 
 
@@ -71,6 +72,24 @@ FORGOTTEN = [(name, sync) for name, scenario in SCENARIOS.items() for sync in sc
 def test_without_the_syncs_of_files_or_of_folders_a_cut_breaks_it(name: str, sync: str, folder: Path) -> None:
     with pytest.raises((AssertionError, OSError, ValueError)):
         cut_everywhere(SCENARIOS[name], folder, forgets=sync)
+
+
+def test_a_small_file_is_old_or_new_and_new_once_promised(folder: Path) -> None:
+    root = folder / "root"
+    root.mkdir()
+    disk = Disk(root)
+    path = Path("a", "b", "run.json")
+    with disk.watching():
+        for text in ("old" * 50, "new" * 50):
+            make_folder((root / path).parent)
+            write_text(root / path, text)
+            disk.mark(text)
+    for moment, tree in disk.trees():
+        found = tree.get(str(path))
+        allowed = {None, "old" * 50, "new" * 50}
+        if moment.marks:
+            allowed = {moment.marks[-1], "new" * 50}
+        assert (None if found is None else found.decode()) in allowed, (moment.after, moment.marks)
 
 
 def cut_a_run(config: Path, root: Path, *, forgets: str = "") -> tuple[Disk, Path, dict[str, str]]:
