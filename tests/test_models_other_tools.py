@@ -10,6 +10,8 @@ from tiny_llava import make_tiny_llava
 from tiny_towers import make_language_model, make_tower
 
 from llava_kd.assembly.parts.models import student_parts
+from llava_kd.assembly.settings import load
+from llava_kd.assembly.train import train
 from llava_kd.cli import main
 from llava_kd.config import StudentConfig
 from llava_kd.models.files.checkpoint import Parts, load_stock
@@ -50,3 +52,14 @@ def test_check_prints_them(
     (line,) = unopened(load_stock(str(model)))
     assert main(["check", str(stage("run", distilled=False)), f"--student.checkpoint={model}"]) == 0
     assert f"not for          {line}" in capsys.readouterr().out
+
+
+def test_a_run_says_so_before_its_first_step(stage, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its heads are of 8."""
+    train(load(stage("run", max_steps=1)))
+    said = capsys.readouterr().err
+    assert (
+        "other tools will not open the finished student: vLLM on a CPU has no attention for heads of 8"
+        in said
+    )
+    assert said.index("vLLM on a CPU") < said.index("attention of the student")

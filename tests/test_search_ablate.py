@@ -150,6 +150,26 @@ def test_gains_at_equal_time_are_read_from_the_curves(grid: Path, fake: FakeRuns
     assert html.count("polyline") == 2 * (2 + 2)
 
 
+def test_gains_at_equal_operations_count_the_teachers_too(grid: Path, fake: FakeRuns) -> None:
+    """A step of the baseline takes 2 x 2, of a taught arm 2 x (2 + 1): BB has 13 of 20, asked at 10."""
+    edit(grid, lambda t: t.update(common={"evaluate": {"every": 5, "slices": {"val": {"data": "v.json"}}}}))
+    fake.curve = lambda tree, step: step / 100 + (0.5 if _has_parent(tree) else 0.0)
+    fake.operations = 2.0
+    assert main(["ablate", str(grid)]) == 0
+    found = results(grid)["arms"]
+    assert found["BB"]["equal_operations"]["gain"]["mean"] == pytest.approx(0.1 - 0.6)
+    assert found["AB"]["equal_operations"]["gain"]["mean"] == pytest.approx(0.55 - 0.6)
+    assert "gain at equal operations" in (grid.parent / "out" / "results.md").read_text()
+
+
+def test_logs_without_operations_are_not_compared_by_them(grid: Path, fake: FakeRuns) -> None:
+    edit(grid, lambda t: t.update(common={"evaluate": {"every": 5, "slices": {"val": {"data": "v.json"}}}}))
+    fake.curve = lambda tree, step: step / 100
+    assert main(["ablate", str(grid)]) == 0
+    found = results(grid)["arms"]["AB"]["equal_operations"]
+    assert found == {"gain": None, "figure": None, "not_measured": "operations are not in every log"}
+
+
 def test_unequal_steps_are_compared_on_the_curve(grid: Path, fake: FakeRuns) -> None:
     edit(grid, lambda t: t.update(common={"evaluate": {"every": 5, "slices": {"val": {"data": "v.json"}}}}))
     edit(grid, lambda t: t["arms"].update(AB=["A", {"stage": "B", "overrides": {"max_steps": 30}}]))
@@ -168,7 +188,7 @@ def test_without_slices_nothing_is_said_at_equal_time(grid: Path, fake: FakeRuns
     assert found["not_measured"] == "no slice is asked while training"
     text = (grid.parent / "out" / "results.md").read_text()
     assert "| AB | 72.5 \u00b1 2.5 | +17.5 | -14.3 to +49.3 | 2 | 20 | 30 s | " in text
-    assert " | +17.5 (-14.3 to +49.3) | not measured | 60 |" in text
+    assert " | +17.5 (-14.3 to +49.3) | not measured | not measured | 60 |" in text
     assert "Spearman, 3 arms" in text
 
 

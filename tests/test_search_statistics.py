@@ -110,8 +110,16 @@ def test_seconds_add_up_over_lines_and_stages(tmp_path: Path) -> None:
     assert [(line.step, line.seconds) for line in stage_log(first)] == [(10, 5.0), (15, 10.0)]
     curve = chain_curve([first, second], "slice/val")
     assert (curve.steps, curve.seconds) == (23, 26.0)
-    assert curve.points == (Point(steps=19, seconds=18.0, value=0.25),)
-    assert chain_curve([tmp_path / "none"], "slice/val") == Curve(points=(), steps=0, seconds=0.0)
+    assert curve.points == (Point(steps=19, seconds=18.0, tflop=None, value=0.25),)
+    assert chain_curve([tmp_path / "none"], "slice/val") == Curve(points=(), steps=0, seconds=0.0, tflop=0.0)
+
+
+def test_operations_add_up_over_ranks_models_lines_and_stages(tmp_path: Path) -> None:
+    counted = {"seconds_per_step": 1.0, "ranks": 4, "student_tflop": 3.0}
+    first = write_log(tmp_path / "first", [{"step": 1, **counted}, {"step": 2, **counted, "ranks": 2}])
+    second = write_log(tmp_path / "second", [{"step": 1, **counted, "teacher_tflop": 2.0, "slice/val": 0.5}])
+    curve = chain_curve([first, second], "slice/val")
+    assert curve.points[0].tflop == curve.tflop == 4 * 3 + 2 * 3 + 4 * (3 + 2)
 
 
 def test_the_last_diagnosis_is_the_last_line_that_has_one(tmp_path: Path) -> None:
@@ -124,13 +132,13 @@ def test_the_last_diagnosis_is_the_last_line_that_has_one(tmp_path: Path) -> Non
 
 
 def test_a_curve_is_read_at_what_was_asked_by_then() -> None:
-    points = tuple(Point(steps=s, seconds=2.0 * s, value=s / 100) for s in (10, 20, 30))
-    curve = Curve(points=points, steps=30, seconds=60.0)
-    assert value_at(curve, seconds=39.9) == 0.1
-    assert value_at(curve, seconds=40.0) == 0.2
-    assert value_at(curve, seconds=1000.0) == 0.3
-    assert value_at(curve, steps=9) is None
-    assert value_at(curve, steps=29) == 0.2
+    points = tuple(Point(steps=s, seconds=2.0 * s, tflop=None, value=s / 100) for s in (10, 20, 30))
+    curve = Curve(points=points, steps=30, seconds=60.0, tflop=None)
+    assert value_at(curve, "seconds", 39.9) == 0.1
+    assert value_at(curve, "seconds", 40.0) == 0.2
+    assert value_at(curve, "seconds", 1000.0) == 0.3
+    assert value_at(curve, "steps", 9) is None
+    assert value_at(curve, "steps", 29) == 0.2
 
 
 def test_an_estimate_as_text_is_the_mean_and_half_its_interval() -> None:

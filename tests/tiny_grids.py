@@ -44,7 +44,8 @@ class FakeRuns:
     """Writes at once what a stage, or an evaluation, leaves behind. A step takes 1 s, a taught one 2 s.
 
     `broken` says by its settings whether a stage fails. `accuracy` is of an arm and seed on every test;
-    `curve` of a stage's settings and step, asked every 5 steps.
+    `curve` of a stage's settings and step, asked every 5 steps. `operations` of a student's step on each of
+    two ranks; a teacher adds 1.
     """
 
     def __init__(self) -> None:
@@ -54,6 +55,7 @@ class FakeRuns:
         self.accuracy: Callable[[str, int], float] = lambda arm, seed: 0.5
         self.data = "what it read"
         self.curve: Callable[[dict, int], float] | None = None
+        self.operations: float | None = None
 
     def install(self, monkeypatch) -> FakeRuns:
         monkeypatch.setattr(ablate_module._Slots, "start", lambda slots, job, slot: self.start(job))
@@ -80,6 +82,8 @@ class FakeRuns:
         lines = []
         for step in range(1, tree["max_steps"] + 1):
             line: dict = {"step": step, "seconds_per_step": rate}
+            if self.operations is not None:
+                line |= {"ranks": 2, "student_tflop": self.operations, "teacher_tflop": rate - 1.0}
             if self.curve is not None and step % 5 == 0:
                 line["slice/val"] = self.curve(tree, step)
             if step in (1, tree["max_steps"]):

@@ -18,6 +18,7 @@ from llava_kd.assembly.parts.several.teachers import Others
 from llava_kd.assembly.parts.teacher import say_left_out, teaching_of
 from llava_kd.assembly.parts.teaching.pictures import with_changed_pictures
 from llava_kd.assembly.parts.tuning.centroids import with_centroids
+from llava_kd.assembly.planning.operations import Count, operations, peak
 from llava_kd.config import TrainConfig, dump
 from llava_kd.data.batches.loader import Loader
 from llava_kd.data.sources.conversation import Source
@@ -30,10 +31,13 @@ from llava_kd.models.mllm import MLLM
 from llava_kd.parallel.engine import Engine
 from llava_kd.parallel.world import World
 from llava_kd.training.checkpoint import Checkpoints
+from llava_kd.training.measuring.operations import Counted
+from llava_kd.training.measuring.profiling import Profiled
 from llava_kd.training.metrics import Metrics
 from llava_kd.training.progress import Progress
 from llava_kd.training.schedule import Cadence, Schedule, cosine_with_warmup
 from llava_kd.training.trackers import TensorBoardTracker, Tracker, WandbRun, WandbTracker
+from llava_kd.training.trainer import Loader as TrainingLoader
 from llava_kd.training.trainer import Output, Trainer
 
 Say = Callable[[str], None]
@@ -80,6 +84,7 @@ class Joined:
 
     accompanied: Accompanied
     module: Student
+    operations: Mapping[str, Count]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +178,8 @@ def _join(config: TrainConfig, accompanied: Accompanied, source: Source | None, 
     if teacher is not None and (num_common := terms.common.num_common) is not None:
         say_left_out(config, student, teacher, num_common, say)
     module = Student(fed.placed.mllm, terms, accompanied.teaching).train()
-    return Joined(accompanied=accompanied, module=module)
+    counted = operations(student, teacher, config.teacher, terms.terms, shares_tower=fed.shares_tower)
+    return Joined(accompanied=accompanied, module=module, operations=counted)
 
 
 def _drive(config: TrainConfig, world: World, joined: Joined, say: Say) -> Driven:
@@ -196,7 +202,7 @@ def _trainer(config: TrainConfig, driven: Driven, say: Say, identity: Mapping[st
     return Trainer(
         engine=engine,
         student=module,
-        loader=fed.loader,
+        loader=_measured(config, driven, say),
         schedule=_schedule(config, total),
         cadence=Cadence(
             save_every=config.checkpoint.every,
@@ -212,6 +218,17 @@ def _trainer(config: TrainConfig, driven: Driven, say: Say, identity: Mapping[st
         evaluate=evaluate,
         seed=config.seed,
     )
+
+
+def _measured(config: TrainConfig, driven: Driven, say: Say) -> TrainingLoader:
+    """The loader, which counts operations, and traces the steps that are asked for."""
+    fed, world = driven.joined.accompanied.fed, driven.engine.world
+    counted = Counted(fed.loader, driven.joined.operations, peak=peak(world.device))
+    if config.profile is None:
+        return counted
+    directory = Path(config.output_dir) / "profile"
+    steps = config.profile.steps
+    return Profiled(counted, directory, steps=steps, device=world.device, rank=world.rank, say=say)
 
 
 def _schedule(config: TrainConfig, total: int) -> Schedule:

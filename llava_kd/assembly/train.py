@@ -33,6 +33,7 @@ from llava_kd.assembly.stage import assemble
 from llava_kd.config import TrainConfig
 from llava_kd.models.files.card import reading_notes
 from llava_kd.models.files.checkpoint import Parts, save_stock
+from llava_kd.models.files.other_tools import unopened
 from llava_kd.models.lora import merge_adapters
 from llava_kd.models.reading import existing
 from llava_kd.parallel.world import World, join, peers
@@ -78,6 +79,8 @@ def _train(config: TrainConfig, world: World) -> str | None:
     if teacher is not None:
         say(f"template of the teacher: {teacher_template(config, teacher)}")
     student = with_projector(config, student, teacher)
+    for line in unopened(served(student, config.data)):
+        say(f"other tools will not open the finished student: {line}")
     begin_projector(config, student, source, world, say)
     others = other_teachers(config, student, teacher, source, say)
     identity = frozen_fingerprints(config, student, teacher) | (others.fingerprints if others else {})

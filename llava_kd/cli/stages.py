@@ -8,7 +8,7 @@ from functools import partial
 
 from llava_kd.assembly.early import look_at_file, look_at_stage
 from llava_kd.assembly.runs.stopping import status_after, stoppable
-from llava_kd.cli.words import Commands, add_rates, command, count, network, show
+from llava_kd.cli.words import Commands, add_rates, command, count, network, show, steps
 
 
 def add(commands: Commands) -> None:
@@ -16,6 +16,8 @@ def add(commands: Commands) -> None:
     train.add_argument("config", help="YAML file; any setting may follow as --a.b=value")
     train.add_argument("--dry_run", action="store_true", help="say what it would do, and need, and stop")
     train.add_argument("--ranks", type=count, help="for --dry_run: how many (default: those of this launch)")
+    traced = "trace steps A to B into output_dir/profile (default: 11-13); as profile.steps=[A,B]"
+    train.add_argument("--profile", nargs="?", const="[11,13]", type=steps, metavar="A-B", help=traced)
     add_rates(train, "for --dry_run: ")
 
     run = command(
@@ -52,6 +54,8 @@ def add(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if arguments.profile is not None:
+        arguments.overrides = [*arguments.overrides, f"--profile.steps={arguments.profile}"]
     if arguments.dry_run:
         look_at_stage(arguments.config, arguments.overrides)
         from llava_kd.assembly.settings import load

@@ -22,6 +22,14 @@ def count(text: str, *, least: int = 1) -> int:
     return int(text)
 
 
+def steps(text: str) -> str:
+    """`A-B`, a first and a last step, as a setting writes them."""
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be a first and a last step, such as 11-13; got {text}")
+    return f"[{first},{last}]"
+
+
 def command(
     group: Commands,
     name: str,

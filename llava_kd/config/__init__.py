@@ -7,7 +7,7 @@ from llava_kd.config.models import PARTS, Dtype, StudentConfig, TeacherConfig
 from llava_kd.config.objective import ObjectiveConfig, objective_type, stage_type
 from llava_kd.config.pictures import HardConfig, MixupConfig, PicturesConfig
 from llava_kd.config.reading import dump, load, plugins_of
-from llava_kd.config.running import CheckpointConfig, EngineConfig, LogConfig, OptimConfig
+from llava_kd.config.running import CheckpointConfig, EngineConfig, LogConfig, OptimConfig, ProfileConfig
 from llava_kd.config.sections import TrainConfig
 from llava_kd.config.teaching.token_policy import SpanConfig, TokenPolicyConfig
 
@@ -27,6 +27,7 @@ __all__ = [
     "OptimConfig",
     "PackingConfig",
     "PicturesConfig",
+    "ProfileConfig",
     "SliceConfig",
     "SourceConfig",
     "SpanConfig",

@@ -18,6 +18,8 @@ from llava_kd.config.ranges import (
     require,
 )
 
+_MOST_PROFILED = 100
+
 _Beta = Annotated[float, Interval(ge=0, lt=1)]
 
 
@@ -99,6 +101,23 @@ class LogConfig:
         require(
             not given or self.wandb_project is not None,
             f"`log.wandb_{given[0] if given else ''}` belongs to a run of wandb; set log.wandb_project too",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """What PyTorch's profiler saw of a few steps, in `output_dir/profile`."""
+
+    steps: Annotated[
+        tuple[PositiveInt, PositiveInt], Doc("First and last step that is traced, counted from 1.")
+    ]
+
+    def __post_init__(self) -> None:
+        first, last = self.steps
+        require(
+            first <= last <= first + _MOST_PROFILED,
+            f"`profile.steps` must be a first and a last step, at most {_MOST_PROFILED} later, for a trace "
+            f"holds every operator; got {first} and {last}",
         )
 
 

@@ -15,7 +15,7 @@ from llava_kd.config.models import PARTS, StudentConfig, TeacherConfig
 from llava_kd.config.objective import ObjectiveConfig
 from llava_kd.config.pictures import PicturesConfig, check_pictures
 from llava_kd.config.ranges import PositiveFloat, PositiveInt, require
-from llava_kd.config.running import CheckpointConfig, EngineConfig, LogConfig, OptimConfig
+from llava_kd.config.running import CheckpointConfig, EngineConfig, LogConfig, OptimConfig, ProfileConfig
 from llava_kd.config.teaching.token_policy import TokenPolicyConfig
 
 
@@ -54,6 +54,7 @@ class TrainConfig:
     log: Annotated[LogConfig, Doc("Figures of the run, and where they go.")] = field(
         default_factory=LogConfig
     )
+    profile: Annotated[ProfileConfig | None, Doc("Steps that are traced; null is none.")] = None
     checkpoint: Annotated[CheckpointConfig, Doc("What a run goes on from.")] = field(
         default_factory=CheckpointConfig
     )

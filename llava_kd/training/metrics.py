@@ -95,6 +95,7 @@ class Metrics:
             line["images_per_s"] = telemetry["images"] / seconds
         if telemetry.get("token_places"):
             line["fill"] = telemetry["tokens"] / telemetry["token_places"]
+        line |= _utilisation(telemetry, seconds)
         self._lines.write(json.dumps(line) + "\n")
         for tracker in self._trackers:
             tracker.log(step, {name: value for name, value in line.items() if name != "step"})
@@ -116,6 +117,15 @@ class Metrics:
         self._lines.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+def _utilisation(telemetry: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Operations a second of this rank, by whose they are, and what share of the device's peak they are."""
+    rates = {name: value / seconds for name, value in telemetry.items() if name.endswith("_tflop")}
+    found = {f"{name}_per_s": rate for name, rate in rates.items()}
+    if peak := telemetry.get("peak_tflops"):
+        found |= {f"{name.removesuffix('_tflop')}_mfu": rate / peak for name, rate in rates.items()}
+    return found
 
 
 def peak_memory(device: torch.device) -> int:

@@ -25,6 +25,7 @@ from llava_kd.training.checkpoint import checkpoint_steps, refuse_newer_format, 
 MAY_CHANGE = (
     "output_dir",
     "log.",
+    "profile",
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.best",

@@ -1,9 +1,9 @@
-"""What an arm knew after how many steps and seconds, from the logs of its stages."""
+"""What an arm knew after how many steps, seconds and operations, from the logs of its stages."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,14 @@ DIAGNOSED = ("gradient/", "gradient_share/", "tokens/")
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One measurement: the figure after so many steps, and seconds of training, of the whole chain."""
+    """One measurement: the figure after so much of the whole chain.
+
+    `seconds` of training; `tflop`: 10^12 operations of both models on all ranks, None where a log has none.
+    """
 
     steps: int
     seconds: float
+    tflop: float | None
     value: float
 
 
@@ -28,14 +32,16 @@ class Curve:
     points: tuple[Point, ...]
     steps: int
     seconds: float
+    tflop: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A line of a stage's log: seconds since its start, questions and checkpoints left out."""
+    """A line of a stage's log: seconds since its start, questions and checkpoints left out; `tflop` too."""
 
     step: int
     seconds: float
+    tflop: float | None
     figures: dict[str, float]
 
 
@@ -46,27 +52,47 @@ def stage_log(directory: Path) -> list[Line]:
     if not path.is_file():
         return lines
     step, seconds = 0, 0.0
+    tflop: float | None = 0.0
     for row in read_metrics(path):
         # After a kill the rate of the first line stands for the steps before it too, whose time was lost.
         seconds += (int(row["step"]) - step) * row.get("seconds_per_step", 0.0)
         step = int(row["step"])
-        lines.append(Line(step=step, seconds=seconds, figures=row))
+        tflop = _plus(tflop, _operations(row))
+        lines.append(Line(step=step, seconds=seconds, tflop=tflop, figures=row))
     return lines
+
+
+def _operations(row: Mapping[str, float]) -> float | None:
+    """Of both models since the line before, on all ranks; None in a log from before they were counted."""
+    if "student_tflop" not in row:
+        return None
+    return (row["student_tflop"] + row.get("teacher_tflop", 0.0)) * row.get("ranks", 1)
+
+
+def _plus(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other
 
 
 def chain_curve(directories: Sequence[Path], figure: str | None) -> Curve:
     """The stages one after the other, a shared one counted in full."""
     points, steps, seconds = [], 0, 0.0
+    tflop: float | None = 0.0
     for directory in directories:
         lines = stage_log(directory)
         points += [
-            Point(steps=steps + line.step, seconds=seconds + line.seconds, value=line.figures[figure])
+            Point(
+                steps=steps + line.step,
+                seconds=seconds + line.seconds,
+                tflop=_plus(tflop, line.tflop),
+                value=line.figures[figure],
+            )
             for line in lines
             if figure is not None and figure in line.figures
         ]
         if lines:
             steps, seconds = steps + lines[-1].step, seconds + lines[-1].seconds
-    return Curve(points=tuple(points), steps=steps, seconds=seconds)
+            tflop = _plus(tflop, lines[-1].tflop)
+    return Curve(points=tuple(points), steps=steps, seconds=seconds, tflop=tflop)
 
 
 def last_diagnosis(directory: Path) -> dict[str, float]:
@@ -77,12 +103,10 @@ def last_diagnosis(directory: Path) -> dict[str, float]:
     return next((found for found in reversed(list(of_lines)) if found), {})
 
 
-def value_at(curve: Curve, *, steps: float | None = None, seconds: float | None = None) -> float | None:
-    """The last measurement up to there, never one between two; None before the first."""
+def value_at(curve: Curve, what: str, most: float) -> float | None:
+    """The last measurement up to `most` of `what`, a field of a point; never one between two; None before."""
     reached = [
-        point
-        for point in curve.points
-        if (steps is None or point.steps <= steps) and (seconds is None or point.seconds <= seconds)
+        point for point in curve.points if (spent := getattr(point, what)) is not None and spent <= most
     ]
     return reached[-1].value if reached else None
 

@@ -19,7 +19,7 @@ from llava_kd.search.findings.curves import (
 )
 from llava_kd.search.findings.sameness import mixtures
 from llava_kd.search.findings.statistics import estimate, paired, spearman
-from llava_kd.search.findings.words import WAITING
+from llava_kd.search.findings.words import EQUALS, WAITING
 from llava_kd.search.grids.grid import Arm, Grid
 from llava_kd.search.grids.sharing import ArmRun, Plan
 
@@ -114,8 +114,7 @@ def _arm(
         "tests": {name: _test(name, own, base, is_baseline=arm.name == grid.baseline) for name in grid.tests},
     }
     if arm.name != grid.baseline:
-        entry["equal_steps"] = _at_equal(grid, own, base, "steps")
-        entry["equal_time"] = _at_equal(grid, own, base, "seconds")
+        entry |= {name: _at_equal(grid, own, base, what) for name, what in EQUALS.items()}
     return entry
 
 
@@ -154,7 +153,7 @@ def _of_type(scored: Sequence[Scored], test: str, kind: str) -> dict[int, float]
 
 
 def _at_equal(grid: Grid, own: Sequence[Scored], base: Sequence[Scored], what: str) -> dict:
-    """The difference when both have had the steps, or the seconds, that the baseline took; else why not.
+    """The difference when both have had what the baseline took of `what`, a field of a curve; else why not.
 
     At equal steps the finished students are compared on the first test; all else is read from the curve.
     """
@@ -170,8 +169,9 @@ def _at_equal(grid: Grid, own: Sequence[Scored], base: Sequence[Scored], what: s
         return _none("no slice is asked while training")
     gaps: list[float] = []
     for mine, its in pairs.values():
-        mark = {"steps": its.steps} if what == "steps" else {"seconds": its.seconds}
-        value, other = value_at(mine, **mark), value_at(its, **mark)
+        if (most := getattr(its, what)) is None or getattr(mine, what) is None:
+            return _none("operations are not in every log")
+        value, other = value_at(mine, what, most), value_at(its, what, most)
         if value is None or other is None:
             whose = "this arm" if value is None else "the baseline"
             return _none(f"{grid.curve} of {whose} was not asked by then")

@@ -45,7 +45,7 @@ def score_rows(results: Mapping, test: str) -> tuple[list[str], list[list[str]]]
     has_published = is_first and any(arm["published"] is not None for arm in results["arms"].values())
     head = ["arm", "accuracy, %", "gain, points", "95 % interval", "seeds"]
     if is_first:
-        head += ["steps", "training", "gain at equal steps", "gain at equal time"]
+        head += ["steps", "training", *(f"gain at {name.replace('_', ' ')}" for name in words.EQUALS)]
     if has_published:
         head.append("published")
     rows = []
@@ -61,10 +61,7 @@ def score_rows(results: Mapping, test: str) -> tuple[list[str], list[list[str]]]
         row.append(str(len(arm["seeds"])))
         if is_first:
             steps = words.NONE if arm["steps"] is None else f"{arm['steps']:,}"
-            equal = [
-                words.at_equal(arm.get(what), is_finished=bool(arm["seeds"]))
-                for what in ("equal_steps", "equal_time")
-            ]
+            equal = [words.at_equal(arm.get(what), is_finished=bool(arm["seeds"])) for what in words.EQUALS]
             row += [steps, words.seconds(arm["seconds"]), *equal]
         if has_published:
             row.append(words.published(arm["published"]))

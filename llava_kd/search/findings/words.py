@@ -7,6 +7,8 @@ from collections.abc import Mapping
 NONE = "-"
 NOT_MEASURED = "not measured"
 WAITING = "waits"
+# What two arms are compared at, and the field of a curve that it is read from.
+EQUALS = {"equal_steps": "steps", "equal_time": "seconds", "equal_operations": "tflop"}
 
 
 def percent(value: Mapping | None) -> str:
@@ -106,6 +108,7 @@ def method_words(results: Mapping) -> list[str]:
         many,
         "At equal steps: the test scores where both arms took as many steps in all, else the curve.",
         equal,
+        "At equal operations: the same, by the operations of student and teacher, counted from their shapes.",
         "Seconds are of training steps alone, each arm's stages in full, the shared ones too.",
         *_not_measured(results),
     ]
@@ -115,7 +118,7 @@ def _not_measured(results: Mapping) -> list[str]:
     """Each reason once, with the arms that it holds for."""
     found: dict[str, list[str]] = {}
     for name, arm in results["arms"].items():
-        for what in ("equal_steps", "equal_time"):
+        for what in EQUALS:
             if arm["seeds"] and arm.get(what) and arm[what]["not_measured"]:
                 reason = f"Not measured at {what.replace('_', ' ')}: {arm[what]['not_measured']}"
                 found.setdefault(reason, []).append(name)
