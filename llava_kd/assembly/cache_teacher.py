@@ -41,13 +41,13 @@ from llava_kd.data.teacher_store.shards import (
     Shard,
     StoredRecord,
     places_to_store,
-    sync,
     text_crc,
     write_shard,
 )
 from llava_kd.data.teacher_store.store import INDEX, MANIFEST, SHARDS, Contents, Manifest, Mode, write_index
 from llava_kd.data.text.encoder import Encoded
 from llava_kd.distill.objective import beyond_top_k, places_read
+from llava_kd.durable import make_folder, replacing
 from llava_kd.losses.divergence import Temperature, deviation
 from llava_kd.losses.kernels import gemm
 from llava_kd.models.foreign.loading import AnyParts, ForeignParts
@@ -148,11 +148,11 @@ def _begin(directory: Path, manifest: Manifest, teacher: AnyParts, say: Callable
             )
     elif any(not path.name.startswith(".") for path in directory.iterdir()):
         raise ValueError(f"{directory} is not empty and holds no teacher cache; choose a new directory")
-    shards = directory / SHARDS
-    shards.mkdir(exist_ok=True)
     sweep(directory)
+    manifest.write(directory)  # first: a folder with shards and no manifest is taken for something else
+    shards = directory / SHARDS
+    make_folder(shards)
     sweep(shards)
-    manifest.write(directory)
     for path in sorted(shards.glob(f"*{SUFFIX}")):
         try:
             Shard(path).check()
@@ -161,10 +161,8 @@ def _begin(directory: Path, manifest: Manifest, teacher: AnyParts, say: Callable
             path.unlink()
     head = teacher.head
     tensors = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
-    scratch = directory / f".{HEAD}.partial"
-    write_tensors(tensors, scratch)
-    sync(scratch)
-    scratch.replace(directory / HEAD)
+    with replacing(directory / HEAD) as scratch:
+        write_tensors(tensors, scratch)
 
 
 def _missing(directory: Path, manifest: Manifest) -> list[int]:

@@ -27,10 +27,10 @@ from llava_kd.data.teacher_store.shards import (
     Shard,
     StoredRecord,
     places_to_store,
-    sync,
     text_crc,
 )
 from llava_kd.data.text.encoder import Encoded
+from llava_kd.durable import replacing, write_text
 from llava_kd.tensor_files import write_tensors
 
 FORMAT_VERSION = 3  # 1 had no checksums, 2 no standard deviations
@@ -83,12 +83,8 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Replace the manifest of `directory` in one move."""
-        scratch = directory / f".{MANIFEST}.partial"
         tree = sealed({"format": FORMAT_VERSION, **asdict(self)})
-        scratch.write_text(json.dumps(tree, indent=2) + "\n")
-        sync(scratch)
-        scratch.replace(directory / MANIFEST)
-        sync(directory)
+        write_text(directory / MANIFEST, json.dumps(tree, indent=2) + "\n")
 
     @staticmethod
     def read(directory: Path) -> Manifest:
@@ -293,8 +289,6 @@ def write_index(directory: Path, shards: Iterable[Shard], num_records: int) -> i
         for name, values_R in {**shard.table, "shard_R": torch.full_like(number_R, s)}.items():
             column = index.setdefault(name, torch.full((num_records,), -1))
             column[number_R] = values_R
-    scratch = directory / f".{INDEX}.partial"
-    write_tensors(index, scratch)
-    sync(scratch)
-    scratch.replace(directory / INDEX)
+    with replacing(directory / INDEX) as scratch:
+        write_tensors(index, scratch)
     return int((index["shard_R"] < 0).sum())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
+from llava_kd.durable import make_folder, put_folder
 from llava_kd.models.files.served import served_generation, served_processor
 from llava_kd.models.language_model import IMAGE_TOKEN, decoder_of, load_language_model
 from llava_kd.models.projectors.conv_attention import check_grid
@@ -261,26 +261,16 @@ def save_stock(
     directory = Path(directory)
     scratch = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    make_folder(scratch)
     try:
         with writing(directory):
             _write(parts, scratch, trained or {}, dtype)
             if complete is not None:
                 complete(scratch)
-        for path in scratch.iterdir():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+        put_folder(scratch, directory)
     except BaseException:  # Ctrl-C too leaves nothing half-written; it is raised again
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    if directory.exists():
-        retired = directory.with_name(f".{directory.name}.retired")
-        shutil.rmtree(retired, ignore_errors=True)
-        directory.rename(retired)
-        scratch.rename(directory)
-        shutil.rmtree(retired)
-    else:
-        scratch.rename(directory)
 
 
 def _write(parts: Parts, scratch: Path, trained: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
