@@ -198,6 +198,7 @@ PAST_THE_WRITER = {
     "assembly/projects/init.py": {"write_text"},
     "assembly/projects/own_data.py": {"write_text"},
     "assembly/runs/run_dir.py": {"rename"},
+    "assembly/searching/search.py": {"write_text"},
     "data/shapes/writing.py": {"write_bytes", "write_text"},
     "data/sources/cache.py": {"rename", "write_text"},
     "durable.py": {"fsync", "rename", "replace"},
