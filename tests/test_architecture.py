@@ -54,6 +54,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "towers": {""},
         "": {"attention", "projectors", "towers"},
         "files": {"", "projectors", "towers"},
+        "words": set(),
     },
     "evaluation": {
         "scorers": {""},
@@ -65,6 +66,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
     "losses": {
         "kernels": {""},
         "targets": {""},
+        "cross": {"", "kernels"},
         "inner": {""},
         "tuning": {"", "kernels"},
         "": {"kernels"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from llava_kd.assembly.parts.cross.words import with_words
 from llava_kd.assembly.parts.data import same_tower, side_in, source_in
 from llava_kd.assembly.parts.lending import with_projector
 from llava_kd.assembly.parts.models import choose_attention, student_in
@@ -55,6 +56,7 @@ def check(
         _keeps_records_apart(config, teacher, "teacher")
     terms = objective(config.objective, student, teacher, config.data.visual_alignment)
     terms = with_centroids(config, terms, student, source)
+    terms = with_words(config, terms, student, teacher, lambda line: lines.append(f"vocabulary       {line}"))
     if teacher is not None:
         lines.append(f"template         of the teacher: {teacher_template(config, teacher)}")
         other_teachers(
