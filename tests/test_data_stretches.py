@@ -271,6 +271,26 @@ def test_both_sides_of_a_batch_spell_the_same_stretches(layout: str, tmp_path: P
             assert (a == b == [None]) or b"".join(x or b"?" for x in a) == b"".join(x or b"?" for x in b)
 
 
+def test_records_of_one_stretch_each_stay_apart(tmp_path: Path) -> None:
+    """As answers of one word that one side alone joins to the space before it: their end is compared."""
+    silent = [entry(number) for number in range(2)]
+    for raw in silent:
+        raw["conversations"][1]["value"] = "a"
+    (batch,) = next(
+        loader_of(
+            source=LlavaJson(write_dataset(tmp_path, silent), tmp_path),
+            student=side(template="vicuna", tokenizer=QWEN),
+            teacher=side(template="chatml", tokenizer=LLAMA),
+            spellers=(speller("vicuna", QWEN), speller("chatml", LLAMA)),
+            seed=0, global_batch_size=2, micro_batch_size=2,
+        ).batches(0, 1)
+    )  # fmt: skip
+    assert batch.stretches is not None
+    for rows in (batch.stretches.student, batch.stretches.teacher):
+        assert len(rows.first_S) == 2
+        assert len(rows.further_R) == 0
+
+
 @pytest.mark.parametrize("layouts", [("rows", "small"), ("packed", "unpacked")], ids=str)
 def test_the_loss_does_not_depend_on_the_layout(layouts: tuple[str, str], tmp_path: Path) -> None:
     """One micro-batch or three, rows of one record or of several: the same sum, gradient and figure."""

@@ -21,7 +21,7 @@ from llava_kd.losses.cross.stretches import (
     stretch_loss,
     stretch_loss_by_chunk,
 )
-from llava_kd.losses.divergence import Divergence
+from llava_kd.losses.divergence import Divergence, Kind
 from llava_kd.losses.reference import head_loss
 
 # Of 7 columns and 6: the student's last is padding, and so is the teacher's second.
@@ -31,7 +31,7 @@ WORDS = Words(
     student_A=torch.tensor([1, 3, 5]),
     teacher_B=torch.tensor([2, 4]),
 )
-KINDS = ("forward", "reverse", "jsd")
+KINDS: tuple[Kind, ...] = ("forward", "reverse", "jsd")
 DISTANCES = [
     Distance(temperature=heat, divergence=Divergence(kind, 0.3), unpaired=0.7)
     for kind, heat in itertools.product(KINDS, (1.0, 2.0))
@@ -155,7 +155,7 @@ def test_the_teacher_receives_no_gradient() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heat", [1.0, 2.0])
 @pytest.mark.parametrize("form", ["plain", "2"])
-def test_equal_vocabularies_give_what_response_kl_gives(form: str, heat: float, kind: str) -> None:
+def test_equal_vocabularies_give_what_response_kl_gives(form: str, heat: float, kind: Kind) -> None:
     """A stretch is then a token, and all columns are pairs; fp32, value and gradient."""
     drawn = torch.Generator().manual_seed(3)
     states_ND, head_VD = torch.randn(6, 8, generator=drawn), torch.randn(11, 8, generator=drawn)

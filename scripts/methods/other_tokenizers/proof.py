@@ -68,7 +68,7 @@ def tokenizer(size: int) -> PreTrainedTokenizerFast:
 def encoded(name: str, by: PreTrainedTokenizerFast) -> Encoded:
     """A name and its end. The first token has no row of its own before it: it is that of the picture."""
     made = by(name, return_offsets_mapping=True)
-    ids = [0, *made["input_ids"], by.eos_token_id]
+    ids = [0, *made["input_ids"], by.get_vocab()[END]]
     spans = [(0, 0, 0, 0), *((0, a, b, 0) for a, b in made["offset_mapping"]), (0, len(name), len(name), 1)]
     labels = torch.tensor(ids)
     labels[0] = -100
@@ -215,7 +215,7 @@ def one_seed(seed: int) -> dict[str, float]:
     letters, merged = tokenizer(257), tokenizer(300)
     found, teachers, own = {}, {}, {}
     for arm, theirs in ((CROSS, merged), (SAME, letters)):
-        spellers = [Speller(spelled(one), frozenset({int(one.eos_token_id)})) for one in (letters, theirs)]
+        spellers = [Speller(spelled(one), frozenset({one.get_vocab()[END]})) for one in (letters, theirs)]
         both = [
             stretched(
                 Record(id=name, images=(), turns=()), (encoded(name, letters), encoded(name, theirs)),
@@ -225,7 +225,7 @@ def one_seed(seed: int) -> dict[str, float]:
         ]  # fmt: skip
         own[arm], names = [one for one, _ in both], [other for _, other in both]
         writer = train_teacher(names, len(theirs), *many, generator)
-        ends = int(letters.eos_token_id), int(theirs.eos_token_id)
+        ends = letters.get_vocab()[END], theirs.get_vocab()[END]
         made = pairs_of(letters, theirs, ends, student_rows=len(letters), teacher_rows=len(theirs))
         columns = (made.student, made.teacher, made.student_alone, made.teacher_alone)
         kinds = ("student_K", "teacher_K", "student_A", "teacher_B")
