@@ -1,6 +1,7 @@
 """What flows between the rooms.
 
 Shape legend: B rows, T tokens, I images, C channels, H height, W width, M places with a stored prediction,
+S stretches of answers, R their further tokens,
 N tokens of an image, P response targets of a record (fewer are filled up), E teacher width, K stored columns.
 """
 
@@ -219,13 +220,43 @@ class TeacherRows:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StretchRows:
+    """Where one side predicts the stretches of answers that both sides cut into other tokens.
+
+    Flat positions, as `Places.response_N` has them: of the first token of each stretch, and of its further
+    tokens, with the number of the stretch that they are of.
+    """
+
+    first_S: Tensor
+    further_R: Tensor
+    stretch_R: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretches:
+    """The same stretches of answers on both sides, in one order."""
+
+    student: StretchRows
+    teacher: StretchRows
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Stretches:
+        """The same with every tensor changed."""
+
+        def mapped(rows: StretchRows) -> StretchRows:
+            return StretchRows(**{f.name: change(getattr(rows, f.name)) for f in fields(rows)})
+
+        return Stretches(student=mapped(self.student), teacher=mapped(self.teacher))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """One micro-batch. `teacher` is None where the teacher reads exactly what the student reads.
 
     `teacher_rows` is what a cache holds of the teacher, where one stands in for it. `num_shared_targets`: how
-    many targets are the same tokens on both sides, where there are two and the loader counted. `step`: the
-    optimiser step that it is of, for what is drawn anew at each; steps count from 0. `own_answers`: its
-    labels are answers of the student's own, in place of the data's, and no truth.
+    many targets are the same tokens on both sides, where there are two and the loader counted. `stretches`:
+    what is compared where their tokenizers differ. `step`: the optimiser step that it is of, for what is
+    drawn anew at each; steps count from 0. `own_answers`: its labels are answers of the student's own, in
+    place of the data's, and no truth.
     """
 
     student: Inputs
@@ -233,6 +264,7 @@ class Batch:
     record_ids: tuple[str, ...] = ()
     teacher_rows: TeacherRows | None = None
     num_shared_targets: int | None = None
+    stretches: Stretches | None = None
     step: int = 0
     own_answers: bool = False
 
@@ -254,4 +286,8 @@ class Batch:
         rows = self.teacher_rows
         if rows is not None:
             rows = rows.map(lambda tensor: _moved(tensor, device))
-        return replace(self, student=self.student.to(device), teacher=teacher, teacher_rows=rows)
+        stretches = self.stretches
+        if stretches is not None:
+            stretches = stretches.map(lambda tensor: _moved(tensor, device))
+        student = self.student.to(device)
+        return replace(self, student=student, teacher=teacher, teacher_rows=rows, stretches=stretches)

@@ -57,6 +57,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "": {"attention", "projectors", "towers"},
         "files": {"", "projectors", "towers"},
         "foreign": {"", "files", "towers"},
+        "words": set(),
     },
     "evaluation": {
         "scorers": {""},
@@ -68,6 +69,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
     "losses": {
         "kernels": {""},
         "targets": {""},
+        "cross": {"", "kernels"},
         "inner": {""},
         "tuning": {"", "kernels"},
         "": {"kernels"},

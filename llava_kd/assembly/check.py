@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from llava_kd.assembly.parts.cross.words import with_words
 from llava_kd.assembly.parts.data import same_tower, side_in, source_in
 from llava_kd.assembly.parts.foreign.teachers import describe, foreign_side, placed_foreign
 from llava_kd.assembly.parts.lending import with_projector
@@ -63,6 +64,7 @@ def check(
     other, whose = (teacher, "teacher") if peer is None else (peer, "peer")
     terms = objective(config.objective, student, other, config.data.visual_alignment)
     terms = with_centroids(config, terms, student, source)
+    terms = with_words(config, terms, student, teacher, lambda line: lines.append(f"vocabulary       {line}"))
     if teacher is not None:
         lines.append(f"template         of the teacher: {teacher_template(config, teacher)}")
         other_teachers(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_kd.assembly.parts.adapters import adapt_student
+from llava_kd.assembly.parts.cross.words import with_words
 from llava_kd.assembly.parts.data import make_loader
 from llava_kd.assembly.parts.engine import compiles_first, make_engine
 from llava_kd.assembly.parts.held_out import evaluator
@@ -175,6 +176,7 @@ def _join(config: TrainConfig, accompanied: Accompanied, source: Source | None, 
     student, teacher = fed.placed.adapted.student, fed.teacher
     terms = objective(config.objective, student, teacher, config.data.visual_alignment, seed=config.seed)
     terms = with_centroids(config, terms, student, source)
+    terms = with_words(config, terms, student, teacher, say)
     if teacher is not None and (num_common := terms.common.num_common) is not None:
         say_left_out(config, student, teacher, num_common, say)
     module = Student(fed.placed.mllm, terms, accompanied.teaching).train()

@@ -10,7 +10,9 @@ import torch
 from transformers import LlavaConfig, LlavaImageProcessor, LlavaImageProcessorPil, LlavaProcessor
 from transformers.utils.import_utils import is_torchvision_available
 
+from llava_kd.assembly.parts.cross.tokenizers import are_other, spellers_of
 from llava_kd.assembly.parts.foreign.teachers import foreign_side
+from llava_kd.assembly.parts.objective import terms_of
 from llava_kd.assembly.parts.stored_teacher import open_cache
 from llava_kd.assembly.settings import tables_of
 from llava_kd.config import DataConfig, PackingConfig, StudentConfig, TeacherConfig, TrainConfig
@@ -32,7 +34,7 @@ from llava_kd.data.text.template_table import TEMPLATES
 from llava_kd.models.attention.row_limits import check_rows
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.files.upright import reads_upright, remember
-from llava_kd.models.foreign.loading import AnyParts, ForeignParts
+from llava_kd.models.foreign.loading import AnyParts, ForeignParts, as_llava
 from llava_kd.models.towers.vision_tower import input_size, text_config, tokens_per_image, tower_fingerprint
 from llava_kd.parallel.world import World
 
@@ -219,8 +221,12 @@ def make_loader(
     if source is None:
         source = source_in(config)
     student_side = side_in(config, student, config.student)
-    teacher_side, shares_tower, cache = None, False, None
+    teacher_side, shares_tower, cache, spellers = None, False, None, None
     if teacher is not None:
+        if are_other(terms_of(config.objective), student, teacher):
+            assert config.teacher is not None
+            other = as_llava(teacher, "`objective` over two tokenizers")
+            spellers = spellers_of(config, (student_side, side_in(config, other, config.teacher)))
         teacher_side, shares_tower, cache = _teacher_side(config, student, teacher, student_side, source)
     loader = Loader(
         source=source,
@@ -241,6 +247,7 @@ def make_loader(
             progress=config.log.progress and world.is_main,
             max_bad_rate=data.max_bad_rate,
             bad_records_path=Path(config.output_dir) / BAD_RECORDS,
+            spellers=spellers,
         ),
         device=world.device,
         teacher_cache=cache,

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from llava_kd.assembly.parts.cross.tokenizers import are_other
 from llava_kd.config import ObjectiveConfig, TrainConfig
 from llava_kd.distill.formulas import FORMULAS, Align, Common
 from llava_kd.distill.head_terms import head_requests
@@ -93,7 +94,8 @@ def objective(
     """
     terms = terms_of(config)
     num_common = None
-    if any(term.reads.vocabulary for term in terms.values()) and teacher is not None:
+    by_number = not are_other(terms, student, teacher)
+    if by_number and any(term.reads.vocabulary for term in terms.values()) and teacher is not None:
         num_common = num_common_columns(
             student.processor.tokenizer,
             teacher.tokenizer,

@@ -52,6 +52,7 @@ def loss_formula(
 
 def _sum_of(term: Term) -> str:
     rows = " and ".join(f"{place} rows" for place in term.reads.places)
+    rows = "stretches of response text" if term.reads.stretches else rows
     what = f"sum over {rows}" if rows else "sum"
     return f"= {what} / {term.denominator.name} of the step; reads {SERVED_BY[term.reads.teacher]}"
 

@@ -47,6 +47,7 @@ class CollatedRows:
     is_packed: bool
     scores_BT: Tensor | None = None
     own: Mapping[str, Tensor] | None = None
+    stretches_BT: Tensor | None = None
 
     def pinned(self) -> CollatedRows:
         """The same in page-locked memory, so that copying to a GPU does not wait."""
@@ -109,6 +110,8 @@ def collate(rows: Sequence[Sequence[Item]], *, pad_id: int, size: tuple[int, int
     segment_ids_BT = torch.zeros(shape, dtype=torch.long)
     visual_BT = torch.zeros(shape, dtype=torch.bool)
     scores_BT = torch.zeros(shape)
+    stretches_BT = torch.zeros(shape, dtype=torch.long)
+    num_stretches = 0
     for b, row in enumerate(rows):
         start = 0
         for number, item in enumerate(row, start=1):
@@ -118,6 +121,9 @@ def collate(rows: Sequence[Sequence[Item]], *, pad_id: int, size: tuple[int, int
             visual_BT[b, start:stop] = item.encoded.visual
             if item.encoded.scores is not None:
                 scores_BT[b, start:stop] = item.encoded.scores
+            if (own := item.encoded.stretches) is not None:
+                stretches_BT[b, start:stop] = torch.where(own > 0, own + num_stretches, 0)
+                num_stretches += int(own.max())
             position_ids_BT[b, start:stop] = torch.arange(stop - start)
             segment_ids_BT[b, start:stop] = number
             start = stop
@@ -139,6 +145,7 @@ def collate(rows: Sequence[Sequence[Item]], *, pad_id: int, size: tuple[int, int
         places=places,
         is_packed=any(len(row) > 1 for row in rows),
         scores_BT=scores_BT if any(item.encoded.scores is not None for item in items) else None,
+        stretches_BT=stretches_BT if num_stretches else None,
     )
 
 

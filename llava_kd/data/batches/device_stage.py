@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from llava_kd.batch import Batch, Inputs
+from llava_kd.batch import Batch, Inputs, Stretches, StretchRows
 from llava_kd.data.batches.collate import CollatedRows, RawImages
 from llava_kd.data.batches.micro_batches import Micro
 from llava_kd.data.batches.model_side import AnySide
@@ -43,6 +43,7 @@ def to_batch(
         record_ids=micro.record_ids,
         teacher_rows=None if stored is None else stored.map(lambda t: t.to(device, non_blocking=True)),
         num_shared_targets=_num_shared_targets(micro.rows),
+        stretches=_stretches(micro, device),
         step=micro.step,
     )
 
@@ -63,6 +64,33 @@ def _num_shared_targets(sides: tuple[CollatedRows, ...]) -> int | None:
     if len(targets) < 2 or len(targets[0]) != len(targets[1]):
         return None
     return int((targets[0] == targets[1]).sum())
+
+
+def _stretches(micro: Micro, device: torch.device) -> Stretches | None:
+    """Found on the host; None where the sides have none. ValueError where they do not have the same."""
+    found = [_of_side(rows) for rows in micro.rows if rows.stretches_BT is not None]
+    if len(found) < 2:
+        return None
+    student, teacher = found
+    if len(student.first_S) != len(teacher.first_S):
+        raise ValueError(
+            f"both sides must have the same stretches of the records {', '.join(micro.record_ids)}; the "
+            f"student has {len(student.first_S)}, the teacher {len(teacher.first_S)}"
+        )
+    return Stretches(student=student, teacher=teacher).map(lambda t: t.to(device, non_blocking=True))
+
+
+def _of_side(rows: CollatedRows) -> StretchRows:
+    assert rows.stretches_BT is not None
+    places_N = rows.places.response_N
+    number_N = rows.stretches_BT.flatten()[places_N + 1]
+    places_N, number_N = places_N[number_N > 0], number_N[number_N > 0]
+    is_first_N = torch.ones_like(number_N, dtype=torch.bool)
+    is_first_N[1:] = number_N.diff() != 0
+    stretch_N = is_first_N.cumsum(0) - 1
+    return StretchRows(
+        first_S=places_N[is_first_N], further_R=places_N[~is_first_N], stretch_R=stretch_N[~is_first_N]
+    )
 
 
 def _pixels(
@@ -151,7 +179,9 @@ class Ahead:
 
 def tensors_of(batch: Batch) -> list[Tensor]:
     sides = [side for side in (batch.student, batch.teacher) if side is not None]
-    holders = (*sides, *(side.known_places for side in sides), batch.teacher_rows)
+    both = batch.stretches
+    stretches = () if both is None else (both.student, both.teacher)
+    holders = (*sides, *(side.known_places for side in sides), batch.teacher_rows, *stretches)
     values = [value for holder in holders if holder is not None for value in vars(holder).values()]
     values += [tensor for side in sides for tensor in (side.own or {}).values()]
     return [value for value in values if isinstance(value, Tensor)]

@@ -27,6 +27,7 @@ from llava_kd.data.teacher_store.store import TeacherCache, Wanted
 from llava_kd.data.text.alignment import matched
 from llava_kd.data.text.encoder import Encoded
 from llava_kd.data.text.private import Tagger
+from llava_kd.data.text.stretches import stretched
 
 _CACHED_TOKENS = 4_000_000
 _GREY_SIDE = 64  # of a stand-in that every processor can read
@@ -105,6 +106,7 @@ class MicroBatches(Dataset[Micro]):
         self._image_cache_bytes = reading.image_cache_bytes
         self._teacher_cache = teacher_cache
         self._tagger = tagger
+        self._spellers = reading.spellers
 
     def __getitem__(self, key: tuple[int, int]) -> Micro:
         step, number = key
@@ -225,7 +227,7 @@ class MicroBatches(Dataset[Micro]):
         if cached is not None:
             return cached
         try:
-            result = matched(record, tuple(encoder(record) for encoder in self._encoders))
+            result = self._in_step(record, tuple(encoder(record) for encoder in self._encoders))
             if self._tagger is not None:
                 result = tuple(self._tagger(record, encoded) for encoded in result)
         except ValueError as error:
@@ -235,6 +237,11 @@ class MicroBatches(Dataset[Micro]):
             self._encoded[i] = result
             self._cached_tokens += size
         return result
+
+    def _in_step(self, record: Record, encoded: tuple[Encoded, ...]) -> tuple[Encoded, ...]:
+        if self._spellers is None or len(encoded) < 2:
+            return matched(record, encoded)
+        return stretched(record, (encoded[0], encoded[1]), self._spellers)
 
 
 def _wanted(number: int, loaded: _Loaded) -> Wanted:

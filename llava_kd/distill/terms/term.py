@@ -39,6 +39,7 @@ class Reads:
     through modules of a model, by their paths, as `models.taps` writes them; a teacher's need the `model`.
     `before_decoder`: no gradient of the term reaches the language model. `centroids`: what the student said
     before, a mean for each label. `labels`: the answers' tokens, as the truth that a student's own are not.
+    `stretches`: answers as text, which two tokenizers may cut otherwise.
     """
 
     teacher: Need = "nothing"
@@ -55,6 +56,7 @@ class Reads:
     before_decoder: bool = False
     centroids: bool = False
     labels: bool = False
+    stretches: bool = False
 
     def __post_init__(self) -> None:
         if self.teacher_taps and self.teacher != "model":
