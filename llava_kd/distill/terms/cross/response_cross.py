@@ -45,7 +45,7 @@ class ResponseCross(Term):
 
     @property
     def reads(self) -> Reads:
-        return Reads(teacher="states", places=("response",), vocabulary=True, stretches=True)
+        return Reads(teacher="states", places=("response",), vocabulary=True, labels=True, stretches=True)
 
     def total(self, seen: Seen) -> Tensor:
         if seen.words is None:
