@@ -17,7 +17,7 @@ from llava_kd.batch import Batch, Counts
 from llava_kd.distill.formulas import Common
 from llava_kd.distill.row_choice import Chosen, choose
 from llava_kd.distill.rows import Place, Rows, count, fill, visual_features
-from llava_kd.distill.taught import LABELLED, AnyPrediction, MixedPrediction, TopKPrediction
+from llava_kd.distill.taught import LABELLED, AnyPrediction, Dependency, MixedPrediction, TopKPrediction
 from llava_kd.distill.terms.term import HeadRequest, Term
 from llava_kd.distill.token_policy import BEYOND_TOP_K, PolicyRows
 from llava_kd.losses.divergence import Divergence, Temperature
@@ -74,7 +74,7 @@ class HeadTerms:
     """The terms of an objective that go through the head, for one micro-batch.
 
     `factors`: scalars without gradient that multiply the weights of some terms. `policy`: what is taught of
-    response tokens that may be private. `label_weight_N`: as of `Taught`.
+    response tokens that may be private. `label_weight_N` and `dependency`: as of `Taught`.
     """
 
     terms: Mapping[str, Term]
@@ -86,6 +86,7 @@ class HeadTerms:
     factors: Mapping[str, Tensor] = field(default_factory=dict)
     policy: PolicyRows | None = None
     label_weight_N: Tensor | None = None
+    dependency: Dependency | None = None
 
     def __call__(self) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Their weighted sum and each one's mean; None where there is none of them."""
@@ -117,6 +118,8 @@ class HeadTerms:
             return chosen
         if self.label_weight_N is not None:
             chosen = chosen.labelled(self.label_weight_N)
+        if self.dependency is not None and block.kl is not None:
+            chosen = chosen.weighed(self.dependency)
         return chosen if self.policy is None else chosen.under(self.policy)
 
     def _share(self, name: str) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from llava_kd.batch import Batch
 from llava_kd.distill.formulas import Align, Common
 from llava_kd.distill.rows import Rows
-from llava_kd.distill.taught import AnyPrediction, MixedPrediction, TopKPrediction
+from llava_kd.distill.taught import AnyPrediction, Dependency, MixedPrediction, TopKPrediction
 from llava_kd.distill.terms.term import HeadRequest, Trust
 from llava_kd.distill.token_policy import PolicyRows
 from llava_kd.losses.label import LabelRows, top_k_label_rows
@@ -50,6 +50,14 @@ class Chosen:
     def labelled(self, weight_N: Tensor) -> Chosen:
         """All response rows, whose labels count so much."""
         return replace(self, ce_factor_N=weight_N, is_counted=False)
+
+    def weighed(self, dependency: Dependency) -> Chosen:
+        """All response rows, whose divergences count so much."""
+        return replace(
+            self,
+            factor_N=self.factor_N * dependency.weight_N,
+            is_counted=self.is_counted and not dependency.drops_rows,
+        )
 
 
 def choose(

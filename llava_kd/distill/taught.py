@@ -59,6 +59,17 @@ class MixedPrediction:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dependency:
+    """Of each response row: how much the teacher needs the picture there, in nats, and what its divergence is
+    multiplied by. `drops_rows`: some of these may be 0.
+    """
+
+    score_N: Tensor
+    weight_N: Tensor
+    drops_rows: bool = False
+
+
 # What cross-entropy is divided by where some labels do not count: what is left of the response targets.
 LABELLED = "labelled_tokens"
 
@@ -74,6 +85,7 @@ class Taught:
     `policy`: what of it is taught at tokens that may be private.
     `label_weight_N`: [response targets of the student's side], what the label of each counts in
     cross-entropy; None is 1 for all. Whoever gives it counts LABELLED, of every batch.
+    `dependency`: of the same targets, what the divergence of each counts; None is 1 for all.
     """
 
     prediction: AnyPrediction | None = None
@@ -81,3 +93,4 @@ class Taught:
     others: Mapping[str, AnyPrediction] = field(default_factory=dict)
     policy: PolicyRows | None = None
     label_weight_N: Tensor | None = None
+    dependency: Dependency | None = None

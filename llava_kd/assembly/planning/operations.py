@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-from llava_kd.batch import Batch
+from llava_kd.batch import Batch, Inputs
 from llava_kd.config import TeacherConfig
 from llava_kd.distill.head_terms import head_requests
 from llava_kd.distill.teaching.peer import exchanged
@@ -63,12 +63,19 @@ def _of_teacher(
 ) -> Count:
     flops = Flops.of(teacher.stock)
     tower = 0.0 if shares_tower or settings.cache is not None else _tower(teacher)
+    own_tower = 0.0 if settings.visual_dependency is None else _tower(teacher)
+
+    def asked_again(inputs: Inputs) -> float:
+        # Without the picture; both readings go through the head, to be compared.
+        again = 2 * head_rows(inputs, {"response"})
+        return flops.of_inputs(inputs, head_rows=again, tower_image=own_tower)
 
     def count(batch: Batch) -> float:
         inputs = batch.teacher_inputs
         rows = head_rows(inputs, places)
         if settings.cache is None:
-            return flops.of_inputs(inputs, head_rows=rows, tower_image=tower)
+            once = flops.of_inputs(inputs, head_rows=rows, tower_image=tower)
+            return once + (asked_again(inputs) if settings.visual_dependency is not None else 0.0)
         holds_states = batch.teacher_rows is not None and batch.teacher_rows.hidden_ME is not None
         return rows * flops.row * holds_states
 
