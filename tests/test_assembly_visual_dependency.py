@@ -1,4 +1,4 @@
-"""A stage whose teacher is asked with and without the picture: splits, packing, resume, and what is refused."""
+"""A stage whose teacher is asked without the picture too: splits, packing, resume, and what is refused."""
 
 from __future__ import annotations
 

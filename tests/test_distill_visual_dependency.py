@@ -1,4 +1,4 @@
-"""Tokens that need the picture, through the objective and the loop: formula, splits, packing, a blind teacher.
+"""Tokens that need the picture, through objective and loop: formula, splits, packing, a blind teacher.
 
 Shape legend: B rows, T tokens, I images, N response rows, V rows of a head, D width.
 """

@@ -156,7 +156,7 @@ class HeadTerms:
             [self._weights(c.rows, block.kl) * c.factor_N for block, c in zip(listed, chosen, strict=True)]
         )
         common |= {"temperature": kind[0], "divergence": kind[1], "num_common": self.common.num_common}
-        change = self._change(pairs, kind[0])
+        change = self._change(pairs, kind)
         if isinstance(teacher, TopKPrediction):
             if change is not None:
                 raise ValueError(f"the largest logits of a teacher cannot serve {BEYOND_TOP_K}")
@@ -176,9 +176,9 @@ class HeadTerms:
             **({} if change is None else {"teacher_change": change}),
         )
 
-    def _change(self, pairs: list[tuple[_Block, Rows]], temperature: Temperature) -> ChangeRows | None:
-        """What other teachers, and then the policy, make of the first teacher's rows of a call."""
-        found = [self._mixed(pairs, temperature), self._hidden(pairs, temperature)]
+    def _change(self, pairs: list[tuple[_Block, Rows]], kind: Softening) -> ChangeRows | None:
+        """What other teachers, other readings, then the policy make of the first teacher's rows of a call."""
+        found = [self._mixed(pairs, kind[0]), self._contrasted(pairs, kind), self._hidden(pairs, kind[0])]
         changes = [change for change in found if change is not None]
 
         def in_turn(index_C: Tensor, logits_CU: Tensor) -> None:
@@ -201,10 +201,13 @@ class HeadTerms:
         """What the policy for private tokens changes."""
         if self.policy is None or self.teacher is None:
             return None
-        ends = list(accumulate(len(rows.student_N) for _, rows in pairs))
-        starts = zip([0, *ends[:-1]], pairs, strict=True)
-        of_responses = tuple(start for start, (block, _) in starts if block.place == "response")
-        return self.policy.target(temperature, of_responses, ends[-1], self._num_common)
+        return self.policy.target(temperature, *_of_responses(pairs), self._num_common)
+
+    def _contrasted(self, pairs: list[tuple[_Block, Rows]], kind: Softening) -> ChangeRows | None:
+        """What readings without the picture change."""
+        if self.dependency is None:
+            return None
+        return self.dependency.target(kind, *_of_responses(pairs), self._num_common)
 
     def _counts(self, name: str | None) -> bool:
         return name is not None and self.terms[name].weight > 0
@@ -235,6 +238,13 @@ class HeadTerms:
         features_IME = align(visual_features(teacher, self.batch.teacher_inputs, "hidden"))
         features_NE = features_IME[self.batch.student.places.valid_images_N].flatten(0, 1)
         return features_NE if chosen.picked_N is None else features_NE[chosen.picked_N]
+
+
+def _of_responses(pairs: list[tuple[_Block, Rows]]) -> tuple[tuple[int, ...], int]:
+    """Where the response rows of a call begin, and how many rows it has."""
+    ends = list(accumulate(len(rows.student_N) for _, rows in pairs))
+    starts = zip([0, *ends[:-1]], pairs, strict=True)
+    return tuple(start for start, (block, _) in starts if block.place == "response"), ends[-1]
 
 
 def _times(values_N: Tensor, factor_N: Tensor | None) -> Tensor:

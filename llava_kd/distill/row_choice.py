@@ -55,7 +55,7 @@ class Chosen:
         """All response rows, whose divergences count so much."""
         return replace(
             self,
-            factor_N=self.factor_N * dependency.weight_N,
+            factor_N=self.factor_N * dependency.factor_N,
             is_counted=self.is_counted and not dependency.drops_rows,
         )
 

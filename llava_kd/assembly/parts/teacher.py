@@ -15,7 +15,7 @@ from llava_kd.assembly.parts.models import DTYPES, choose_attention, place
 from llava_kd.assembly.parts.objective import wants_head_gram
 from llava_kd.assembly.parts.several.teachers import Others
 from llava_kd.assembly.parts.stored_teacher import HEAD
-from llava_kd.assembly.parts.teaching.visual_dependency import weighing
+from llava_kd.assembly.parts.teaching.visual_dependency import visually_weighed
 from llava_kd.assembly.settings import tables_of
 from llava_kd.config import TeacherConfig, TrainConfig
 from llava_kd.data.teacher_store.store import Manifest
@@ -25,7 +25,6 @@ from llava_kd.distill.teaching.cached import CachedTeacher
 from llava_kd.distill.teaching.door import Teaching
 from llava_kd.distill.teaching.from_teacher import FromTeacher
 from llava_kd.distill.teaching.live import Teacher
-from llava_kd.distill.teaching.visual_dependency import VisuallyWeighed
 from llava_kd.models.files.checkpoint import Parts, load_stock
 from llava_kd.models.files.teacher_head import load_head_only
 from llava_kd.models.mllm import MLLM, PARTS
@@ -113,7 +112,7 @@ def teaching_of(
     switch = lend(config, student[0], teacher, student[1], frozen.mllm)
     if config.teacher.visual_dependency is not None:
         say("the teacher is asked twice, with the picture and without it")
-        return VisuallyWeighed(weighing(config.teacher), frozen, switch, head_loss=formula)
+        return visually_weighed(config.teacher, frozen, switch, student[1], formula)
     return FromTeacher(frozen, switch, head_loss=formula)
 
 

@@ -42,6 +42,9 @@ def operations(
     if teacher is not None and settings is not None:
         places = {request.place for request in requests if request.divergence is not None}
         found["teacher"] = _of_teacher(teacher, places, settings, shares_tower=shares_tower)
+        if settings.visual_dependency is not None and settings.visual_dependency.gamma > 0:
+            trained, again = found["student"], _asked_again(student, readings=1)
+            found["student"] = lambda batch: trained(batch) + again(batch.student)
     return found
 
 
@@ -63,23 +66,26 @@ def _of_teacher(
 ) -> Count:
     flops = Flops.of(teacher.stock)
     tower = 0.0 if shares_tower or settings.cache is not None else _tower(teacher)
-    own_tower = 0.0 if settings.visual_dependency is None else _tower(teacher)
-
-    def asked_again(inputs: Inputs) -> float:
-        # Without the picture; both readings go through the head, to be compared.
-        again = 2 * head_rows(inputs, {"response"})
-        return flops.of_inputs(inputs, head_rows=again, tower_image=own_tower)
+    again = None if settings.visual_dependency is None else _asked_again(teacher, readings=2)
 
     def count(batch: Batch) -> float:
         inputs = batch.teacher_inputs
         rows = head_rows(inputs, places)
         if settings.cache is None:
             once = flops.of_inputs(inputs, head_rows=rows, tower_image=tower)
-            return once + (asked_again(inputs) if settings.visual_dependency is not None else 0.0)
+            return once if again is None else once + again(inputs)
         holds_states = batch.teacher_rows is not None and batch.teacher_rows.hidden_ME is not None
         return rows * flops.row * holds_states
 
     return count
+
+
+def _asked_again(parts: Parts, *, readings: int) -> Callable[[Inputs], float]:
+    """Without the picture, by a forward alone; `readings` of the responses go through the head for it."""
+    flops, tower = Flops.of(parts.stock), _tower(parts)
+    return lambda inputs: flops.of_inputs(
+        inputs, head_rows=readings * head_rows(inputs, {"response"}), tower_image=tower
+    )
 
 
 def _tower(parts: Parts) -> float:

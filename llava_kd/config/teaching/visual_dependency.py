@@ -31,6 +31,11 @@ class VisualDependencyConfig:
     mass: Annotated[
         float, Interval(gt=0, le=1), Doc("Share of the record's weight that they take; 1 drops the others.")
     ] = 0.5
+    gamma: Annotated[
+        float,
+        Interval(ge=0, le=100),
+        Doc("Weight of VGS's further target, the student's habit with what the picture adds; 0 is none."),
+    ] = 0.0
 
     def __post_init__(self) -> None:
         require(
@@ -50,4 +55,12 @@ class VisualDependencyConfig:
             not is_several,
             "`teacher.visual_dependency` asks one teacher about pictures, but `teacher.several` is set; set "
             "one of them to null",
+        )
+
+    def check_engine(self, engine_kind: str) -> None:
+        """ValueError where the student cannot be asked again within its forward."""
+        require(
+            self.gamma == 0 or engine_kind in ("auto", "single", "ddp"),
+            "`teacher.visual_dependency.gamma` asks the student again within its forward, which "
+            f"`engine.kind` {engine_kind} was not tried with; use auto, single or ddp, or set gamma to 0",
         )
