@@ -39,6 +39,16 @@ def test_a_run_goes_on_with_the_same_weighing_alone(stage, capsys) -> None:
         assert "visual_dependency" in refused(config, capsys, output, *change)
 
 
+def test_a_further_target_trains_alike_however_a_step_is_cut(stage) -> None:
+    config = stage("run", objective=KL, max_steps=2, global_batch_size=30, micro_batch_size=15)
+    words = [DEPENDENCY, "--teacher.visual_dependency.gamma=2"]
+    plain = metrics(config, "plain", *words)
+    alike(plain, metrics(config, "split", *words, "--micro_batch_size=3"))
+    without = metrics(config, "without", DEPENDENCY)
+    assert plain[0]["response_kl"] != pytest.approx(without[0]["response_kl"], rel=1e-2)
+    assert plain[0]["visual_dependency"] == pytest.approx(without[0]["visual_dependency"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -53,6 +63,12 @@ def test_a_run_goes_on_with_the_same_weighing_alone(stage, capsys) -> None:
         (["--teacher.visual_dependency.top=nan"], "teacher.visual_dependency"),
         (["--teacher.visual_dependency.mass=0.2"], "must be at least `top` (0.3)"),
         (["--teacher.visual_dependency.by=trust"], "trust"),
+        (["--teacher.visual_dependency.gamma=-1"], "teacher.visual_dependency.gamma"),
+        (
+            ["--teacher.visual_dependency.gamma=2", "--objective.response_kl.divergence=jsd"],
+            "needs the divergence forward or reverse and a number as temperature of `objective.response_kl`",
+        ),
+        (["--teacher.visual_dependency.gamma=2", "--engine.kind=fsdp2"], "`engine.kind` fsdp2 was not tried"),
         (["--teacher.visual_dependency.picture=absent"], "absent"),
         (["--teacher.visual_dependency.cells=0"], "teacher.visual_dependency.cells"),
     ],

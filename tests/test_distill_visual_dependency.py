@@ -27,7 +27,9 @@ from llava_kd.distill.teaching.live import Teacher
 from llava_kd.distill.teaching.pictures.withheld import withheld
 from llava_kd.distill.teaching.several import SeveralTeachers
 from llava_kd.distill.teaching.visual_dependency import VisuallyWeighed, Weighing
+from llava_kd.distill.terms.response_kl import ResponseKL
 from llava_kd.distill.token_policy import TokenPolicy
+from llava_kd.losses.targets.mixture import Voice
 from llava_kd.models.mllm import Prediction
 
 RECORDS = [record(i, images=(1, 0, 2, 1)[i], answer=(6, 5, 11, 1)[i]) for i in range(4)]
@@ -239,6 +241,57 @@ def test_shares_that_make_no_sense_and_several_teachers_are_refused() -> None:
     mixture = SeveralTeachers((looks, looks), torch.zeros(2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="found by one teacher that is live"):
         VisuallyWeighed(WEIGHING, mixture).outside(batch_of((0,)), None)
+
+
+# A further target ----
+
+
+class Contrasted(VisuallyWeighed):
+    """With a student that reads pictures as the teacher of these tests does, by other weights."""
+
+    def outside(self, batch: Batch, features_INE: Tensor | None) -> Taught:
+        taught = super().outside(batch, features_INE)
+        assert taught.dependency is not None
+        own = says(batch, 9)
+        voice = Voice(own.hidden_BTD.flatten(0, 1)[batch.student.places.response_N], own.head_VD, own.bias_V)
+        return replace(taught, dependency=replace(taught.dependency, own=voice, gamma=2.0))
+
+
+@pytest.mark.parametrize("losses", FORMULAS)
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+def test_a_further_target_does_not_depend_on_splits_or_packing(losses: str, kind: str) -> None:
+    teaching, objective = Contrasted(WEIGHING, looks), both(losses, divergence=kind)
+    whole = step_of([batch_of((0,), (1,), (2,), (3,))], objective, teaching)
+    without = step_of([batch_of((0,), (1,), (2,), (3,))], objective, VisuallyWeighed(WEIGHING, looks))
+    assert whole[0] != pytest.approx(without[0], rel=1e-2)
+    for cut in CUTS:
+        other = step_of([batch_of(*rows) for rows in cut], objective, teaching)
+        assert other[0] == pytest.approx(whole[0], rel=1e-5)
+        torch.testing.assert_close(other[2], whole[2], rtol=1e-5, atol=1e-6)
+
+
+def test_a_further_target_leaves_text_alone_as_it_was() -> None:
+    ours, plain = (
+        step_of([batch_of((1,))], both("fast"), t) for t in (Contrasted(WEIGHING, looks), FromTeacher(looks))
+    )
+    assert ours[0] == pytest.approx(plain[0], rel=1e-6)
+
+
+def test_a_further_target_is_refused_what_it_is_not_made_for() -> None:
+    batch = batch_of((0,))
+    taught, student = Contrasted(WEIGHING, looks).outside(batch, None), says(batch, 1)
+    for more in ({"divergence": "jsd"}, {"temperature": "std"}):
+        objective = changed(both("fast"), response_kl=ResponseKL(**more))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="a number as temperature and the divergence `forward`"):
+            objective(student, taught, batch, batch.counts())
+    assert taught.dependency is not None
+    alone = replace(taught, dependency=replace(taught.dependency, own=None))
+    with pytest.raises(ValueError, match="needs the student's own reading"):
+        both("fast")(student, alone, batch, batch.counts())
+    with pytest.raises(ValueError, match="gamma needs the student"):
+        VisuallyWeighed(Weighing(gamma=1.0), looks)
+    with pytest.raises(ValueError, match="gamma must be a number from 0 on"):
+        Weighing(gamma=-1.0)
 
 
 # Through the loop ----

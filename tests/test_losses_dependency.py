@@ -49,7 +49,8 @@ def test_a_chunk_at_a_time_gives_the_same(chunk_rows: int | None) -> None:
 
     head_VD, bias_V, labels_N = made(7, 3), made(7), torch.tensor([0, 3, 6, 2, 1])
     seen, unseen = (Voice(made(5, 3), head_VD, bias_V) for _ in range(2))
-    whole = of_logits(*(one.hidden_NE @ head_VD.T + bias_V for one in (seen, unseen)), labels_N)
+    logits_NV, text_NV = (one.hidden_NE @ head_VD.T + bias_V for one in (seen, unseen))
+    whole = of_logits(logits_NV, text_NV, labels_N)
     found = scores(seen, unseen, labels_N, chunk_rows=chunk_rows)
     torch.testing.assert_close(found.vds_N, whole.vds_N)
     torch.testing.assert_close(found.va_N, whole.va_N)
