@@ -117,7 +117,8 @@ def _trust(
         kept = teacher.logits_BTK.shape[2]
         if trust in LISTED and request.listed > kept:
             raise ValueError(
-                f"{kept} logits are kept of a teacher that is asked for its {request.listed} largest"
+                f"the {request.listed} largest logits of the teacher are asked for, and {kept} are kept; "
+                "lower response_kl.listed, or write a cache of more"
             )
         found = top_k_label_rows(teacher.top_k(rows.teacher_N), rows.targets_N)
     else:

@@ -18,8 +18,8 @@ class ResponseKL(KL):
     trust: Annotated[
         Trust,
         Doc(
-            "At `all` tokens, its `first` choices, by the label's probability, where it is `better`, or where "
-            "its `listed` largest logits hold the label or the student's choice."
+            "At `all` tokens, its `first` choices, by the label's probability, where it is `better`, or "
+            "where its `listed` largest logits hold the label or the student's choice."
         ),
     ] = "all"
     listed: Annotated[
