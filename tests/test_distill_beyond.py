@@ -359,7 +359,8 @@ def test_the_relation_of_text_to_vision_is_of_each_image_and_its_answers(student
 def test_the_teacher_counts_where_it_is_right_and_all_targets_divide(
     student: MLLM, teacher: Teacher, records: list[TinyRecord], trust: Trust
 ) -> None:
-    total, right, count, listed, kept = 0.0, 0, 0, 3, 0.0
+    total, right, count, kept = 0.0, 0, 0, 0.0
+    listed = 100 if trust == "choice_listed" else 3  # the student says what it likes
     for item in records:
         s_TV, t_TV = (logits_TV(side, item)[:, :COMMON] for side in (student, teacher.mllm))
         for place in range(1, len(item.ids)):
