@@ -78,6 +78,11 @@ def cache_teacher(
             "a cache holds what one teacher says, but `teacher.several` is set; set it to null to cache "
             f"{config.teacher.checkpoint} alone"
         )
+    if config.teacher.visual_dependency is not None:
+        raise ValueError(
+            "a cache holds what a teacher says with the picture alone, but `teacher.visual_dependency` asks "
+            "it without; set it to null"
+        )
     with peers(), ExitStack() as held:
         world = join(config.engine.device, timeout_minutes=config.engine.timeout_minutes)
         say = speaker(world)

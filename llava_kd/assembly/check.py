@@ -18,6 +18,7 @@ from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.stored_teacher import open_cache
 from llava_kd.assembly.parts.teacher import is_cached, teacher_parts, teacher_template
 from llava_kd.assembly.parts.teaching.peer import mirrored, peer_terms
+from llava_kd.assembly.parts.teaching.visual_dependency import check_visual_dependency
 from llava_kd.assembly.parts.tuning.centroids import with_centroids
 from llava_kd.assembly.planning.dry_run import plan
 from llava_kd.assembly.planning.pictures import picture_lines
@@ -52,6 +53,7 @@ def check(
     """
     read_slices(config)
     check_several(config)
+    check_visual_dependency(config)
     source = source_in(config)
     lines = [f"plug-in          {p.name}, sha256 {p.sha256[:16]}" for p in tables_of(config).plugins]
     student = student_in(config, lambda line: lines.append(f"template         of the student: {line}"))

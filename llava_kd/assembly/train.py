@@ -33,6 +33,7 @@ from llava_kd.assembly.parts.teaching.peer import (
     peer_fingerprints,
     peer_parts,
 )
+from llava_kd.assembly.parts.teaching.visual_dependency import check_visual_dependency
 from llava_kd.assembly.planning.estimate import ModelSizes, memory, refuse_too_large, together
 from llava_kd.assembly.runs.logs import logged, speaker
 from llava_kd.assembly.runs.provenance import checked_parent, finish
@@ -136,6 +137,7 @@ def _checked_source(config: TrainConfig, world: World) -> Source:
     read_held_out(config)
     token_policy(config)
     check_several(config)
+    check_visual_dependency(config)
     tagger_in(config)
     source = source_in(config)
     check_foreign(config)

@@ -97,6 +97,7 @@ class Objective:
             factors=factors,
             policy=taught.policy,
             label_weight_N=taught.label_weight_N,
+            dependency=taught.dependency,
         )()
         if head is not None:
             loss = loss + head[0]

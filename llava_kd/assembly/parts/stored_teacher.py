@@ -13,7 +13,7 @@ from llava_kd.data.sources.conversation import Source
 from llava_kd.data.teacher_store.store import Contents, TeacherCache
 from llava_kd.distill.head_terms import head_requests
 from llava_kd.distill.objective import beyond_top_k, places_read
-from llava_kd.distill.terms.term import Term
+from llava_kd.distill.terms.term import LISTED, Term
 from llava_kd.distill.token_policy import BEYOND_TOP_K
 from llava_kd.losses.divergence import Temperature
 from llava_kd.models.files.teacher_head import checkpoint_fingerprint, config_fingerprint
@@ -107,6 +107,12 @@ def trusted_by_probability(terms: Mapping[str, Term]) -> list[str]:
     return [name for name, request in found if request.trust in ("probability", "better", "worse")]
 
 
+def listed(terms: Mapping[str, Term]) -> int:
+    """How many of a teacher's largest logits a term looks through; 0 where none does."""
+    requests = head_requests(terms).values()
+    return max((request.listed for request in requests if request.trust in LISTED), default=0)
+
+
 def _refuse_missing(
     contents: Contents, terms: Mapping[str, Term], directory: str, *, has_own_targets: bool = False
 ) -> None:
@@ -126,6 +132,8 @@ def _refuse_missing(
             f"the label's probability, by which {' and '.join(names)} trusts the teacher: that needs the "
             f"rest's mass at temperature 1, and it was written for {in_words(contents.temperature)}"
         )
+    if contents.mode == "topk" and (more := listed(terms)) > (contents.k or 0):
+        lacking = f"the {more} largest logits, among which a term looks for a word: it holds {contents.k}"
     if contents.mode == "topk" and (found := temperatures(terms)) != [contents.temperature]:
         written, asked = in_words(contents.temperature), ", ".join(map(in_words, found))
         lacking = f"the rest's mass at temperature {asked}; it was written for {written}"

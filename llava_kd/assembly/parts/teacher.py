@@ -17,6 +17,7 @@ from llava_kd.assembly.parts.models import DTYPES, choose_attention, place
 from llava_kd.assembly.parts.objective import wants_head_gram
 from llava_kd.assembly.parts.several.teachers import Others
 from llava_kd.assembly.parts.stored_teacher import HEAD
+from llava_kd.assembly.parts.teaching.visual_dependency import visually_weighed
 from llava_kd.assembly.settings import tables_of
 from llava_kd.config import TeacherConfig, TrainConfig
 from llava_kd.data.foreign.talks import Talks
@@ -151,6 +152,9 @@ def teaching_of(
 
         return FromTeacher(others.join(frozen, placed, beta=several.beta), head_loss=formula)
     switch = lend(config, student[0], teacher, student[1], frozen.mllm)
+    if config.teacher.visual_dependency is not None:
+        say("the teacher is asked twice, with the picture and without it")
+        return visually_weighed(config.teacher, frozen, switch, student[1], formula)
     return FromTeacher(frozen, switch, head_loss=formula)
 
 

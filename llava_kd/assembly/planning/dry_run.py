@@ -18,6 +18,7 @@ from llava_kd.assembly.parts.several.teachers import check_several
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.teacher import check_foreign
 from llava_kd.assembly.parts.teaching.peer import check_peer_parent, mirrored
+from llava_kd.assembly.parts.teaching.visual_dependency import check_visual_dependency
 from llava_kd.assembly.planning.estimate import (
     GB,
     ModelSizes,
@@ -111,6 +112,7 @@ def _check(config: TrainConfig, ranks: int) -> None:
     read_slices(config)
     read_held_out(config)
     check_several(config)
+    check_visual_dependency(config)
     tagger_in(config)
     _check_sides(config)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-from llava_kd.batch import Batch
+from llava_kd.batch import Batch, Inputs
 from llava_kd.config import TeacherConfig
 from llava_kd.distill.head_terms import head_requests
 from llava_kd.distill.teaching.peer import exchanged
@@ -44,6 +44,9 @@ def operations(
     if isinstance(teacher, Parts) and settings is not None:
         places = {request.place for request in requests if request.divergence is not None}
         found["teacher"] = _of_teacher(teacher, places, settings, shares_tower=shares_tower)
+        if settings.visual_dependency is not None and settings.visual_dependency.gamma > 0:
+            trained, again = found["student"], _asked_again(student, readings=1)
+            found["student"] = lambda batch: trained(batch) + again(batch.student)
     return found
 
 
@@ -65,16 +68,26 @@ def _of_teacher(
 ) -> Count:
     flops = Flops.of(teacher.stock)
     tower = 0.0 if shares_tower or settings.cache is not None else _tower(teacher)
+    again = None if settings.visual_dependency is None else _asked_again(teacher, readings=2)
 
     def count(batch: Batch) -> float:
         inputs = batch.teacher_inputs
         rows = head_rows(inputs, places)
         if settings.cache is None:
-            return flops.of_inputs(inputs, head_rows=rows, tower_image=tower)
+            once = flops.of_inputs(inputs, head_rows=rows, tower_image=tower)
+            return once if again is None else once + again(inputs)
         holds_states = batch.teacher_rows is not None and batch.teacher_rows.hidden_ME is not None
         return rows * flops.row * holds_states
 
     return count
+
+
+def _asked_again(parts: Parts, *, readings: int) -> Callable[[Inputs], float]:
+    """Without the picture, by a forward alone; `readings` of the responses go through the head for it."""
+    flops, tower = Flops.of(parts.stock), _tower(parts)
+    return lambda inputs: flops.of_inputs(
+        inputs, head_rows=readings * head_rows(inputs, {"response"}), tower_image=tower
+    )
 
 
 def _tower(parts: Parts) -> float:

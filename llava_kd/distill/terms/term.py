@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from llava_kd.distill.terms.seen import Seen
 
 Need = Literal["nothing", "logits", "states", "model"]
-Trust = Literal["all", "first", "probability", "better", "worse"]
+Trust = Literal["all", "first", "probability", "better", "worse", "label_listed", "choice_listed"]
+
+LISTED: tuple[Trust, ...] = ("label_listed", "choice_listed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +105,14 @@ class HeadRequest:
     of an image, those that the teacher's response tokens attend to most, each counting as one over the share
     rows. `trust` in the teacher at a response token: full, full or none by whether its first choice is the
     label, its probability of the label, or full where its cross-entropy there is below the student's
-    (`better`), or above it (`worse`), and none elsewhere; a row's divergence is multiplied by it.
+    (`better`), or above it (`worse`), or where its `listed` largest logits hold the label or the student's
+    first choice, and none elsewhere; a row's divergence is multiplied by it.
     """
 
     place: Place
     share: float = 1.0
     trust: Trust = "all"
+    listed: int = 1
     temperature: Temperature = 1.0
     divergence: Divergence | None = None
 
