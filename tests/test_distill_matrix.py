@@ -75,8 +75,8 @@ KINDS: dict[str, list[dict]] = {
     "bad image": [{"is_valid": False}],
     "bad image and bad text": [{"is_valid": False}, {"images": 0, "is_valid": False}],
 }
-# A teacher of random weights is never right, and one that is wider is nowhere the less sure.
-UNTAUGHT = {"response_kl trust=first", "visual_regions trust=worse"}
+# A teacher of random weights is never right nor near the student, and a wider one is nowhere the less sure.
+UNTAUGHT = {"response_kl trust=first", "response_kl trust=choice_listed", "visual_regions trust=worse"}
 SILENT = {"text, all masked", "bad image", "bad image and bad text"}
 
 

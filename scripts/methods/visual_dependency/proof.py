@@ -6,8 +6,8 @@ Pictures of 12 x 12 belong to one of ten smooth patterns under noise. An answer 
 whose words are known from the frame and the place; at two places stands a word of the pattern. A perceptron
 that learns 4,000 such pictures teaches one of a quarter of its width on 300 others, by forward divergence
 through llava_kd's head loss. The arms of a seed differ in the weights alone, which are llava_kd's, from the
-teacher's readings with the picture and with grey. Reported: accuracy at the two places and at the others, on 2,000
-further pictures, and the paired differences to equal weights.
+teacher's readings with the picture and with grey. Reported: accuracy at the two places and at the
+others, on 2,000 further pictures, and the paired differences to equal weights.
 
 Shape legend: N words, R records, S pixels, D width, V words known.
 """
