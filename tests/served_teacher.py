@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, SiglipImageProcessorPil
 
 # What a test does to an answer, or instead of one: None goes on as usual.
 Trick = Callable[["Handler", dict, int], dict | None]
@@ -29,6 +29,8 @@ class Served:
     def __init__(self, directory: Path, chat_template: str, *, name: str = "teacher") -> None:
         self.model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
         self.processor = LlavaProcessor.from_pretrained(directory)
+        # Pillow's resize, which is the one here: torchvision's rounds some pixels otherwise.
+        self.processor.image_processor = SiglipImageProcessorPil.from_pretrained(directory)
         self.chat_template = chat_template
         self.names = [name]
         self.max_model_len = 2048

@@ -46,7 +46,7 @@ def rows(answer: Mapping[str, object], wanted: Wanted) -> dict[str, Tensor]:
         raise ValueError(
             f"gave {len(said)} prompt_logprobs for {len(ids)} prompt_token_ids: they cannot be aligned"
         )
-    found = [_largest(said[place + 1], place + 1, wanted) for place in places]
+    found = [_largest(said[place + 1], ids[place + 1], place + 1, wanted) for place in places]
     top_MK = torch.tensor([values for _, values in found], dtype=torch.float64).reshape(-1, wanted.k)
     columns_MK = torch.tensor([columns for columns, _ in found], dtype=torch.int32).reshape(-1, wanted.k)
     return {
@@ -105,16 +105,21 @@ def _shown(token: object, wanted: Wanted) -> str:
     return f"{wanted.tokenizer.convert_ids_to_tokens(token)!r} (id {token})"
 
 
-def _largest(said: object, place: int, wanted: Wanted) -> tuple[list[int], list[float]]:
-    """Columns and log-probabilities of one place, the largest first."""
+def _largest(said: object, own: int, place: int, wanted: Wanted) -> tuple[list[int], list[float]]:
+    """Columns and log-probabilities of one place, the largest first; `own` is the prompt's token there."""
     if not isinstance(said, dict) or not said:
         raise ValueError(f"gave no log-probabilities at token {place}")
     try:
-        found = [(int(token), float(of["logprob"]), of.get("rank")) for token, of in said.items()]
+        found = [(int(token), float(of["logprob"]), _rank(of)) for token, of in said.items()]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"gave log-probabilities at token {place} that are not of vLLM's form") from None
     if not all(math.isfinite(value) for _, value, _ in found):
         raise ValueError(f"gave a log-probability at token {place} that is no number")
+    if own not in [token for token, *_ in found]:
+        raise ValueError(
+            f"gave log-probabilities at token {place} without that token's own, as of another place: they "
+            "cannot be aligned"
+        )
     # The token of the prompt comes along, however unlikely it is.
     found = sorted(found, key=lambda entry: (-entry[1], entry[2] or 0, entry[0]))[: wanted.k]
     given = sum(rank is None or rank <= wanted.k for *_, rank in found)
@@ -136,3 +141,8 @@ def _largest(said: object, place: int, wanted: Wanted) -> tuple[list[int], list[
             f"{total:.3g}): start it with --logprobs-mode raw_logprobs"
         )
     return [token for token, *_ in found], [value for _, value, _ in found]
+
+
+def _rank(of: Mapping[str, object]) -> int | None:
+    rank = of.get("rank")
+    return rank if isinstance(rank, int) else None
