@@ -113,6 +113,13 @@ a lower bound of the divergence, so theirs is not an error.""",
         on_gpu=False,
     ),
     Section(script="generation", title="Answering", text="Greedy answers in batches, beside one at a time."),
+    Section(
+        script="on_policy",
+        title="Answers of the student's own",
+        text="""What it costs a step of the quickstart's stage 3 that the student answers its 32 records
+first: at once, one by one, and beside the step that then learns from them, in CPU seconds of one thread.""",
+        on_gpu=False,
+    ),
     Section(script="scoring", title="Scoring", text="The VQA rules over many answers.", on_gpu=False),
 )
 INTRODUCTION = """# Performance

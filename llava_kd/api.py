@@ -74,16 +74,18 @@ def evaluate(
     batch_size: int = 32,
     max_new_tokens: int | None = None,
     limit: int | None = None,
+    noise: Sequence[float] = (),
 ) -> Summary:
     """Ask a model every question of a LLaVA JSON file and score it; answers and summary are kept in `out`.
 
-    `images` is the image root (None: the folder of the file), `max_new_tokens` None is 32. A broken-off call
-    goes on; ValueError for an `out` that holds the answers of another model, file or setting.
+    `images` is the image root (None: the folder of the file), `max_new_tokens` None is 32, `noise` are levels
+    at which noisy pictures are asked about too (docs/methods/noise.md). A broken-off call goes on; ValueError
+    for an `out` that holds the answers of another model, file or setting.
     """
     from llava_kd.evaluation.runner import Asking
     from llava_kd.evaluation.runner import evaluate as ask
 
-    asking = Asking(batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit)
+    asking = Asking(batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit, noise=noise)
     return ask(model, data, out, image_root=images, asking=asking)
 
 

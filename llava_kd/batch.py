@@ -6,7 +6,7 @@ N tokens of an image, P response targets of a record (fewer are filled up), E te
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -87,7 +87,9 @@ class Inputs:
     the order of `pixels_ICHW`; every image fills the same number of positions. `image_is_valid_I` is False
     for the stand-in of an image that could not be read: it fills its place but is not distilled.
     `is_packed` is True where some row holds more than one record. `known_places`: as the loader found them.
-    `scores_BT`: of each label, how likely it is private, 0..1; None where nobody asked.
+    `scores_BT`: of each label, how likely it is private, 0..1; None where nobody asked. `own`: for a model of
+    another kind than LLaVA, what its own processor made beside the tokens, by the names of its arguments;
+    `pixels_ICHW` then has no pixel.
     """
 
     input_ids_BT: Tensor
@@ -100,6 +102,7 @@ class Inputs:
     is_packed: bool = False
     known_places: Places | None = None
     scores_BT: Tensor | None = None
+    own: Mapping[str, Tensor] | None = None
 
     @property
     def places(self) -> Places:
@@ -162,7 +165,8 @@ class Inputs:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {name: move(t) for name, t in tensors.items() if isinstance(t, Tensor)}
         places = None if self.known_places is None else self.known_places.map(move)
-        return replace(self, known_places=places, **moved)
+        own = None if self.own is None else {name: move(tensor) for name, tensor in self.own.items()}
+        return replace(self, known_places=places, own=own, **moved)
 
 
 class Counts(dict[str, Tensor]):
@@ -220,7 +224,8 @@ class Batch:
 
     `teacher_rows` is what a cache holds of the teacher, where one stands in for it. `num_shared_targets`: how
     many targets are the same tokens on both sides, where there are two and the loader counted. `step`: the
-    optimiser step that it is of, for what is drawn anew at each; steps count from 0.
+    optimiser step that it is of, for what is drawn anew at each; steps count from 0. `own_answers`: its
+    labels are answers of the student's own, in place of the data's, and no truth.
     """
 
     student: Inputs
@@ -229,6 +234,7 @@ class Batch:
     teacher_rows: TeacherRows | None = None
     num_shared_targets: int | None = None
     step: int = 0
+    own_answers: bool = False
 
     @property
     def teacher_inputs(self) -> Inputs:

@@ -134,7 +134,7 @@ def marks(page: str) -> set[str]:
     [
         (),
         ("--optim.lr_by_part.language_model=1e-6", "--trainable=[language_model]", "--engine.device=cpu"),
-        ("--data.packing={max_tokens: 9}", "--seed=1", "--log.wandb_project='a: b'"),
+        ("--profile={steps: [3, 4]}", "--seed=1", "--log.wandb_project='a: b'"),
     ],
     ids=["as it is", "rates", "odd text"],
 )

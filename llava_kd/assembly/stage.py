@@ -14,6 +14,7 @@ from llava_kd.assembly.parts.held_out import evaluator
 from llava_kd.assembly.parts.lending import tap_student
 from llava_kd.assembly.parts.models import compute_dtype, placed_student
 from llava_kd.assembly.parts.objective import objective, token_policy
+from llava_kd.assembly.parts.on_policy.assembling import with_own_answers
 from llava_kd.assembly.parts.several.teachers import Others
 from llava_kd.assembly.parts.teacher import say_left_out, teaching_of
 from llava_kd.assembly.parts.teaching.peer import peer_of
@@ -26,7 +27,9 @@ from llava_kd.data.sources.conversation import Source
 from llava_kd.distill.student import Student
 from llava_kd.distill.teaching.door import Teaching
 from llava_kd.distill.teaching.guarded import Guarded
+from llava_kd.distill.teaching.on_policy.own_answers import OwnAnswers
 from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.foreign.loading import AnyParts, as_llava
 from llava_kd.models.mllm import MLLM
 from llava_kd.parallel.engine import Engine
 from llava_kd.parallel.world import World
@@ -65,7 +68,7 @@ class Fed:
     """With the loader, which knows whether the teacher sees through the student's tower."""
 
     placed: Placed
-    teacher: Parts | None
+    teacher: AnyParts | None
     loader: Loader
     shares_tower: bool
 
@@ -99,7 +102,7 @@ def assemble(
     config: TrainConfig,
     world: World,
     student: Parts,
-    teacher: Parts | None,
+    teacher: AnyParts | None,
     say: Say = print,
     *,
     identity: Mapping[str, str] | None = None,
@@ -133,7 +136,7 @@ def _place(config: TrainConfig, world: World, adapted: Adapted) -> Placed:
 
 
 def _feed(
-    config: TrainConfig, world: World, placed: Placed, teacher: Parts | None, source: Source | None
+    config: TrainConfig, world: World, placed: Placed, teacher: AnyParts | None, source: Source | None
 ) -> Fed:
     loader, shares_tower = make_loader(config, world, placed.adapted.student, teacher, source)
     return Fed(placed=placed, teacher=teacher, loader=loader, shares_tower=shares_tower)
@@ -145,14 +148,17 @@ def _accompany(
     teaching = None
     student, mllm, shares = fed.placed.adapted.student, fed.placed.mllm, fed.shares_tower
     if fed.teacher is not None and config.peer is not None:
-        teaching = peer_of(config, world, (student, mllm), fed.teacher, say, shares_tower=shares)
+        its = as_llava(fed.teacher, "`peer`")
+        teaching = peer_of(config, world, (student, mllm), its, say, shares_tower=shares)
     elif fed.teacher is not None:
         teaching = teaching_of(
             config, world, (student, mllm), fed.teacher, say, shares_tower=shares, others=others
         )
         if config.pictures is not None:
-            models = (student, mllm), fed.teacher
+            models = (student, mllm), as_llava(fed.teacher, "`pictures`")
             teaching = with_changed_pictures(config, world, models, teaching, source, say)
+        if config.on_policy is not None:
+            teaching = OwnAnswers(teaching)
     policy = token_policy(config)
     if policy is None:
         return Accompanied(fed=fed, teaching=teaching)
@@ -187,12 +193,13 @@ def _drive(config: TrainConfig, world: World, joined: Joined, say: Say) -> Drive
 
 def _trainer(config: TrainConfig, driven: Driven, say: Say, identity: Mapping[str, str]) -> Trainer:
     module, engine, fed = driven.joined.module, driven.engine, driven.joined.accompanied.fed
+    student = fed.placed.adapted.student
     total = num_steps(config, fed.loader.steps_per_epoch)
     if (warning := few_steps(total)) is not None:
         say(warning)
     evaluate = None
     if config.evaluate is not None:
-        evaluate = evaluator(config, config.evaluate, fed.placed.adapted.student, module, engine)
+        evaluate = evaluator(config, config.evaluate, student, module, engine)
     return Trainer(
         engine=engine,
         student=module,
@@ -215,9 +222,14 @@ def _trainer(config: TrainConfig, driven: Driven, say: Say, identity: Mapping[st
 
 
 def _measured(config: TrainConfig, driven: Driven, say: Say) -> TrainingLoader:
-    """The loader, which counts operations, and traces the steps that are asked for."""
+    """The loader, which counts operations, and traces the steps that are asked for.
+
+    Where the student answers for itself, its answers are in what is counted, and writing them is not.
+    """
     fed, world = driven.joined.accompanied.fed, driven.engine.world
-    counted = Counted(fed.loader, driven.joined.operations, peak=peak(world.device))
+    student = fed.placed.adapted.student
+    loader = with_own_answers(config, fed.loader, student, fed.teacher, driven.engine)
+    counted = Counted(loader, driven.joined.operations, peak=peak(world.device))
     if config.profile is None:
         return counted
     directory = Path(config.output_dir) / "profile"

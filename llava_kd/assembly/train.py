@@ -23,6 +23,7 @@ from llava_kd.assembly.parts.objective import token_policy
 from llava_kd.assembly.parts.several.teachers import check_several, other_teachers
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.teacher import (
+    check_foreign,
     teacher_parts,
     teacher_template,
 )
@@ -36,14 +37,15 @@ from llava_kd.assembly.planning.estimate import ModelSizes, memory, refuse_too_l
 from llava_kd.assembly.runs.logs import logged, speaker
 from llava_kd.assembly.runs.provenance import checked_parent, finish
 from llava_kd.assembly.runs.run_dir import check_world, claim
+from llava_kd.assembly.runs.written_by import checked_writers
 from llava_kd.assembly.stage import assemble
 from llava_kd.config import TrainConfig
 from llava_kd.data.sources.conversation import Source
 from llava_kd.models.files.card import reading_notes
 from llava_kd.models.files.checkpoint import Parts, save_stock
 from llava_kd.models.files.other_tools import unopened
+from llava_kd.models.foreign.loading import AnyParts
 from llava_kd.models.lora import merge_adapters
-from llava_kd.models.reading import existing
 from llava_kd.parallel.world import World, join, peers
 
 
@@ -72,6 +74,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
     with world.together():
         parent = _parent(config) if world.is_main else None
         source = _checked_source(config, world)
+        written_by = checked_writers(config, parent)
     torch.manual_seed(config.seed)
     transformers.logging.disable_progress_bar()
     student = student_in(config, lambda line: say(f"template of the student: {line}"))
@@ -109,6 +112,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
                 num_steps=trainer.num_steps,
                 identity=trainer.identity,
                 parent=parent,
+                written_by=written_by,
                 exported=best,
                 readings=readings,
             )
@@ -133,9 +137,9 @@ def _checked_source(config: TrainConfig, world: World) -> Source:
     token_policy(config)
     check_several(config)
     tagger_in(config)
-    if config.teacher is not None and config.teacher.checkpoint is not None:
-        existing(config.teacher.checkpoint, "the LLaVA checkpoint")
-    return source_in(config)
+    source = source_in(config)
+    check_foreign(config)
+    return source
 
 
 def _export(
@@ -154,7 +158,7 @@ def _export(
 
 
 def _refuse_too_large(
-    config: TrainConfig, world: World, student: Parts, teachers: Sequence[Parts], peer: Parts | None
+    config: TrainConfig, world: World, student: Parts, teachers: Sequence[AnyParts], peer: Parts | None
 ) -> None:
     """ValueError where a GPU is too small for the models as they are loaded."""
     if world.device.type != "cuda":

@@ -41,6 +41,7 @@ def add(data: Commands) -> None:
     centroids.add_argument("--tokens", type=count, default=256, help="how many at most")
     centroids.add_argument("--least", type=count, default=10, help="rows that a token must have")
     _add_answer(data)
+    _add_rationale(data)
 
 
 def _add_answer(data: Commands) -> None:
@@ -59,19 +60,42 @@ def _add_answer(data: Commands) -> None:
     feedback.add_argument("--samples", type=count, default=4, help="answers to each question")
     feedback.add_argument("--margin", type=float, default=0.1, help="least difference of their mean log p")
     for how in (label, expand, curate, feedback):
-        how.add_argument("--model", required=True, help="stock LLaVA directory")
-        how.add_argument("--data", required=True, help="LLaVA .json or .jsonl file")
-        how.add_argument("--images", help="image root (default: the folder of --data)")
-        how.add_argument("--follow_symlinks", action="store_true", help="links may leave the image root")
-        how.add_argument("--out", required=True, help="directory; answers that are there are kept")
-        how.add_argument("--batch_size", type=count, default=32)
-        how.add_argument("--max_new_tokens", type=count, default=256, help="one cut off there is dropped")
-        drawn = 1.0 if how is feedback else 0.0
-        how.add_argument("--temperature", type=float, default=drawn, help=f"0 is greedy (default: {drawn:g})")
-        how.add_argument("--top_p", type=float, default=1.0)
-        how.add_argument("--seed", type=partial(count, least=0), default=0, help="of what is drawn")
-        how.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
-        how.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+        _add_writing(how, temperature=1.0 if how is feedback else 0.0)
+
+
+def _add_rationale(data: Commands) -> None:
+    what = "let a model answer step by step, and keep what evidence bears out, corrected where it was wrong"
+    rationale = command(data, "rationale", _rationale, what)
+    _add_writing(rationale, temperature=0.0)
+    rationale.add_argument("--scene_graphs", help="JSON file: what is in each record's picture")
+    rationale.add_argument("--boxes", help="JSON file: labelled boxes by record")
+    rationale.add_argument("--ocr", help="JSON file: the words that are written in each record's picture")
+    rationale.add_argument("--facts", help="CSV or JSON table of subject, relation, object (and record)")
+    rationale.add_argument("--texts", help="folder of .txt and .md files, searched by BM25")
+    rounds = "how often the rest of an answer is written anew behind a wrong step; 0 drops the record"
+    rationale.add_argument("--rounds", type=partial(count, least=0), default=3, help=rounds)
+    unread = "a step that no evidence can read is kept, and counted, or drops the record"
+    rationale.add_argument("--unread", choices=["keep", "drop"], default="keep", help=unread)
+    true = "drop answers that are not those of the data"
+    rationale.add_argument("--true_answers", action="store_true", help=true)
+    rationale.add_argument("--answer", default="Answer:", help="what the last line begins with")
+    rationale.add_argument("--prompt", help="what is added to a question to ask for steps; '' for nothing")
+
+
+def _add_writing(how: argparse.ArgumentParser, *, temperature: float) -> None:
+    how.add_argument("--model", required=True, help="stock LLaVA directory")
+    how.add_argument("--data", required=True, help="LLaVA .json or .jsonl file")
+    how.add_argument("--images", help="image root (default: the folder of --data)")
+    how.add_argument("--follow_symlinks", action="store_true", help="links may leave the image root")
+    how.add_argument("--out", required=True, help="directory; answers that are there are kept")
+    how.add_argument("--batch_size", type=count, default=32)
+    how.add_argument("--max_new_tokens", type=count, default=256, help="one cut off there is dropped")
+    greedy = f"0 is greedy (default: {temperature:g})"
+    how.add_argument("--temperature", type=float, default=temperature, help=greedy)
+    how.add_argument("--top_p", type=float, default=1.0)
+    how.add_argument("--seed", type=partial(count, least=0), default=0, help="of what is drawn")
+    how.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
+    how.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
 
 
 def share(text: str) -> float:
@@ -174,6 +198,23 @@ def _curate(arguments: argparse.Namespace) -> int:
             raise ValueError("--keep and --least belong to --by likelihood")
         return _say(agree_data(_answering(arguments)))
     return _say(likely_data(_answering(arguments), keep=arguments.keep, least=arguments.least))
+
+
+def _rationale(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.curating.rationale import READERS, Sources, rationale_data
+    from llava_kd.curation.rationale.verifying import PROMPT, Rules
+
+    sources = {kind: getattr(arguments, kind) for kind in READERS}
+    if not any(sources.values()):
+        raise ValueError(f"give evidence for the steps: {', '.join(f'--{kind}' for kind in READERS)}")
+    rules = Rules(
+        rounds=arguments.rounds,
+        unread=arguments.unread,
+        true_answers=arguments.true_answers,
+        answer=arguments.answer,
+        prompt=PROMPT if arguments.prompt is None else arguments.prompt,
+    )
+    return _say(rationale_data(_answering(arguments), Sources(**sources), rules))
 
 
 def _feedback(arguments: argparse.Namespace) -> int:

@@ -23,6 +23,10 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--batch_size", type=count, default=32)
     evaluate.add_argument("--max_new_tokens", type=count, help="default: 32, or each benchmark's own")
     add_plugins(evaluate, "benchmarks, or the tower of the model")
+    evaluate.add_argument(
+        "--noise", help="levels joined by commas, such as 0.1,0.2: ask about noisy pictures too"
+    )
+    evaluate.add_argument("--noise_seed", type=int, default=0, help="what the noise is drawn from")
     evaluate.add_argument("--limit", type=count, help="ask the first questions of each benchmark only")
 
     report = command(commands, "report", _report, "write a page of any runs: one, several, or a comparison")
@@ -40,6 +44,9 @@ def add(commands: Commands) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     if arguments.limit is not None and not arguments.benchmark:
         raise ValueError("a limit goes with a benchmark; of a LLaVA JSON file every question is asked")
+    if arguments.noise is not None and arguments.benchmark:
+        raise ValueError("noise goes with a LLaVA JSON file; of a benchmark pictures are as they are")
+    levels = _levels(arguments.noise)
     look_at_model(arguments.model)
     if not arguments.benchmark:
         look_at_file(arguments.data, "test", "give a LLaVA .json or .jsonl file")
@@ -47,7 +54,11 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     tables = plugins(arguments)
     asking = Asking(
-        batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens, limit=arguments.limit
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        limit=arguments.limit,
+        noise=levels,
+        noise_seed=arguments.noise_seed,
     )
     if arguments.benchmark:
         from llava_kd.evaluation.benchmarks.run import evaluate_benchmarks
@@ -74,7 +85,16 @@ def _eval(arguments: argparse.Namespace) -> int:
     if is_first_rank():
         shown = {name: summary[name] for name in ("accuracy", "count", "unreadable", "by_type")}
         show(json.dumps(shown, indent=2))
+        if "noise" in summary:
+            show((Path(arguments.out) / "noise.md").read_text())
     return 0
+
+
+def _levels(text: str | None) -> list[float]:
+    try:
+        return [] if text is None else [float(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--noise must be numbers joined by commas, such as 0.1,0.2; got {text!r}") from None
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -39,8 +39,8 @@ class StudentConfig:
         None
     )
     projector: Annotated[
-        Literal["own", "teacher"],
-        Doc("A new one of its `own`, or the `teacher`'s, frozen, with a trained linear map to its width."),
+        Literal["own", "teacher", "conv_attention"],
+        Doc("A new one; the `teacher`'s, frozen, and a linear map; or `conv_attention`, over the grid."),
     ] = "own"
     projector_start: Annotated[
         Literal["random", "closed_form"],
@@ -60,13 +60,13 @@ class StudentConfig:
         require(
             self.projector == "own" or self.checkpoint is None,
             f"`{self.where}.projector` is of a new student; one that goes on from `{self.where}.checkpoint` "
-            "keeps the projector it has, its teacher's too: leave projector out",
+            "keeps the projector it has, of whatever kind: leave projector out",
         )
         require(
             self.projector_start == "random" or (self.projector == "own" and self.checkpoint is None),
             f"`{self.where}.projector_start: closed_form` is of a new student with its own projector; one "
-            f"that goes on from `{self.where}.checkpoint`, or takes the teacher's, has learned already: "
-            "leave it out",
+            f"that goes on from `{self.where}.checkpoint`, or takes the teacher's, has learned already, and "
+            "conv_attention is no linear map: leave it out",
         )
 
 
@@ -79,7 +79,7 @@ class PeerConfig(StudentConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    checkpoint: Annotated[str, Doc("Stock LLaVA directory.")]
+    checkpoint: Annotated[str, Doc("Stock LLaVA directory, or one of another image-text-to-text model.")]
     dtype: Annotated[Dtype, Doc("Of its weights.")] = "bfloat16"
     quantize: Annotated[Literal["8bit"] | None, Doc("Few bits for the weights of its language model.")] = None
     placement: Annotated[

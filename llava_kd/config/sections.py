@@ -16,6 +16,7 @@ from llava_kd.config.objective import ObjectiveConfig
 from llava_kd.config.pictures import PicturesConfig, check_pictures
 from llava_kd.config.ranges import PositiveFloat, PositiveInt, require
 from llava_kd.config.running import CheckpointConfig, EngineConfig, LogConfig, OptimConfig, ProfileConfig
+from llava_kd.config.teaching.on_policy import OnPolicyConfig, check_on_policy
 from llava_kd.config.teaching.peer import check_peer
 from llava_kd.config.teaching.token_policy import TokenPolicyConfig
 
@@ -49,6 +50,9 @@ class TrainConfig:
     ] = None
     token_policy: Annotated[
         TokenPolicyConfig | None, Doc("What is taught of private tokens; null treats all tokens alike.")
+    ] = None
+    on_policy: Annotated[
+        OnPolicyConfig | None, Doc("Answers that the student writes while it trains; null is none.")
     ] = None
     pictures: Annotated[
         PicturesConfig | None, Doc("A change of the pictures before both models; null is none.")
@@ -93,8 +97,13 @@ class TrainConfig:
             self.trainable,
             placement=self._placement,
             cache=None if self.teacher is None else self.teacher.cache,
-            others={"student.projector": reuses_teacher, "pictures": self.pictures is not None},
+            others={
+                "student.projector": reuses_teacher,
+                "pictures": self.pictures is not None,
+                "on_policy": self.on_policy is not None,
+            },
         )
+        check_on_policy(self)
         if self.pictures is not None:
             require(
                 self.token_policy is None,
@@ -156,5 +165,6 @@ class TrainConfig:
             "teacher": teacher,
             "token_policy": self.token_policy,
             "pictures": self.pictures,
+            "on_policy": self.on_policy,
             "objective.learned_weights": self.objective.learned_weights,
         }

@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 
-from llava_kd.evaluation.answers import ERROR, answers_file, claim, mend, merge, read_all, write_atomic
+from llava_kd.durable import write_text
+from llava_kd.evaluation.answers import ERROR, answers_file, claim, mend, merge, read_all
 from llava_kd.evaluation.generation.generate import Generator, generate, pictures
 from llava_kd.evaluation.generation.model_directory import model_directory
+from llava_kd.evaluation.generation.noise import Noise, check_levels
 from llava_kd.evaluation.generation.prompt import check_template
 from llava_kd.evaluation.generation.questions import Question, check_images, fingerprint, read_llava_json
 from llava_kd.evaluation.generation.ranks import Ranks, join_ranks
@@ -28,8 +30,17 @@ from llava_kd.evaluation.stopwatch import counted, seconds_spent
 logger = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
+NOISE_TABLE = "noise.md"
 MAX_NEW_TOKENS = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class NoiseSummary(TypedDict):
+    """Accuracy of the questions that have a picture, by the level of its noise; "0" is without any."""
+
+    accuracy: dict[str, float]
+    count: int
+    seed: int
 
 
 class Summary(TypedDict):
@@ -39,6 +50,7 @@ class Summary(TypedDict):
     by_type: dict[str, float]
     count: int
     count_by_type: dict[str, int]
+    noise: NotRequired[NoiseSummary]
     unreadable: int
     seconds: float
     model: str
@@ -51,6 +63,7 @@ class Summary(TypedDict):
 class Asking:
     """How questions are asked. `max_new_tokens` None is 32, or each benchmark's own; a device and a type of
     None are the best that there is. `limit`: the first questions of each benchmark alone, for a trial.
+    `noise`: levels of noise at which pictures are asked about once more, as drawn from `noise_seed`.
     """
 
     batch_size: int = 32
@@ -59,6 +72,8 @@ class Asking:
     dtype: str | None = None
     limit: int | None = None
     progress: bool = True
+    noise: Sequence[float] = ()
+    noise_seed: int = 0
 
 
 _ASKING = Asking()
@@ -76,21 +91,19 @@ def evaluate(
     """Ask every question of a LLaVA JSON file, write OUT/answers.jsonl and OUT/summary.json; the summary.
 
     Under torchrun each rank answers its part. A killed run continues from the answers on disk; a directory
-    that holds the answers of another model, file or setting is refused.
+    that holds the answers of another model, file or setting is refused. Answers under noise stand in
+    OUT/noise_LEVEL, and their accuracies in the summary and in OUT/noise.md.
     """
+    levels = check_levels(asking.noise)
     if asking.limit is not None:
         raise ValueError("a limit goes with a benchmark; of a LLaVA JSON file every question is asked")
     model_dir, out_dir = model_directory(model_dir), Path(out_dir)
     questions = read_llava_json(data_json, image_root=image_root, follow_symlinks=follow_symlinks)
+    if levels and not any(question.images for question in questions):
+        raise ValueError(f"{data_json} has no question with a picture, so leave the noise out")
     ranks = join_ranks()
-    answers, seconds = answer_questions(
-        Model(model_dir, ranks=ranks, device=asking.device, dtype=asking.dtype),
-        questions,
-        out_dir,
-        batch_size=asking.batch_size,
-        max_new_tokens=asking.max_new_tokens or MAX_NEW_TOKENS,
-        progress=asking.progress,
-    )
+    model = Model(model_dir, ranks=ranks, device=asking.device, dtype=asking.dtype)
+    answers, seconds = _asked(model, questions, out_dir, asking)
     score = score_exact(answers)
     summary: Summary = {
         "accuracy": score.accuracy,
@@ -104,9 +117,57 @@ def evaluate(
         "fingerprints": json.loads((out_dir / "run.json").read_text(encoding="utf-8")),
         "versions": versions(),
     }
+    if levels:
+        summary["noise"] = _under_noise(model, questions, answers, out_dir, asking)
     if ranks.rank == 0:
-        write_atomic(out_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        if "noise" in summary:
+            write_text(out_dir / NOISE_TABLE, noise_table(summary["noise"]))
+        write_text(out_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _asked(
+    model: Model, questions: Sequence[Question], out_dir: Path, asking: Asking
+) -> tuple[list[dict[str, str]], float]:
+    return answer_questions(
+        model,
+        questions,
+        out_dir,
+        batch_size=asking.batch_size,
+        max_new_tokens=asking.max_new_tokens or MAX_NEW_TOKENS,
+        progress=asking.progress,
+    )
+
+
+def _under_noise(
+    model: Model,
+    questions: Sequence[Question],
+    plain: Sequence[dict[str, str]],
+    out_dir: Path,
+    asking: Asking,
+) -> NoiseSummary:
+    """The questions that have a picture, level by level; `plain` are the answers without noise."""
+    seen = [question for question in questions if question.images]
+    without = [answer for q, answer in zip(questions, plain, strict=True) if q.images]
+    accuracy = {"0": score_exact(without).accuracy}
+    for level in check_levels(asking.noise):
+        noise = Noise(level=level, seed=asking.noise_seed)
+        answers, _ = _asked(
+            model, [replace(q, noise=noise) for q in seen], out_dir / f"noise_{level:g}", asking
+        )
+        accuracy[f"{level:g}"] = score_exact(answers).accuracy
+    return {"accuracy": accuracy, "count": len(seen), "seed": asking.noise_seed}
+
+
+def noise_table(found: NoiseSummary) -> str:
+    """Markdown: a level a row, and what it lost."""
+    plain = found["accuracy"]["0"]
+    rows = [
+        f"| {level} | {100 * value:.1f} | {100 * (value - plain):+.1f} |"
+        for level, value in found["accuracy"].items()
+    ]
+    head = f"| noise | accuracy of {found['count']:,} questions, % | points |\n|---|---|---|"
+    return "\n".join([head, *rows]) + "\n"
 
 
 class Model:

@@ -59,3 +59,38 @@ def test_two_ranks_write_what_one_does(shapes_dir: Path, teacher_dir: Path, tmp_
         run([*words, "--out", str(out)], tmp_path / f"log{count}", count)
         made.append((out / "records.json").read_bytes())
     assert made[0] == made[1]
+
+
+def test_two_ranks_write_the_rationales_that_one_does(
+    shapes_dir: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    names = [raw["id"] for raw in json.loads((shapes_dir / "test.json").read_text())]
+    graphs = tmp_path / "graphs.json"
+    objects = [{"name": name, "attributes": {"colour": "red"}} for name in ("circle", "star")]
+    graphs.write_text(json.dumps({name: {"objects": objects} for name in names}))
+    words = ["data", "rationale", "--data", str(shapes_dir / "test.json"), "--scene_graphs", str(graphs)]
+    words += [
+        "--model",
+        str(teacher_dir),
+        "--batch_size=2",
+        "--max_new_tokens=4",
+        "--device=cpu",
+        "--prompt=",
+    ]
+    made = []
+    for count in (1, 2):
+        out = tmp_path / f"out{count}"
+        told = [*words, "--out", str(out)]
+        ended = ranks.Ranks(told, tmp_path / f"first{count}", ranks=count).wait()
+        assert set(ended.codes) == {2}, ended.log  # random weights write no rationale
+        path = out / "answers0" / "answers.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for k, line in enumerate(lines):
+            line["answer"] = f"The circle is {'red' if k % 2 else 'blue'}.\nAnswer: circle"
+            line.pop("cut", None)
+        path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+        run(told, tmp_path / f"second{count}", count)
+        files = [out / "records.json", out / "dropped.jsonl", out / "answers1" / "answers.jsonl"]
+        made.append([path.read_bytes() for path in files])
+    assert made[0] == made[1]
+    assert len(json.loads(made[0][0])) == 3

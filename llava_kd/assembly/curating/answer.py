@@ -19,8 +19,8 @@ from llava_kd.curation.difference import Share, kept
 from llava_kd.curation.elicit.entries import Asked, Dropped, Which, read_asked
 from llava_kd.curation.elicit.making import Asking, Made, agreeing, expand, label, read_prompts
 from llava_kd.curation.elicit.pairs import paired, sampled
-from llava_kd.data.sound import write_whole
 from llava_kd.data.sources.kinds import Place, open_source
+from llava_kd.durable import write_whole
 from llava_kd.evaluation.answers import claim
 from llava_kd.evaluation.generation.model_directory import model_directory
 from llava_kd.evaluation.generation.ranks import Ranks
@@ -51,19 +51,19 @@ class Answering:
 def label_data(asked: Answering, *, relabel: bool = False) -> str:
     """Answers for the questions that stand open; with `relabel` for all answers of every record anew."""
 
-    def work(run: _Run) -> tuple[Made, Mapping[str, object]]:
+    def work(run: Run) -> tuple[Made, Mapping[str, object]]:
         records, dropped = run.read("all" if relabel else "open")
         asking = run.asking(asked.model)
         made = label(asking, records, run.out)
         return _with(made, dropped), asking.provenance("label", "the records' own questions")
 
-    return _elicit(asked, work)
+    return elicit(asked, work)
 
 
 def expand_data(asked: Answering, prompts: str) -> str:
     """New questions about the images of the data, by the prompts of a file; they have no answers yet."""
 
-    def work(run: _Run) -> tuple[Made, Mapping[str, object]]:
+    def work(run: Run) -> tuple[Made, Mapping[str, object]]:
         asking = run.asking(asked.model)
         made = expand(
             asking,
@@ -75,19 +75,19 @@ def expand_data(asked: Answering, prompts: str) -> str:
         )
         return made, asking.provenance("expand", f"those of {prompts}")
 
-    return _elicit(asked, work)
+    return elicit(asked, work)
 
 
 def agree_data(asked: Answering) -> str:
     """The records whose answers this model gives too."""
 
-    def work(run: _Run) -> tuple[Made, Mapping[str, object]]:
+    def work(run: Run) -> tuple[Made, Mapping[str, object]]:
         records, dropped = run.read("all")
         asking = run.asking(asked.model)
         made = agreeing(asking, records, run.out)
         return _with(made, dropped), asking.provenance("agreement", "the records' own questions")
 
-    return _elicit(asked, work)
+    return elicit(asked, work)
 
 
 def likely_data(asked: Answering, *, keep: float | None, least: float | None) -> str:
@@ -96,7 +96,7 @@ def likely_data(asked: Answering, *, keep: float | None, least: float | None) ->
         raise ValueError("give either --keep, a share of the records, or --least, a mean log p a token")
     share = None if keep is None else Share(keep=keep)
 
-    def work(run: _Run) -> tuple[Made, Mapping[str, object]]:
+    def work(run: Run) -> tuple[Made, Mapping[str, object]]:
         records, dropped = run.read("all")
         scores = run.scores(Path(asked.data), asked.images)
         score_R = np.array([scores.get(one.record.id, np.nan) for one in records])
@@ -117,7 +117,7 @@ def likely_data(asked: Answering, *, keep: float | None, least: float | None) ->
                 dropped.append(Dropped(id=one.record.id, reason=why))
         return Made(entries=entries, dropped=dropped), origin
 
-    return _elicit(asked, work)
+    return elicit(asked, work)
 
 
 def feedback_data(asked: Answering, student: str, *, samples: int, margin: float) -> str:
@@ -127,7 +127,7 @@ def feedback_data(asked: Answering, student: str, *, samples: int, margin: float
             "feedback needs different answers: a --temperature above 0, and --samples of 2 or more"
         )
 
-    def work(run: _Run) -> tuple[Made, Mapping[str, object]]:
+    def work(run: Run) -> tuple[Made, Mapping[str, object]]:
         records, dropped = run.read("any")
         asking = run.asking(student)
         candidates, same = sampled(asking, records, run.out, samples=samples)
@@ -148,7 +148,7 @@ def feedback_data(asked: Answering, student: str, *, samples: int, margin: float
         made = paired(candidates, scores, margin=margin, origin=origin)
         return _with(made, [*dropped, *same]), origin
 
-    return _elicit(asked, work)
+    return elicit(asked, work)
 
 
 def _with(made: Made, dropped: list[Dropped]) -> Made:
@@ -156,7 +156,7 @@ def _with(made: Made, dropped: list[Dropped]) -> Made:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run:
+class Run:
     """One call on one rank."""
 
     asked: Answering
@@ -213,8 +213,8 @@ class _Run:
         return {one.id: -one.mean("tokens") for one in found.values()}
 
 
-def _elicit(
-    asked: Answering, work: Callable[[_Run], tuple[Made, Mapping[str, object]]], tables: Tables = OURS
+def elicit(
+    asked: Answering, work: Callable[[Run], tuple[Made, Mapping[str, object]]], tables: Tables = OURS
 ) -> str:
     """Do the work on every rank and write what came out on the first; what to say of it."""
     out = Path(asked.out)
@@ -224,7 +224,7 @@ def _elicit(
             if world.is_main:
                 held.enter_context(locked(out, "--out"))
         with world.together():
-            made, origin = work(_Run(asked=asked, world=world, tables=tables))
+            made, origin = work(Run(asked=asked, world=world, tables=tables))
         with world.together():
             said = made.write(out, origin) if world.is_main else ""
         return said

@@ -18,6 +18,7 @@ from llava_kd.models.files.checkpoint import Parts, compose, load_stock
 from llava_kd.models.language_model import checkpoint_activations
 from llava_kd.models.lora import is_adapter
 from llava_kd.models.mllm import MLLM, PARTS
+from llava_kd.models.projectors.on_a_grid import with_conv_attention
 from llava_kd.models.towers.vision_tower import text_config
 from llava_kd.parallel.world import World
 
@@ -57,6 +58,8 @@ def student_parts(
             seed=seed,
             families=tables.towers,
         )
+        if config.projector == "conv_attention":
+            parts = with_conv_attention(parts, seed=seed)
     chosen = choose(
         config.template or template,
         tokenizer=parts.processor.tokenizer,

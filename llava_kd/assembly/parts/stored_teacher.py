@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from llava_kd.assembly.parts.objective import terms_of, token_policy
 from llava_kd.config import TeacherConfig, TrainConfig
-from llava_kd.data.batches.model_side import Side
+from llava_kd.data.batches.model_side import AnySide
+from llava_kd.data.foreign.side import ForeignSide
 from llava_kd.data.sources.conversation import Source
 from llava_kd.data.teacher_store.store import Contents, TeacherCache
 from llava_kd.distill.head_terms import head_requests
@@ -23,7 +24,7 @@ _OF_OLDER = {"data.exif": "ignore"}  # what was done before it was asked
 _REMEDY = "write another cache with `llava-kd cache-teacher` into a new directory"
 
 
-def open_cache(config: TrainConfig, reader: Side, source: Source) -> TeacherCache:
+def open_cache(config: TrainConfig, reader: AnySide, source: Source) -> TeacherCache:
     """The cache that the settings name. `reader`: how the teacher reads these data.
 
     Raises ValueError naming all in which it was written for something else, or that it does not hold.
@@ -48,13 +49,23 @@ def served_as(there: Mapping[str, str]) -> str | None:
 
 
 def identity(
-    teacher: TeacherConfig, reader: Side, source: Source, *, served: str | None = None
+    teacher: TeacherConfig, reader: AnySide, source: Source, *, served: str | None = None
 ) -> dict[str, str]:
     """Everything that decides what a teacher says of which record, by name.
 
     `served`: the name of the model on a server, whose weights nobody here can look at.
     """
     checkpoint = teacher.checkpoint
+    if isinstance(reader, ForeignSide):
+        return {
+            "weights of the teacher": checkpoint_fingerprint(checkpoint),
+            "configuration of the teacher": config_fingerprint(checkpoint),
+            "teacher.dtype": teacher.dtype,
+            "teacher.quantize": str(teacher.quantize),
+            "data.exif": "apply" if reader.upright else "ignore",
+            "data": source.fingerprint,
+            **reader.prints,
+        }
     others = {name: _sha(repr(template)) for name, template in sorted(reader.source_templates.items())}
     return {
         **({"data.sources[].template": str(others)} if others else {}),

@@ -7,14 +7,16 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from llava_kd.assembly.parts.data import side_of, source_in, tagger_in
 from llava_kd.assembly.parts.held_out import read_held_out
 from llava_kd.assembly.parts.models import student_in
 from llava_kd.assembly.parts.objective import policy_lines
+from llava_kd.assembly.parts.on_policy.assembling import on_policy_lines
 from llava_kd.assembly.parts.several.teachers import check_several
 from llava_kd.assembly.parts.slices import read_slices
+from llava_kd.assembly.parts.teacher import check_foreign
 from llava_kd.assembly.parts.teaching.peer import check_peer_parent, mirrored
 from llava_kd.assembly.planning.estimate import (
     GB,
@@ -31,10 +33,13 @@ from llava_kd.assembly.planning.formula import loss_formula
 from llava_kd.assembly.planning.throughput import Network, Rate, throughput
 from llava_kd.assembly.runs.provenance import checked_parent
 from llava_kd.assembly.runs.run_dir import check_world, refuse_other_run
+from llava_kd.assembly.runs.written_by import checked_writers
 from llava_kd.assembly.settings import tables_of
 from llava_kd.assembly.stage import few_steps, num_steps
 from llava_kd.config import TrainConfig
+from llava_kd.data.foreign.talks import Talks
 from llava_kd.models.files.checkpoint import load_config, load_processor
+from llava_kd.models.foreign.loading import foreign_without_weights, is_foreign, load_foreign_processor
 from llava_kd.parallel.world import World
 
 
@@ -79,6 +84,7 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
         ),
         *loss_formula(config.objective, student_stock, teacher_stock or peer_stock),
         *policy_lines(config),
+        *on_policy_lines(config),
         f"memory of a rank {sum(found.values()) / GB:.2f} GB estimated",
         *(f"  {what:<14} {size / GB:8.2f} GB" for what, size in found.items() if size),
         f"sent by a rank   {sent / GB:.2f} GB a step",
@@ -100,7 +106,7 @@ def _check(config: TrainConfig, ranks: int) -> None:
     check_world(config, World(rank=0, size=ranks, device=torch.device("cpu")))
     _check_output(Path(config.output_dir))
     refuse_other_run(config)
-    checked_parent(config.student.checkpoint)
+    checked_writers(config, checked_parent(config.student.checkpoint))
     check_peer_parent(config)
     read_slices(config)
     read_held_out(config)
@@ -111,11 +117,14 @@ def _check(config: TrainConfig, ranks: int) -> None:
 
 def _stocks(
     config: TrainConfig,
-) -> tuple[LlavaForConditionalGeneration, LlavaForConditionalGeneration | None]:
+) -> tuple[LlavaForConditionalGeneration, PreTrainedModel | None]:
     """Student and teacher without their weights; a student to be composed is composed on the CPU."""
     checkpoint = config.student.checkpoint
     student = student_in(config).stock if checkpoint is None else without_weights(checkpoint)
-    return student, None if config.teacher is None else without_weights(config.teacher.checkpoint)
+    if config.teacher is None:
+        return student, None
+    name = config.teacher.checkpoint
+    return student, foreign_without_weights(name) if is_foreign(name) else without_weights(name)
 
 
 def _peer(config: TrainConfig) -> tuple[LlavaForConditionalGeneration | None, ModelSizes | None]:
@@ -131,9 +140,12 @@ def _peer(config: TrainConfig) -> tuple[LlavaForConditionalGeneration | None, Mo
 def _check_sides(config: TrainConfig) -> None:
     """Raises ValueError for a processor or template with which no record can be read."""
     sides = [(config.student.checkpoint, config.student.template)]
+    check_foreign(config)
     if config.peer is not None:
         sides.append((config.peer.checkpoint, config.peer.template))
-    if config.teacher is not None:
+    if config.teacher is not None and is_foreign(name := config.teacher.checkpoint):
+        Talks(load_foreign_processor(name))
+    elif config.teacher is not None:
         names = [config.teacher.checkpoint, *config.teacher.others]
         sides += [(name, config.teacher.template) for name in names]
     for checkpoint, template in sides:

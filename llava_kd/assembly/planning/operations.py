@@ -13,6 +13,7 @@ from llava_kd.distill.teaching.peer import exchanged
 from llava_kd.distill.terms.term import Term
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.flops import Backward, Flops, head_rows, of_tower, peak_of
+from llava_kd.models.foreign.loading import AnyParts
 from llava_kd.models.towers.vision_tower import input_size
 from llava_kd.training.measuring.operations import PEAKS
 
@@ -21,7 +22,7 @@ Count = Callable[[Batch], float]
 
 def operations(
     student: Parts,
-    teacher: Parts | None,
+    teacher: AnyParts | None,
     settings: TeacherConfig | None,
     terms: Mapping[str, Term],
     *,
@@ -30,16 +31,17 @@ def operations(
     """Those of a micro-batch, by whose they are; before an engine has sharded the models.
 
     `student` is as it trains; `shares_tower`: one tower runs for both models. Of a cached teacher its head is
-    counted where the cache holds states. Of several teachers, the first. A peer comes as a teacher without
+    counted where the cache holds states. Of several teachers, the first; of one that is no LLaVA, none: how
+    many tiles its processor makes of a picture is not known here. A peer comes as a teacher without
     `settings`, and trains as the student does.
     """
     requests = head_requests(terms).values()
     read = {request.place for request in requests}
     found = {"student": _of_student(student, read)}
-    if teacher is not None and settings is None:
+    if isinstance(teacher, Parts) and settings is None:
         of_peer = _of_student(teacher, read, shares_tower=shares_tower)
         found["peer"] = lambda batch: of_peer(exchanged(batch))
-    if teacher is not None and settings is not None:
+    if isinstance(teacher, Parts) and settings is not None:
         places = {request.place for request in requests if request.divergence is not None}
         found["teacher"] = _of_teacher(teacher, places, settings, shares_tower=shares_tower)
     return found

@@ -13,14 +13,16 @@ from pathlib import Path
 from llava_kd import __version__
 from llava_kd.checksums import meta_checksum, sealed
 from llava_kd.config import TrainConfig, dump
+from llava_kd.durable import write_text
 from llava_kd.models.files.card import provenance
-from llava_kd.training.checkpoint import Best, write_text
+from llava_kd.training.checkpoint import Best
 
 VERSIONED = ("torch", "transformers", "numpy", "pillow")
 _UNSEALED = {
     *("completed", "steps", "exported", "commit", "versions", "fingerprints", "parent", "config", "model")
 }
 EXPORTS = ("model", "peer")  # directories of a run's finished students
+WRITTEN_BY = "written_by"  # the models whose answers were learned, where models wrote some
 CARD = "README.md"  # prose that a user may edit; not part of the hashes
 
 
@@ -85,7 +87,8 @@ def checked_parent(checkpoint: str | None, *, whose: str = "student") -> dict[st
             f"{checkpoint} is no longer what its run wrote: {', '.join(changed)} changed. Copy a model "
             f"that you edit out of {run}, or remove run.json and run that stage again to export it anew"
         )
-    return {"run": str(Path(checkpoint).parent), "model": found, "parent": record.get("parent")}
+    above = {"run": str(Path(checkpoint).parent), "model": found, "parent": record.get("parent")}
+    return above | ({WRITTEN_BY: record[WRITTEN_BY]} if WRITTEN_BY in record else {})
 
 
 def finish(
@@ -94,13 +97,15 @@ def finish(
     num_steps: int,
     identity: Mapping[str, str],
     parent: Mapping[str, object] | None,
+    written_by: Sequence[Mapping[str, str]] = (),
     exported: Best | None = None,
     readings: Mapping[str, Sequence[str]],
 ) -> None:
     """Write the model cards, then `run.json`, which makes the run complete.
 
-    `exported` is the checkpoint that the model was taken from, None for the last weights. `readings`: of
-    each directory of a finished student, what its card says of the processor.
+    `written_by`: the models that answered the data's questions, where any did. `exported` is the checkpoint
+    that the model was taken from, None for the last weights. `readings`: of each directory of a finished
+    student, what its card says of the processor.
     """
     output = Path(config.output_dir)
     record = {
@@ -112,6 +117,7 @@ def finish(
         "fingerprints": dict(identity),
         "parent": parent,
         "config": dump(config),
+        **({WRITTEN_BY: list(written_by)} if written_by else {}),
     }
     for name, reading in readings.items():
         title = output.name if name == "model" else f"{output.name}, {name}"

@@ -24,9 +24,10 @@ from llava_kd.config import TrainConfig
 from llava_kd.data.batches.bad_records import BadRecord, BadRecords
 from llava_kd.data.batches.model_side import Side
 from llava_kd.data.sources.conversation import Source
-from llava_kd.data.teacher_store.shards import StoredRecord, places_to_store, sync, text_crc
+from llava_kd.data.teacher_store.shards import StoredRecord, places_to_store, text_crc
 from llava_kd.data.teacher_store.store import Contents, Manifest
 from llava_kd.data.text.source_encoders import SourceEncoders
+from llava_kd.durable import write_text
 from llava_kd.models.files.teacher_head import load_shapes
 from llava_kd.parallel.world import World, join, peers
 
@@ -291,7 +292,4 @@ def _refuse_control_words(todo: Sequence[int], source: Source, reader: Side) -> 
 
 
 def _write_template(path: Path, reader: Side) -> None:
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(reader.template.chat_template_for(reader.tokenizer))
-    sync(scratch)
-    scratch.replace(path)
+    write_text(path, reader.template.chat_template_for(reader.tokenizer))

@@ -13,7 +13,7 @@ from llava_kd.evaluation.generation.questions import Question, check_questions, 
 
 OPEN = "\u2026"  # stands where the answer will
 _SPEAKERS = {"user": "human", "assistant": "gpt"}
-Which = Literal["open", "all", "any"]
+Which = Literal["open", "all", "any", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,16 @@ class Asked:
     record: Record
     questions: tuple[Question, ...]
     origin: object = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.record.turns[-1].text == OPEN
+
+    def asking(self, text: str) -> Asked:
+        """The same record with other words for its last question."""
+        turns = list(self.record.turns)
+        turns[-2] = Turn("user", text)
+        return replace(self, record=replace(self.record, turns=tuple(turns)))
 
     def entry(self, answers: Sequence[str], elicited: Mapping[str, object]) -> dict[str, object]:
         """LLaVA JSON with these answers; the last of its turns where fewer are asked than it has."""
@@ -67,7 +77,8 @@ def read_records(path: str | Path) -> list[tuple[Record, object]]:
 def read_asked(
     path: str | Path, *, image_root: str | Path | None, follow_symlinks: bool, which: Which
 ) -> tuple[list[Asked], list[Dropped]]:
-    """Records with what is asked of each: the question that stands `open`, `all` with an answer, or `any`.
+    """Records with what is asked of each: the question that stands `open`, `all` with an answer, `any` or
+    the `last`, answered or not.
 
     What cannot be asked is dropped with its reason. Raises ValueError where nothing is left.
     """
@@ -100,7 +111,7 @@ def _questions(record: Record, root: Path, follow_symlinks: bool, which: Which) 
     if which == "all" and is_open:
         raise ValueError(f"{owner} ends with a question; let a model label it first")
     # What stands before an open question is its own; the true answers stay.
-    return questions[-1:] if which == "open" else questions
+    return questions[-1:] if which in ("open", "last") else questions
 
 
 def _closed(raw: object) -> object:

@@ -9,7 +9,7 @@ from typing_extensions import Doc
 
 from llava_kd.distill.rows import Place
 from llava_kd.distill.terms.kl import KL
-from llava_kd.distill.terms.term import HeadRequest, Trust
+from llava_kd.distill.terms.term import HeadRequest, Reads, Trust
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,10 @@ class ResponseKL(KL):
     label: ClassVar[str] = "response tokens, against the teacher; nats a token"
     paper: ClassVar[str] = "LLaVA-KD, arXiv 2410.16236, L_res"
     place: ClassVar[Place] = "response"
+
+    @property
+    def reads(self) -> Reads:
+        return replace(super().reads, labels=self.trust != "all")
 
     def head_request(self) -> HeadRequest:
         return replace(super().head_request(), trust=self.trust)

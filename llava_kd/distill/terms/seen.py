@@ -92,6 +92,7 @@ class Seen:
 
     def labelled_states(self) -> tuple[Tensor, Tensor]:
         """The student's final hidden states [N, D] at response rows, and their labels [N]."""
+        self._declared(self._reads.labels, "labels=True")
         rows = self.rows("response")
         return _at(self._student, rows.student_N), rows.targets_N
 
@@ -177,6 +178,7 @@ class Seen:
     def targets(self, place: Place) -> Tensor:
         """[N] next tokens at the rows of `tapped_rows`; IGNORE_INDEX at visual ones."""
         if place == "response":
+            self._declared(self._reads.labels, "labels=True")
             return self._answered_alike(place).targets_N
         self._declared(place in self._reads.places, f"places=({place!r}, ...)")
         return torch.full_like(self.batch.student.places.distilled_N, IGNORE_INDEX)

@@ -38,7 +38,7 @@ class Reads:
     the student's visual output, of its tower or projector. `student_taps` and `teacher_taps`: what goes
     through modules of a model, by their paths, as `models.taps` writes them; a teacher's need the `model`.
     `before_decoder`: no gradient of the term reaches the language model. `centroids`: what the student said
-    before, a mean for each label.
+    before, a mean for each label. `labels`: the answers' tokens, as the truth that a student's own are not.
     """
 
     teacher: Need = "nothing"
@@ -54,6 +54,7 @@ class Reads:
     teacher_taps: tuple[str, ...] = ()
     before_decoder: bool = False
     centroids: bool = False
+    labels: bool = False
 
     def __post_init__(self) -> None:
         if self.teacher_taps and self.teacher != "model":

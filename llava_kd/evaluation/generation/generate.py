@@ -6,7 +6,7 @@ Shape legend: B questions of a batch, T prompt tokens (left-padded), N new token
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +45,8 @@ class Generator:
         True  # False: every batch takes the same number of steps on every rank (sharded models)
     )
     writing: Writing = GREEDY
+    num_tokens: int | None = None  # only the first of the vocabulary are written; None: all of them
+    more_ends: tuple[int, ...] = ()  # further ids that end an answer
 
     @staticmethod
     def load(
@@ -71,18 +73,18 @@ class Generator:
         texts = self.decode(self.greedy(ready.inputs))
         return ["" if fault else text for text, fault in zip(texts, ready.faults, strict=True)]
 
-    def greedy(self, inputs: BatchFeature) -> Tensor:
+    def greedy(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Greedy continuation ids_BN with a KV cache; after its end token a row is filled with padding."""
         return self._continued(inputs, None)
 
-    def written(self, inputs: BatchFeature, ids: Sequence[str]) -> Tensor:
+    def written(self, inputs: Mapping[str, Tensor], ids: Sequence[str]) -> Tensor:
         """The continuation ids_BN of the questions with these ids, as `writing` says."""
         if self.writing.is_greedy:
             return self.greedy(inputs)
         return self._continued(inputs, self.writing.draws(ids, self.max_new_tokens))
 
     @torch.no_grad()
-    def _continued(self, inputs: BatchFeature, uniform_BN: Tensor | None) -> Tensor:
+    def _continued(self, inputs: Mapping[str, Tensor], uniform_BN: Tensor | None) -> Tensor:
         device, dtype = self.model.device, self.model.dtype
         mask_BT = inputs["attention_mask"].to(device)
         given = {"input_ids": inputs["input_ids"].to(device)}
@@ -103,7 +105,7 @@ class Generator:
                 logits_to_keep=1,
             )
             uniform_B = None if uniform_BN is None else uniform_BN[:, len(steps)]
-            next_B = self.writing.choose(output.logits[:, -1], uniform_B)
+            next_B = self.writing.choose(output.logits[:, -1, : self.num_tokens], uniform_B)
             next_B = torch.where(finished_B, end_ids[0], next_B)
             steps.append(next_B)
             finished_B = finished_B | torch.isin(next_B, end_ids)
@@ -120,6 +122,7 @@ class Generator:
         generation = self.model.generation_config
         configured = generation.eos_token_id if generation is not None else None
         ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+        ids += self.more_ends
         # What the template puts after an answer; a base model's own end token is often another one.
         talk = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "\u2603"}]
         after = self.processor.apply_chat_template(talk, tokenize=False).rpartition("\u2603")[2]
@@ -153,7 +156,7 @@ class Prepared:
 
 
 def prepare(processor: LlavaProcessor, questions: Sequence[Question]) -> Prepared:
-    texts = [render_talk(processor, q.messages, has_images=bool(q.images)) for q in questions]
+    texts = [render_talk(processor, q.messages, has_images=bool(q.images), begun=q.begun) for q in questions]
     upright = reads_upright(processor)
     opened = [pictures(question, upright) for question in questions]
     images = [image for found, _ in opened for image in found]
@@ -177,9 +180,10 @@ def pictures(question: Question, upright: bool = False) -> tuple[list[Image.Imag
 def _open_image(question: Question, index: int, upright: bool = False) -> Image.Image:
     source = question.images[index]
     try:
-        return open_picture(source, upright)
+        picture = open_picture(source, upright)
     except FileNotFoundError:
         raise ValueError(f"no image file {source}; check the image root") from None
+    return picture if question.noise is None else question.noise.on(picture, question.id, index)
 
 
 def check_processor(processor: LlavaProcessor, directory: Path) -> LlavaProcessor:
@@ -207,8 +211,12 @@ def evaluation_mode(model: LlavaForConditionalGeneration) -> Iterator[None]:
 
 def batches_by_length(questions: Sequence[Question], batch_size: int) -> list[list[Question]]:
     """Batches of questions of similar length, the longest first, so that a lack of memory shows at once."""
-    ordered = sorted(questions, key=lambda q: (len(q.images), len(q.text)), reverse=True)
+    ordered = _longest_first(questions)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def _longest_first(questions: Sequence[Question]) -> list[Question]:
+    return sorted(questions, key=lambda q: (len(q.images), len(q.text) + len(q.begun)), reverse=True)
 
 
 def generate(
@@ -223,7 +231,7 @@ def generate(
 ) -> None:
     """Answer this rank's part of the questions, batch by batch, appending to its file in `out_dir`."""
     ranks = ranks or Ranks()
-    ordered = sorted(questions, key=lambda q: (len(q.images), len(q.text)), reverse=True)
+    ordered = _longest_first(questions)
     batches = batches_by_length(ordered[ranks.rank :: ranks.world_size], batch_size)
     bar = tqdm(total=sum(map(len, batches)), desc="answers", unit="q", disable=not progress or ranks.rank > 0)
     with AnswerWriter(out_dir, ranks.rank) as writer, bar, ThreadPoolExecutor(prefetch) as pool:

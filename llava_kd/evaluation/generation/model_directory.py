@@ -10,7 +10,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError
 
 from llava_kd.models.other_kinds import refuse_other_kinds
-from llava_kd.models.projectors.reused import ReusedProjectorConfig
+from llava_kd.models.projectors.kinds import CLASSES
 from llava_kd.models.reading import existing
 from llava_kd.models.tower_source import nearest_neighbours
 
@@ -35,7 +35,7 @@ def model_directory(name: str | Path) -> Path:
         raise ValueError(
             f"{config} is not a model's configuration ({error}); copy the model again"
         ) from error
-    if kind not in ("llava", ReusedProjectorConfig.model_type):
+    if kind not in CLASSES:
         needed = (
             f"{directory} must hold a stock LLaVA model (model_type 'llava' in config.json), got {kind!r}"
         )

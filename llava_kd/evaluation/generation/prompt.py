@@ -18,6 +18,7 @@ from llava_kd.data.text.control_words import ControlWords
 from llava_kd.evaluation.generation.pictures import thin_pixels
 
 Content = str | list[dict[str, str]]
+_MARK = "\u2603"
 _known: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[object, ControlWords]] = WeakKeyDictionary()
 
 
@@ -35,20 +36,36 @@ def check_template(processor: LlavaProcessor, talks: Iterable[Sequence[Mapping[s
 
 
 def render_talk(
-    processor: LlavaProcessor, messages: Sequence[Mapping[str, str]], *, has_images: bool = True
+    processor: LlavaProcessor,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    has_images: bool = True,
+    begun: str = "",
 ) -> str:
-    """The chat template around messages of role and content, ready for the answer.
+    """The chat template around messages of role and content, ready for the answer, or for the rest of one
+    that has `begun`: as far as that, and the line that it ends with, it is the text that would be trained on.
 
     A template that prints string content gets the text as it is, placeholders in place; one that only
     takes lists of parts gets the images of a message first, as the LLaVA data have them. "<image>" is a word
     in a talk that has no images, and in an answer.
     """
+    if begun:
+        # The mark keeps a template from stripping the end; what it puts after the answer goes with it.
+        talk = [*messages, {"role": "assistant", "content": begun.lstrip() + _MARK}]
+        return _rendered(processor, talk, has_images=has_images, asks=False).rpartition(_MARK)[0]
+    return _rendered(processor, messages, has_images=has_images, asks=True)
+
+
+def _rendered(
+    processor: LlavaProcessor, messages: Sequence[Mapping[str, str]], *, has_images: bool, asks: bool
+) -> str:
+    """The talk as its template writes it, with the beginning of an answer where it `asks` for one."""
     texts = [message["content"] for message in messages]
     if any(map(HALF_OF_A_PAIR.search, texts)):
         raise ValueError("a question holds half of a surrogate pair: its text was cut inside a character")
     places = [has_images and message["role"] == "user" for message in messages]
     texts = _control(processor).covered(list(zip(texts, places, strict=True))) or texts
-    prompt = _apply(processor, messages, texts)
+    prompt = _apply(processor, messages, texts, asks=asks)
     if _holds(prompt, texts):
         return prompt
     words = [text.replace(IMAGE_PLACEHOLDER, "").strip() for text in texts]
@@ -57,7 +74,7 @@ def render_talk(
         [{"type": "image"}] * count + [{"type": "text", "text": text}]
         for count, text in zip(counts, words, strict=True)
     ]
-    prompt = _apply(processor, messages, parts)
+    prompt = _apply(processor, messages, parts, asks=asks)
     is_complete = prompt.count(IMAGE_PLACEHOLDER) == sum(counts)
     if is_complete and any(words) and not any(text in prompt for text in words if text):
         raise ValueError(
@@ -117,13 +134,17 @@ def _control(processor: LlavaProcessor) -> ControlWords:
 
 
 def _apply(
-    processor: LlavaProcessor, messages: Sequence[Mapping[str, str]], contents: Sequence[Content]
+    processor: LlavaProcessor,
+    messages: Sequence[Mapping[str, str]],
+    contents: Sequence[Content],
+    *,
+    asks: bool = True,
 ) -> str:
     filled = [
         {"role": message["role"], "content": content}
         for message, content in zip(messages, contents, strict=True)
     ]
-    return processor.apply_chat_template(filled, add_generation_prompt=True, tokenize=False)
+    return processor.apply_chat_template(filled, add_generation_prompt=asks, tokenize=False)
 
 
 def _holds(prompt: str, texts: Sequence[str]) -> bool:

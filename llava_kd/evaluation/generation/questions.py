@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER, Record
 from llava_kd.data.sources.llava_json import LlavaJson
+from llava_kd.evaluation.generation.noise import Noise
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,8 @@ class Question:
     """One question, behind what was said before it: roles and texts.
 
     The user's texts hold one "<image>" for each of `images` (a file, or the bytes of one); without any, it is
-    a word.
+    a word. `noise` is put on each of them. `begun`: the answer so far, which a model goes on with; its answer
+    is what comes after.
     """
 
     id: str
@@ -30,6 +32,8 @@ class Question:
     kind: str = "all"
     extra: dict[str, str] = field(default_factory=dict)
     history: tuple[tuple[str, str], ...] = ()
+    noise: Noise | None = None
+    begun: str = ""
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -46,10 +50,12 @@ class Question:
 
 
 def fingerprint(questions: Iterable[Question]) -> str:
-    """Hash of the ids, texts and truths: the same questions have the same fingerprint wherever they lie."""
+    """Hash of the ids, texts, truths and noise: the same questions have the same one wherever they lie."""
     digest = hashlib.sha256()
     for question in questions:
         row = [question.id, question.text, question.truth, question.kind, *question.history]
+        row += [] if question.noise is None else [str(question.noise)]
+        row += [question.begun] if question.begun else []
         digest.update(json.dumps(row).encode())
     return digest.hexdigest()[:16]
 

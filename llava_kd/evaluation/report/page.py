@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER
-from llava_kd.evaluation.answers import write_atomic
+from llava_kd.durable import make_folder, write_text
 from llava_kd.evaluation.report.charts import Line, dot_rows, line_chart, smooth
 from llava_kd.evaluation.report.pictures import thumbnail
 from llava_kd.evaluation.report.results import (
@@ -17,6 +17,7 @@ from llava_kd.evaluation.report.results import (
     Run,
     collect_results,
     difference,
+    mean_by_noise,
     mean_by_type,
     read_run,
 )
@@ -43,7 +44,7 @@ def report(run_dir: str | Path, *, terms: Mapping[str, str], distilled: str = "k
     """
     run = read_run(run_dir, distilled=distilled)
     results = collect_results(run)
-    write_atomic(run.directory / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(run.directory / "results.json", json.dumps(results, indent=2) + "\n")
     return write_report(run, run.directory / "report.html", terms)
 
 
@@ -54,6 +55,7 @@ def write_report(
     sections = [
         _headline(run, title),
         _by_type(run),
+        _by_noise(run),
         _seeds(run),
         _losses(run, terms),
         _diagnostics(run, terms),
@@ -61,8 +63,8 @@ def write_report(
         _facts(run),
     ]
     out_html = Path(out_html)
-    out_html.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out_html, html_page(title, sections))
+    make_folder(out_html.parent)
+    write_text(out_html, html_page(title, sections))
     return out_html
 
 
@@ -148,6 +150,20 @@ def _by_type(run: Run) -> str:
         f'<div class="card"><table><tr><th>%</th>{head}<th>gain, points</th></tr>{"".join(rows)}</table>'
         "</div></div>"
     )
+
+
+def _by_noise(run: Run) -> str:
+    """Where all of the models were asked about pictures with noise."""
+    models = _models(run)
+    scores = {role: mean_by_noise(group) for role, group in models.items()}
+    levels = [level for level in scores["distilled"] if all(level in own for own in scores.values())]
+    if not levels:
+        return ""
+    rows = [_score_row(level, {role: scores[role][level] for role in models}) for level in levels]
+    head = "".join(f"<th>{NAMES[role]}</th>" for role in models)
+    table = f"<table><tr><th>noise</th>{head}<th>gain, points</th></tr>{''.join(rows)}</table>"
+    note = "Accuracy in %; noise as a standard deviation, of the range of a pixel."
+    return f'<h2>By noise of the picture</h2><p class="note">{note}</p><div class="card narrow">{table}</div>'
 
 
 def _score_row(name: str, scores: Mapping[str, float], style: str = "") -> str:

@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
@@ -82,6 +82,7 @@ class Evaluated:
     seconds: float
     versions: dict[str, str]
     answers: dict[str, dict[str, str]]
+    by_noise: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ def read_evaluated(directory: Path) -> Evaluated:
         seconds=float(summary.get("seconds", 0.0)),
         versions=summary.get("versions", {}),
         answers={line["id"]: line for line in lines},
+        by_noise=summary.get("noise", {}).get("accuracy", {}),
     )
 
 
@@ -183,9 +185,9 @@ def collect_results(run: Run) -> dict[str, object]:
     arms = {name: [seed[name] for seed in run.seeds.values()] for name in (run.baseline, run.distilled)}
     results: dict[str, object] = {}
     if run.teacher is not None:
-        results[TEACHER] = {"accuracy": run.teacher.accuracy, "by_type": run.teacher.by_type}
+        results[TEACHER] = _figures([run.teacher])
     for name, models in arms.items():
-        results[name] = {"accuracy": _mean([m.accuracy for m in models]), "by_type": mean_by_type(models)}
+        results[name] = _figures(models)
     results["seeds"] = [
         {
             "seed": seed,
@@ -226,6 +228,21 @@ def table(run: Run) -> str:
     if run.seconds:
         lines.append("seconds: " + ", ".join(f"{name} {value:,.0f}" for name, value in run.seconds.items()))
     return "\n".join(lines)
+
+
+def _figures(models: Sequence[Evaluated]) -> dict[str, object]:
+    found: dict[str, object] = {
+        "accuracy": _mean([m.accuracy for m in models]),
+        "by_type": mean_by_type(models),
+    }
+    noise = mean_by_noise(models)
+    return found | {"by_noise": noise} if noise else found
+
+
+def mean_by_noise(models: Sequence[Evaluated]) -> dict[str, float]:
+    """By the levels that all were asked at, the least first; empty where there is none."""
+    shared = set.intersection(*(set(m.by_noise) for m in models))
+    return {level: _mean([m.by_noise[level] for m in models]) for level in sorted(shared, key=float)}
 
 
 def mean_by_type(models: Sequence[Evaluated]) -> dict[str, float]:

@@ -7,10 +7,11 @@ from html import escape
 from pathlib import Path
 
 from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER
-from llava_kd.evaluation.answers import write_atomic
+from llava_kd.durable import make_folder, write_text
 from llava_kd.evaluation.report.charts import Line, line_chart, smooth
 from llava_kd.evaluation.report.page import GRADIENT_SHARE, TOKENS
 from llava_kd.evaluation.report.pictures import thumbnail
+from llava_kd.evaluation.report.results import Evaluated
 from llava_kd.evaluation.report.stage_runs import StageRun, differing
 from llava_kd.evaluation.report.style import html_page
 from llava_kd.evaluation.scorers.exact import is_correct
@@ -42,8 +43,8 @@ def write_runs_page(runs: Sequence[StageRun], out_html: str | Path, terms: Mappi
         _facts(runs),
     ]
     out_html = Path(out_html)
-    out_html.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out_html, html_page("Training report", sections))
+    make_folder(out_html.parent)
+    write_text(out_html, html_page("Training report", sections))
     return out_html
 
 
@@ -146,6 +147,27 @@ def _scores(runs: Sequence[StageRun]) -> str:
         "<h2>Scores</h2><div class='card'><table><thead><tr><th scope='col'>%</th>"
         f"<th scope='col'>questions</th><th scope='col'>all</th>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f"{_by_noise(scored)}"
+    )
+
+
+def _by_noise(scored: Sequence[tuple[str, str, Evaluated]]) -> str:
+    """Of those that were asked about pictures with noise."""
+    asked = [(name, test, found.by_noise) for name, test, found in scored if found.by_noise]
+    if not asked:
+        return ""
+    levels = sorted({level for *_, by_noise in asked for level in by_noise}, key=float)
+    head = "".join(f"<th scope='col'>{escape(level)}</th>" for level in levels)
+    rows = [
+        f"<tr><th scope='row'>{escape(name)}, {escape(test)}</th>"
+        + "".join(f"<td>{100 * own[level]:.1f}</td>" if level in own else "<td>-</td>" for level in levels)
+        + "</tr>"
+        for name, test, own in asked
+    ]
+    return (
+        "<p class='note'>By noise of the picture: accuracy in %, noise as a standard deviation, of the range "
+        "of a pixel.</p><div class='card'><table><thead><tr><th scope='col'>noise</th>"
+        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 

@@ -18,6 +18,7 @@ from llava_kd.models.files.card import HEADING, provenance, public, reading_note
 from llava_kd.models.files.checkpoint import Parts, load_stock, save_stock
 from llava_kd.models.files.older_tools import INNER_TOWERS, make_portable
 from llava_kd.models.files.served import served_processor
+from llava_kd.models.projectors.conv_attention import ConvAttentionConfig
 from llava_kd.models.projectors.from_teacher import folded
 from llava_kd.models.reading import read_json
 from llava_kd.models.towers.vision_tower import family, text_config, vision_config
@@ -103,15 +104,24 @@ def read_summary(path: Path) -> tuple[str, float, int]:
 
 
 def check_stock(parts: Parts, name: str) -> None:
-    """ValueError, with what would make it loadable, where stock LLaVA has no class for the tower."""
-    if family(parts.stock.config).is_stock:
-        return
-    vision = vision_config(parts.stock.config).to_dict()
-    raise ValueError(
-        f"{name} has the tower {vision['library']}:{vision['architecture']}, for which stock LLaVA has no "
-        "class, so no stock export is possible. It loads where llava_kd is installed, after `import "
-        "llava_kd.models.towers.adapted`; or train with a tower of docs/towers.md that is marked stock"
-    )
+    """ValueError, with what would make it loadable, where stock LLaVA has no class for tower or connector."""
+    config = parts.stock.config
+    odd, imports, instead = [], [], []
+    if isinstance(config, ConvAttentionConfig):
+        odd.append("the connector conv_attention")
+        imports.append("llava_kd.models.projectors.conv_attention")
+        instead.append("projector: own")
+    if not family(config).is_stock:
+        vision = vision_config(config).to_dict()
+        odd.append(f"the tower {vision['library']}:{vision['architecture']}")
+        imports.append("llava_kd.models.towers.adapted")
+        instead.append("a tower of docs/towers.md that is marked stock")
+    if odd:
+        raise ValueError(
+            f"{name} has {' and '.join(odd)}, for which stock LLaVA has no class, so no stock export is "
+            f"possible. It loads where llava_kd is installed, after `import {', '.join(imports)}`; or train "
+            f"with {' and '.join(instead)}"
+        )
 
 
 @torch.no_grad()

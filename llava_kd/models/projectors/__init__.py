@@ -1,1 +1,1 @@
-"""Projectors that are not a new one: taken over from a teacher, or reused."""
+"""Projectors beside stock LLaVA's two layers: taken over from a teacher, fitted, or over a grid."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.projectors.conv_attention import ConvAttentionLlava
+from llava_kd.models.projectors.replacing import filled, shared
 from llava_kd.models.projectors.reused import ReusedProjector, ReusedProjectorConfig, ReusedProjectorLlava
 from llava_kd.models.towers.vision_tower import text_config, tower_fingerprint
 
@@ -21,6 +22,11 @@ def with_teacher_projector(student: Parts, teacher: Parts, *, seed: int) -> Part
     """
     if isinstance(teacher.stock, ReusedProjectorLlava):
         raise ValueError("the teacher's own projector is a reused one; take the teacher that it came from")
+    if isinstance(teacher.stock, ConvAttentionLlava):
+        raise ValueError(
+            "`student.projector` is teacher, but the teacher's is conv_attention, which is not lent: only "
+            "two linear layers are; set projector to own, or to conv_attention"
+        )
     prints = [
         tower_fingerprint(
             parts.stock.model.vision_tower,
@@ -38,7 +44,7 @@ def with_teacher_projector(student: Parts, teacher: Parts, *, seed: int) -> Part
         )
     theirs = teacher.stock.config
     config = ReusedProjectorConfig(
-        **_shared(student.stock.config),
+        **shared(student.stock.config),
         projector_hidden_act=theirs.projector_hidden_act,
         multimodal_projector_bias=theirs.multimodal_projector_bias,
         projector_hidden_size=text_config(theirs).hidden_size,
@@ -53,7 +59,7 @@ def with_teacher_projector(student: Parts, teacher: Parts, *, seed: int) -> Part
     generator = torch.Generator().manual_seed(seed)
     nn.init.uniform_(projector.width_map.weight, -bound, bound, generator=generator)
     nn.init.zeros_(projector.width_map.bias)
-    return Parts(stock=_filled(model, student.stock, projector), processor=student.processor)
+    return Parts(stock=filled(model, student.stock, projector), processor=student.processor)
 
 
 def folded(parts: Parts, name: str) -> Parts:
@@ -75,7 +81,7 @@ def folded(parts: Parts, name: str) -> Parts:
             "after `import llava_kd.models.projectors.reused`; or train a student with projector: own"
         )
     config = LlavaConfig(
-        **_shared(model.config),
+        **shared(model.config),
         projector_hidden_act=model.config.projector_hidden_act,
         multimodal_projector_bias=True,
     )
@@ -94,30 +100,4 @@ def folded(parts: Parts, name: str) -> Parts:
         if reused.linear_1.bias is not None:
             projector.linear_1.bias[:inner] = reused.linear_1.bias
             projector.linear_2.bias.add_((carry.weight.double() @ second.bias.double()).to(carry.weight))
-    return Parts(stock=_filled(stock, model, projector), processor=parts.processor)
-
-
-def _shared(config: LlavaConfig) -> dict[str, Any]:
-    """What two LLaVA configurations that differ in the projector alone have in common."""
-    return {
-        "vision_config": config.vision_config,
-        "text_config": config.text_config,
-        "image_token_index": config.image_token_index,
-        "image_seq_length": config.image_seq_length,
-        "vision_feature_layer": config.vision_feature_layer,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        "tie_word_embeddings": config.tie_word_embeddings,
-    }
-
-
-def _filled(
-    model: LlavaForConditionalGeneration, source: LlavaForConditionalGeneration, projector: nn.Module
-) -> LlavaForConditionalGeneration:
-    """`model` with the parts of `source` and this projector."""
-    model.model.vision_tower = source.model.vision_tower
-    model.model.language_model = source.model.language_model
-    model.model.register_module("multi_modal_projector", projector)
-    model.set_output_embeddings(source.get_output_embeddings())
-    model.tie_weights()
-    model.generation_config = source.generation_config
-    return model
+    return Parts(stock=filled(stock, model, projector), processor=parts.processor)

@@ -52,10 +52,3 @@ class ReusedProjectorLlava(LlavaForConditionalGeneration):
 
 AutoConfig.register(ReusedProjectorConfig.model_type, ReusedProjectorConfig)
 AutoModelForImageTextToText.register(ReusedProjectorConfig, ReusedProjectorLlava)
-
-
-def llava_class(config: LlavaConfig) -> type[LlavaForConditionalGeneration]:
-    """What reads a checkpoint of this configuration."""
-    return (
-        ReusedProjectorLlava if isinstance(config, ReusedProjectorConfig) else LlavaForConditionalGeneration
-    )

@@ -78,6 +78,7 @@ class ExitLogits(Term):
             vocabulary=True,
             grids=self.place == "visual",
             student_taps=self._taps,
+            labels=self.place == "response",
         )
 
     def module(self, widths: Widths) -> nn.Module:

@@ -25,7 +25,7 @@ class LabelSmoothing(Term):
 
     @property
     def reads(self) -> Reads:
-        return Reads(places=("response",))
+        return Reads(places=("response",), labels=True)
 
     def total(self, seen: Seen) -> Tensor:
         states_ND, labels_N = seen.labelled_states()

@@ -37,7 +37,7 @@ class MCMI(Term):
 
     @property
     def reads(self) -> Reads:
-        return Reads(places=("response",), centroids=True)
+        return Reads(places=("response",), centroids=True, labels=True)
 
     def total(self, seen: Seen) -> Tensor:
         states_ND, labels_N = seen.labelled_states()

@@ -18,6 +18,7 @@ from transformers import LlavaConfig, LlavaProcessor
 
 from llava_kd.models.files.gguf.weights import StockWeights
 from llava_kd.models.files.gguf.writing import Entry
+from llava_kd.models.projectors.conv_attention import ConvAttentionConfig
 from llava_kd.models.projectors.reused import ReusedProjectorConfig
 from llava_kd.models.tower_source import nearest
 from llava_kd.models.towers.vision_tower import feature_layer, input_size, text_config, vision_config
@@ -32,6 +33,11 @@ _WHOLE = ("v.patch_embd.weight", "v.position_embd.weight", "v.class_embd")
 def check_vision(config: LlavaConfig, processor: LlavaProcessor, name: str) -> None:
     """ValueError for what the vision file has no words for."""
     vision = vision_config(config)
+    if isinstance(config, ConvAttentionConfig):
+        raise ValueError(
+            f"{name} has the connector conv_attention, which llama.cpp's vision file has no words for; train "
+            "a student with projector: own"
+        )
     if vision.model_type not in _STRATEGIES:
         raise ValueError(
             f"{name} has the tower {vision.model_type!r}, which llama.cpp's vision file has no map for; it "

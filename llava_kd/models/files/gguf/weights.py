@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlavaConfig
 
 from llava_kd.models.lora import is_adapter
-from llava_kd.models.projectors.reused import llava_class
+from llava_kd.models.projectors.kinds import llava_class
 from llava_kd.models.reading import readable
 
 

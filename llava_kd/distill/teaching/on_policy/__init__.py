@@ -1,0 +1,1 @@
+"""Batches whose answers the student wrote itself."""

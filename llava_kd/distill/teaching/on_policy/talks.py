@@ -1,0 +1,186 @@
+"""A micro-batch taken apart into its records' questions, and laid out again with other answers to them.
+
+What stands between two answers, with its images, stays as each side's template and tokenizer made it; an
+answer is the same tokens on both sides. No text is made, so nothing is tokenised a second time.
+
+Shape legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from llava_kd.batch import IGNORE_INDEX, Batch, Inputs, Places
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens that stand before an answer, from the end of the one before; `visual` are those of images."""
+
+    ids: Tensor
+    visual: Tensor
+
+
+@dataclass
+class _Side:
+    """One model's view of a record: prompts to come, and what is laid out so far."""
+
+    prompts: list[Prompt]
+    ids: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+    visual: list[Tensor] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.ids))
+
+    @property
+    def num_needed(self) -> int:
+        """Prompts that must follow, for no image can be left out: up to the last with one."""
+        return max((k for k, prompt in enumerate(self.prompts, 1) if bool(prompt.visual.any())), default=0)
+
+    @property
+    def length_asked(self) -> int:
+        """Tokens with the next prompt, and all that must follow it."""
+        return len(self) + sum(len(prompt.ids) for prompt in self.prompts[: max(1, self.num_needed)])
+
+    def ask(self) -> None:
+        prompt = self.prompts.pop(0)
+        self._add(prompt.ids, torch.full_like(prompt.ids, IGNORE_INDEX), prompt.visual)
+
+    def answer(self, ids: Tensor) -> None:
+        self._add(ids, ids, torch.zeros_like(ids, dtype=torch.bool))
+
+    def close(self) -> None:
+        for _ in range(self.num_needed):
+            self.ask()
+        self.prompts.clear()
+
+    def _add(self, ids: Tensor, labels: Tensor, visual: Tensor) -> None:
+        self.ids.append(ids)
+        self.labels.append(labels)
+        self.visual.append(visual)
+
+
+class Talk:
+    """A record on both sides. Its prompts are answered in turn, each behind the answers before it.
+
+    A talk ends early behind an answer that did not end, and where no token of another answer would fit.
+    `room` is how many tokens the next answer may have; 0 where none is asked for.
+    """
+
+    def __init__(
+        self, name: str, sides: Sequence[Sequence[Prompt]], *, is_asked: bool, max_length: int
+    ) -> None:
+        """`is_asked`: the first prompt has an answer. ValueError for sides with other numbers of prompts."""
+        if len({len(prompts) for prompts in sides}) > 1:
+            raise ValueError(f"record {name!r}: student and teacher must read the same number of answers")
+        self.name, self.turn, self._max_length = name, 0, max_length
+        self._sides = [_Side(list(prompts)) for prompts in sides]
+        self.room = self._room if is_asked else 0
+        for side in self._sides:
+            side.ask()
+            if self.room == 0:
+                side.close()
+
+    @property
+    def _room(self) -> int:
+        """With the next prompt."""
+        return max(0, self._max_length - max(side.length_asked for side in self._sides))
+
+    @property
+    def prompt_ids(self) -> Tensor:
+        """What the student reads up to the answer."""
+        return torch.cat(self._sides[0].ids)
+
+    @property
+    def num_visual(self) -> int:
+        """Of them, those of images."""
+        return sum(int(visual.sum()) for visual in self._sides[0].visual)
+
+    def answer(self, ids: Tensor, *, is_ended: bool) -> bool:
+        """Take the answer, its end token included, as far as there is room; whether it was cut."""
+        is_cut = not is_ended or len(ids) > self.room
+        for side in self._sides:
+            side.answer(ids[: self.room])
+        self.turn += 1
+        has_next = not is_cut and bool(self._sides[0].prompts)
+        self.room = self._room if has_next else 0
+        for side in self._sides:
+            side.ask() if self.room else side.close()
+        return is_cut
+
+    def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Ids, labels and image marks of each side."""
+        return [(torch.cat(side.ids), torch.cat(side.labels), torch.cat(side.visual)) for side in self._sides]
+
+
+def talks_of(batch: Batch, *, max_length: int) -> list[Talk]:
+    """A talk a row; one without a target, as a bad record's, asks nothing. ValueError for packed rows."""
+    sides = [side for side in (batch.student, batch.teacher) if side is not None]
+    if any(side.is_packed for side in sides):
+        raise ValueError("rows of several records cannot be answered anew; set data.packing to null")
+    prompts = [_prompts(side) for side in sides]
+    return [
+        Talk(name, [side[0] for side in row], is_asked=row[0][1], max_length=max_length)
+        for name, *row in zip(batch.record_ids, *prompts, strict=True)
+    ]
+
+
+def _prompts(inputs: Inputs) -> list[tuple[list[Prompt], bool]]:
+    """Of each row what stands before its answers; the whole row, and False, where it has none."""
+    rows = []
+    held = (inputs.input_ids_BT, inputs.labels_BT, inputs.visual_BT, inputs.segment_ids_BT)
+    for ids, labels, visual, segments in zip(*(tensor.cpu() for tensor in held), strict=True):
+        is_target = (labels != IGNORE_INDEX).int()
+        edges = torch.nn.functional.pad(is_target, (1, 0)).diff()
+        starts, stops = ((edges == edge).nonzero().squeeze(1).tolist() for edge in (1, -1))
+        if not starts:
+            length = int((segments > 0).sum())
+            rows.append(([Prompt(ids[:length], visual[:length])], False))
+            continue
+        spans = zip([0, *stops], starts, strict=False)  # what follows the last answer is read by nobody
+        rows.append(([Prompt(ids[first:last], visual[first:last]) for first, last in spans], True))
+    return rows
+
+
+def with_answers(batch: Batch, talks: Sequence[Talk]) -> Batch:
+    """The batch with the talks in place of its rows: the same images, in the same places."""
+    sides = list(zip(*(talk.rows() for talk in talks), strict=True))
+    student = _laid_out(batch.student, sides[0])
+    teacher = None if batch.teacher is None else _laid_out(batch.teacher, sides[1])
+    num_shared = None if teacher is None else len(teacher.places.response_N)
+    return replace(batch, student=student, teacher=teacher, num_shared_targets=num_shared, own_answers=True)
+
+
+def _laid_out(like: Inputs, rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Inputs:
+    """Right-padded, as the loader lays out rows of one record; the images are those of `like`."""
+    ids, labels, visual = zip(*rows, strict=True)
+    lengths_B1 = torch.tensor([[len(row)] for row in ids])
+    place_1T = torch.arange(int(lengths_B1.max())).unsqueeze(0)
+    is_padding_BT = place_1T >= lengths_B1
+    input_ids_BT, labels_BT, visual_BT = (
+        torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True, padding_value=fill)
+        for values, fill in ((ids, 0), (labels, IGNORE_INDEX), (visual, 0))
+    )
+    position_ids_BT = place_1T - is_padding_BT * lengths_B1
+    image_is_valid_I = like.image_is_valid_I.cpu()
+    laid_out = Inputs(
+        input_ids_BT=input_ids_BT,
+        labels_BT=labels_BT,
+        position_ids_BT=position_ids_BT,
+        segment_ids_BT=(~is_padding_BT).long(),
+        visual_BT=visual_BT,
+        pixels_ICHW=like.pixels_ICHW,
+        image_is_valid_I=image_is_valid_I,
+        known_places=Places.find(
+            labels_BT=labels_BT,
+            visual_BT=visual_BT,
+            position_ids_BT=position_ids_BT,
+            image_is_valid_I=image_is_valid_I,
+        ),
+    )
+    return laid_out.to(like.pixels_ICHW.device)

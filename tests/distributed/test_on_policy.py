@@ -1,0 +1,42 @@
+"""Answers of the student's own on two ranks: each writes for its records, and one device learns the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import ranks
+from tiny_runs import write_stage
+
+pytestmark = pytest.mark.distributed
+
+
+def logged(output: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    names = ("loss", "grad_norm", "response_kl", "cross_entropy", "own_answers", "teacher_cross_entropy")
+    return [{name: line[name] for name in names} for line in lines]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero2"])
+def test_two_ranks_learn_from_the_answers_of_one_device(
+    tmp_path: Path, shapes_dir: Path, student_dir: Path, teacher_dir: Path, kind: str
+) -> None:
+    if kind == "zero2":
+        pytest.importorskip("deepspeed")
+    asked = {"share": 0.6, "max_new_tokens": 5}
+    config = write_stage(
+        tmp_path / "run",
+        data=shapes_dir,
+        student=student_dir,
+        teacher=teacher_dir,
+        on_policy=asked,
+        max_steps=4,
+    )
+    ranks.train(config, tmp_path / "one")
+    ranks.train(config, tmp_path / "two", *ranks.ENGINES[kind], ranks=2)
+    expected, got = logged(tmp_path / "one"), logged(tmp_path / "two")
+    assert {line["own_answers"] for line in expected} == {0.0, 1.0}
+    assert len(got) == len(expected) == 4
+    for a, b in zip(expected, got, strict=True):
+        assert b == pytest.approx(a, rel=2e-3, abs=1e-5)
