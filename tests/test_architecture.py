@@ -91,6 +91,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "projects": {"", "parts", "planning"},
         "runs": {""},
         "searching": {"", "parts", "runs"},
+        "served": {"", "parts", "runs"},
         "watching": set(),
         "": {"parts", "planning", "runs"},
     },

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_kd.assembly.parts.data import side_in, source_in
 from llava_kd.assembly.parts.foreign.teachers import foreign_side, placed_foreign
@@ -31,7 +31,7 @@ from llava_kd.assembly.runs.logs import speaker
 from llava_kd.assembly.runs.run_dir import locked
 from llava_kd.batch import IGNORE_INDEX, Batch
 from llava_kd.checksums import checksum
-from llava_kd.config import TrainConfig
+from llava_kd.config import TeacherConfig, TrainConfig
 from llava_kd.data.batches.model_side import AnySide
 from llava_kd.data.foreign.side import ForeignSide
 from llava_kd.data.sources.conversation import Source
@@ -71,18 +71,7 @@ def cache_teacher(
 
     Raises ValueError for settings without a teacher, and if `out` holds a cache of something else.
     """
-    if config.teacher is None:
-        raise ValueError("`teacher` is null: there is nothing to cache; set teacher.checkpoint")
-    if config.teacher.several is not None:
-        raise ValueError(
-            "a cache holds what one teacher says, but `teacher.several` is set; set it to null to cache "
-            f"{config.teacher.checkpoint} alone"
-        )
-    if config.teacher.visual_dependency is not None:
-        raise ValueError(
-            "a cache holds what a teacher says with the picture alone, but `teacher.visual_dependency` asks "
-            "it without; set it to null"
-        )
+    one = one_teacher(config)
     with peers(), ExitStack() as held:
         world = join(config.engine.device, timeout_minutes=config.engine.timeout_minutes)
         say = speaker(world)
@@ -96,27 +85,43 @@ def cache_teacher(
         if isinstance(teacher, ForeignParts):
             reader = foreign_side(teacher, config.data)
         else:
-            reader = side_in(config, teacher, config.teacher)
+            reader = side_in(config, teacher, one)
         manifest = Manifest(
-            identity=identity(config.teacher, reader, source),
-            contents=_contents(config, mode, top_k, teacher),
+            identity=identity(one, reader, source),
+            contents=contents_of(config, mode, top_k, teacher),
             num_records=len(source),
         )
         with world.together():
             if world.is_main:
-                _begin(directory, manifest, teacher, say)
-        todo = _missing(directory, manifest)
-        say(f"{directory}: {len(source) - len(todo)} of {len(source)} records are there")
+                begin(directory, manifest, teacher.head, say)
+        todo = missing(directory, manifest, say)
         if todo:
             run = _Run(config, world, teacher, directory, manifest.contents, shard_mb * 2**20)
             with world.together():
                 run.write(todo, source, reader)
         with world.together():
             if world.is_main:
-                _finish(directory, manifest, say)
+                finish(directory, manifest, say)
 
 
-def _contents(config: TrainConfig, mode: Mode, top_k: int | None, teacher: AnyParts) -> Contents:
+def one_teacher(config: TrainConfig) -> TeacherConfig:
+    """The settings of the teacher whose words are to be kept. ValueError where there is none, or several."""
+    if config.teacher is None:
+        raise ValueError("`teacher` is null: there is nothing to cache; set teacher.checkpoint")
+    if config.teacher.several is not None:
+        raise ValueError(
+            "a cache holds what one teacher says, but `teacher.several` is set; set it to null to cache "
+            f"{config.teacher.checkpoint} alone"
+        )
+    if config.teacher.visual_dependency is not None:
+        raise ValueError(
+            "a cache holds what a teacher says with the picture alone, but `teacher.visual_dependency` asks "
+            "it without; set it to null"
+        )
+    return config.teacher
+
+
+def contents_of(config: TrainConfig, mode: Mode, top_k: int | None, teacher: AnyParts) -> Contents:
     """What to keep for the terms of the settings. Raises ValueError where the mode cannot serve them."""
     terms = terms_of(config.objective)
     places = places_read(terms)
@@ -141,8 +146,11 @@ def _contents(config: TrainConfig, mode: Mode, top_k: int | None, teacher: AnyPa
     return Contents(mode=mode, places=places, k=top_k, columns=columns, temperature=found[0])
 
 
-def _begin(directory: Path, manifest: Manifest, teacher: AnyParts, say: Callable[[str], None]) -> None:
-    """Make the folder ready to go on: nothing of another cache, no damaged shard, no finished manifest."""
+def begin(directory: Path, manifest: Manifest, head: nn.Linear | None, say: Callable[[str], None]) -> None:
+    """Make the folder ready to go on: nothing of another cache, no damaged shard, no finished manifest.
+
+    `head`: the teacher's, None where only its server has it.
+    """
     if (directory / MANIFEST).is_file():
         before = Manifest.read(directory)
         refuse_other(before.identity, manifest.identity, f"the teacher cache {directory}")
@@ -164,28 +172,30 @@ def _begin(directory: Path, manifest: Manifest, teacher: AnyParts, say: Callable
         except DamagedShardError as error:
             say(f"{error}: written anew")
             path.unlink()
-    head = teacher.head
+    if head is None:
+        return
     tensors = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
     with replacing(directory / HEAD) as scratch:
         write_tensors(tensors, scratch)
 
 
-def _missing(directory: Path, manifest: Manifest) -> list[int]:
-    """Numbers of the records that no shard holds."""
+def missing(directory: Path, manifest: Manifest, say: Callable[[str], None]) -> list[int]:
+    """Numbers of the records that no shard holds; says how many one does."""
     is_there = torch.zeros(manifest.num_records, dtype=torch.bool)
     for path in (directory / SHARDS).glob(f"*{SUFFIX}"):
         is_there[Shard(path).table["number_R"]] = True
+    say(f"{directory}: {int(is_there.sum())} of {manifest.num_records} records are there")
     return (~is_there).nonzero().squeeze(1).tolist()
 
 
-def _finish(directory: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
+def finish(directory: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
     """Write the index, then the manifest that makes the cache complete."""
     paths = sorted((directory / SHARDS).glob(f"*{SUFFIX}"))
     if not paths:
         raise ValueError(f"every record is bad: nothing was cached; {directory}/bad_records.jsonl says why")
     num_bad = write_index(directory, map(Shard, paths), manifest.num_records)
     sizes = {path.name: path.stat().st_size for path in paths}
-    checksums = {name: checksum(directory / name) for name in (HEAD, INDEX)}
+    checksums = {name: checksum(directory / name) for name in (HEAD, INDEX) if (directory / name).exists()}
     done = replace(manifest, is_complete=True, num_bad=num_bad, shards=sizes, checksums=checksums)
     done.write(directory)
     good = manifest.num_records - num_bad
@@ -198,6 +208,27 @@ def _finish(directory: Path, manifest: Manifest, say: Callable[[str], None]) -> 
 
 
 @dataclass
+class ShardWriter:
+    """Records in the order of their numbers, gathered into shards of `shard_bytes`."""
+
+    directory: Path
+    shard_bytes: int
+    _pending: list[StoredRecord] = field(default_factory=list)
+    _pending_bytes: int = 0
+
+    def add(self, record: StoredRecord) -> None:
+        self._pending.append(record)
+        self._pending_bytes += record.num_bytes
+        if self._pending_bytes >= self.shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._pending:
+            pending, self._pending, self._pending_bytes = self._pending, [], 0
+            write_shard(self.directory / SHARDS, pending)
+
+
+@dataclass
 class _Run:
     """One rank's share of the work."""
 
@@ -207,8 +238,6 @@ class _Run:
     directory: Path
     contents: Contents
     shard_bytes: int
-    _pending: list[StoredRecord] = field(default_factory=list)
-    _pending_bytes: int = 0
 
     def write(self, todo: Sequence[int], source: Source, reader: AnySide) -> None:
         """Predict and store this rank's share of the records of `todo`."""
@@ -220,11 +249,12 @@ class _Run:
             settings=self.config.data,
             bad_records=self.directory / "bad_records.jsonl",
         )
+        shards = ShardWriter(self.directory, self.shard_bytes)
         for batch, numbers, own in records.batches(todo, source, reader):
             for record in self._stored(batch, predict(batch), numbers):
                 if record.number in own:
-                    self._add(record)
-        self._flush()
+                    shards.add(record)
+        shards.flush()
 
     def _predictor(self, reader: AnySide) -> Callable[[Batch], Prediction]:
         settings = self.config.teacher
@@ -294,17 +324,6 @@ class _Run:
             for hidden_CE in hidden_ME.split(_LOGIT_ROWS)
         ]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-
-    def _add(self, record: StoredRecord) -> None:
-        self._pending.append(record)
-        self._pending_bytes += record.num_bytes
-        if self._pending_bytes >= self.shard_bytes:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._pending:
-            write_shard(self.directory / SHARDS, self._pending)
-            self._pending, self._pending_bytes = [], 0
 
 
 def _tokens_per_image(teacher: AnyParts) -> int:

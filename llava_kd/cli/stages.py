@@ -44,10 +44,26 @@ def add(commands: Commands) -> None:
     cache = command(commands, "cache-teacher", _cache_teacher, once, takes_settings=True)
     cache.add_argument("config", help="YAML file of the stage; any setting may follow as --a.b=value")
     cache.add_argument("--out", required=True, help="directory; a cache that was broken off there goes on")
-    cache.add_argument("--mode", choices=["hidden", "topk"], default="hidden", help="states, or logits")
+    kept = "states, or logits (default: hidden; with --server topk)"
+    cache.add_argument("--mode", choices=["hidden", "topk"], help=kept)
     cache.add_argument("--topk", type=count, help="how many logits, for --mode topk")
     size = "of a file, what a kill may cost; 0 gives every record its own"
     cache.add_argument("--shard_mb", type=partial(count, least=0), default=512, help=size)
+    _add_server(cache)
+
+
+def _add_server(cache: argparse.ArgumentParser) -> None:
+    where = (
+        "http://HOST:PORT of a vLLM server that runs the teacher; teacher.checkpoint then needs no weights"
+    )
+    cache.add_argument("--server", metavar="URL", help=where)
+    cache.add_argument("--model", metavar="NAME", help="of the server's models (default: its only one)")
+    key = "environment variable that holds the server's key"
+    cache.add_argument("--server_key_env", metavar="NAME", help=key)
+    cache.add_argument("--server_jobs", type=count, help="requests at once (default: 8)")
+    cache.add_argument("--server_timeout", type=count, help="seconds for one answer (default: 600)")
+    again = "times that a request is tried again, after 1, 2, 4, ... s, at most 60 (default: 6)"
+    cache.add_argument("--server_retries", type=partial(count, least=0), help=again)
 
 
 # Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.
@@ -110,8 +126,22 @@ def _cache_teacher(arguments: argparse.Namespace) -> int:
     from llava_kd.assembly.settings import load
 
     config = load(arguments.config, arguments.overrides)
+    names = {
+        "model": "model",
+        **{name: f"server_{name}" for name in ("key_env", "jobs", "timeout", "retries")},
+    }
+    given = {name: value for name, flag in names.items() if (value := getattr(arguments, flag)) is not None}
+    if arguments.server is not None:
+        from llava_kd.assembly.served.cache import cache_from_server
+        from llava_kd.assembly.served.client import ServerSettings
 
-    cache_teacher(
-        config, arguments.out, mode=arguments.mode, top_k=arguments.topk, shard_mb=arguments.shard_mb
-    )
+        if arguments.mode == "hidden":
+            raise ValueError("a server tells log-probabilities and no states: --server goes with --mode topk")
+        server = ServerSettings(url=arguments.server, **given)
+        cache_from_server(config, arguments.out, server, top_k=arguments.topk, shard_mb=arguments.shard_mb)
+        return 0
+    if given:
+        raise ValueError(f"--{names[next(iter(given))]} belongs to --server URL, which is not given")
+    mode = arguments.mode or "hidden"
+    cache_teacher(config, arguments.out, mode=mode, top_k=arguments.topk, shard_mb=arguments.shard_mb)
     return 0

@@ -19,6 +19,7 @@ from llava_kd.losses.divergence import Temperature
 from llava_kd.models.files.teacher_head import checkpoint_fingerprint, config_fingerprint
 
 HEAD = "head.safetensors"
+_WEIGHTS, _SERVED = "weights of the teacher", "served as "
 _OF_OLDER = {"data.exif": "ignore"}  # what was done before it was asked
 _REMEDY = "write another cache with `llava-kd cache-teacher` into a new directory"
 
@@ -32,16 +33,28 @@ def open_cache(config: TrainConfig, reader: AnySide, source: Source) -> TeacherC
     assert config.teacher.cache is not None
     terms = terms_of(config.objective)
     cache = TeacherCache(config.teacher.cache, places_read(terms))
-    here = identity(config.teacher, reader, source)
-    refuse_other(cache.manifest.identity, here, f"the teacher cache {config.teacher.cache}")
+    there = cache.manifest.identity
+    here = identity(config.teacher, reader, source, served=served_as(there))
+    refuse_other(there, here, f"the teacher cache {config.teacher.cache}")
     policy = token_policy(config)
     is_beyond = policy is not None and policy.changes_targets
     _refuse_missing(cache.manifest.contents, terms, config.teacher.cache, has_own_targets=is_beyond)
     return cache
 
 
-def identity(teacher: TeacherConfig, reader: AnySide, source: Source) -> dict[str, str]:
-    """Everything that decides what a teacher says of which record, by name."""
+def served_as(there: Mapping[str, str]) -> str | None:
+    """What the teacher of a cache was called by the server that ran it; None where its weights were here."""
+    weights = there.get(_WEIGHTS, "")
+    return weights.removeprefix(_SERVED) if weights.startswith(_SERVED) else None
+
+
+def identity(
+    teacher: TeacherConfig, reader: AnySide, source: Source, *, served: str | None = None
+) -> dict[str, str]:
+    """Everything that decides what a teacher says of which record, by name.
+
+    `served`: the name of the model on a server, whose weights nobody here can look at.
+    """
     checkpoint = teacher.checkpoint
     if isinstance(reader, ForeignSide):
         return {
@@ -56,10 +69,10 @@ def identity(teacher: TeacherConfig, reader: AnySide, source: Source) -> dict[st
     others = {name: _sha(repr(template)) for name, template in sorted(reader.source_templates.items())}
     return {
         **({"data.sources[].template": str(others)} if others else {}),
-        "weights of the teacher": checkpoint_fingerprint(checkpoint),
+        _WEIGHTS: checkpoint_fingerprint(checkpoint) if served is None else f"{_SERVED}{served}",
         "configuration of the teacher": config_fingerprint(checkpoint),
-        "teacher.dtype": teacher.dtype,
-        "teacher.quantize": str(teacher.quantize),
+        "teacher.dtype": teacher.dtype if served is None else "of the server",
+        "teacher.quantize": str(teacher.quantize) if served is None else "of the server",
         "image processor": _sha(repr(reader.transform)),
         "data.exif": "apply" if reader.upright else "ignore",
         "tokenizer": _sha(reader.tokenizer.backend_tokenizer.to_str()),

@@ -16,7 +16,7 @@ from llava_kd.assembly.parts.lending import lend
 from llava_kd.assembly.parts.models import DTYPES, choose_attention, place
 from llava_kd.assembly.parts.objective import wants_head_gram
 from llava_kd.assembly.parts.several.teachers import Others
-from llava_kd.assembly.parts.stored_teacher import HEAD
+from llava_kd.assembly.parts.stored_teacher import HEAD, served_as
 from llava_kd.assembly.parts.teaching.visual_dependency import visually_weighed
 from llava_kd.assembly.settings import tables_of
 from llava_kd.config import TeacherConfig, TrainConfig
@@ -29,7 +29,7 @@ from llava_kd.distill.teaching.door import Teaching
 from llava_kd.distill.teaching.from_teacher import FromTeacher
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.models.files.checkpoint import Parts, load_stock
-from llava_kd.models.files.teacher_head import load_head_only
+from llava_kd.models.files.teacher_head import load_head_only, load_shapes
 from llava_kd.models.foreign.grids import foreign_grid
 from llava_kd.models.foreign.loading import (
     AnyParts,
@@ -74,7 +74,10 @@ def teacher_parts(config: TrainConfig) -> AnyParts | None:
         return load_teacher(config)
     check_foreign(config)
     directory = Path(config.teacher.cache)
-    Manifest.read(directory).check(directory, HEAD)
+    manifest = Manifest.read(directory)
+    if served_as(manifest.identity) is not None:
+        return load_shapes(config.teacher.checkpoint)
+    manifest.check(directory, HEAD)
     try:
         head = load_file(directory / HEAD)
     except (SafetensorError, OSError) as error:
@@ -170,6 +173,8 @@ def cached_teacher(
             "trusted; the same `llava-kd cache-teacher` command adds them"
         )
     head = teacher.head
+    if head.weight.is_meta:
+        return CachedTeacher(None, None)
     bias_U = None if head.bias is None else head.bias.to(device)
     keeps_head_gram = wants_head_gram(config.objective)
     return CachedTeacher(head.weight.to(device), bias_U, keeps_head_gram=keeps_head_gram)

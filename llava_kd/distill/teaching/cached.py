@@ -18,11 +18,14 @@ from llava_kd.models.mllm import Prediction
 class CachedTeacher:
     """Predictions out of the stored rows that a batch brings. Places without a stored row are zero."""
 
-    def __init__(self, head_UE: Tensor, bias_U: Tensor | None, *, keeps_head_gram: bool = False) -> None:
-        self._head_UE = head_UE.detach()
+    def __init__(
+        self, head_UE: Tensor | None, bias_U: Tensor | None, *, keeps_head_gram: bool = False
+    ) -> None:
+        """`head_UE` may be None where the largest logits are stored, which need no head."""
+        self._head_UE = None if head_UE is None else head_UE.detach()
         self._bias_U = None if bias_U is None else bias_U.detach()
         self._head_gram_EE: Tensor | None = None
-        if keeps_head_gram:
+        if keeps_head_gram and self._head_UE is not None:
             with torch.no_grad():
                 self._head_gram_EE = head_gram(self._head_UE)
 
@@ -38,6 +41,7 @@ class CachedTeacher:
                 "a cached teacher needs the stored rows of each batch; give the loader the cache"
             )
         if rows.hidden_ME is not None:
+            assert self._head_UE is not None
             hidden_BTE = _spread(rows, rows.hidden_ME, inputs)
             projected_INE = rows.projected_INE
             if projected_INE is None:

@@ -14,9 +14,9 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.files.checkpoint import Parts, load_processor
 from llava_kd.models.fingerprint import weights_fingerprint
 from llava_kd.models.reading import existing, read_config, readable
 
@@ -28,9 +28,8 @@ def load_head_only(name: str, head_VD: Tensor, bias_V: Tensor | None) -> Parts:
 
     Raises ValueError where the head is not of that model's shape.
     """
-    config = _llava_config(name)
-    with torch.device("meta"):
-        stock = LlavaForConditionalGeneration(config)
+    parts = load_shapes(name)
+    stock = parts.stock
     if stock.lm_head.weight.shape != head_VD.shape:
         raise ValueError(
             f"the head must have the shape of {name}'s, {list(stock.lm_head.weight.shape)}; got "
@@ -39,9 +38,15 @@ def load_head_only(name: str, head_VD: Tensor, bias_V: Tensor | None) -> Parts:
     stock.lm_head.weight = nn.Parameter(head_VD, requires_grad=False)
     bias = None if bias_V is None else nn.Parameter(bias_V, requires_grad=False)
     stock.lm_head.register_parameter("bias", bias)
-    with readable("the processor of", name):
-        processor = LlavaProcessor.from_pretrained(name)
-    return Parts(stock=stock, processor=processor)
+    return parts
+
+
+def load_shapes(name: str) -> Parts:
+    """The same without any weight: a directory with configuration, processor and tokenizer is enough."""
+    config = _llava_config(name)
+    with torch.device("meta"):
+        stock = LlavaForConditionalGeneration(config)
+    return Parts(stock=stock, processor=load_processor(name))
 
 
 def checkpoint_fingerprint(name: str) -> str:

@@ -67,6 +67,8 @@ def _beyond(config: TrainConfig) -> Iterator[tuple[str, str]]:
         yield "`teacher.cache` holds predictions at the student's tokens", "set teacher.cache to null"
     if config.teacher.several is not None:
         yield "`teacher.several` mixes teachers over one vocabulary", "set teacher.several to null"
+    if config.teacher.visual_dependency is not None:
+        yield "`teacher.visual_dependency` weighs single response tokens", "set it to null"
     if config.token_policy is not None:
         yield "`token_policy` is of single response tokens", "set token_policy to null"
     if config.on_policy is not None:

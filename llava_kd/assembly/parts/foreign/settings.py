@@ -37,6 +37,8 @@ def _beyond(config: TrainConfig) -> Iterator[tuple[str, str]]:
         )
     if teacher.several is not None:
         yield "`teacher.several` mixes teachers that read the same tokens", "set it to null"
+    if teacher.visual_dependency is not None:
+        yield "`teacher.visual_dependency` changes the pixels of a LLaVA", "set it to null"
     if config.pictures is not None:
         yield "`pictures` changes the pixels that both models read", "set it to null"
     if config.on_policy is not None:
