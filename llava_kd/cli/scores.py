@@ -109,8 +109,11 @@ def _levels(text: str | None) -> list[float]:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    import transformers
+
     from llava_kd.evaluation.demo.page import demo
 
+    transformers.logging.disable_progress_bar()
     plugins(arguments)
     demo(
         arguments.models,

@@ -89,13 +89,14 @@ def build(respondents: Sequence[Respondent], first: tuple[str, str] | None = Non
                 )
                 button = gr.Button("Ask", variant="primary")
                 gr.Markdown(
-                    "Blue tokens were likely, orange ones less than even; beside each stands what came next. "
+                    "Blue tokens were likely, orange ones less than even; the table has the runner-up of each. "
                     "Red on the picture is where an answer looked."
                 )
         names = ", ".join(respondent.name for respondent in respondents)
-        answers = gr.HTML(value="", label=names)
+        said = columns(ask_all(respondents, Path(first[0]).read_bytes(), first[1])) if first else ""
+        answers = gr.HTML(value=said, label=names)
         gr.on(
-            [button.click, question.submit, *([page.load] if first else [])],
+            [button.click, question.submit],
             ask,
             inputs=[picture, question],
             outputs=answers,
@@ -124,6 +125,8 @@ def serve(page: gr.Blocks, listening: socket.socket) -> None:
         theme=theme,
         css=CSS + _HIDE,
     )
+    # Else gradio reads any file that a request names, and not those alone that were put in.
+    page.has_launched = True
     config = uvicorn.Config(_closed(app), log_level="warning", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listening])
 
