@@ -89,7 +89,7 @@ def build(respondents: Sequence[Respondent], first: tuple[str, str] | None = Non
                 )
                 button = gr.Button("Ask", variant="primary")
                 gr.Markdown(
-                    "Blue tokens were likely, orange ones less than even; the table has the runner-up of each. "
+                    "Blue tokens were likely, orange ones less than even; the table has the runners-up. "
                     "Red on the picture is where an answer looked."
                 )
         names = ", ".join(respondent.name for respondent in respondents)
