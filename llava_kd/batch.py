@@ -1,12 +1,13 @@
 """What flows between the rooms.
 
 Shape legend: B rows, T tokens, I images, C channels, H height, W width, M places with a stored prediction,
+S stretches of answers, R their further tokens,
 N tokens of an image, P response targets of a record (fewer are filled up), E teacher width, K stored columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -87,7 +88,9 @@ class Inputs:
     the order of `pixels_ICHW`; every image fills the same number of positions. `image_is_valid_I` is False
     for the stand-in of an image that could not be read: it fills its place but is not distilled.
     `is_packed` is True where some row holds more than one record. `known_places`: as the loader found them.
-    `scores_BT`: of each label, how likely it is private, 0..1; None where nobody asked.
+    `scores_BT`: of each label, how likely it is private, 0..1; None where nobody asked. `own`: for a model of
+    another kind than LLaVA, what its own processor made beside the tokens, by the names of its arguments;
+    `pixels_ICHW` then has no pixel.
     """
 
     input_ids_BT: Tensor
@@ -100,6 +103,7 @@ class Inputs:
     is_packed: bool = False
     known_places: Places | None = None
     scores_BT: Tensor | None = None
+    own: Mapping[str, Tensor] | None = None
 
     @property
     def places(self) -> Places:
@@ -162,7 +166,8 @@ class Inputs:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {name: move(t) for name, t in tensors.items() if isinstance(t, Tensor)}
         places = None if self.known_places is None else self.known_places.map(move)
-        return replace(self, known_places=places, **moved)
+        own = None if self.own is None else {name: move(tensor) for name, tensor in self.own.items()}
+        return replace(self, known_places=places, own=own, **moved)
 
 
 class Counts(dict[str, Tensor]):
@@ -215,13 +220,43 @@ class TeacherRows:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StretchRows:
+    """Where one side predicts the stretches of answers that both sides cut into other tokens.
+
+    Flat positions, as `Places.response_N` has them: of the first token of each stretch, and of its further
+    tokens, with the number of the stretch that they are of.
+    """
+
+    first_S: Tensor
+    further_R: Tensor
+    stretch_R: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretches:
+    """The same stretches of answers on both sides, in one order."""
+
+    student: StretchRows
+    teacher: StretchRows
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Stretches:
+        """The same with every tensor changed."""
+
+        def mapped(rows: StretchRows) -> StretchRows:
+            return StretchRows(**{f.name: change(getattr(rows, f.name)) for f in fields(rows)})
+
+        return Stretches(student=mapped(self.student), teacher=mapped(self.teacher))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """One micro-batch. `teacher` is None where the teacher reads exactly what the student reads.
 
     `teacher_rows` is what a cache holds of the teacher, where one stands in for it. `num_shared_targets`: how
-    many targets are the same tokens on both sides, where there are two and the loader counted. `step`: the
-    optimiser step that it is of, for what is drawn anew at each; steps count from 0. `own_answers`: its
-    labels are answers of the student's own, in place of the data's, and no truth.
+    many targets are the same tokens on both sides, where there are two and the loader counted. `stretches`:
+    what is compared where their tokenizers differ. `step`: the optimiser step that it is of, for what is
+    drawn anew at each; steps count from 0. `own_answers`: its labels are answers of the student's own, in
+    place of the data's, and no truth.
     """
 
     student: Inputs
@@ -229,6 +264,7 @@ class Batch:
     record_ids: tuple[str, ...] = ()
     teacher_rows: TeacherRows | None = None
     num_shared_targets: int | None = None
+    stretches: Stretches | None = None
     step: int = 0
     own_answers: bool = False
 
@@ -250,4 +286,8 @@ class Batch:
         rows = self.teacher_rows
         if rows is not None:
             rows = rows.map(lambda tensor: _moved(tensor, device))
-        return replace(self, student=self.student.to(device), teacher=teacher, teacher_rows=rows)
+        stretches = self.stretches
+        if stretches is not None:
+            stretches = stretches.map(lambda tensor: _moved(tensor, device))
+        student = self.student.to(device)
+        return replace(self, student=student, teacher=teacher, teacher_rows=rows, stretches=stretches)

@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llava_kd.durable import named
+
 
 def write_tensors(
     tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None
@@ -31,7 +33,8 @@ def writing(path: Path) -> Iterator[None]:
     Ranks that wait for the one that writes stop for an OSError, and for nothing that they do not know.
     """
     try:
-        yield
+        with named(path):
+            yield
     except Exception as error:
         # tokenizers has no exception of its own: it raises the bare class.
         if not isinstance(error, SafetensorError) and type(error) is not Exception:
@@ -42,7 +45,7 @@ def writing(path: Path) -> Iterator[None]:
 def share(*paths: Path) -> None:
     """Give files the mode that the umask gives a new one; safetensors keeps its own for the owner alone."""
     for path in paths:
-        probe = path.with_name(f".{path.name}.mode")
+        probe = path.with_name(f".{path.name}.mode.partial")  # a name that is swept away after a kill
         probe.touch()
         mode = probe.stat().st_mode
         probe.unlink()

@@ -48,7 +48,7 @@ def test_a_dry_run_says_the_loss_as_a_formula(stage, capsys) -> None:
         "    = sum over response rows / response_tokens of the step; reads the teacher's logits (live, or a "
         "cache of the largest)"
     )
-    assert lines[at + 2] == "    with temperature 2, divergence reverse, mix 0.5, trust all"
+    assert lines[at + 2] == "    with temperature 2, divergence reverse, mix 0.5, trust all, listed 5"
     assert "  learned from these weights on: those of response_kl, visual_kl, relation" in lines
 
 

@@ -16,10 +16,11 @@ from data_samples import encoded_image, entry, side, write_dataset
 from llava_kd.assembly.parts.data import side as side_of_parts
 from llava_kd.cli import main
 from llava_kd.config import DataConfig
-from llava_kd.data.sound import write_sound_entries, write_whole
+from llava_kd.data.sound import write_sound_entries
 from llava_kd.data.sources.kinds import Place, open_source
 from llava_kd.data.sources.llava_json import LlavaJson, parse_record
 from llava_kd.data.verify import verify, verify_file
+from llava_kd.durable import write_whole
 from llava_kd.models.files.checkpoint import load_stock
 
 

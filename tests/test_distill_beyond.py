@@ -355,11 +355,12 @@ def test_the_relation_of_text_to_vision_is_of_each_image_and_its_answers(student
 # Trust in the teacher ----
 
 
-@pytest.mark.parametrize("trust", ["first", "probability"])
+@pytest.mark.parametrize("trust", ["first", "probability", "label_listed", "choice_listed"])
 def test_the_teacher_counts_where_it_is_right_and_all_targets_divide(
     student: MLLM, teacher: Teacher, records: list[TinyRecord], trust: Trust
 ) -> None:
-    total, right, count = 0.0, 0, 0
+    total, right, count, kept = 0.0, 0, 0, 0.0
+    listed = 100 if trust == "choice_listed" else 3  # the student says what it likes
     for item in records:
         s_TV, t_TV = (logits_TV(side, item)[:, :COMMON] for side in (student, teacher.mllm))
         for place in range(1, len(item.ids)):
@@ -371,13 +372,17 @@ def test_the_teacher_counts_where_it_is_right_and_all_targets_divide(
             factor = float(p_t[label])
             if trust == "first":
                 factor = float(all(float(p_t[label]) >= float(p) for p in p_t))
+            if trust in ("label_listed", "choice_listed"):
+                word = label if trust == "label_listed" else int(s_TV[place - 1].argmax())
+                factor = float(word in p_t.topk(listed).indices.tolist())
+            kept += factor
             right += int(p_t.argmax()) == label
             log_s, soft_t = (s_TV[place - 1] / 2).log_softmax(0), (t_TV[place - 1] / 2).softmax(0)
             total += factor * 4 * float(kl_div(log_s, soft_t, reduction="sum"))
     assert count / 2 <= right < count
-    objective = objective_of(
-        response_kl=ResponseKL(weight=0.5, temperature=2.0, trust=trust), num_common=COMMON, losses="fast"
-    )
+    assert 0 < kept < count
+    trusting = ResponseKL(weight=0.5, temperature=2.0, trust=trust, listed=listed)
+    objective = objective_of(response_kl=trusting, num_common=COMMON, losses="fast")
     means, _ = run(cut(records, [5, 4]), objective, student, teacher)
     assert float(means["response_kl"]) == pytest.approx(total / count, rel=1e-4)
     assert float(means["loss"]) == pytest.approx(0.5 * total / count, rel=1e-4)

@@ -42,6 +42,8 @@ def test_both_forms_are_what_counting_gives(dtype: torch.dtype, chunk_rows: int 
         for found in (plain, chunked):
             assert float(found.probability_N[n]) == pytest.approx(probability, rel=1e-4, abs=1e-12)
             assert bool(found.is_first_N[n]) == (is_common and row[label] == max(row))
+            before = sum(other > row[label] for other in row) if is_common else COMMON
+            assert int(found.before_N[n]) == before
     assert 8 <= int(plain.is_first_N.sum()) < N
     assert (chunked.probability_N.dtype, chunked.is_first_N.dtype) == (torch.float32, torch.bool)
 
@@ -78,5 +80,6 @@ def test_the_largest_logits_are_exact_where_they_hold_the_label(kept: int) -> No
     assert torch.equal(found.is_first_N, exact.is_first_N), "the first choice is always kept"
     is_kept_N = (top.indices == given["labels_N"].unsqueeze(1)).any(1)
     assert is_kept_N.any()
+    assert torch.equal(found.before_N, torch.where(is_kept_N, exact.before_N, kept))
     expected_N = torch.where(is_kept_N, exact.probability_N, 0.0)
     torch.testing.assert_close(found.probability_N, expected_N, rtol=1e-5, atol=1e-7)

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava_kd import durable
+from llava_kd.durable import write_text
 from llava_kd.training import checkpoint
-from llava_kd.training.checkpoint import Checkpoints, Saved, write_text
+from llava_kd.training.checkpoint import Checkpoints, Saved
 
 
 def saved(step: int) -> Saved:
@@ -103,7 +105,7 @@ def test_keeping_none_is_refused(tmp_path: Path) -> None:
         Checkpoints(tmp_path, keep=0)
 
 
-@pytest.mark.parametrize("name", ["write_tensors", "sync_file"])
+@pytest.mark.parametrize("name", ["write_tensors", "put_folder"])
 def test_a_write_that_fails_leaves_the_good_ones_and_is_cleaned_up(
     root: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -154,7 +156,7 @@ def test_a_text_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "sync_file", full_disk)
+        patch.setattr(durable, "sync", full_disk)
         with pytest.raises(OSError, match="No space"):
             write_text(path, "new")
     assert path.read_text() == "old"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -53,6 +53,36 @@ def tiny_tokenizer(*, extra_tokens: tuple[str, ...] = ()) -> PreTrainedTokenizer
     )
 
 
+def merged_tokenizer() -> PreTrainedTokenizerFast:
+    """Of another family: byte-level too, with words of its own, other numbers and another end token."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    said = [
+        f"{size} {colour} {shape}s: yes, there are three; no, it is left of the {shape}. USER ASSISTANT"
+        for size in ("small", "large")
+        for colour in ("red", "blue", "green", "yellow")
+        for shape in ("circle", "square", "triangle", "star")
+    ]
+    backend.train_from_iterator(
+        said,
+        trainers.BpeTrainer(
+            vocab_size=340,
+            special_tokens=["</s>", IMAGE_TOKEN, "<pad>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def tiny_processor(
     *,
     tower: Literal["siglip", "clip"] = "siglip",
@@ -60,6 +90,7 @@ def tiny_processor(
     patch_size: int = 8,
     strategy: Literal["full", "default"] = "full",
     extra_tokens: tuple[str, ...] = (),
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> LlavaProcessor:
     if tower == "siglip":
         images = SiglipImageProcessor(size={"height": image_size, "width": image_size})
@@ -69,7 +100,7 @@ def tiny_processor(
         )
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=tiny_tokenizer(extra_tokens=extra_tokens),
+        tokenizer=tokenizer or tiny_tokenizer(extra_tokens=extra_tokens),
         patch_size=patch_size,
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=1 if tower == "clip" else 0,
@@ -93,6 +124,7 @@ def make_tiny_llava(
     feature_layer: int = -2,
     strategy: Literal["full", "default"] = "full",
     seed: int = 0,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Path:
     """Write a stock LLaVA directory: config, safetensors, processor, tokenizer, chat template.
 
@@ -100,7 +132,9 @@ def make_tiny_llava(
     With the defaults an image fills 16 tokens; "default" drops the first feature, as a CLIP tower needs.
     """
     directory = Path(directory)
-    processor = tiny_processor(tower=tower, image_size=image_size, patch_size=patch_size, strategy=strategy)
+    processor = tiny_processor(
+        tower=tower, image_size=image_size, patch_size=patch_size, strategy=strategy, tokenizer=tokenizer
+    )
     tokenizer = processor.tokenizer
     tower_config = (SiglipVisionConfig if tower == "siglip" else CLIPVisionConfig)(
         hidden_size=tower_hidden,

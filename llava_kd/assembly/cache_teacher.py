@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llava_kd.assembly.parts.data import side_in, source_in
-from llava_kd.assembly.parts.models import DTYPES
+from llava_kd.assembly.parts.foreign.teachers import foreign_side, placed_foreign
 from llava_kd.assembly.parts.objective import terms_of
 from llava_kd.assembly.parts.stored_teacher import (
     HEAD,
@@ -25,14 +25,15 @@ from llava_kd.assembly.parts.stored_teacher import (
     refuse_other,
     temperatures,
 )
-from llava_kd.assembly.parts.teacher import placed_teacher, teacher_template
+from llava_kd.assembly.parts.teacher import load_teacher, placed_teacher, teacher_template
 from llava_kd.assembly.record_pass import RecordPass
 from llava_kd.assembly.runs.logs import speaker
 from llava_kd.assembly.runs.run_dir import locked
-from llava_kd.batch import Batch
+from llava_kd.batch import IGNORE_INDEX, Batch
 from llava_kd.checksums import checksum
 from llava_kd.config import TrainConfig
-from llava_kd.data.batches.model_side import Side
+from llava_kd.data.batches.model_side import AnySide
+from llava_kd.data.foreign.side import ForeignSide
 from llava_kd.data.sources.conversation import Source
 from llava_kd.data.teacher_store.shards import (
     SUFFIX,
@@ -40,16 +41,16 @@ from llava_kd.data.teacher_store.shards import (
     Shard,
     StoredRecord,
     places_to_store,
-    sync,
     text_crc,
     write_shard,
 )
 from llava_kd.data.teacher_store.store import INDEX, MANIFEST, SHARDS, Contents, Manifest, Mode, write_index
 from llava_kd.data.text.encoder import Encoded
 from llava_kd.distill.objective import beyond_top_k, places_read
+from llava_kd.durable import make_folder, replacing
 from llava_kd.losses.divergence import Temperature, deviation
 from llava_kd.losses.kernels import gemm
-from llava_kd.models.files.checkpoint import Parts, load_stock
+from llava_kd.models.foreign.loading import AnyParts, ForeignParts
 from llava_kd.models.mllm import Prediction
 from llava_kd.parallel.world import World, join, peers
 from llava_kd.tensor_files import write_tensors
@@ -77,6 +78,11 @@ def cache_teacher(
             "a cache holds what one teacher says, but `teacher.several` is set; set it to null to cache "
             f"{config.teacher.checkpoint} alone"
         )
+    if config.teacher.visual_dependency is not None:
+        raise ValueError(
+            "a cache holds what a teacher says with the picture alone, but `teacher.visual_dependency` asks "
+            "it without; set it to null"
+        )
     with peers(), ExitStack() as held:
         world = join(config.engine.device, timeout_minutes=config.engine.timeout_minutes)
         say = speaker(world)
@@ -84,10 +90,13 @@ def cache_teacher(
         with world.together():
             if world.is_main:
                 held.enter_context(locked(directory, "--out"))
-        teacher = load_stock(config.teacher.checkpoint, dtype=DTYPES[config.teacher.dtype])
+        teacher = load_teacher(config)
         say(f"template of the teacher: {teacher_template(config, teacher)}")
         source = source_in(config)
-        reader = side_in(config, teacher, config.teacher)
+        if isinstance(teacher, ForeignParts):
+            reader = foreign_side(teacher, config.data)
+        else:
+            reader = side_in(config, teacher, config.teacher)
         manifest = Manifest(
             identity=identity(config.teacher, reader, source),
             contents=_contents(config, mode, top_k, teacher),
@@ -107,7 +116,7 @@ def cache_teacher(
                 _finish(directory, manifest, say)
 
 
-def _contents(config: TrainConfig, mode: Mode, top_k: int | None, teacher: Parts) -> Contents:
+def _contents(config: TrainConfig, mode: Mode, top_k: int | None, teacher: AnyParts) -> Contents:
     """What to keep for the terms of the settings. Raises ValueError where the mode cannot serve them."""
     terms = terms_of(config.objective)
     places = places_read(terms)
@@ -126,13 +135,13 @@ def _contents(config: TrainConfig, mode: Mode, top_k: int | None, teacher: Parts
         raise ValueError(
             f"--mode topk needs one temperature for both KL terms; got {', '.join(map(in_words, found))}"
         )
-    columns = max(teacher.processor.tokenizer.get_vocab().values()) + 1
+    columns = max(teacher.tokenizer.get_vocab().values()) + 1
     if top_k is None or not 1 <= top_k < columns:
         raise ValueError(f"--topk must lie in 1..{columns - 1}, below the vocabulary's size; got {top_k}")
     return Contents(mode=mode, places=places, k=top_k, columns=columns, temperature=found[0])
 
 
-def _begin(directory: Path, manifest: Manifest, teacher: Parts, say: Callable[[str], None]) -> None:
+def _begin(directory: Path, manifest: Manifest, teacher: AnyParts, say: Callable[[str], None]) -> None:
     """Make the folder ready to go on: nothing of another cache, no damaged shard, no finished manifest."""
     if (directory / MANIFEST).is_file():
         before = Manifest.read(directory)
@@ -144,23 +153,21 @@ def _begin(directory: Path, manifest: Manifest, teacher: Parts, say: Callable[[s
             )
     elif any(not path.name.startswith(".") for path in directory.iterdir()):
         raise ValueError(f"{directory} is not empty and holds no teacher cache; choose a new directory")
-    shards = directory / SHARDS
-    shards.mkdir(exist_ok=True)
     sweep(directory)
+    manifest.write(directory)  # first: a folder with shards and no manifest is taken for something else
+    shards = directory / SHARDS
+    make_folder(shards)
     sweep(shards)
-    manifest.write(directory)
     for path in sorted(shards.glob(f"*{SUFFIX}")):
         try:
             Shard(path).check()
         except DamagedShardError as error:
             say(f"{error}: written anew")
             path.unlink()
-    head = teacher.stock.lm_head
+    head = teacher.head
     tensors = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
-    scratch = directory / f".{HEAD}.partial"
-    write_tensors(tensors, scratch)
-    sync(scratch)
-    scratch.replace(directory / HEAD)
+    with replacing(directory / HEAD) as scratch:
+        write_tensors(tensors, scratch)
 
 
 def _missing(directory: Path, manifest: Manifest) -> list[int]:
@@ -196,17 +203,17 @@ class _Run:
 
     config: TrainConfig
     world: World
-    teacher: Parts
+    teacher: AnyParts
     directory: Path
     contents: Contents
     shard_bytes: int
     _pending: list[StoredRecord] = field(default_factory=list)
     _pending_bytes: int = 0
 
-    def write(self, todo: Sequence[int], source: Source, reader: Side) -> None:
+    def write(self, todo: Sequence[int], source: Source, reader: AnySide) -> None:
         """Predict and store this rank's share of the records of `todo`."""
         assert self.config.teacher is not None
-        predict = placed_teacher(self.config.teacher, self.world, self.teacher, shares_tower=False)
+        predict = self._predictor(reader)
         records = RecordPass(
             world=self.world,
             rows=self.config.micro_batch_size,
@@ -219,20 +226,28 @@ class _Run:
                     self._add(record)
         self._flush()
 
+    def _predictor(self, reader: AnySide) -> Callable[[Batch], Prediction]:
+        settings = self.config.teacher
+        assert settings is not None
+        if isinstance(self.teacher, ForeignParts):
+            assert isinstance(reader, ForeignSide)
+            return placed_foreign(settings, self.world, self.teacher, reader)
+        return placed_teacher(settings, self.world, self.teacher, shares_tower=False)
+
     def _stored(self, batch: Batch, prediction: Prediction, numbers: Sequence[int]) -> Iterator[StoredRecord]:
         """What to keep of each record that is not bad."""
         inputs = batch.student.to("cpu")
         length = inputs.input_ids_BT.shape[1]
-        per_image = self.teacher.tokens_per_image
+        per_image = _tokens_per_image(self.teacher)
         encoded, positions, images = [], [], []
         for b in range(len(numbers)):
             tokens = slice(0, int((inputs.segment_ids_BT[b] == 1).sum()))
             tensors = (inputs.input_ids_BT, inputs.labels_BT, inputs.visual_BT)
             ids, labels, visual = (tensor_BT[b, tokens] for tensor_BT in tensors)
             encoded.append(Encoded(ids=ids, labels=labels, visual=visual))
-            positions.append(places_to_store(encoded[-1], self.contents.places))
+            positions.append(self._places(encoded[-1]))
             first = images[-1].stop if images else 0
-            images.append(slice(first, first + int(visual.sum()) // per_image))
+            images.append(slice(first, first + (int(visual.sum()) // per_image if per_image else 0)))
         places_M = torch.cat([b * length + of_row.long() for b, of_row in enumerate(positions)])
         hidden_ME = prediction.hidden_BTD.flatten(0, 1)[places_M.to(prediction.hidden_BTD.device)]
         kept = {name: tensor.cpu() for name, tensor in self._kept(hidden_ME, prediction).items()}
@@ -240,7 +255,7 @@ class _Run:
         parts = {name: tensor.split(counts) for name, tensor in kept.items()}
         for b, number in enumerate(numbers):
             is_valid = bool(inputs.image_is_valid_I[images[b]].all())
-            if len(encoded[b].ids) == 1 or not is_valid:
+            if len(encoded[b].ids) == 1 or not is_valid or len(positions[b]) == 0:
                 continue  # a stand-in, or an image that could not be read: named in bad_records.jsonl
             tensors = {name: of_rows[b] for name, of_rows in parts.items()}
             if self.contents.projected:
@@ -248,6 +263,17 @@ class _Run:
                 tensors["projected_INE"] = of_record.reshape(-1, per_image, of_record.shape[2]).cpu()
             crc = text_crc(batch.record_ids[b], encoded[b])
             yield StoredRecord(number=number, text_crc=crc, positions_M=positions[b], tensors=tensors)
+
+    def _places(self, encoded: Encoded) -> Tensor:
+        """Where the record is stored; of a talk in another template than the student's also one row before
+        each answer, which stands beside a token that only the student's answer may begin with.
+        """
+        places_M = places_to_store(encoded, self.contents.places)
+        if not isinstance(self.teacher, ForeignParts):
+            return places_M
+        is_target = encoded.labels != IGNORE_INDEX
+        begins = (is_target[2:] & ~is_target[1:-1]).nonzero().squeeze(1)
+        return torch.cat([places_M, begins.to(places_M.dtype)]).unique()
 
     def _kept(self, hidden_ME: Tensor, prediction: Prediction) -> dict[str, Tensor]:
         contents = self.contents
@@ -279,6 +305,13 @@ class _Run:
         if self._pending:
             write_shard(self.directory / SHARDS, self._pending)
             self._pending, self._pending_bytes = [], 0
+
+
+def _tokens_per_image(teacher: AnyParts) -> int:
+    """0 where pictures have other numbers of them."""
+    if isinstance(teacher, ForeignParts):
+        return 0 if teacher.grid is None else teacher.grid.num_tokens
+    return teacher.tokens_per_image
 
 
 def largest(

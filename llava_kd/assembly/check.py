@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
+from llava_kd.assembly.parts.cross.words import with_words
 from llava_kd.assembly.parts.data import same_tower, side_in, source_in
+from llava_kd.assembly.parts.foreign.teachers import describe, foreign_side, placed_foreign
 from llava_kd.assembly.parts.lending import with_projector
 from llava_kd.assembly.parts.models import choose_attention, student_in
 from llava_kd.assembly.parts.objective import objective
@@ -14,6 +18,7 @@ from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.stored_teacher import open_cache
 from llava_kd.assembly.parts.teacher import is_cached, teacher_parts, teacher_template
 from llava_kd.assembly.parts.teaching.peer import mirrored, peer_terms
+from llava_kd.assembly.parts.teaching.visual_dependency import check_visual_dependency
 from llava_kd.assembly.parts.tuning.centroids import with_centroids
 from llava_kd.assembly.planning.dry_run import plan
 from llava_kd.assembly.planning.pictures import picture_lines
@@ -26,7 +31,9 @@ from llava_kd.data.pixels.images import MAX_PIXELS, decode, jpeg_decoder
 from llava_kd.data.sources.conversation import Source
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.files.other_tools import unopened
+from llava_kd.models.foreign.loading import AnyParts
 from llava_kd.models.vocabulary import left_out
+from llava_kd.parallel.world import World
 
 
 def check(
@@ -46,28 +53,29 @@ def check(
     """
     read_slices(config)
     check_several(config)
+    check_visual_dependency(config)
     source = source_in(config)
     lines = [f"plug-in          {p.name}, sha256 {p.sha256[:16]}" for p in tables_of(config).plugins]
     student = student_in(config, lambda line: lines.append(f"template         of the student: {line}"))
     teacher = teacher_parts(config)
     student = with_projector(config, student, teacher)
     _keeps_records_apart(config, student, "student")
-    if teacher is not None and not is_cached(config):
+    if isinstance(teacher, Parts) and not is_cached(config):
         _keeps_records_apart(config, teacher, "teacher")
     peer = _peer(config, student, lines)
     other, whose = (teacher, "teacher") if peer is None else (peer, "peer")
     terms = objective(config.objective, student, other, config.data.visual_alignment)
     terms = with_centroids(config, terms, student, source)
+    terms = with_words(config, terms, student, teacher, lambda line: lines.append(f"vocabulary       {line}"))
     if teacher is not None:
         lines.append(f"template         of the teacher: {teacher_template(config, teacher)}")
         other_teachers(
             config, student, teacher, source, lambda line: lines.append(f"several          {line}")
         )
     if other is not None:
-        lines.append(f"towers           {_towers(config, student, other)}")
-        lines.append(f"visual tokens    student {student.tokens_per_image}, {whose} {other.tokens_per_image}")
+        lines += _pictures_of(config, student, other, whose)
         if terms.common.num_common is not None:
-            extra = left_out(student.processor.tokenizer, other.processor.tokenizer)
+            extra = left_out(student.tokenizer, other.tokenizer)
             without = "" if extra is None else f"; left out are {extra}"
             lines.append(f"vocabulary       {terms.common.num_common} shared columns{without}")
     lines.append(f"pixels           {_pixels(config)}")
@@ -86,6 +94,26 @@ def _peer(config: TrainConfig, student: Parts, lines: list[str]) -> Parts | None
     _keeps_records_apart(its, peer, "peer")
     peer_terms(its, peer, student)
     return peer
+
+
+def _pictures_of(config: TrainConfig, student: Parts, other: AnyParts, whose: str) -> list[str]:
+    """How both models see pictures. The answers of a teacher with its own processor are tried here."""
+    mine = f"visual tokens    student {student.tokens_per_image}, {whose}"
+    if isinstance(other, Parts):
+        return [f"towers           {_towers(config, student, other)}", f"{mine} {other.tokens_per_image}"]
+    assert config.teacher is not None
+    side = foreign_side(other, config.data)
+    lines = [f"teacher          {type(other.stock).__name__}, read by its {type(other.processor).__name__}"]
+    if is_cached(config):
+        cache = open_cache(config, side, source_in(config))
+        lines.append(
+            f"towers           the student's alone: the teacher's predictions come from {cache.directory}"
+        )
+    else:
+        here = World(rank=0, size=1, device=torch.device("cpu"))
+        placed_foreign(replace(config.teacher, placement="replicated", quantize=None), here, other, side)
+        lines.append("towers           different: both run")
+    return [*lines, f"{mine} {describe(other, side)[1]}"]
 
 
 def _keeps_records_apart(config: TrainConfig, parts: Parts, whose: str) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from llava_kd.batch import Batch
 from llava_kd.config import DataConfig
-from llava_kd.data.batches.loader import Loader, Side
+from llava_kd.data.batches.loader import Loader
+from llava_kd.data.batches.model_side import AnySide
 from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.sources.conversation import Source
 from llava_kd.losses.head_loss import head_loss
@@ -28,7 +29,7 @@ class RecordPass:
     bad_records: Path
 
     def batches(
-        self, todo: Sequence[int], source: Source, reader: Side
+        self, todo: Sequence[int], source: Source, reader: AnySide
     ) -> Iterator[tuple[Batch, Sequence[int], set[int]]]:
         """This rank's share: every world-size-th batch, its record numbers, and which of them are its to do.
 
@@ -49,7 +50,7 @@ class RecordPass:
             is_own = step >= len(repeated)
             yield batches[0], numbers, numbers_todo.intersection(numbers) if is_own else set()
 
-    def _loader(self, order: Sequence[int], source: Source, reader: Side) -> Loader:
+    def _loader(self, order: Sequence[int], source: Source, reader: AnySide) -> Loader:
         return Loader(
             source=source,
             student=reader,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_kd.assembly.parts.adapters import adapt_student
+from llava_kd.assembly.parts.cross.words import with_words
 from llava_kd.assembly.parts.data import make_loader
 from llava_kd.assembly.parts.engine import compiles_first, make_engine
 from llava_kd.assembly.parts.held_out import evaluator
@@ -29,6 +30,7 @@ from llava_kd.distill.teaching.door import Teaching
 from llava_kd.distill.teaching.guarded import Guarded
 from llava_kd.distill.teaching.on_policy.own_answers import OwnAnswers
 from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.foreign.loading import AnyParts, as_llava
 from llava_kd.models.mllm import MLLM
 from llava_kd.parallel.engine import Engine
 from llava_kd.parallel.world import World
@@ -67,7 +69,7 @@ class Fed:
     """With the loader, which knows whether the teacher sees through the student's tower."""
 
     placed: Placed
-    teacher: Parts | None
+    teacher: AnyParts | None
     loader: Loader
     shares_tower: bool
 
@@ -101,7 +103,7 @@ def assemble(
     config: TrainConfig,
     world: World,
     student: Parts,
-    teacher: Parts | None,
+    teacher: AnyParts | None,
     say: Say = print,
     *,
     identity: Mapping[str, str] | None = None,
@@ -135,7 +137,7 @@ def _place(config: TrainConfig, world: World, adapted: Adapted) -> Placed:
 
 
 def _feed(
-    config: TrainConfig, world: World, placed: Placed, teacher: Parts | None, source: Source | None
+    config: TrainConfig, world: World, placed: Placed, teacher: AnyParts | None, source: Source | None
 ) -> Fed:
     loader, shares_tower = make_loader(config, world, placed.adapted.student, teacher, source)
     return Fed(placed=placed, teacher=teacher, loader=loader, shares_tower=shares_tower)
@@ -147,13 +149,14 @@ def _accompany(
     teaching = None
     student, mllm, shares = fed.placed.adapted.student, fed.placed.mllm, fed.shares_tower
     if fed.teacher is not None and config.peer is not None:
-        teaching = peer_of(config, world, (student, mllm), fed.teacher, say, shares_tower=shares)
+        its = as_llava(fed.teacher, "`peer`")
+        teaching = peer_of(config, world, (student, mllm), its, say, shares_tower=shares)
     elif fed.teacher is not None:
         teaching = teaching_of(
             config, world, (student, mllm), fed.teacher, say, shares_tower=shares, others=others
         )
         if config.pictures is not None:
-            models = (student, mllm), fed.teacher
+            models = (student, mllm), as_llava(fed.teacher, "`pictures`")
             teaching = with_changed_pictures(config, world, models, teaching, source, say)
         if config.on_policy is not None:
             teaching = OwnAnswers(teaching)
@@ -173,6 +176,7 @@ def _join(config: TrainConfig, accompanied: Accompanied, source: Source | None, 
     student, teacher = fed.placed.adapted.student, fed.teacher
     terms = objective(config.objective, student, teacher, config.data.visual_alignment, seed=config.seed)
     terms = with_centroids(config, terms, student, source)
+    terms = with_words(config, terms, student, teacher, say)
     if teacher is not None and (num_common := terms.common.num_common) is not None:
         say_left_out(config, student, teacher, num_common, say)
     module = Student(fed.placed.mllm, terms, accompanied.teaching).train()

@@ -23,6 +23,7 @@ from llava_kd.assembly.parts.objective import token_policy
 from llava_kd.assembly.parts.several.teachers import check_several, other_teachers
 from llava_kd.assembly.parts.slices import read_slices
 from llava_kd.assembly.parts.teacher import (
+    check_foreign,
     teacher_parts,
     teacher_template,
 )
@@ -32,6 +33,7 @@ from llava_kd.assembly.parts.teaching.peer import (
     peer_fingerprints,
     peer_parts,
 )
+from llava_kd.assembly.parts.teaching.visual_dependency import check_visual_dependency
 from llava_kd.assembly.planning.estimate import ModelSizes, memory, refuse_too_large, together
 from llava_kd.assembly.runs.logs import logged, speaker
 from llava_kd.assembly.runs.provenance import checked_parent, finish
@@ -43,8 +45,8 @@ from llava_kd.data.sources.conversation import Source
 from llava_kd.models.files.card import reading_notes
 from llava_kd.models.files.checkpoint import Parts, save_stock
 from llava_kd.models.files.other_tools import unopened
+from llava_kd.models.foreign.loading import AnyParts
 from llava_kd.models.lora import merge_adapters
-from llava_kd.models.reading import existing
 from llava_kd.parallel.world import World, join, peers
 
 
@@ -135,10 +137,11 @@ def _checked_source(config: TrainConfig, world: World) -> Source:
     read_held_out(config)
     token_policy(config)
     check_several(config)
+    check_visual_dependency(config)
     tagger_in(config)
-    if config.teacher is not None and config.teacher.checkpoint is not None:
-        existing(config.teacher.checkpoint, "the LLaVA checkpoint")
-    return source_in(config)
+    source = source_in(config)
+    check_foreign(config)
+    return source
 
 
 def _export(
@@ -157,7 +160,7 @@ def _export(
 
 
 def _refuse_too_large(
-    config: TrainConfig, world: World, student: Parts, teachers: Sequence[Parts], peer: Parts | None
+    config: TrainConfig, world: World, student: Parts, teachers: Sequence[AnyParts], peer: Parts | None
 ) -> None:
     """ValueError where a GPU is too small for the models as they are loaded."""
     if world.device.type != "cuda":

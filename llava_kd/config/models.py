@@ -10,6 +10,7 @@ from typing_extensions import Doc
 from llava_kd.config.adapters import LoraConfig, check_teacher_bits
 from llava_kd.config.ranges import require
 from llava_kd.config.teaching.several import SeveralConfig
+from llava_kd.config.teaching.visual_dependency import VisualDependencyConfig
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
@@ -79,7 +80,7 @@ class PeerConfig(StudentConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    checkpoint: Annotated[str, Doc("Stock LLaVA directory.")]
+    checkpoint: Annotated[str, Doc("Stock LLaVA directory, or one of another image-text-to-text model.")]
     dtype: Annotated[Dtype, Doc("Of its weights.")] = "bfloat16"
     quantize: Annotated[Literal["8bit"] | None, Doc("Few bits for the weights of its language model.")] = None
     placement: Annotated[
@@ -91,11 +92,17 @@ class TeacherConfig:
     ] = None
     template: Annotated[str | None, Doc("Template of its prompts; null is that of `data`.")] = None
     several: Annotated[SeveralConfig | None, Doc("More teachers beside this one; null is none.")] = None
+    visual_dependency: Annotated[
+        VisualDependencyConfig | None,
+        Doc("More weight for response tokens that need the picture; null weighs all alike."),
+    ] = None
 
     def __post_init__(self) -> None:
         check_teacher_bits(self.quantize, self.placement)
         if self.several is not None:
             self.several.check_beside(self.checkpoint, self.cache)
+        if self.visual_dependency is not None:
+            self.visual_dependency.check_beside(cache=self.cache, is_several=self.several is not None)
 
     @property
     def others(self) -> list[str]:

@@ -120,6 +120,11 @@ def check_pictures(
         teacher.several is None,
         f"`{name}` asks one teacher about pictures, but `teacher.several` is set; set one of them to null",
     )
+    require(
+        teacher.visual_dependency is None,
+        f"`{name}` changes the pictures and `teacher.visual_dependency` withholds them, and they were never "
+        "tried together; set one of them to null",
+    )
     if pictures.hard is None:
         return
     require(

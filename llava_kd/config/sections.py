@@ -120,6 +120,8 @@ class TrainConfig:
                 f"`teacher.cache` ({self.teacher.cache}) holds predictions for the pixels of a CPU decoder; "
                 f"`data.decode` {self.data.decode} makes others: set it to cpu",
             )
+            if self.teacher.visual_dependency is not None:
+                self.teacher.visual_dependency.check_engine(self.engine.kind)
         require(
             self.global_batch_size % self.micro_batch_size == 0,
             f"`global_batch_size` ({self.global_batch_size}) must be a multiple of `micro_batch_size` "

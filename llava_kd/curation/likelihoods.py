@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from llava_kd.batch import IGNORE_INDEX, Inputs
 from llava_kd.data.text.encoder import Encoded
+from llava_kd.durable import Lines, make_folder
 from llava_kd.evaluation.answers import mend
 
 
@@ -77,7 +79,7 @@ class Likelihoods:
 
     def begin(self) -> None:
         """Cut off what a kill left half-written. One rank calls it, before any reads."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         for path in self._paths():
             mend(path)
 
@@ -99,10 +101,9 @@ class Likelihoods:
 
     def append(self, rank: int, found: Iterable[Likelihood]) -> None:
         """Whole lines, flushed to the system at once."""
-        with (self._folder / f"{self._name}.rank{rank}.jsonl").open(
-            "a", encoding="utf-8", newline="\n"
-        ) as file:
-            file.write("".join(json.dumps(asdict(one)) + "\n" for one in found))
+        lines = Lines(self._folder / f"{self._name}.rank{rank}.jsonl")
+        with closing(lines):
+            lines.write("".join(json.dumps(asdict(one)) + "\n" for one in found))
 
     def _paths(self) -> list[Path]:
         return sorted(self._folder.glob(f"{self._name}.rank*.jsonl"))

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from llava_kd.checksums import meta_checksum, sealed
-from llava_kd.data.sound import write_whole
 from llava_kd.data.sources.conversation import Record
 from llava_kd.data.sources.kinds import FileSource
+from llava_kd.durable import write_whole
 
 _FORMAT = 1
 _MAX_BYTES = 1 << 30

@@ -10,20 +10,10 @@ from pathlib import Path
 
 from llava_kd.data.sources.conversation import Record, Source
 from llava_kd.data.sources.entries import read_entries
+from llava_kd.durable import replacing, write_whole
 
 _SPEAKERS = {"user": "human", "assistant": "gpt"}
 _ROWS = 100
-
-
-def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
-    """A file that is there whole or not at all."""
-    scratch = path.with_name(f".{path.name}.partial")
-    try:
-        with scratch.open("wb") as stream:
-            stream.writelines(pieces)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def write_sound_entries(path: Path, out: Path, unsound: Collection[int]) -> None:
@@ -37,13 +27,9 @@ def write_sound_records(source: Source, out: Path, unsound: Collection[int]) -> 
     """Copy the other records of tables or shards, with their images, to a .tar, or a Parquet file."""
     left_out = set(unsound)
     sound = [i for i in range(len(source)) if i not in left_out]
-    scratch = out.with_name(f".{out.name}.partial")
-    try:
+    with replacing(out) as scratch:
         write = _write_tar if out.suffix == ".tar" else _write_parquet
         write(source, sound, scratch)
-        scratch.replace(out)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _as_text(value: object) -> bytes:

@@ -99,6 +99,8 @@ class Diagnosis:
     @torch.no_grad()
     def _compare(self, student: Prediction, teacher: AnyPrediction | None, batch: Batch) -> dict[str, Tensor]:
         """Sums over the rows that both sides answer alike, their number first."""
+        if self._objective.common.words is not None:
+            teacher = None  # its tokens are others: no row of it is beside one of the student's
         rows = Rows.select("response", batch, with_teacher=teacher is not None)
         shared_N = rows.is_shared_N.double()
         num_common = self._objective.common.num_common

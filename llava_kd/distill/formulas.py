@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llava_kd.losses import dbild, head_loss, label, reference, reference_top_k, relation, top_k
+from llava_kd.losses.cross import stretches
+from llava_kd.losses.cross.stretches import StretchLoss, Words
 from llava_kd.losses.label import LabelRows
 from llava_kd.losses.reference import HeadLoss, RowsLoss
 from llava_kd.losses.tuning import information, smoothing
@@ -28,6 +30,7 @@ class Formulas:
     label_rows: Callable[..., LabelRows]
     conditional_information: Callable[..., RowsLoss]
     smoothing: Callable[..., RowsLoss]
+    stretch_loss: Callable[..., StretchLoss]
 
 
 REFERENCE = Formulas(
@@ -38,6 +41,7 @@ REFERENCE = Formulas(
     label_rows=label.label_rows,
     conditional_information=information.conditional_information,
     smoothing=smoothing.smoothing,
+    stretch_loss=stretches.stretch_loss,
 )
 FAST = Formulas(
     head_loss=head_loss.head_loss,
@@ -47,6 +51,7 @@ FAST = Formulas(
     label_rows=label.label_rows_by_chunk,
     conditional_information=information.conditional_information_by_chunk,
     smoothing=smoothing.smoothing_without_logits,
+    stretch_loss=stretches.stretch_loss_by_chunk,
 )
 FORMULAS: Mapping[str, Formulas] = {"fast": FAST, "reference": REFERENCE}
 
@@ -55,10 +60,12 @@ FORMULAS: Mapping[str, Formulas] = {"fast": FAST, "reference": REFERENCE}
 class Common:
     """`num_common` is the number of vocabulary columns that both heads share; `align` carries the teacher's
     features of each image, [I, M, E], to the student's tokens, None where both have the same. `centroids`:
-    what the student said before it was tuned, by label.
+    what the student said before it was tuned, by label. `words`: which columns are the same token, where the
+    heads share none by their number.
     """
 
     num_common: int | None = None
     align: Align | None = None
     centroids: Centroids | None = None
+    words: Words | None = None
     formulas: Formulas = REFERENCE

@@ -17,7 +17,7 @@ from llava_kd.batch import Batch, Counts
 from llava_kd.distill.formulas import Common
 from llava_kd.distill.row_choice import Chosen, choose
 from llava_kd.distill.rows import Place, Rows, count, fill, visual_features
-from llava_kd.distill.taught import LABELLED, AnyPrediction, MixedPrediction, TopKPrediction
+from llava_kd.distill.taught import LABELLED, AnyPrediction, Dependency, MixedPrediction, TopKPrediction
 from llava_kd.distill.terms.term import HeadRequest, Term
 from llava_kd.distill.token_policy import BEYOND_TOP_K, PolicyRows
 from llava_kd.losses.divergence import Divergence, Temperature
@@ -74,7 +74,7 @@ class HeadTerms:
     """The terms of an objective that go through the head, for one micro-batch.
 
     `factors`: scalars without gradient that multiply the weights of some terms. `policy`: what is taught of
-    response tokens that may be private. `label_weight_N`: as of `Taught`.
+    response tokens that may be private. `label_weight_N` and `dependency`: as of `Taught`.
     """
 
     terms: Mapping[str, Term]
@@ -86,6 +86,7 @@ class HeadTerms:
     factors: Mapping[str, Tensor] = field(default_factory=dict)
     policy: PolicyRows | None = None
     label_weight_N: Tensor | None = None
+    dependency: Dependency | None = None
 
     def __call__(self) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Their weighted sum and each one's mean; None where there is none of them."""
@@ -117,6 +118,8 @@ class HeadTerms:
             return chosen
         if self.label_weight_N is not None:
             chosen = chosen.labelled(self.label_weight_N)
+        if self.dependency is not None and block.kl is not None:
+            chosen = chosen.weighed(self.dependency)
         return chosen if self.policy is None else chosen.under(self.policy)
 
     def _share(self, name: str) -> Tensor:
@@ -153,7 +156,7 @@ class HeadTerms:
             [self._weights(c.rows, block.kl) * c.factor_N for block, c in zip(listed, chosen, strict=True)]
         )
         common |= {"temperature": kind[0], "divergence": kind[1], "num_common": self.common.num_common}
-        change = self._change(pairs, kind[0])
+        change = self._change(pairs, kind)
         if isinstance(teacher, TopKPrediction):
             if change is not None:
                 raise ValueError(f"the largest logits of a teacher cannot serve {BEYOND_TOP_K}")
@@ -173,9 +176,9 @@ class HeadTerms:
             **({} if change is None else {"teacher_change": change}),
         )
 
-    def _change(self, pairs: list[tuple[_Block, Rows]], temperature: Temperature) -> ChangeRows | None:
-        """What other teachers, and then the policy, make of the first teacher's rows of a call."""
-        found = [self._mixed(pairs, temperature), self._hidden(pairs, temperature)]
+    def _change(self, pairs: list[tuple[_Block, Rows]], kind: Softening) -> ChangeRows | None:
+        """What other teachers, other readings, then the policy make of the first teacher's rows of a call."""
+        found = [self._mixed(pairs, kind[0]), self._contrasted(pairs, kind), self._hidden(pairs, kind[0])]
         changes = [change for change in found if change is not None]
 
         def in_turn(index_C: Tensor, logits_CU: Tensor) -> None:
@@ -198,10 +201,13 @@ class HeadTerms:
         """What the policy for private tokens changes."""
         if self.policy is None or self.teacher is None:
             return None
-        ends = list(accumulate(len(rows.student_N) for _, rows in pairs))
-        starts = zip([0, *ends[:-1]], pairs, strict=True)
-        of_responses = tuple(start for start, (block, _) in starts if block.place == "response")
-        return self.policy.target(temperature, of_responses, ends[-1], self._num_common)
+        return self.policy.target(temperature, *_of_responses(pairs), self._num_common)
+
+    def _contrasted(self, pairs: list[tuple[_Block, Rows]], kind: Softening) -> ChangeRows | None:
+        """What readings without the picture change."""
+        if self.dependency is None:
+            return None
+        return self.dependency.target(kind, *_of_responses(pairs), self._num_common)
 
     def _counts(self, name: str | None) -> bool:
         return name is not None and self.terms[name].weight > 0
@@ -232,6 +238,13 @@ class HeadTerms:
         features_IME = align(visual_features(teacher, self.batch.teacher_inputs, "hidden"))
         features_NE = features_IME[self.batch.student.places.valid_images_N].flatten(0, 1)
         return features_NE if chosen.picked_N is None else features_NE[chosen.picked_N]
+
+
+def _of_responses(pairs: list[tuple[_Block, Rows]]) -> tuple[tuple[int, ...], int]:
+    """Where the response rows of a call begin, and how many rows it has."""
+    ends = list(accumulate(len(rows.student_N) for _, rows in pairs))
+    starts = zip([0, *ends[:-1]], pairs, strict=True)
+    return tuple(start for start, (block, _) in starts if block.place == "response"), ends[-1]
 
 
 def _times(values_N: Tensor, factor_N: Tensor | None) -> Tensor:

@@ -97,6 +97,7 @@ class Objective:
             factors=factors,
             policy=taught.policy,
             label_weight_N=taught.label_weight_N,
+            dependency=taught.dependency,
         )()
         if head is not None:
             loss = loss + head[0]
@@ -115,6 +116,7 @@ class Objective:
                 module=self.modules.get(name),
             )
             share, means[name] = _weighted(term, seen, counts)
+            means |= {f"{name}/{what}": value for what, value in _figures(term, seen, counts).items()}
             loss = loss + share * factors.get(name, 1.0)
         if self.learned is not None and log_variance_K is not None:
             added, figures = self.learned.loss(log_variance_K, self.terms, means, self.counts(batch), counts)
@@ -179,6 +181,14 @@ def _weighted(term: Term, seen: Seen, counts: Counts) -> tuple[Tensor, Tensor]:
         return term.weight * share * total, share * total.detach()
     mean = total / number.float()
     return term.weight * mean, mean.detach()
+
+
+def _figures(term: Term, seen: Seen, counts: Counts) -> dict[str, Tensor]:
+    """What the term has left for the log beside its value."""
+    if not seen.figures:
+        return {}
+    number = count(counts, term.denominator.name).float()
+    return {what: value.detach() / number for what, value in seen.figures.items()}
 
 
 def touch(student: Prediction) -> Tensor:

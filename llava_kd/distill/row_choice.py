@@ -15,10 +15,11 @@ from torch import Tensor
 from llava_kd.batch import Batch
 from llava_kd.distill.formulas import Align, Common
 from llava_kd.distill.rows import Rows
-from llava_kd.distill.taught import AnyPrediction, MixedPrediction, TopKPrediction
-from llava_kd.distill.terms.term import HeadRequest, Trust
+from llava_kd.distill.taught import AnyPrediction, Dependency, MixedPrediction, TopKPrediction
+from llava_kd.distill.terms.term import LISTED, HeadRequest
 from llava_kd.distill.token_policy import PolicyRows
 from llava_kd.losses.label import LabelRows, top_k_label_rows
+from llava_kd.losses.row_figures import row_figures
 from llava_kd.models.mllm import Prediction
 
 
@@ -51,6 +52,14 @@ class Chosen:
         """All response rows, whose labels count so much."""
         return replace(self, ce_factor_N=weight_N, is_counted=False)
 
+    def weighed(self, dependency: Dependency) -> Chosen:
+        """All response rows, whose divergences count so much."""
+        return replace(
+            self,
+            factor_N=self.factor_N * dependency.factor_N,
+            is_counted=self.is_counted and not dependency.drops_rows,
+        )
+
 
 def choose(
     rows: Rows,
@@ -70,7 +79,7 @@ def choose(
     if request.share < 1:
         return _most_attended(rows, request.share, batch, teacher, common.align)
     if request.trust != "all":
-        factor_N = rows.is_shared_N * _trust(rows, request.trust, student, teacher, common)
+        factor_N = rows.is_shared_N * _trust(rows, request, student, teacher, common)
         return replace(every, factor_N=factor_N, is_counted=False)
     return every
 
@@ -96,18 +105,40 @@ def _most_attended(
 
 
 @torch.no_grad()
-def _trust(rows: Rows, trust: Trust, student: Prediction, teacher: AnyPrediction, common: Common) -> Tensor:
+def _trust(
+    rows: Rows, request: HeadRequest, student: Prediction, teacher: AnyPrediction, common: Common
+) -> Tensor:
+    trust = request.trust
     if isinstance(teacher, MixedPrediction):
         raise ValueError(f"trust in the first choice or probability is of one teacher; got {trust!r}")
+    if trust == "choice_listed":
+        rows = replace(rows, targets_N=_choices(student, rows, common))
     if isinstance(teacher, TopKPrediction):
+        kept = teacher.logits_BTK.shape[2]
+        if trust in LISTED and request.listed > kept:
+            raise ValueError(
+                f"the {request.listed} largest logits of the teacher are asked for, and {kept} are kept; "
+                "lower response_kl.listed, or write a cache of more"
+            )
         found = top_k_label_rows(teacher.top_k(rows.teacher_N), rows.targets_N)
     else:
         found = _label_rows(teacher, rows.teacher_N, rows, common)
+    if trust in LISTED:
+        return (found.before_N < request.listed).float()
     if trust in ("better", "worse"):
         own_N = _label_rows(student, rows.student_N, rows, common).nll_N
         is_taught_N = found.nll_N < own_N if trust == "better" else found.nll_N > own_N
         return is_taught_N.float()
     return found.is_first_N.float() if trust == "first" else found.probability_N
+
+
+def _choices(student: Prediction, rows: Rows, common: Common) -> Tensor:
+    """The column that the student would say at each row."""
+    hidden_ND = student.hidden_BTD.flatten(0, 1)[rows.student_N]
+    targets_N = torch.zeros_like(rows.targets_N)
+    return row_figures(
+        hidden_ND, student.head_VD, student.bias_V, targets_N, num_common=common.num_common
+    ).choice_N
 
 
 def _label_rows(side: Prediction, rows_N: Tensor, rows: Rows, common: Common) -> LabelRows:

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from llava_kd.distill.token_policy import PolicyRows
+from llava_kd.losses.divergence import Divergence, Temperature
 from llava_kd.losses.reference_top_k import TopK
+from llava_kd.losses.targets.contrast import ContrastTarget
 from llava_kd.losses.targets.mixture import MixedTarget, Voice
 from llava_kd.models.mllm import Prediction
 
@@ -59,6 +62,58 @@ class MixedPrediction:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dependency:
+    """Of each response row: how much the teacher needs the picture there, in nats, and what its divergence is
+    multiplied by. `drops_rows`: some of these may be 0.
+
+    `gamma` above 0: how much a further target counts where `is_shown_N`, made of what teacher and student say
+    without the picture, `unseen` and `own` at these rows.
+    """
+
+    score_N: Tensor
+    weight_N: Tensor
+    is_shown_N: Tensor
+    unseen: Voice
+    own: Voice | None = None
+    gamma: float = 0.0
+    drops_rows: bool = False
+
+    @property
+    def factor_N(self) -> Tensor:
+        """Of both targets together."""
+        return self.weight_N * (1 + self.gamma * self.is_shown_N)
+
+    def target(
+        self, kind: tuple[Temperature, Divergence], starts: tuple[int, ...], num_rows: int, num_common: int
+    ) -> ContrastTarget | None:
+        """The teacher's change, for a call of `num_rows` rows in which the response rows begin at `starts`.
+
+        None without a further target. ValueError for a divergence or temperature that it is not made for.
+        """
+        if self.gamma == 0 or not starts:
+            return None
+        temperature, divergence = kind
+        if isinstance(temperature, str) or divergence.kind not in ("forward", "reverse") or self.own is None:
+            raise ValueError(
+                "a further target needs the student's own reading, a number as temperature and the "
+                f"divergence `forward` or `reverse`; got {temperature}, {divergence.kind}"
+            )
+        number_N = torch.arange(len(self.is_shown_N), device=self.is_shown_N.device)
+        row_N = number_N.new_full((num_rows,), -1)
+        for start in starts:
+            row_N[start : start + len(number_N)] = torch.where(self.is_shown_N, number_N, -1)
+        return ContrastTarget(
+            unseen=self.unseen,
+            own=self.own,
+            row_N=row_N,
+            gamma=self.gamma,
+            kind=divergence.kind,
+            temperature=temperature,
+            num_common=num_common,
+        )
+
+
 # What cross-entropy is divided by where some labels do not count: what is left of the response targets.
 LABELLED = "labelled_tokens"
 
@@ -74,6 +129,7 @@ class Taught:
     `policy`: what of it is taught at tokens that may be private.
     `label_weight_N`: [response targets of the student's side], what the label of each counts in
     cross-entropy; None is 1 for all. Whoever gives it counts LABELLED, of every batch.
+    `dependency`: of the same targets, what the divergence of each counts; None is 1 for all.
     """
 
     prediction: AnyPrediction | None = None
@@ -81,3 +137,4 @@ class Taught:
     others: Mapping[str, AnyPrediction] = field(default_factory=dict)
     policy: PolicyRows | None = None
     label_weight_N: Tensor | None = None
+    dependency: Dependency | None = None

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+
+from llava_kd.durable import Lines, make_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -75,21 +76,11 @@ def read_all(directory: Path) -> dict[str, dict[str, str]]:
     return answers
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def merge(directory: Path, order: Iterable[str]) -> list[dict[str, str]]:
     """Answers in the order of the ids, in one answers.jsonl; the files of the other ranks go."""
     answers = read_all(directory)
     merged = [answers[name] for name in order if name in answers]
-    write_atomic(directory / MAIN, "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in merged))
+    write_text(directory / MAIN, "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in merged))
     for path in _all_files(directory)[1:]:
         path.unlink()
     return merged
@@ -97,7 +88,7 @@ def merge(directory: Path, order: Iterable[str]) -> list[dict[str, str]]:
 
 def claim(directory: Path, identity: dict[str, str | int]) -> None:
     """Mark a results directory as belonging to this model, data and setting, or refuse another's."""
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     path = directory / RUN
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -108,24 +99,22 @@ def claim(directory: Path, identity: dict[str, str | int]) -> None:
         return
     if _all_files(directory):
         raise ValueError(f"{directory} holds answers and no {RUN} to tell whose; give another --out")
-    write_atomic(path, json.dumps(identity, indent=2) + "\n")
+    write_text(path, json.dumps(identity, indent=2) + "\n")
 
 
 class AnswerWriter:
     """Appends answers to a rank's file, each batch flushed to the system at once."""
 
     def __init__(self, directory: Path, rank: int) -> None:
-        self._path = answers_file(directory, rank)
+        self._lines = Lines(answers_file(directory, rank))
 
     def __enter__(self) -> AnswerWriter:
-        self._file = self._path.open("a", encoding="utf-8", newline="\n")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._lines.close()
 
     def write(self, answers: Iterable[dict[str, str]]) -> None:
-        self._file.write("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
-        self._file.flush()
+        self._lines.write("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))

@@ -15,7 +15,8 @@ from typing import NotRequired, TypedDict
 
 import torch
 
-from llava_kd.evaluation.answers import ERROR, answers_file, claim, mend, merge, read_all, write_atomic
+from llava_kd.durable import write_text
+from llava_kd.evaluation.answers import ERROR, answers_file, claim, mend, merge, read_all
 from llava_kd.evaluation.generation.generate import Generator, generate, pictures
 from llava_kd.evaluation.generation.model_directory import model_directory
 from llava_kd.evaluation.generation.noise import Noise, check_levels
@@ -120,8 +121,8 @@ def evaluate(
         summary["noise"] = _under_noise(model, questions, answers, out_dir, asking)
     if ranks.rank == 0:
         if "noise" in summary:
-            write_atomic(out_dir / NOISE_TABLE, noise_table(summary["noise"]))
-        write_atomic(out_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+            write_text(out_dir / NOISE_TABLE, noise_table(summary["noise"]))
+        write_text(out_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llava_kd.evaluation.answers import write_atomic
+from llava_kd.durable import write_text
 
 NAME = "time.json"
 
@@ -42,4 +42,4 @@ def _read(directory: Path) -> tuple[float, float | None]:
 
 
 def _write(directory: Path, seconds: float, since: float | None) -> None:
-    write_atomic(directory / NAME, json.dumps({"seconds": round(seconds, 3), "since": since}) + "\n")
+    write_text(directory / NAME, json.dumps({"seconds": round(seconds, 3), "since": since}) + "\n")

@@ -1,8 +1,8 @@
-"""What a model says of the labels themselves: their probability, and whether no token has a larger logit.
+"""What a model says of the labels themselves: their probability, and how many tokens have a larger logit.
 
 With p = softmax(z) over the columns that both models share, at temperature 1: p(label), -log p(label), and
-whether z(label) >= z(v) for every column v. A label that is no common column has probability 0 and is never
-first.
+the number of columns v with z(v) > z(label). A label that is no common column has probability 0 and comes
+after all columns.
 To follow a teacher only where its first choice is the label is conditional teacher-student learning (Meng et
 al., arXiv 1904.12399), where the label alone is learned elsewhere. Logits that are not numbers count as first
 choice, so that what reads them is not a number either.
@@ -23,7 +23,8 @@ from llava_kd.losses.reference_top_k import TopK
 
 
 class LabelRows(NamedTuple):
-    """fp32 probabilities of the labels, whether each is its row's first choice, and its loss. No gradient.
+    """fp32 probabilities of the labels, whether each is its row's first choice, its loss, and how many tokens
+    come before it. No gradient.
 
     `nll_N` tells apart what `probability_N` rounds to 0 or 1; infinite where the probability is 0.
     """
@@ -31,6 +32,7 @@ class LabelRows(NamedTuple):
     probability_N: Tensor
     is_first_N: Tensor
     nll_N: Tensor
+    before_N: Tensor
 
 
 @torch.no_grad()
@@ -75,7 +77,7 @@ def label_rows_by_chunk(
 def top_k_label_rows(top: TopK, labels_N: Tensor) -> LabelRows:
     """Of the largest logits of a teacher, and of the others' mass at temperature 1.
 
-    Exact where the label is among them; elsewhere it is not the first choice, and its probability, which was
+    Exact where the label is among them; elsewhere it comes after all of them, and its probability, which was
     not kept, counts as 0.
     """
     logits_NK = top.logits_NK.float()
@@ -83,7 +85,8 @@ def top_k_label_rows(top: TopK, labels_N: Tensor) -> LabelRows:
     label_N = torch.where(is_label_NK, logits_NK, -torch.inf).amax(1)
     mass_N = torch.logaddexp(logits_NK.logsumexp(1), top.rest_N.float())
     is_first_N = is_label_NK.any(1) & ~(label_N < logits_NK.amax(1))
-    return LabelRows((label_N - mass_N).exp(), is_first_N, mass_N - label_N)
+    before_N = (logits_NK > label_N.unsqueeze(1)).sum(1)
+    return LabelRows((label_N - mass_N).exp(), is_first_N, mass_N - label_N, before_N)
 
 
 def _of_logits(logits_CV: Tensor, labels_C: Tensor) -> LabelRows:
@@ -92,4 +95,5 @@ def _of_logits(logits_CV: Tensor, labels_C: Tensor) -> LabelRows:
     nll_C = (logits_CV.logsumexp(1) - label_C).float()
     is_first_C = ~(label_C < logits_CV.amax(1)) & is_common_C
     nll_C = torch.where(is_common_C, nll_C, torch.inf)
-    return LabelRows((-nll_C).exp(), is_first_C, nll_C)
+    before_C = torch.where(is_common_C, (logits_CV > label_C.unsqueeze(1)).sum(1), logits_CV.shape[1])
+    return LabelRows((-nll_C).exp(), is_first_C, nll_C, before_C)

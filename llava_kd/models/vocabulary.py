@@ -26,12 +26,11 @@ def num_common_columns(
     differing = _differing(ours, theirs)
     columns = max(ours.keys() | theirs.keys()) + 1
     if differing:
-        shared = [i for i in ours.keys() & theirs.keys() if ours[i] == theirs[i]]
-        before = [i for i in shared if i < differing[0]]
+        shared, before = _alike(ours, theirs, differing)
         if not before or _families_differ(student, teacher, differing):
             raise ValueError(
                 f"{_refusal(ours, theirs, differing)}. Use a teacher of the student's family, or drop "
-                "response_kl and visual_kl"
+                "response_kl and visual_kl: response_cross compares answers as text"
             )
         if len(before) < len(shared):
             raise ValueError(
@@ -48,6 +47,16 @@ def num_common_columns(
     return columns
 
 
+def is_other(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
+    """Whether the two differ in more than added tokens behind a family's own."""
+    ours, theirs = _names(student), _names(teacher)
+    differing = _differing(ours, theirs)
+    if not differing:
+        return False
+    shared, before = _alike(ours, theirs, differing)
+    return len(before) < len(shared) or not before or _families_differ(student, teacher, differing)
+
+
 def left_out(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
     """The added tokens that are not compared, None where there are none."""
     ours, theirs = _names(student), _names(teacher)
@@ -61,6 +70,14 @@ def _names(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 def _differing(ours: Mapping[int, str], theirs: Mapping[int, str]) -> list[int]:
     return sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+
+
+def _alike(
+    ours: Mapping[int, str], theirs: Mapping[int, str], differing: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Ids that are the same token, and those of them before the first that is not."""
+    shared = [i for i in ours.keys() & theirs.keys() if ours[i] == theirs[i]]
+    return shared, [i for i in shared if i < differing[0]]
 
 
 def _families_differ(

@@ -124,6 +124,9 @@ class DeepSpeedEngine:
                 whole[name] = value.detach().cpu().clone()
         return whole
 
+    def replicas(self) -> dict[str, Tensor]:
+        return {} if self.is_sharded else dict(self._trained)
+
     def state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for name, parameter in self._trained.items():

@@ -65,6 +65,10 @@ class Engine(Protocol):
         """Every parameter of the unwrapped module, whole, on rank 0."""
         ...
 
+    def replicas(self) -> dict[str, Tensor]:
+        """The trained parameters as this rank computes with them; empty where they are sharded."""
+        ...
+
     def state(self) -> dict[str, Tensor]: ...
 
     def load_state(self, state: dict[str, Tensor], *, num_steps: int) -> None:

@@ -105,6 +105,9 @@ class TorchEngine:
     def parameters(self) -> dict[str, Tensor]:
         return {n: t for n, p in self._module.named_parameters() if (t := self._whole(p)) is not None}
 
+    def replicas(self) -> dict[str, Tensor]:
+        return {} if self.is_sharded else dict(self._trained)
+
     def state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for name, parameter in self._trained.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,42 +14,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llava_kd.checksums import checksum, meta_checksum, sealed
+from llava_kd.durable import delete, make_folder, put_folder, sync
 from llava_kd.tensor_files import write_tensors
 
 FORMAT_VERSION = 1
 _UNSEALED = {"format", "step", "crc32", "figures", "identity"}  # what versions without a checksum wrote
 
 
-def sync_file(path: Path) -> None:
-    """Force a written file or directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` in one move: a reader sees the old text or the new, never a part."""
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(text)
-    sync_file(scratch)
-    scratch.replace(path)
-
-
 def sweep(directory: Path) -> None:
     """Remove what a killed process left half-written, or half-removed, in `directory`."""
     for pattern in (".*.partial", ".*.retired"):
         for leftover in directory.glob(pattern):
-            _delete(leftover)
-
-
-def _delete(path: Path) -> None:
-    """A directory with all in it, a file, or a link, not what that leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+            delete(leftover)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,23 +119,20 @@ class Checkpoints:
 
         Raises ValueError if it cannot be written, as on a full disk: those before it are as they were.
         """
-        scratch = self._root / f".{self._directory(saved.step).name}.partial"
+        final = self._directory(saved.step)
+        scratch = self._root / f".{final.name}.partial"
         try:
-            self._root.mkdir(parents=True, exist_ok=True)
+            make_folder(self._root)
             sweep(self._root)
             scratch.mkdir()
             self._write(scratch, saved)
+            put_folder(scratch, final)
         except OSError as error:
             shutil.rmtree(scratch, ignore_errors=True)
             raise ValueError(
                 f"the checkpoint of step {saved.step} cannot be written into {self._root}: {error}; those "
                 f"before it are whole ({self.steps()}). Free some space; the same command then goes on"
             ) from error
-        final = self._directory(saved.step)
-        if final.exists() or final.is_symlink():
-            self._remove(final)
-        scratch.rename(final)
-        sync_file(self._root)
         steps = self.steps()
         kept = [step for step in steps if step <= saved.step][-self._keep :]
         best = self.best(up_to=saved.step)
@@ -206,14 +178,13 @@ class Checkpoints:
             "identity": self.identity,
         }
         (scratch / "trainer.json").write_text(json.dumps(sealed(meta), indent=2))
-        for file in (*scratch.iterdir(), scratch):
-            sync_file(file)
 
     def _remove(self, directory: Path) -> None:
         """Rename first, so that a directory of that name is always whole."""
         retired = directory.with_name(f".{directory.name}.retired")
         directory.rename(retired)
-        _delete(retired)
+        sync(self._root)  # else a power cut may leave the name with a part of the files
+        delete(retired)
 
     def _check_identity(self, directory: Path, meta: Mapping[str, object]) -> None:
         before = meta.get("identity")

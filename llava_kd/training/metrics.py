@@ -9,12 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
 
-from llava_kd.training.checkpoint import write_text
+from llava_kd.durable import Lines, write_text
 from llava_kd.training.progress import Progress
 from llava_kd.training.trackers import Tracker
 
@@ -41,7 +40,7 @@ class Metrics:
         self._progress = progress or Progress(num_steps, "train", is_shown=False)
         self._terms = terms
         self._steps_per_epoch = steps_per_epoch
-        self._file: TextIO | None = None
+        self._lines = Lines(self._path)
         self._pending: list[dict[str, Tensor]] = []
         self._amounts = {"tokens": 0.0, "samples": 0.0}
         self._since = time.monotonic()
@@ -49,7 +48,8 @@ class Metrics:
     def resume(self, step: int) -> None:
         """Drop lines of steps that are about to be done again, and show `step` as done."""
         if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+            text = self._path.read_text(encoding="utf-8", errors="replace")  # a power cut may damage the end
+            kept = [line for line in text.splitlines() if _step_of(line) <= step]
             write_text(self._path, "".join(f"{line}\n" for line in kept))  # a kill leaves all or these
         self._progress.resume(step)
         self._since = time.monotonic()
@@ -72,6 +72,10 @@ class Metrics:
         if step % self._every == 0 or step == self._num_steps or measured:
             self._write(step, {**telemetry(), **(measured or {})})
 
+    def sync(self) -> None:
+        """Force the lines so far to disk: a checkpoint that a power cut leaves has those of its steps."""
+        self._lines.sync()
+
     def pause(self, seconds: float) -> None:
         """Leave `seconds` that were not spent on updates out of the rates."""
         self._since += seconds
@@ -92,10 +96,7 @@ class Metrics:
         if telemetry.get("token_places"):
             line["fill"] = telemetry["tokens"] / telemetry["token_places"]
         line |= _utilisation(telemetry, seconds)
-        if self._file is None:
-            self._file = self._path.open("a")
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._lines.write(json.dumps(line) + "\n")
         for tracker in self._trackers:
             tracker.log(step, {name: value for name, value in line.items() if name != "step"})
         self._progress.report(line, self._terms)
@@ -113,8 +114,7 @@ class Metrics:
 
     def close(self) -> None:
         self._progress.close()
-        if self._file is not None:
-            self._file.close()
+        self._lines.close()
         for tracker in self._trackers:
             tracker.close()
 

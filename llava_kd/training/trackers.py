@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from llava_kd.durable import make_folder, write_text
+
 WANDB = "wandb_run.json"
 
 
@@ -82,10 +84,8 @@ def _wandb_id(directory: Path, project: str) -> str:
         except (ValueError, KeyError, TypeError):
             pass  # cut off by a full disk, say: a new run is begun
     drawn = uuid.uuid4().hex[:12]
-    directory.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(json.dumps({"project": project, "id": drawn}) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    make_folder(directory)
+    write_text(path, json.dumps({"project": project, "id": drawn}) + "\n")
     return drawn
 
 

@@ -17,6 +17,7 @@ from llava_kd.distill.advice import Advice
 from llava_kd.distill.diagnosis import Diagnosis
 from llava_kd.distill.student import Student
 from llava_kd.parallel.engine import STATE_KINDS, Engine
+from llava_kd.parallel.replicas import check_replicas
 from llava_kd.training.checkpoint import Best, Checkpoints, Saved
 from llava_kd.training.metrics import Metrics, peak_memory
 from llava_kd.training.schedule import Cadence, Schedule
@@ -272,7 +273,10 @@ class Trainer:
         return saved.step
 
     def _save(self, done: int, figures: Mapping[str, float]) -> None:
+        check_replicas(self._engine.world, self._engine.replicas())
         state = self._engine.state() | self._student.state()
         with self._engine.world.together():
             if self._engine.world.is_main:
+                if self._metrics is not None:
+                    self._metrics.sync()
                 self._checkpoints.save(Saved(step=done, state=state, figures=figures))

@@ -19,8 +19,8 @@ from llava_kd.curation.difference import Share, kept
 from llava_kd.curation.elicit.entries import Asked, Dropped, Which, read_asked
 from llava_kd.curation.elicit.making import Asking, Made, agreeing, expand, label, read_prompts
 from llava_kd.curation.elicit.pairs import paired, sampled
-from llava_kd.data.sound import write_whole
 from llava_kd.data.sources.kinds import Place, open_source
+from llava_kd.durable import write_whole
 from llava_kd.evaluation.answers import claim
 from llava_kd.evaluation.generation.model_directory import model_directory
 from llava_kd.evaluation.generation.ranks import Ranks

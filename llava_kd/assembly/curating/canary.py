@@ -33,11 +33,11 @@ from llava_kd.curation.canary import (
     table,
 )
 from llava_kd.data.batches.model_side import Side
-from llava_kd.data.sound import write_whole
 from llava_kd.data.sources.conversation import Record
 from llava_kd.data.sources.entries import read_entries
 from llava_kd.data.sources.llava_json import read_confined
 from llava_kd.distill.teaching.live import Teacher
+from llava_kd.durable import make_folder, write_whole
 from llava_kd.models.files.checkpoint import load_config, load_processor, load_stock
 from llava_kd.models.mllm import Prediction
 from llava_kd.parallel.world import World, join, peers
@@ -86,7 +86,7 @@ def insert(asked: Planting) -> str:
         raise ValueError(f"{data} has a record {taken[0]!r} already: plant canaries in data without any")
     if asked.renders:
         folder = Path(asked.images or data.parent) / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         planted = Planted(
             digits=planted.digits, canaries=tuple(drawn(one, folder, FOLDER) for one in planted.canaries)
         )

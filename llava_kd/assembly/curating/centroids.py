@@ -25,8 +25,8 @@ from llava_kd.assembly.settings import tables_of
 from llava_kd.batch import IGNORE_INDEX
 from llava_kd.config import TeacherConfig, TrainConfig
 from llava_kd.data.batches.model_side import Side
-from llava_kd.data.sound import write_whole
 from llava_kd.data.sources.conversation import Source
+from llava_kd.durable import make_folder, write_whole
 from llava_kd.losses.tuning.information import NONE, add_softmaxes, row_of_tokens
 from llava_kd.models.files.checkpoint import load_config, load_processor, load_stock
 from llava_kd.parallel.world import World, join, peers
@@ -111,7 +111,7 @@ def centroids(config: TrainConfig, out: str | Path, *, most: int, least: int) ->
         )
         with world.together():
             if world.is_main:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent)
                 write_whole(path, [stored.write()])
     covered = sums.rows_K.sum()
     mean_KV = torch.special.entr(sums.softmax_KV / sums.rows_K[:, None].clamp_min(1)).sum(1)

@@ -26,7 +26,7 @@ from llava_kd.curation.joined import FILE, Joined, groups
 from llava_kd.curation.likelihoods import Likelihood
 from llava_kd.curation.showing import examples, score_lines
 from llava_kd.data.record_lists import write_lists
-from llava_kd.data.sound import write_whole
+from llava_kd.durable import write_whole
 from llava_kd.parallel.world import join, peers
 
 CHOSEN, SCORES, TABLE, EXAMPLES, MANIFEST = (

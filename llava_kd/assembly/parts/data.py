@@ -10,11 +10,15 @@ import torch
 from transformers import LlavaConfig, LlavaImageProcessor, LlavaImageProcessorPil, LlavaProcessor
 from transformers.utils.import_utils import is_torchvision_available
 
+from llava_kd.assembly.parts.cross.tokenizers import are_other, spellers_of
+from llava_kd.assembly.parts.foreign.teachers import foreign_side
+from llava_kd.assembly.parts.objective import terms_of
 from llava_kd.assembly.parts.stored_teacher import open_cache
 from llava_kd.assembly.settings import tables_of
 from llava_kd.config import DataConfig, PackingConfig, StudentConfig, TeacherConfig, TrainConfig
 from llava_kd.data.batches.bad_records import BadRecord, refuse_faults
 from llava_kd.data.batches.loader import Loader, Side
+from llava_kd.data.batches.model_side import AnySide
 from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.batches.packing import Packing
 from llava_kd.data.pixels.images import ImageTransform
@@ -30,6 +34,7 @@ from llava_kd.data.text.template_table import TEMPLATES
 from llava_kd.models.attention.row_limits import check_rows
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.files.upright import reads_upright, remember
+from llava_kd.models.foreign.loading import AnyParts, ForeignParts, as_llava
 from llava_kd.models.towers.vision_tower import input_size, text_config, tokens_per_image, tower_fingerprint
 from llava_kd.parallel.world import World
 
@@ -201,7 +206,7 @@ def tagger_in(config: TrainConfig) -> Tagger | None:
 
 
 def make_loader(
-    config: TrainConfig, world: World, student: Parts, teacher: Parts | None, source: Source | None = None
+    config: TrainConfig, world: World, student: Parts, teacher: AnyParts | None, source: Source | None = None
 ) -> tuple[Loader, bool]:
     """The loader, and whether both models have the same tower, so that it runs once.
 
@@ -216,8 +221,12 @@ def make_loader(
     if source is None:
         source = source_in(config)
     student_side = side_in(config, student, config.student)
-    teacher_side, shares_tower, cache = None, False, None
+    teacher_side, shares_tower, cache, spellers = None, False, None, None
     if teacher is not None:
+        if are_other(terms_of(config.objective), student, teacher):
+            assert config.teacher is not None
+            other = as_llava(teacher, "`objective` over two tokenizers")
+            spellers = spellers_of(config, (student_side, side_in(config, other, config.teacher)))
         teacher_side, shares_tower, cache = _teacher_side(config, student, teacher, student_side, source)
     loader = Loader(
         source=source,
@@ -238,6 +247,7 @@ def make_loader(
             progress=config.log.progress and world.is_main,
             max_bad_rate=data.max_bad_rate,
             bad_records_path=Path(config.output_dir) / BAD_RECORDS,
+            spellers=spellers,
         ),
         device=world.device,
         teacher_cache=cache,
@@ -247,11 +257,22 @@ def make_loader(
 
 
 def _teacher_side(
-    config: TrainConfig, student: Parts, teacher: Parts, student_side: Side, source: Source
-) -> tuple[Side | None, bool, TeacherCache | None]:
+    config: TrainConfig, student: Parts, teacher: AnyParts, student_side: Side, source: Source
+) -> tuple[AnySide | None, bool, TeacherCache | None]:
     """How the teacher reads, None where as the student does; whether they share a tower; what is stored."""
     its = config.teacher or config.peer
     assert its is not None
+    if isinstance(teacher, ForeignParts):
+        assert config.teacher is not None
+        is_stored = config.teacher.cache is not None
+        foreign = foreign_side(teacher, config.data, keeps_pictures=not is_stored)
+        if not is_stored:
+            return foreign, False, None
+        cache = open_cache(config, foreign, source)
+        contents = cache.manifest.contents
+        if contents.mode == "topk" and "visual" in contents.places:
+            _refuse_other_grid(cache, student, teacher)
+        return foreign, False, cache
     own = side_in(config, teacher, its)
     reads_alike = own.reads_as(student_side)
     if config.teacher is None or config.teacher.cache is None:
@@ -264,13 +285,18 @@ def _teacher_side(
             f"{own.template.name}; set data.template, or teacher.cache to null"
         )
     cache = open_cache(config, own, source)
-    if cache.manifest.contents.mode == "topk" and teacher.visual_grid != student.visual_grid:
+    if cache.manifest.contents.mode == "topk":
+        _refuse_other_grid(cache, student, teacher)
+    # The cache checks the tokens.
+    return (None if teacher.tokens_per_image == student.tokens_per_image else own), False, cache
+
+
+def _refuse_other_grid(cache: TeacherCache, student: Parts, teacher: AnyParts) -> None:
+    if teacher.visual_grid != student.visual_grid:
         raise ValueError(
             f"{cache.directory} holds logits, which cannot be resampled to the grid of the student; "
             "write one with --mode hidden, or use the tower of the teacher"
         )
-    # The cache checks the tokens.
-    return (None if teacher.tokens_per_image == student.tokens_per_image else own), False, cache
 
 
 def same_tower(config: TrainConfig, student: Parts, teacher: Parts) -> bool:

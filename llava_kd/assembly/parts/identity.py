@@ -11,10 +11,11 @@ from llava_kd.config import TrainConfig
 from llava_kd.data.teacher_store.store import Manifest
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.fingerprint import weights_fingerprint
+from llava_kd.models.foreign.loading import AnyParts
 from llava_kd.models.trained import PREFIXES, trained_of
 
 
-def frozen_fingerprints(config: TrainConfig, student: Parts, teacher: Parts | None) -> dict[str, str]:
+def frozen_fingerprints(config: TrainConfig, student: Parts, teacher: AnyParts | None) -> dict[str, str]:
     """Hashes of the weights that a run relies on and does not save, as they are on disk."""
     stock = student.stock
     trained = trained_of(stock, wholly_trained(config), config.vision_tower_last_layers)
@@ -31,7 +32,7 @@ def frozen_fingerprints(config: TrainConfig, student: Parts, teacher: Parts | No
     return prints | _teacher_fingerprints(config, teacher) | tables_of(config).fingerprints
 
 
-def _teacher_fingerprints(config: TrainConfig, teacher: Parts | None) -> dict[str, str]:
+def _teacher_fingerprints(config: TrainConfig, teacher: AnyParts | None) -> dict[str, str]:
     """What a run relies on and does not save: the teacher's weights, or the cache of its predictions."""
     if teacher is None or config.teacher is None:
         return {}

@@ -15,6 +15,7 @@ from llava_kd.distill.teaching.switch import Switch
 from llava_kd.distill.terms.term import Term
 from llava_kd.models.attention.visual import middle_layers
 from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.foreign.loading import AnyParts, as_llava
 from llava_kd.models.mllm import MLLM
 from llava_kd.models.projectors.from_teacher import with_teacher_projector
 from llava_kd.models.projectors.width_map import width_map
@@ -24,11 +25,12 @@ from llava_kd.models.vocabulary import num_common_columns
 T = TypeVar("T")
 
 
-def with_projector(config: TrainConfig, student: Parts, teacher: Parts | None) -> Parts:
+def with_projector(config: TrainConfig, student: Parts, teacher: AnyParts | None) -> Parts:
     """The student, with the teacher's projector where the settings ask for it."""
     if config.student.projector != "teacher" or teacher is None:
         return student
-    return with_teacher_projector(student, teacher, seed=config.seed)
+    whole = as_llava(teacher, "`student.projector: teacher`")
+    return with_teacher_projector(student, whole, seed=config.seed)
 
 
 def lend(

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from llava_kd.assembly.parts.cross.tokenizers import are_other
 from llava_kd.config import ObjectiveConfig, TrainConfig
 from llava_kd.distill.formulas import FORMULAS, Align, Common
 from llava_kd.distill.head_terms import head_requests
@@ -18,6 +19,7 @@ from llava_kd.distill.terms.term import Term, Widths
 from llava_kd.distill.token_policy import TokenPolicy, refuse_beside
 from llava_kd.losses.divergence import Temperature
 from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.foreign.loading import AnyParts
 from llava_kd.models.taps import tapped_widths
 from llava_kd.models.towers.visual_grid import VisualGrid, check_resample, resample
 from llava_kd.models.vocabulary import num_common_columns
@@ -81,7 +83,7 @@ def policy_lines(config: TrainConfig) -> list[str]:
 def objective(
     config: ObjectiveConfig,
     student: Parts,
-    teacher: Parts | None,
+    teacher: AnyParts | None,
     visual_alignment: Literal["refuse", "resample"] = "refuse",
     *,
     seed: int = 0,
@@ -92,12 +94,13 @@ def objective(
     """
     terms = terms_of(config)
     num_common = None
-    if any(term.reads.vocabulary for term in terms.values()) and teacher is not None:
+    by_number = not are_other(terms, student, teacher)
+    if by_number and any(term.reads.vocabulary for term in terms.values()) and teacher is not None:
         num_common = num_common_columns(
             student.processor.tokenizer,
-            teacher.processor.tokenizer,
+            teacher.tokenizer,
             student_rows=student.stock.lm_head.weight.shape[0],
-            teacher_rows=teacher.stock.lm_head.weight.shape[0],
+            teacher_rows=teacher.head.weight.shape[0],
         )
     by_grid = [name for name, term in terms.items() if term.reads.grids]
     align = None
@@ -130,7 +133,7 @@ def _learned(config: ObjectiveConfig, terms: Mapping[str, Term], student: Parts)
 
 
 def _modules(
-    terms: Mapping[str, Term], student: Parts, teacher: Parts | None, seed: int
+    terms: Mapping[str, Term], student: Parts, teacher: AnyParts | None, seed: int
 ) -> dict[str, nn.Module]:
     """Weights that terms bring, equal on every rank and whatever else was drawn before."""
     made = {}
@@ -147,7 +150,7 @@ def _modules(
     return made
 
 
-def _widths(name: str, term: Term, student: Parts, teacher: Parts | None) -> Widths:
+def _widths(name: str, term: Term, student: Parts, teacher: AnyParts | None) -> Widths:
     """Raises ValueError for a tap that a model lacks."""
 
     def tapped(parts: Parts, taps: tuple[str, ...], whose: str) -> dict[str, int]:
@@ -160,9 +163,11 @@ def _widths(name: str, term: Term, student: Parts, teacher: Parts | None) -> Wid
 
     return Widths(
         student=student.stock.lm_head.weight.shape[1],
-        teacher=None if teacher is None else teacher.stock.lm_head.weight.shape[1],
+        teacher=None if teacher is None else teacher.head.weight.shape[1],
         student_taps=tapped(student, term.reads.student_taps, "student"),
-        teacher_taps={} if teacher is None else tapped(teacher, term.reads.teacher_taps, "teacher"),
+        teacher_taps=tapped(teacher, term.reads.teacher_taps, "teacher")
+        if isinstance(teacher, Parts)
+        else {},
     )
 
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from llava_kd.assembly.parts.objective import terms_of, token_policy
 from llava_kd.config import TeacherConfig, TrainConfig
-from llava_kd.data.batches.model_side import Side
+from llava_kd.data.batches.model_side import AnySide
+from llava_kd.data.foreign.side import ForeignSide
 from llava_kd.data.sources.conversation import Source
 from llava_kd.data.teacher_store.store import Contents, TeacherCache
 from llava_kd.distill.head_terms import head_requests
 from llava_kd.distill.objective import beyond_top_k, places_read
-from llava_kd.distill.terms.term import Term
+from llava_kd.distill.terms.term import LISTED, Term
 from llava_kd.distill.token_policy import BEYOND_TOP_K
 from llava_kd.losses.divergence import Temperature
 from llava_kd.models.files.teacher_head import checkpoint_fingerprint, config_fingerprint
@@ -22,7 +23,7 @@ _OF_OLDER = {"data.exif": "ignore"}  # what was done before it was asked
 _REMEDY = "write another cache with `llava-kd cache-teacher` into a new directory"
 
 
-def open_cache(config: TrainConfig, reader: Side, source: Source) -> TeacherCache:
+def open_cache(config: TrainConfig, reader: AnySide, source: Source) -> TeacherCache:
     """The cache that the settings name. `reader`: how the teacher reads these data.
 
     Raises ValueError naming all in which it was written for something else, or that it does not hold.
@@ -39,9 +40,19 @@ def open_cache(config: TrainConfig, reader: Side, source: Source) -> TeacherCach
     return cache
 
 
-def identity(teacher: TeacherConfig, reader: Side, source: Source) -> dict[str, str]:
+def identity(teacher: TeacherConfig, reader: AnySide, source: Source) -> dict[str, str]:
     """Everything that decides what a teacher says of which record, by name."""
     checkpoint = teacher.checkpoint
+    if isinstance(reader, ForeignSide):
+        return {
+            "weights of the teacher": checkpoint_fingerprint(checkpoint),
+            "configuration of the teacher": config_fingerprint(checkpoint),
+            "teacher.dtype": teacher.dtype,
+            "teacher.quantize": str(teacher.quantize),
+            "data.exif": "apply" if reader.upright else "ignore",
+            "data": source.fingerprint,
+            **reader.prints,
+        }
     others = {name: _sha(repr(template)) for name, template in sorted(reader.source_templates.items())}
     return {
         **({"data.sources[].template": str(others)} if others else {}),
@@ -96,6 +107,12 @@ def trusted_by_probability(terms: Mapping[str, Term]) -> list[str]:
     return [name for name, request in found if request.trust in ("probability", "better", "worse")]
 
 
+def listed(terms: Mapping[str, Term]) -> int:
+    """How many of a teacher's largest logits a term looks through; 0 where none does."""
+    requests = head_requests(terms).values()
+    return max((request.listed for request in requests if request.trust in LISTED), default=0)
+
+
 def _refuse_missing(
     contents: Contents, terms: Mapping[str, Term], directory: str, *, has_own_targets: bool = False
 ) -> None:
@@ -115,6 +132,8 @@ def _refuse_missing(
             f"the label's probability, by which {' and '.join(names)} trusts the teacher: that needs the "
             f"rest's mass at temperature 1, and it was written for {in_words(contents.temperature)}"
         )
+    if contents.mode == "topk" and (more := listed(terms)) > (contents.k or 0):
+        lacking = f"the {more} largest logits, among which a term looks for a word: it holds {contents.k}"
     if contents.mode == "topk" and (found := temperatures(terms)) != [contents.temperature]:
         written, asked = in_words(contents.temperature), ", ".join(map(in_words, found))
         lacking = f"the rest's mass at temperature {asked}; it was written for {written}"

@@ -10,13 +10,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llava_kd.assembly.parts.adapters import quantize_teacher
+from llava_kd.assembly.parts.foreign.settings import refuse_settings
+from llava_kd.assembly.parts.foreign.teachers import describe, foreign_side, placed_foreign
 from llava_kd.assembly.parts.lending import lend
 from llava_kd.assembly.parts.models import DTYPES, choose_attention, place
 from llava_kd.assembly.parts.objective import wants_head_gram
 from llava_kd.assembly.parts.several.teachers import Others
 from llava_kd.assembly.parts.stored_teacher import HEAD
+from llava_kd.assembly.parts.teaching.visual_dependency import visually_weighed
 from llava_kd.assembly.settings import tables_of
 from llava_kd.config import TeacherConfig, TrainConfig
+from llava_kd.data.foreign.talks import Talks
 from llava_kd.data.teacher_store.store import Manifest
 from llava_kd.data.text.template_choice import Choice, choose
 from llava_kd.distill.formulas import FORMULAS
@@ -26,6 +30,16 @@ from llava_kd.distill.teaching.from_teacher import FromTeacher
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.models.files.checkpoint import Parts, load_stock
 from llava_kd.models.files.teacher_head import load_head_only
+from llava_kd.models.foreign.grids import foreign_grid
+from llava_kd.models.foreign.loading import (
+    AnyParts,
+    ForeignParts,
+    foreign_without_weights,
+    is_foreign,
+    load_foreign,
+    load_foreign_head,
+    load_foreign_processor,
+)
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.towers.vision_tower import text_config
 from llava_kd.models.vocabulary import left_out
@@ -33,12 +47,32 @@ from llava_kd.parallel.teacher_placement import offload_layers, shard_layers
 from llava_kd.parallel.world import World
 
 
-def teacher_parts(config: TrainConfig) -> Parts | None:
+def load_teacher(config: TrainConfig) -> AnyParts:
+    """Whole: a stock LLaVA, or another model of transformers that the settings can be served by."""
+    assert config.teacher is not None
+    name, dtype = config.teacher.checkpoint, DTYPES[config.teacher.dtype]
+    if not is_foreign(name):
+        return load_stock(name, dtype=dtype)
+    check_foreign(config)
+    return load_foreign(name, dtype=dtype)
+
+
+def check_foreign(config: TrainConfig) -> None:
+    """ValueError for settings that a teacher which is no LLaVA cannot serve, before its weights are read."""
+    if config.teacher is not None and is_foreign(config.teacher.checkpoint):
+        name = config.teacher.checkpoint
+        stock, processor = foreign_without_weights(name), load_foreign_processor(name)
+        Talks(processor)
+        refuse_settings(config, type(stock).__name__, foreign_grid(stock.config, processor))
+
+
+def teacher_parts(config: TrainConfig) -> AnyParts | None:
     """The teacher that the settings name; where a cache stands in, its head, tokenizer and shapes alone."""
     if config.teacher is None:
         return None
     if config.teacher.cache is None:
-        return load_stock(config.teacher.checkpoint, dtype=DTYPES[config.teacher.dtype])
+        return load_teacher(config)
+    check_foreign(config)
     directory = Path(config.teacher.cache)
     Manifest.read(directory).check(directory, HEAD)
     try:
@@ -48,12 +82,15 @@ def teacher_parts(config: TrainConfig) -> Parts | None:
             f"{directory / HEAD} cannot be read ({error}); the same `llava-kd cache-teacher` command writes "
             "it anew"
         ) from error
-    return load_head_only(config.teacher.checkpoint, head["weight"], head.get("bias"))
+    load = load_foreign_head if is_foreign(config.teacher.checkpoint) else load_head_only
+    return load(config.teacher.checkpoint, head["weight"], head.get("bias"))
 
 
-def teacher_template(config: TrainConfig, teacher: Parts) -> Choice:
+def teacher_template(config: TrainConfig, teacher: AnyParts) -> Choice | str:
     """The template that the teacher is asked by, and why. ValueError where none can be guessed."""
     assert config.teacher is not None
+    if isinstance(teacher, ForeignParts):
+        return describe(teacher, foreign_side(teacher, config.data))[0]
     return choose(
         config.teacher.template or config.data.template,
         tokenizer=teacher.processor.tokenizer,
@@ -73,7 +110,7 @@ def teaching_of(
     config: TrainConfig,
     world: World,
     student: tuple[Parts, MLLM],
-    teacher: Parts,
+    teacher: AnyParts,
     say: Callable[[str], None],
     *,
     shares_tower: bool,
@@ -90,6 +127,12 @@ def teaching_of(
         stored = cached_teacher(config, teacher, world.device, say)
         return FromTeacher(stored, head_loss=formula)
     assert config.teacher is not None
+    if isinstance(teacher, ForeignParts):
+        say(f"the teacher is a {type(teacher.stock).__name__}, read by its own processor")
+        side = foreign_side(teacher, config.data)
+        keeps_head_gram = wants_head_gram(config.objective)
+        alone = placed_foreign(config.teacher, world, teacher, side, keeps_head_gram=keeps_head_gram)
+        return FromTeacher(alone, head_loss=formula)
     is_packed = config.data.packing is not None
     frozen = placed_teacher(
         config.teacher,
@@ -109,11 +152,14 @@ def teaching_of(
 
         return FromTeacher(others.join(frozen, placed, beta=several.beta), head_loss=formula)
     switch = lend(config, student[0], teacher, student[1], frozen.mllm)
+    if config.teacher.visual_dependency is not None:
+        say("the teacher is asked twice, with the picture and without it")
+        return visually_weighed(config.teacher, frozen, switch, student[1], formula)
     return FromTeacher(frozen, switch, head_loss=formula)
 
 
 def cached_teacher(
-    config: TrainConfig, teacher: Parts, device: torch.device, say: Callable[[str], None]
+    config: TrainConfig, teacher: AnyParts, device: torch.device, say: Callable[[str], None]
 ) -> CachedTeacher:
     """What predicts in the teacher's place."""
     assert config.teacher is not None
@@ -123,17 +169,17 @@ def cached_teacher(
             f"{config.teacher.cache} is of a version without checksums of its head and index, and is "
             "trusted; the same `llava-kd cache-teacher` command adds them"
         )
-    head = teacher.stock.lm_head
+    head = teacher.head
     bias_U = None if head.bias is None else head.bias.to(device)
     keeps_head_gram = wants_head_gram(config.objective)
     return CachedTeacher(head.weight.to(device), bias_U, keeps_head_gram=keeps_head_gram)
 
 
 def say_left_out(
-    config: TrainConfig, student: Parts, teacher: Parts, num_common: int, say: Callable[[str], None]
+    config: TrainConfig, student: Parts, teacher: AnyParts, num_common: int, say: Callable[[str], None]
 ) -> None:
     """Name the tokens that only one side has. ValueError for a cache of logits that counts them in."""
-    extra = left_out(student.processor.tokenizer, teacher.processor.tokenizer)
+    extra = left_out(student.tokenizer, teacher.tokenizer)
     if extra is None:
         return
     say(f"logits are compared over the first {num_common} tokens; left out are {extra} (student, teacher)")

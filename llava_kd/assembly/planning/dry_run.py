@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from llava_kd.assembly.parts.data import side_of, source_in, tagger_in
 from llava_kd.assembly.parts.held_out import read_held_out
@@ -16,7 +16,9 @@ from llava_kd.assembly.parts.objective import policy_lines
 from llava_kd.assembly.parts.on_policy.assembling import on_policy_lines
 from llava_kd.assembly.parts.several.teachers import check_several
 from llava_kd.assembly.parts.slices import read_slices
+from llava_kd.assembly.parts.teacher import check_foreign
 from llava_kd.assembly.parts.teaching.peer import check_peer_parent, mirrored
+from llava_kd.assembly.parts.teaching.visual_dependency import check_visual_dependency
 from llava_kd.assembly.planning.estimate import (
     GB,
     ModelSizes,
@@ -36,7 +38,9 @@ from llava_kd.assembly.runs.written_by import checked_writers
 from llava_kd.assembly.settings import tables_of
 from llava_kd.assembly.stage import few_steps, num_steps
 from llava_kd.config import TrainConfig
+from llava_kd.data.foreign.talks import Talks
 from llava_kd.models.files.checkpoint import load_config, load_processor
+from llava_kd.models.foreign.loading import foreign_without_weights, is_foreign, load_foreign_processor
 from llava_kd.parallel.world import World
 
 
@@ -108,17 +112,21 @@ def _check(config: TrainConfig, ranks: int) -> None:
     read_slices(config)
     read_held_out(config)
     check_several(config)
+    check_visual_dependency(config)
     tagger_in(config)
     _check_sides(config)
 
 
 def _stocks(
     config: TrainConfig,
-) -> tuple[LlavaForConditionalGeneration, LlavaForConditionalGeneration | None]:
+) -> tuple[LlavaForConditionalGeneration, PreTrainedModel | None]:
     """Student and teacher without their weights; a student to be composed is composed on the CPU."""
     checkpoint = config.student.checkpoint
     student = student_in(config).stock if checkpoint is None else without_weights(checkpoint)
-    return student, None if config.teacher is None else without_weights(config.teacher.checkpoint)
+    if config.teacher is None:
+        return student, None
+    name = config.teacher.checkpoint
+    return student, foreign_without_weights(name) if is_foreign(name) else without_weights(name)
 
 
 def _peer(config: TrainConfig) -> tuple[LlavaForConditionalGeneration | None, ModelSizes | None]:
@@ -134,9 +142,12 @@ def _peer(config: TrainConfig) -> tuple[LlavaForConditionalGeneration | None, Mo
 def _check_sides(config: TrainConfig) -> None:
     """Raises ValueError for a processor or template with which no record can be read."""
     sides = [(config.student.checkpoint, config.student.template)]
+    check_foreign(config)
     if config.peer is not None:
         sides.append((config.peer.checkpoint, config.peer.template))
-    if config.teacher is not None:
+    if config.teacher is not None and is_foreign(name := config.teacher.checkpoint):
+        Talks(load_foreign_processor(name))
+    elif config.teacher is not None:
         names = [config.teacher.checkpoint, *config.teacher.others]
         sides += [(name, config.teacher.template) for name in names]
     for checkpoint, template in sides:

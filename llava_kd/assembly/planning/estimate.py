@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from llava_kd.assembly.parts.models import wholly_trained
 from llava_kd.assembly.parts.objective import terms_of
@@ -18,6 +18,7 @@ from llava_kd.distill.terms.term import Term
 from llava_kd.losses.kernels.gemm import HEAD_ROWS_AT_A_TIME
 from llava_kd.losses.kernels.rows import CPU_CHUNK_BYTES, CUDA_MEMORY_SHARE, MAX_CHUNK_ROWS
 from llava_kd.models.attention.visual import middle_layers
+from llava_kd.models.foreign.reading import ForeignModel
 from llava_kd.models.lora import chosen_layers, linear_layers
 from llava_kd.models.projectors.kinds import llava_class
 from llava_kd.models.reading import existing, read_config
@@ -48,8 +49,10 @@ class ModelSizes:
     tokens_per_image: int
 
     @staticmethod
-    def of(stock: LlavaForConditionalGeneration, config: TrainConfig | None = None) -> ModelSizes:
+    def of(stock: PreTrainedModel, config: TrainConfig | None = None) -> ModelSizes:
         """`config` is of the stage that trains it; None for a model that is only used."""
+        if not isinstance(stock, LlavaForConditionalGeneration):
+            return ModelSizes._of_foreign(stock)
         text, vision = text_config(stock.config), vision_config(stock.config)
         seen: set[int] = set()
         counts = {}
@@ -76,6 +79,30 @@ class ModelSizes:
             tower_hidden=vision.hidden_size,
             tower_layers=vision.to_dict().get("num_hidden_layers") or 1,
             tokens_per_image=tokens_per_image(stock.config),
+        )
+
+    @staticmethod
+    def _of_foreign(stock: PreTrainedModel) -> ModelSizes:
+        """Of a teacher that is no LLaVA, of whose pictures no size is known before they are read."""
+        model, text = ForeignModel(stock), stock.config.get_text_config()
+        whole = sum(p.numel() for p in stock.parameters())
+        language = {id(p): p.numel() for m in (model.decoder, model.head) for p in m.parameters()}
+        linear = [m.weight.numel() for m in model.layers.modules() if isinstance(m, torch.nn.Linear)]
+        return ModelSizes(
+            parameters={
+                "vision_tower": whole - sum(language.values()),
+                "language_model": sum(language.values()),
+            },
+            trained=0,
+            linear=sum(linear),
+            largest_unit=max(sum(p.numel() for p in layer.parameters()) for layer in model.layers),
+            layers=len(model.layers),
+            hidden=model.head.weight.shape[1],
+            inner=text.to_dict().get("intermediate_size") or 4 * model.head.weight.shape[1],
+            vocabulary=model.head.weight.shape[0],
+            tower_hidden=0,
+            tower_layers=0,
+            tokens_per_image=0,
         )
 
     @staticmethod

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from llava_kd.assembly.parts.objective import terms_of
 from llava_kd.config import ObjectiveConfig
@@ -25,7 +25,7 @@ SERVED_BY: Mapping[Need, str] = {
 def loss_formula(
     config: ObjectiveConfig,
     student: LlavaForConditionalGeneration,
-    teacher: LlavaForConditionalGeneration | None,
+    teacher: PreTrainedModel | None,
 ) -> list[str]:
     """Lines for a plan; of the models only the modules are looked at, so their weights may be on `meta`.
 
@@ -43,7 +43,7 @@ def loss_formula(
                 "packing change its value"
             )
         lines += [f"    {line}" for line in _taps(name, student, term.reads.student_taps, "student")]
-        if teacher is not None:
+        if isinstance(teacher, LlavaForConditionalGeneration):
             lines += [f"    {line}" for line in _taps(name, teacher, term.reads.teacher_taps, "teacher")]
     if config.learned_weights is not None:
         lines.append(f"  learned from these weights on: those of {', '.join(learnable(terms))}")
@@ -52,6 +52,7 @@ def loss_formula(
 
 def _sum_of(term: Term) -> str:
     rows = " and ".join(f"{place} rows" for place in term.reads.places)
+    rows = "stretches of response text" if term.reads.stretches else rows
     what = f"sum over {rows}" if rows else "sum"
     return f"= {what} / {term.denominator.name} of the step; reads {SERVED_BY[term.reads.teacher]}"
 

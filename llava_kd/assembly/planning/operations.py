@@ -6,13 +6,14 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-from llava_kd.batch import Batch
+from llava_kd.batch import Batch, Inputs
 from llava_kd.config import TeacherConfig
 from llava_kd.distill.head_terms import head_requests
 from llava_kd.distill.teaching.peer import exchanged
 from llava_kd.distill.terms.term import Term
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.flops import Backward, Flops, head_rows, of_tower, peak_of
+from llava_kd.models.foreign.loading import AnyParts
 from llava_kd.models.towers.vision_tower import input_size
 from llava_kd.training.measuring.operations import PEAKS
 
@@ -21,7 +22,7 @@ Count = Callable[[Batch], float]
 
 def operations(
     student: Parts,
-    teacher: Parts | None,
+    teacher: AnyParts | None,
     settings: TeacherConfig | None,
     terms: Mapping[str, Term],
     *,
@@ -30,18 +31,22 @@ def operations(
     """Those of a micro-batch, by whose they are; before an engine has sharded the models.
 
     `student` is as it trains; `shares_tower`: one tower runs for both models. Of a cached teacher its head is
-    counted where the cache holds states. Of several teachers, the first. A peer comes as a teacher without
+    counted where the cache holds states. Of several teachers, the first; of one that is no LLaVA, none: how
+    many tiles its processor makes of a picture is not known here. A peer comes as a teacher without
     `settings`, and trains as the student does.
     """
     requests = head_requests(terms).values()
     read = {request.place for request in requests}
     found = {"student": _of_student(student, read)}
-    if teacher is not None and settings is None:
+    if isinstance(teacher, Parts) and settings is None:
         of_peer = _of_student(teacher, read, shares_tower=shares_tower)
         found["peer"] = lambda batch: of_peer(exchanged(batch))
-    if teacher is not None and settings is not None:
+    if isinstance(teacher, Parts) and settings is not None:
         places = {request.place for request in requests if request.divergence is not None}
         found["teacher"] = _of_teacher(teacher, places, settings, shares_tower=shares_tower)
+        if settings.visual_dependency is not None and settings.visual_dependency.gamma > 0:
+            trained, again = found["student"], _asked_again(student, readings=1)
+            found["student"] = lambda batch: trained(batch) + again(batch.student)
     return found
 
 
@@ -63,16 +68,26 @@ def _of_teacher(
 ) -> Count:
     flops = Flops.of(teacher.stock)
     tower = 0.0 if shares_tower or settings.cache is not None else _tower(teacher)
+    again = None if settings.visual_dependency is None else _asked_again(teacher, readings=2)
 
     def count(batch: Batch) -> float:
         inputs = batch.teacher_inputs
         rows = head_rows(inputs, places)
         if settings.cache is None:
-            return flops.of_inputs(inputs, head_rows=rows, tower_image=tower)
+            once = flops.of_inputs(inputs, head_rows=rows, tower_image=tower)
+            return once if again is None else once + again(inputs)
         holds_states = batch.teacher_rows is not None and batch.teacher_rows.hidden_ME is not None
         return rows * flops.row * holds_states
 
     return count
+
+
+def _asked_again(parts: Parts, *, readings: int) -> Callable[[Inputs], float]:
+    """Without the picture, by a forward alone; `readings` of the responses go through the head for it."""
+    flops, tower = Flops.of(parts.stock), _tower(parts)
+    return lambda inputs: flops.of_inputs(
+        inputs, head_rows=readings * head_rows(inputs, {"response"}), tower_image=tower
+    )
 
 
 def _tower(parts: Parts) -> float:

@@ -22,6 +22,7 @@ from llava_kd.data.sources.conversation import Source
 from llava_kd.distill.picture_gain import with_exchanged_pictures
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.foreign.loading import AnyParts, ForeignParts
 from llava_kd.parallel.world import World
 
 UNASKED = 32  # records that are scored unless the user says how many
@@ -30,14 +31,16 @@ SURE = 2.0  # standard errors
 
 
 def picture_lines(
-    config: TrainConfig, student: Parts, teacher: Parts | None, source: Source, asked: int | None
+    config: TrainConfig, student: Parts, teacher: AnyParts | None, source: Source, asked: int | None
 ) -> Iterator[str]:
     """Lines about each model that has learned something. The last look at them: they are moved and recast.
 
     `asked` None: `UNASKED` records, and no large model on a CPU.
     """
     models: list[tuple[str, Parts, StudentConfig | TeacherConfig]] = []
-    if teacher is not None and config.teacher is not None and not is_cached(config):
+    if isinstance(teacher, ForeignParts):
+        yield "pictures         teacher not scored with others' pictures: it has its own processor"
+    elif teacher is not None and config.teacher is not None and not is_cached(config):
         models.append(("teacher", teacher, config.teacher))
     if config.student.checkpoint is not None:
         models.append(("student", student, config.student))

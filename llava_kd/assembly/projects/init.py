@@ -28,6 +28,7 @@ from llava_kd.config.trees import parse_override
 from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER, read_record
 from llava_kd.data.text.template_choice import AUTO, choose
 from llava_kd.data.text.template_table import TEMPLATES
+from llava_kd.durable import make_folder, put_folder
 from llava_kd.models.files.checkpoint import load_config, load_processor
 from llava_kd.models.reading import existing
 from llava_kd.models.towers.vision_tower import text_config
@@ -92,12 +93,10 @@ def begin(
     scratch = target.with_name(f".{target.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        scratch.mkdir(parents=True)
+        make_folder(scratch)
         project = _Project(scratch, target, data, models, machine, [parse_override(o) for o in overrides])
         lines = project.write()
-        if target.is_dir():
-            target.rmdir()  # empty, as was seen
-        scratch.rename(target)
+        put_folder(scratch, target)
     except OSError as error:
         raise ValueError(
             f"{target} cannot be written ({error}); name a folder that this user may write"

@@ -13,8 +13,9 @@ from pathlib import Path
 from llava_kd import __version__
 from llava_kd.checksums import meta_checksum, sealed
 from llava_kd.config import TrainConfig, dump
+from llava_kd.durable import write_text
 from llava_kd.models.files.card import provenance
-from llava_kd.training.checkpoint import Best, write_text
+from llava_kd.training.checkpoint import Best
 
 VERSIONED = ("torch", "transformers", "numpy", "pillow")
 _UNSEALED = {

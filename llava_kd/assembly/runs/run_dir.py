@@ -17,8 +17,9 @@ import yaml
 from llava_kd.assembly.runs.provenance import read_run
 from llava_kd.assembly.settings import load, tables_of
 from llava_kd.config import TrainConfig, dump
+from llava_kd.durable import make_folder, sync, write_text
 from llava_kd.parallel.world import World
-from llava_kd.training.checkpoint import checkpoint_steps, refuse_newer_format, sweep, write_text
+from llava_kd.training.checkpoint import checkpoint_steps, refuse_newer_format, sweep
 
 # What may change when a run goes on: where and how it is computed, not what.
 MAY_CHANGE = (
@@ -132,6 +133,7 @@ def _reopen(output: Path) -> None:
             f"made longer; start a new stage in another output_dir with student.checkpoint={output / 'model'}"
         )
     path.rename(output / f"run-step-{steps:08d}.json")
+    sync(output)  # back after a power cut, it would ask for a checkpoint that has made way for newer ones
     print(
         f"{output} was finished at step {steps} and is made longer: from there on it follows the schedule of "
         "the longer run",
@@ -157,7 +159,7 @@ def refuse_other_run(config: TrainConfig) -> None:
 def locked(output: Path, name: str = "output_dir") -> Iterator[None]:
     """Make the directory and keep other runs out of it; the system lets go of it when the process ends."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         stream = (output / ".lock").open("w")
     except OSError as error:
         raise ValueError(

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from llava_kd.assembly.searching.describing import data_set_in
-from llava_kd.evaluation.answers import write_atomic
+from llava_kd.durable import write_text
 from llava_kd.search.recommending.ranking import recommend
 from llava_kd.search.recommending.words import lines
 from llava_kd.search.store.database import Store
@@ -23,5 +23,5 @@ def recommend_for(
     if out is not None:
         record = {"data": data, "features": mine.features, **dataclasses.asdict(found)}
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(out), json.dumps(record, indent=1, default=str) + "\n")
+        write_text(Path(out), json.dumps(record, indent=1, default=str) + "\n")
     return lines(found, most)

@@ -19,7 +19,7 @@ from llava_kd.assembly.searching.entering import Describer, enter
 from llava_kd.assembly.settings import load
 from llava_kd.config import TrainConfig
 from llava_kd.config.reading import plain
-from llava_kd.evaluation.answers import write_atomic
+from llava_kd.durable import write_text
 from llava_kd.search.findings.curves import stage_log
 from llava_kd.search.proposing.proposer import Proposer, Seen, stands_below
 from llava_kd.search.proposing.similar import Similar, first_values, similar_runs
@@ -190,7 +190,7 @@ class _Search:
             "log": {**(log if isinstance(log, Mapping) else {}), "progress": False},
         }
         recipe.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(recipe, yaml.safe_dump(tree, sort_keys=False))
+        write_text(recipe, yaml.safe_dump(tree, sort_keys=False))
         return Job(
             key=trial.name,
             name=f"trial {trial.name}",

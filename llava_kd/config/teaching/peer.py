@@ -21,6 +21,8 @@ class Reads(Protocol):
     def switched(self) -> object: ...
     @property
     def centroids(self) -> bool: ...
+    @property
+    def stretches(self) -> bool: ...
 
 
 class Term(Protocol):
@@ -53,11 +55,11 @@ def check_peer(
     )
     for name, term in terms.items():
         read = term.reads
-        needs = read.attention or read.attended or read.switched or read.centroids
+        needs = read.attention or read.attended or read.switched or read.centroids or read.stretches
         require(
             not needs,
-            f"`objective.{name}` reads attention, another pass or stored means of a model, which a peer does "
-            "not give; leave it out, or set peer to null",
+            f"`objective.{name}` reads attention, another pass, stored means or another tokenizer of a "
+            "model, which a peer does not give; leave it out, or set peer to null",
         )
     require(
         engine_kind != "deepspeed",

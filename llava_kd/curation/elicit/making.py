@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_kd.curation.elicit.entries import Asked, Dropped, entry_of, read_records
-from llava_kd.data.sound import write_whole
 from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER, Record, Turn
+from llava_kd.durable import write_whole
 from llava_kd.evaluation.answers import CUT, ERROR
 from llava_kd.evaluation.generation.questions import Question, image_path
 from llava_kd.evaluation.generation.writing import Writing

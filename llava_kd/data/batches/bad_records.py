@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from llava_kd.durable import Lines
 
 _ALWAYS_ALLOWED = 3
 _SHOWN = 20
@@ -45,8 +48,8 @@ class BadRecords:
         self._bad.extend(bad)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as stream:
-                stream.writelines(json.dumps(asdict(record)) + "\n" for record in bad)
+            with closing(Lines(self._path)) as lines:
+                lines.write("".join(json.dumps(asdict(record)) + "\n" for record in bad))
         if len(self._bad) > _allowed(self._max_rate, max(self._num_read, self._records_per_epoch)):
             raise ValueError(
                 _too_many(self._bad, f"{len(self._bad)} of the {self._num_read} records read", self._max_rate)

@@ -6,25 +6,30 @@ Shape legend: B rows, T tokens, I images, H height, W width, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from llava_kd.batch import IGNORE_INDEX, Places
+from llava_kd.data.foreign.own_inputs import OwnInputs, stacked
 from llava_kd.data.pixels.device_decode import decode_jpegs
 from llava_kd.data.text.encoder import Encoded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One record ready to be laid into a row; `images` are resized uint8 [H, W, C], or absent if left raw."""
+    """One record ready to be laid into a row; `images` are resized uint8 [H, W, C], or absent if left raw.
+
+    `own`: of a model with a processor of its own, what that gave beside the tokens.
+    """
 
     encoded: Encoded
     images: tuple[Tensor, ...]
     num_images: int
     is_valid: bool
+    own: OwnInputs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +46,14 @@ class CollatedRows:
     places: Places
     is_packed: bool
     scores_BT: Tensor | None = None
+    own: Mapping[str, Tensor] | None = None
+    stretches_BT: Tensor | None = None
 
     def pinned(self) -> CollatedRows:
         """The same in page-locked memory, so that copying to a GPU does not wait."""
         pinned = {name: t.pin_memory() for name, t in vars(self).items() if isinstance(t, Tensor)}
-        return replace(self, places=self.places.map(Tensor.pin_memory), **pinned)
+        own = None if self.own is None else {name: t.pin_memory() for name, t in self.own.items()}
+        return replace(self, places=self.places.map(Tensor.pin_memory), own=own, **pinned)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +110,8 @@ def collate(rows: Sequence[Sequence[Item]], *, pad_id: int, size: tuple[int, int
     segment_ids_BT = torch.zeros(shape, dtype=torch.long)
     visual_BT = torch.zeros(shape, dtype=torch.bool)
     scores_BT = torch.zeros(shape)
+    stretches_BT = torch.zeros(shape, dtype=torch.long)
+    num_stretches = 0
     for b, row in enumerate(rows):
         start = 0
         for number, item in enumerate(row, start=1):
@@ -111,6 +121,9 @@ def collate(rows: Sequence[Sequence[Item]], *, pad_id: int, size: tuple[int, int
             visual_BT[b, start:stop] = item.encoded.visual
             if item.encoded.scores is not None:
                 scores_BT[b, start:stop] = item.encoded.scores
+            if (own := item.encoded.stretches) is not None:
+                stretches_BT[b, start:stop] = torch.where(own > 0, own + num_stretches, 0)
+                num_stretches += int(own.max())
             position_ids_BT[b, start:stop] = torch.arange(stop - start)
             segment_ids_BT[b, start:stop] = number
             start = stop
@@ -132,4 +145,12 @@ def collate(rows: Sequence[Sequence[Item]], *, pad_id: int, size: tuple[int, int
         places=places,
         is_packed=any(len(row) > 1 for row in rows),
         scores_BT=scores_BT if any(item.encoded.scores is not None for item in items) else None,
+        stretches_BT=stretches_BT if num_stretches else None,
     )
+
+
+def collate_foreign(items: Sequence[Item], *, pad_id: int) -> CollatedRows:
+    """A row for each record of a model with a processor of its own, which knows no packed rows."""
+    rows = collate([[item] for item in items], pad_id=pad_id, size=(0, 0))
+    length = rows.input_ids_BT.shape[1]
+    return replace(rows, own=stacked([item.own or OwnInputs() for item in items], length))

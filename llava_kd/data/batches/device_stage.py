@@ -12,11 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from llava_kd.batch import Batch, Inputs
+from llava_kd.batch import Batch, Inputs, Stretches, StretchRows
 from llava_kd.data.batches.collate import CollatedRows, RawImages
 from llava_kd.data.batches.micro_batches import Micro
-from llava_kd.data.batches.model_side import Side
-from llava_kd.data.pixels.images import ImageTransform
+from llava_kd.data.batches.model_side import AnySide
+from llava_kd.data.foreign.side import ForeignSide
 from llava_kd.data.pixels.kept_pages import KeptPages
 
 _DEPTH = 2
@@ -24,7 +24,7 @@ _Made = tuple[Micro, Batch, torch.cuda.Event | None]
 
 
 def to_batch(
-    micro: Micro, sides: tuple[Side, ...], device: torch.device, pages: KeptPages | None = None
+    micro: Micro, sides: tuple[AnySide, ...], device: torch.device, pages: KeptPages | None = None
 ) -> Batch:
     """Move a micro-batch, decode and resize its images if the worker left them raw, and normalise them.
 
@@ -33,7 +33,7 @@ def to_batch(
     """
     raw = None if micro.raw is None else _on_device(micro.raw, micro.record_ids, device)
     inputs = [
-        _inputs(rows, side.transform, raw, device, pages)
+        _inputs(rows, _pixels(rows, side, raw, device, pages), device)
         for rows, side in zip(micro.rows, sides, strict=True)
     ]
     stored = micro.teacher_rows
@@ -43,6 +43,7 @@ def to_batch(
         record_ids=micro.record_ids,
         teacher_rows=None if stored is None else stored.map(lambda t: t.to(device, non_blocking=True)),
         num_shared_targets=_num_shared_targets(micro.rows),
+        stretches=_stretches(micro, device),
         step=micro.step,
     )
 
@@ -65,32 +66,67 @@ def _num_shared_targets(sides: tuple[CollatedRows, ...]) -> int | None:
     return int((targets[0] == targets[1]).sum())
 
 
-def _inputs(
+def _stretches(micro: Micro, device: torch.device) -> Stretches | None:
+    """Found on the host; None where the sides have none. ValueError where they do not have the same."""
+    found = [_of_side(rows) for rows in micro.rows if rows.stretches_BT is not None]
+    if len(found) < 2:
+        return None
+    student, teacher = found
+    if len(student.first_S) != len(teacher.first_S):
+        raise ValueError(
+            f"both sides must have the same stretches of the records {', '.join(micro.record_ids)}; the "
+            f"student has {len(student.first_S)}, the teacher {len(teacher.first_S)}"
+        )
+    return Stretches(student=student, teacher=teacher).map(lambda t: t.to(device, non_blocking=True))
+
+
+def _of_side(rows: CollatedRows) -> StretchRows:
+    assert rows.stretches_BT is not None
+    places_N = rows.places.response_N
+    number_N = rows.stretches_BT.flatten()[places_N + 1]
+    places_N, number_N = places_N[number_N > 0], number_N[number_N > 0]
+    is_first_N = torch.ones_like(number_N, dtype=torch.bool)
+    is_first_N[1:] = number_N.diff() != 0
+    stretch_N = is_first_N.cumsum(0) - 1
+    return StretchRows(
+        first_S=places_N[is_first_N], further_R=places_N[~is_first_N], stretch_R=stretch_N[~is_first_N]
+    )
+
+
+def _pixels(
     rows: CollatedRows,
-    transform: ImageTransform,
+    side: AnySide,
     raw: list[Tensor] | None,
     device: torch.device,
     pages: KeptPages | None,
-) -> Inputs:
+) -> Tensor:
+    """[I, C, H, W]; of no height where a processor of the model's own has made what it reads."""
+    if isinstance(side, ForeignSide):
+        return torch.zeros(len(rows.image_is_valid_I), 3, 0, 0, device=device)
+    transform = side.transform
     if raw is None:
-        images_IHWC = rows.images_IHWC.to(device, non_blocking=True)
-    else:
-        resized = [transform.resize(image_HWC) for image_HWC in raw]
-        images_IHWC = (
-            torch.stack(resized) if resized else torch.zeros(0, *transform.size, 3, dtype=torch.uint8)
-        ).to(device)
-    scores_BT = rows.scores_BT
+        return transform.normalise(rows.images_IHWC.to(device, non_blocking=True), pages)
+    resized = [transform.resize(image_HWC) for image_HWC in raw]
+    images_IHWC = torch.stack(resized) if resized else torch.zeros(0, *transform.size, 3, dtype=torch.uint8)
+    return transform.normalise(images_IHWC.to(device), pages)
+
+
+def _inputs(rows: CollatedRows, pixels_ICHW: Tensor, device: torch.device) -> Inputs:
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
     return Inputs(
-        input_ids_BT=rows.input_ids_BT.to(device, non_blocking=True),
-        labels_BT=rows.labels_BT.to(device, non_blocking=True),
-        position_ids_BT=rows.position_ids_BT.to(device, non_blocking=True),
-        segment_ids_BT=rows.segment_ids_BT.to(device, non_blocking=True),
-        visual_BT=rows.visual_BT.to(device, non_blocking=True),
-        pixels_ICHW=transform.normalise(images_IHWC, pages),
-        image_is_valid_I=rows.image_is_valid_I.to(device, non_blocking=True),
+        input_ids_BT=move(rows.input_ids_BT),
+        labels_BT=move(rows.labels_BT),
+        position_ids_BT=move(rows.position_ids_BT),
+        segment_ids_BT=move(rows.segment_ids_BT),
+        visual_BT=move(rows.visual_BT),
+        pixels_ICHW=pixels_ICHW,
+        image_is_valid_I=move(rows.image_is_valid_I),
         is_packed=rows.is_packed,
-        known_places=rows.places.map(lambda t: t.to(device, non_blocking=True)),
-        scores_BT=None if scores_BT is None else scores_BT.to(device, non_blocking=True),
+        known_places=rows.places.map(move),
+        scores_BT=None if rows.scores_BT is None else move(rows.scores_BT),
+        own=None if rows.own is None else {name: move(tensor) for name, tensor in rows.own.items()},
     )
 
 
@@ -105,7 +141,7 @@ class Ahead:
         self._pages = KeptPages()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def run(self, micros: Iterator[Micro], sides: tuple[Side, ...]) -> Iterator[tuple[Micro, Batch]]:
+    def run(self, micros: Iterator[Micro], sides: tuple[AnySide, ...]) -> Iterator[tuple[Micro, Batch]]:
         """The batches in order, each with its micro-batch; an error comes where its batch would have."""
         consumer = None if self._stream is None else torch.cuda.current_stream(self._device)
         pending: deque[Future[_Made | None]] = deque()
@@ -126,7 +162,7 @@ class Ahead:
                     future.cancel()
 
     def _next(
-        self, micros: Iterator[Micro], sides: tuple[Side, ...], consumer: torch.cuda.Stream | None
+        self, micros: Iterator[Micro], sides: tuple[AnySide, ...], consumer: torch.cuda.Stream | None
     ) -> _Made | None:
         micro = next(micros, None)
         if micro is None:
@@ -143,6 +179,9 @@ class Ahead:
 
 def tensors_of(batch: Batch) -> list[Tensor]:
     sides = [side for side in (batch.student, batch.teacher) if side is not None]
-    holders = (*sides, *(side.known_places for side in sides), batch.teacher_rows)
+    both = batch.stretches
+    stretches = () if both is None else (both.student, both.teacher)
+    holders = (*sides, *(side.known_places for side in sides), batch.teacher_rows, *stretches)
     values = [value for holder in holders if holder is not None for value in vars(holder).values()]
+    values += [tensor for side in sides for tensor in (side.own or {}).values()]
     return [value for value in values if isinstance(value, Tensor)]

@@ -20,7 +20,7 @@ from llava_kd.data.batches.device_stage import Ahead
 from llava_kd.data.batches.lengths import record_sizes
 from llava_kd.data.batches.listed_plan import Listing
 from llava_kd.data.batches.micro_batches import Micro, MicroBatches
-from llava_kd.data.batches.model_side import Side
+from llava_kd.data.batches.model_side import AnySide, Side
 from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.batches.packing import Packing, RecordSizes
 from llava_kd.data.batches.plan import Plan
@@ -46,8 +46,8 @@ class Loader:
         self,
         *,
         source: Source,
-        student: Side,
-        teacher: Side | None,
+        student: AnySide,
+        teacher: AnySide | None,
         order: Order,
         device: torch.device | str,
         reading: Reading = _READING,
@@ -150,7 +150,7 @@ class Loader:
         self._bad_records.add(micro.bad, num_read=len(micro.record_ids))
 
 
-def _plan(source: Source, sides: tuple[Side, ...], order: Order, reading: Reading) -> Plan | Listing:
+def _plan(source: Source, sides: tuple[AnySide, ...], order: Order, reading: Reading) -> Plan | Listing:
     if order.records is not None:
         return Listing(order.records, rows_per_step=order.global_batch_size)
     return Plan(
@@ -161,10 +161,11 @@ def _plan(source: Source, sides: tuple[Side, ...], order: Order, reading: Readin
 
 
 def _sizes(
-    source: Source, sides: tuple[Side, ...], packing: Packing | None, reading: Reading
+    source: Source, sides: tuple[AnySide, ...], packing: Packing | None, reading: Reading
 ) -> RecordSizes | None:
     if packing is None:
         return None
+    sides = tuple(side for side in sides if isinstance(side, Side))  # the others take a row for each record
     longest = max(side.max_length for side in sides)
     if packing.max_tokens < longest:
         raise ValueError(

@@ -11,11 +11,14 @@ from torch.utils.data import Dataset
 
 from llava_kd.batch import IGNORE_INDEX, TeacherRows
 from llava_kd.data.batches.bad_records import BadRecord
-from llava_kd.data.batches.collate import CollatedRows, Item, RawImages, collate, masked
+from llava_kd.data.batches.collate import CollatedRows, Item, RawImages, collate, collate_foreign, masked
 from llava_kd.data.batches.listed_plan import Listing
-from llava_kd.data.batches.model_side import Side
+from llava_kd.data.batches.model_side import AnySide, Side
 from llava_kd.data.batches.order import Order, Reading
 from llava_kd.data.batches.plan import Plan
+from llava_kd.data.foreign.own_inputs import OwnInputs
+from llava_kd.data.foreign.reader import Reader
+from llava_kd.data.foreign.side import ForeignSide
 from llava_kd.data.pixels.device_decode import plain_jpeg_size
 from llava_kd.data.pixels.images import GREY, check_size, decode, orientation
 from llava_kd.data.pixels.orientation import AS_STORED
@@ -24,8 +27,10 @@ from llava_kd.data.teacher_store.store import TeacherCache, Wanted
 from llava_kd.data.text.alignment import matched
 from llava_kd.data.text.encoder import Encoded
 from llava_kd.data.text.private import Tagger
+from llava_kd.data.text.stretches import stretched
 
 _CACHED_TOKENS = 4_000_000
+_GREY_SIDE = 64  # of a stand-in that every processor can read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,7 @@ class MicroBatches(Dataset[Micro]):
         self,
         *,
         source: Source,
-        sides: tuple[Side, ...],
+        sides: tuple[AnySide, ...],
         plan: Plan | Listing,
         order: Order,
         reading: Reading,
@@ -83,7 +88,10 @@ class MicroBatches(Dataset[Micro]):
     ) -> None:
         self._source = source
         self._sides = sides
-        self._encoders = [side.encoder() for side in sides]
+        self._own_sides = [side for side in sides if isinstance(side, Side)]
+        self._encoders = [side.encoder() for side in self._own_sides]
+        self._foreign = next((side for side in sides if isinstance(side, ForeignSide)), None)
+        self._reader: Reader | None = None  # made by the thread or process that reads
         self._plan = plan
         self._micro_batch_size = order.micro_batch_size
         self._rank = order.rank
@@ -98,6 +106,7 @@ class MicroBatches(Dataset[Micro]):
         self._image_cache_bytes = reading.image_cache_bytes
         self._teacher_cache = teacher_cache
         self._tagger = tagger
+        self._spellers = reading.spellers
 
     def __getitem__(self, key: tuple[int, int]) -> Micro:
         step, number = key
@@ -111,11 +120,7 @@ class MicroBatches(Dataset[Micro]):
         return Micro(
             step=step,
             rows=tuple(
-                collate(
-                    [[one.items[s] for one in row] for row in loaded],
-                    pad_id=side.pad_id,
-                    size=side.transform.size,
-                )
+                _rows(side, [[one.items[s] for one in row] for row in loaded])
                 for s, side in enumerate(self._sides)
             ),
             raw=RawImages.of([image for one in flat for image in one.raw]) if self._leaves_raw else None,
@@ -136,6 +141,8 @@ class MicroBatches(Dataset[Micro]):
             [_wanted(i, one) for i, one in zip(row, ones, strict=True)]
             for row, ones in zip(rows, loaded, strict=True)
         ]
+        if self._foreign is not None:
+            wanted = [[one] for row in wanted for one in row]
         return self._teacher_cache.rows(wanted)
 
     def _load(self, i: int, bad: list[BadRecord]) -> _Loaded:
@@ -145,8 +152,7 @@ class MicroBatches(Dataset[Micro]):
         record = self._source.record(i)
         encoded = self._encode(i, record)
         if isinstance(encoded, str):
-            bad.append(BadRecord(id=record.id, source=self._source.name_of(i), reason=encoded))
-            return _Loaded(id=record.id, items=tuple(_stand_in(side) for side in self._sides), raw=())
+            return self._unusable(i, record, encoded, bad)
         images, reasons = self._decoded(i, record)
         items = tuple(
             Item(
@@ -155,8 +161,13 @@ class MicroBatches(Dataset[Micro]):
                 num_images=len(images),
                 is_valid=True,
             )
-            for e, side in zip(encoded, self._sides, strict=True)
+            for e, side in zip(encoded, self._own_sides, strict=True)
         )
+        if self._foreign is not None:
+            try:
+                items = self._with_foreign(record, images, items, self._foreign)
+            except ValueError as error:
+                return self._unusable(i, record, str(error), bad)
         if reasons:
             bad.append(BadRecord(id=record.id, source=self._source.name_of(i), reason="; ".join(reasons)))
             items = tuple(masked(item) for item in items)
@@ -165,9 +176,27 @@ class MicroBatches(Dataset[Micro]):
             self._keep(i, loaded)
         return loaded
 
+    def _unusable(self, i: int, record: Record, reason: str, bad: list[BadRecord]) -> _Loaded:
+        bad.append(BadRecord(id=record.id, source=self._source.name_of(i), reason=reason))
+        return _Loaded(id=record.id, items=tuple(_stand_in(side) for side in self._sides), raw=())
+
+    def _with_foreign(
+        self, record: Record, images: Sequence[Tensor], items: tuple[Item, ...], side: ForeignSide
+    ) -> tuple[Item, ...]:
+        """The record as the teacher's own processor reads it too, answers in step with the student's."""
+        if self._reader is None:
+            self._reader = side.reader()
+        read = self._reader(record, images)
+        theirs = read.encoded if self._tagger is None else self._tagger(record, read.encoded)
+        encoded = matched(record, (*(item.encoded for item in items), theirs))
+        own = read.own if side.keeps_pictures else OwnInputs()
+        foreign = Item(encoded=theirs, images=(), num_images=len(images), is_valid=True, own=own)
+        return tuple(replace(item, encoded=e) for item, e in zip((*items, foreign), encoded, strict=True))
+
     def _keep(self, i: int, loaded: _Loaded) -> None:
         pixels = [*loaded.raw, *(image for item in loaded.items for image in item.images)]
         size = sum(image.nbytes for image in pixels)
+        size += sum(item.own.nbytes for item in loaded.items if item.own is not None)
         if size <= self._image_cache_bytes:
             self._loaded[i] = loaded
             self._image_cache_bytes -= size
@@ -180,7 +209,8 @@ class MicroBatches(Dataset[Micro]):
                 images.append(self._pixels(self._source.image_bytes(i, k)))
             except (ValueError, OSError) as error:
                 reasons.append(f"image {name!r}: {error}")
-                images.append(torch.full((1, 1, 3), GREY, dtype=torch.uint8))
+                side = 1 if self._foreign is None else _GREY_SIDE
+                images.append(torch.full((side, side, 3), GREY, dtype=torch.uint8))
         return images, reasons
 
     def _pixels(self, data: bytes) -> Tensor:
@@ -197,7 +227,7 @@ class MicroBatches(Dataset[Micro]):
         if cached is not None:
             return cached
         try:
-            result = matched(record, tuple(encoder(record) for encoder in self._encoders))
+            result = self._in_step(record, tuple(encoder(record) for encoder in self._encoders))
             if self._tagger is not None:
                 result = tuple(self._tagger(record, encoded) for encoded in result)
         except ValueError as error:
@@ -207,6 +237,11 @@ class MicroBatches(Dataset[Micro]):
             self._encoded[i] = result
             self._cached_tokens += size
         return result
+
+    def _in_step(self, record: Record, encoded: tuple[Encoded, ...]) -> tuple[Encoded, ...]:
+        if self._spellers is None or len(encoded) < 2:
+            return matched(record, encoded)
+        return stretched(record, (encoded[0], encoded[1]), self._spellers)
 
 
 def _wanted(number: int, loaded: _Loaded) -> Wanted:
@@ -221,7 +256,13 @@ def _wanted(number: int, loaded: _Loaded) -> Wanted:
     )
 
 
-def _stand_in(side: Side) -> Item:
+def _rows(side: AnySide, rows: Sequence[Sequence[Item]]) -> CollatedRows:
+    if isinstance(side, ForeignSide):
+        return collate_foreign([item for row in rows for item in row], pad_id=side.pad_id)
+    return collate(rows, pad_id=side.pad_id, size=side.transform.size)
+
+
+def _stand_in(side: AnySide) -> Item:
     """One padding token: the place of a record that has no encoding."""
     encoded = Encoded(
         ids=torch.tensor([side.pad_id]),

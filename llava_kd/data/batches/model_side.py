@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
 
+from llava_kd.data.foreign.side import ForeignSide
 from llava_kd.data.pixels.images import ImageTransform
 from llava_kd.data.text.encoder import Encoder
 from llava_kd.data.text.source_encoders import SourceEncoders
@@ -83,3 +84,6 @@ class Side:
         """Hash of everything that decides the tokens and pixels."""
         turns = "\0upright" if self.upright else ""  # older runs have hashed no word for what they did not do
         return hashlib.sha256(f"{self.text_fingerprint}\0{self.transform!r}{turns}".encode()).hexdigest()
+
+
+AnySide = Side | ForeignSide

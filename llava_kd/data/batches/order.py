@@ -9,6 +9,7 @@ from pathlib import Path
 from llava_kd.data.batches.packing import Packing
 from llava_kd.data.pixels.device_decode import Decoder
 from llava_kd.data.pixels.images import MAX_PIXELS
+from llava_kd.data.text.stretches import Spellers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,8 @@ class Reading:
     """How records are read; what is in a batch does not depend on it.
 
     `image_cache_bytes`: memory for resized images, in each worker, for data that come again. `cache`: where
-    the lengths of records are kept for the next run that packs them.
+    the lengths of records are kept for the next run that packs them. `spellers`, of student and teacher:
+    their tokenizers differ, and their answers are matched as text.
     """
 
     num_workers: int = 0
@@ -46,3 +48,4 @@ class Reading:
     image_cache_bytes: int = 0
     cache: str | Path | None = None
     progress: bool = False
+    spellers: Spellers | None = None

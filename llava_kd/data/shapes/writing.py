@@ -20,6 +20,7 @@ from tqdm import tqdm
 from llava_kd.data.shapes.questions import Picker, Question, blind_accuracy
 from llava_kd.data.shapes.scenes import encode_picture
 from llava_kd.data.shapes.settings import EASY, Setting, Split
+from llava_kd.durable import make_folder, put_folder
 
 MANIFEST = "shapes.json"
 DESCRIBE = "Describe the picture."
@@ -66,7 +67,7 @@ def write_shapes(
     partial = out_dir.with_name(f".{out_dir.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
-    (partial / "images").mkdir(parents=True)
+    make_folder(partial / "images")
 
     examples = make_examples(
         num_train=num_train, num_validation=num_validation, num_test=num_test, seed=seed, setting=setting
@@ -81,8 +82,7 @@ def write_shapes(
     }
     written = {_blind_key(split): accuracy for split, accuracy in blind.items()}
     _write_json(partial / MANIFEST, {**wanted, **written})
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial.replace(out_dir)
+    put_folder(partial, out_dir)
     return blind
 
 

@@ -9,7 +9,6 @@ of the teacher, K stored columns.
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from llava_kd.batch import IGNORE_INDEX
 from llava_kd.data.text.encoder import Encoded
+from llava_kd.durable import replacing
 from llava_kd.tensor_files import write_tensors
 
 SUFFIX = ".safetensors"
@@ -81,7 +81,6 @@ def write_shard(directory: Path, records: Sequence[StoredRecord]) -> Path:
     Raises ValueError if it cannot be written, as on a full disk.
     """
     path = directory / f"{records[0].number:09d}{SUFFIX}"
-    scratch = path.with_name(f".{path.name}.partial")
     tensors = {
         "number_R": torch.tensor([record.number for record in records]),
         "rows_R": torch.tensor([len(record.positions_M) for record in records]),
@@ -94,26 +93,14 @@ def write_shard(directory: Path, records: Sequence[StoredRecord]) -> Path:
     for name in records[0].tensors:
         tensors[name] = torch.cat([record.tensors[name] for record in records])
     try:
-        write_tensors(tensors, scratch)
-        sync(scratch)
-        scratch.replace(path)
-        sync(directory)
+        with replacing(path) as scratch:
+            write_tensors(tensors, scratch)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise ValueError(
             f"{path} cannot be written: {error}; the shards before it are whole. Free some space; the same "
             "command then goes on"
         ) from error
     return path
-
-
-def sync(path: Path) -> None:
-    """Force a written file or directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass

@@ -27,10 +27,10 @@ from llava_kd.data.teacher_store.shards import (
     Shard,
     StoredRecord,
     places_to_store,
-    sync,
     text_crc,
 )
 from llava_kd.data.text.encoder import Encoded
+from llava_kd.durable import replacing, write_text
 from llava_kd.tensor_files import write_tensors
 
 FORMAT_VERSION = 3  # 1 had no checksums, 2 no standard deviations
@@ -83,12 +83,8 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Replace the manifest of `directory` in one move."""
-        scratch = directory / f".{MANIFEST}.partial"
         tree = sealed({"format": FORMAT_VERSION, **asdict(self)})
-        scratch.write_text(json.dumps(tree, indent=2) + "\n")
-        sync(scratch)
-        scratch.replace(directory / MANIFEST)
-        sync(directory)
+        write_text(directory / MANIFEST, json.dumps(tree, indent=2) + "\n")
 
     @staticmethod
     def read(directory: Path) -> Manifest:
@@ -221,14 +217,14 @@ class TeacherCache:
         if torch.equal(asked_M, record.positions_M):
             return record
         at_M = torch.searchsorted(record.positions_M, asked_M).clamp_max(max(0, len(record.positions_M) - 1))
-        if len(asked_M) and (
-            not len(record.positions_M) or not torch.equal(record.positions_M[at_M], asked_M)
-        ):
+        held_M = record.positions_M[at_M] == asked_M if len(record.positions_M) else asked_M < 0
+        if not bool((held_M | _stands_in(wanted.encoded, asked_M)).all()):
             raise ValueError(
                 f"record {wanted.id!r} is read at places that {self.directory} does not hold; {_AGAIN}"
             )
         chosen = {
-            name: tensor if name in IMAGE_TENSORS else tensor[at_M] for name, tensor in record.tensors.items()
+            name: tensor if name in IMAGE_TENSORS else _where(held_M, tensor, at_M)
+            for name, tensor in record.tensors.items()
         }
         return StoredRecord(
             number=record.number, text_crc=record.text_crc, positions_M=asked_M, tensors=chosen
@@ -256,6 +252,26 @@ class TeacherCache:
         return self._index
 
 
+def _stands_in(encoded: Encoded, places_M: Tensor) -> Tensor:
+    """Whether each place is before a token of the prompt that stands beside one that only the student has.
+
+    No term reads the teacher there (see `alignment.matched`).
+    """
+    if not len(encoded.spans):
+        return torch.zeros(len(places_M), dtype=torch.bool)
+    next_M = (places_M.long() + 1).clamp_max(len(encoded.ids) - 1)
+    return ~encoded.spans[next_M].any(1) & ~encoded.visual[places_M.long()]
+
+
+def _where(held_M: Tensor, tensor: Tensor, at_M: Tensor) -> Tensor:
+    """Rows of what is held; zeros elsewhere."""
+    if not len(tensor):
+        return tensor.new_zeros(len(at_M), *tensor.shape[1:])
+    rows = tensor[at_M]
+    rows[~held_M] = 0
+    return rows
+
+
 def _nothing(empty: StoredRecord, num_images: int) -> StoredRecord:
     """A record without a row, whose images are zeros."""
     tensors = {
@@ -273,8 +289,6 @@ def write_index(directory: Path, shards: Iterable[Shard], num_records: int) -> i
         for name, values_R in {**shard.table, "shard_R": torch.full_like(number_R, s)}.items():
             column = index.setdefault(name, torch.full((num_records,), -1))
             column[number_R] = values_R
-    scratch = directory / f".{INDEX}.partial"
-    write_tensors(index, scratch)
-    sync(scratch)
-    scratch.replace(directory / INDEX)
+    with replacing(directory / INDEX) as scratch:
+        write_tensors(index, scratch)
     return int((index["shard_R"] < 0).sum())

@@ -26,7 +26,8 @@ class Encoded:
 
     `spans` has of each target the number of its answer, the first and last character of it that it covers
     (none: both the same), and whether it reaches beyond the answer into what the template puts around it.
-    `scores`: how likely each token is private, 0..1, where somebody asked.
+    `scores`: how likely each token is private, 0..1, where somebody asked. `stretches`: the number of the
+    stretch that each target shares with the other side, 0 for none, where the sides have other tokens.
     """
 
     ids: Tensor
@@ -35,6 +36,7 @@ class Encoded:
     spans: Tensor = field(default_factory=lambda: torch.zeros(0, 4, dtype=torch.int32))
     is_truncated: bool = False
     scores: Tensor | None = None
+    stretches: Tensor | None = None
 
 
 @dataclass(frozen=True)

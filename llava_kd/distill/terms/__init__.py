@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from llava_kd.distill.terms.attention import Attention
+from llava_kd.distill.terms.cross.response_cross import ResponseCross
 from llava_kd.distill.terms.cross_entropy import CrossEntropy
 from llava_kd.distill.terms.inner.exit_logits import ExitLogits, VisualExitLogits
 from llava_kd.distill.terms.inner.hint import Hint, VisualHint
@@ -21,6 +22,7 @@ from llava_kd.distill.terms.visual_switch import VisualSwitch
 TERMS: Mapping[str, type[Term]] = {
     "cross_entropy": CrossEntropy,
     "response_kl": ResponseKL,
+    "response_cross": ResponseCross,
     "visual_kl": VisualKL,
     "relation": Relation,
     "text_relation": TextRelation,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
+from annotated_types import Interval
 from typing_extensions import Doc
 
 from llava_kd.distill.rows import Place
@@ -16,8 +17,14 @@ from llava_kd.distill.terms.term import HeadRequest, Reads, Trust
 class ResponseKL(KL):
     trust: Annotated[
         Trust,
-        Doc("At `all` tokens, its `first` choices, by the label's probability, or where it is `better`."),
+        Doc(
+            "At `all` tokens, its `first` choices, by the label's probability, where it is `better`, or "
+            "where its `listed` largest logits hold the label or the student's choice."
+        ),
     ] = "all"
+    listed: Annotated[
+        int, Interval(ge=1, le=1000), Doc("How many of the teacher's largest logits `trust` looks through.")
+    ] = 5
 
     label: ClassVar[str] = "response tokens, against the teacher; nats a token"
     paper: ClassVar[str] = "LLaVA-KD, arXiv 2410.16236, L_res"
@@ -28,4 +35,4 @@ class ResponseKL(KL):
         return replace(super().reads, labels=self.trust != "all")
 
     def head_request(self) -> HeadRequest:
-        return replace(super().head_request(), trust=self.trust)
+        return replace(super().head_request(), trust=self.trust, listed=self.listed)

@@ -1,7 +1,7 @@
 """What a term is shown of one micro-batch: what it declares to read, and nothing else.
 
 Shape legend: N selected rows, V vocabulary rows, I images, N and M visual tokens of an image, P response
-tokens of its record (fewer are filled up), L layers, D and E width of student and teacher.
+tokens of its record (fewer are filled up), S stretches, L layers, D and E width of student and teacher.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
+from llava_kd.batch import IGNORE_INDEX, Batch, Inputs, StretchRows
 from llava_kd.distill.formulas import Align, Common, Formulas
-from llava_kd.distill.rows import Place, Rows, VisualTap, of_images, visual_features
+from llava_kd.distill.rows import Place, Rows, VisualTap, of_images, targets_of_rows, visual_features
 from llava_kd.distill.terms.term import Need, Reads
+from llava_kd.losses.cross.stretches import Stretched, Words
 from llava_kd.losses.tuning.information import Centroids
 from llava_kd.models.mllm import Prediction
 from llava_kd.models.taps import Tap
@@ -46,7 +47,10 @@ class Seen:
         switched: Prediction | None = None,
         module: nn.Module | None = None,
     ) -> None:
-        """`name` is the term's in the table, `module` what its own `module` made."""
+        """`name` is the term's in the table, `module` what its own `module` made.
+
+        `figures`: what the term leaves for the log, sums that are divided as its own is.
+        """
         self.batch = batch
         self._name = name
         self._reads = reads
@@ -55,6 +59,7 @@ class Seen:
         self._teacher = teacher
         self._switched = switched
         self._module = module
+        self.figures: dict[str, Tensor] = {}
 
     @property
     def formulas(self) -> Formulas:
@@ -65,6 +70,12 @@ class Seen:
         """Vocabulary columns that both heads share."""
         self._declared(self._reads.vocabulary, "vocabulary=True")
         return self._common.num_common
+
+    @property
+    def words(self) -> Words | None:
+        """The tokens that both tokenizers have, where they differ."""
+        self._declared(self._reads.stretches, "stretches=True")
+        return self._common.words
 
     @property
     def module(self) -> nn.Module:
@@ -107,6 +118,17 @@ class Seen:
         if self._common.centroids is None:
             raise ValueError(f"the term {self._name} got no centroids of the model as it was")
         return self._common.centroids
+
+    def stretches(self) -> tuple[Stretched, Stretched]:
+        """The same stretches of the answers as student and teacher read them."""
+        self._declared(self._reads.stretches, "stretches=True")
+        both, batch = self.batch.stretches, self.batch
+        sides = [
+            (self._student, batch.student, None if both is None else both.student),
+            (self._of_teacher("states"), batch.teacher_inputs, None if both is None else both.teacher),
+        ]
+        student, teacher = (_stretched(*side) for side in sides)
+        return student, teacher
 
     def switched_states(self, place: Place) -> tuple[Tensor, Tensor]:
         """[N, E] of the teacher over the student's visual output, and over its own."""
@@ -234,6 +256,20 @@ def _of_images(states: Tensor, inputs: Inputs, tap: str | None) -> Tensor:
     if tap is not None and tap.startswith(PROJECTOR):
         return states[: inputs.num_images]
     return of_images(states, inputs)
+
+
+def _stretched(prediction: Prediction, inputs: Inputs, rows: StretchRows | None) -> Stretched:
+    if rows is None:  # no record of the batch can be read
+        none = inputs.places.response_N[:0]
+        rows = StretchRows(first_S=none, further_R=none, stretch_R=none)
+    return Stretched(
+        first_SD=_at(prediction, rows.first_S),
+        further_RD=_at(prediction, rows.further_R),
+        tokens_R=targets_of_rows(inputs, rows.further_R),
+        stretch_R=rows.stretch_R,
+        head_VD=prediction.head_VD,
+        bias_V=prediction.bias_V,
+    )
 
 
 def _at(prediction: Prediction, rows_N: Tensor) -> Tensor:

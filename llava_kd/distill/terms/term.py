@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from llava_kd.distill.terms.seen import Seen
 
 Need = Literal["nothing", "logits", "states", "model"]
-Trust = Literal["all", "first", "probability", "better", "worse"]
+Trust = Literal["all", "first", "probability", "better", "worse", "label_listed", "choice_listed"]
+
+LISTED: tuple[Trust, ...] = ("label_listed", "choice_listed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class Reads:
     through modules of a model, by their paths, as `models.taps` writes them; a teacher's need the `model`.
     `before_decoder`: no gradient of the term reaches the language model. `centroids`: what the student said
     before, a mean for each label. `labels`: the answers' tokens, as the truth that a student's own are not.
+    `stretches`: answers as text, which two tokenizers may cut otherwise.
     """
 
     teacher: Need = "nothing"
@@ -55,6 +58,7 @@ class Reads:
     before_decoder: bool = False
     centroids: bool = False
     labels: bool = False
+    stretches: bool = False
 
     def __post_init__(self) -> None:
         if self.teacher_taps and self.teacher != "model":
@@ -101,12 +105,14 @@ class HeadRequest:
     of an image, those that the teacher's response tokens attend to most, each counting as one over the share
     rows. `trust` in the teacher at a response token: full, full or none by whether its first choice is the
     label, its probability of the label, or full where its cross-entropy there is below the student's
-    (`better`), or above it (`worse`), and none elsewhere; a row's divergence is multiplied by it.
+    (`better`), or above it (`worse`), or where its `listed` largest logits hold the label or the student's
+    first choice, and none elsewhere; a row's divergence is multiplied by it.
     """
 
     place: Place
     share: float = 1.0
     trust: Trust = "all"
+    listed: int = 1
     temperature: Temperature = 1.0
     divergence: Divergence | None = None
 

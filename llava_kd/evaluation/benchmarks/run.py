@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from llava_kd.evaluation.answers import write_atomic
+from llava_kd.durable import write_text
 from llava_kd.evaluation.benchmarks.base import Benchmark, Quirks, Score, read_jsonl
 from llava_kd.evaluation.benchmarks.catalogue import BENCHMARKS, find
 from llava_kd.evaluation.benchmarks.published import AVG7, AVG10, average
@@ -146,8 +146,8 @@ def _finish(
     }
     if score is not None:
         lines = (json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in score.items)
-        write_atomic(folder / "scored.jsonl", "".join(lines))
-    write_atomic(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / "scored.jsonl", "".join(lines))
+    write_text(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     return summary
 
 
@@ -296,7 +296,7 @@ def write_tables(
         "avg10": average(values, AVG10),
         "seconds": sum(summary["seconds"] for summary in summaries.values()),
     }
-    write_atomic(out_dir / "summary.json", json.dumps(total, indent=2) + "\n")
+    write_text(out_dir / "summary.json", json.dumps(total, indent=2) + "\n")
     columns = {name: benchmark.column for name, benchmark in table.items()}
-    write_atomic(out_dir / "table.md", markdown_table(model, values, notes, trials, columns))
-    write_atomic(out_dir / "table.html", html_table(model, values, notes, trials, columns))
+    write_text(out_dir / "table.md", markdown_table(model, values, notes, trials, columns))
+    write_text(out_dir / "table.html", html_table(model, values, notes, trials, columns))

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER
-from llava_kd.evaluation.answers import write_atomic
+from llava_kd.durable import make_folder, write_text
 from llava_kd.evaluation.report.charts import Line, dot_rows, line_chart, smooth
 from llava_kd.evaluation.report.pictures import thumbnail
 from llava_kd.evaluation.report.results import (
@@ -44,7 +44,7 @@ def report(run_dir: str | Path, *, terms: Mapping[str, str], distilled: str = "k
     """
     run = read_run(run_dir, distilled=distilled)
     results = collect_results(run)
-    write_atomic(run.directory / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(run.directory / "results.json", json.dumps(results, indent=2) + "\n")
     return write_report(run, run.directory / "report.html", terms)
 
 
@@ -63,8 +63,8 @@ def write_report(
         _facts(run),
     ]
     out_html = Path(out_html)
-    out_html.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out_html, html_page(title, sections))
+    make_folder(out_html.parent)
+    write_text(out_html, html_page(title, sections))
     return out_html
 
 

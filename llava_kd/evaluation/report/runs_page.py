@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER
-from llava_kd.evaluation.answers import write_atomic
+from llava_kd.durable import make_folder, write_text
 from llava_kd.evaluation.report.charts import Line, line_chart, smooth
 from llava_kd.evaluation.report.page import GRADIENT_SHARE, TOKENS
 from llava_kd.evaluation.report.pictures import thumbnail
@@ -43,8 +43,8 @@ def write_runs_page(runs: Sequence[StageRun], out_html: str | Path, terms: Mappi
         _facts(runs),
     ]
     out_html = Path(out_html)
-    out_html.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out_html, html_page("Training report", sections))
+    make_folder(out_html.parent)
+    write_text(out_html, html_page("Training report", sections))
     return out_html
 
 

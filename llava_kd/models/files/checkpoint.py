@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,9 +18,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
+from llava_kd.durable import make_folder, put_folder
 from llava_kd.models.files.served import served_generation, served_processor
 from llava_kd.models.language_model import IMAGE_TOKEN, decoder_of, load_language_model
 from llava_kd.models.projectors.conv_attention import check_grid
@@ -55,6 +56,14 @@ class Parts:
     processor: LlavaProcessor
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return self.processor.tokenizer
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.stock.lm_head
+
+    @property
     def tokens_per_image(self) -> int:
         return tokens_per_image(self.stock.config, input_size(self.processor.image_processor))
 
@@ -80,16 +89,21 @@ def load_config(name: str) -> LlavaConfig:
     name = existing(name, "the LLaVA checkpoint")
     if Path(name).is_dir():
         tree = read_json(Path(name) / "config.json")
-        kind = str(tree.get("model_type"))
-        if kind.startswith("tinyllava") or "mm_vision_tower" in tree:
+        if is_older_layout(tree):
             raise ValueError(
-                f"{name} has the layout of TinyLLaVA or LLaVA-1.5 (model_type {kind!r}), not that of "
-                "transformers; run `llava-kd convert` on it first"
+                f"{name} has the layout of TinyLLaVA or LLaVA-1.5 (model_type "
+                f"{str(tree.get('model_type'))!r}), not that of transformers; run "
+                "`llava-kd convert` on it first"
             )
     config = read_config(name)
     if not isinstance(config, LlavaConfig):
         raise ValueError(f"{name} is a {config.model_type!r} model; a LLaVA checkpoint must be 'llava'")
     return config
+
+
+def is_older_layout(config: Mapping[str, object]) -> bool:
+    """Of TinyLLaVA or LLaVA-1.5's own code, which transformers does not read."""
+    return str(config.get("model_type")).startswith("tinyllava") or "mm_vision_tower" in config
 
 
 def load_processor(name: str) -> LlavaProcessor:
@@ -247,26 +261,16 @@ def save_stock(
     directory = Path(directory)
     scratch = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    make_folder(scratch)
     try:
         with writing(directory):
             _write(parts, scratch, trained or {}, dtype)
             if complete is not None:
                 complete(scratch)
-        for path in scratch.iterdir():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+        put_folder(scratch, directory)
     except BaseException:  # Ctrl-C too leaves nothing half-written; it is raised again
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    if directory.exists():
-        retired = directory.with_name(f".{directory.name}.retired")
-        shutil.rmtree(retired, ignore_errors=True)
-        directory.rename(retired)
-        scratch.rename(directory)
-        shutil.rmtree(retired)
-    else:
-        scratch.rename(directory)
 
 
 def _write(parts: Parts, scratch: Path, trained: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:

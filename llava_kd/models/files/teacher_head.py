@@ -46,7 +46,7 @@ def load_head_only(name: str, head_VD: Tensor, bias_V: Tensor | None) -> Parts:
 
 def checkpoint_fingerprint(name: str) -> str:
     """SHA-256 over the weights of a stock directory or hub id as they are on disk, however they are split."""
-    existing(name, "the LLaVA checkpoint")
+    existing(name, "the teacher")
     with readable("the weights of", name):
         folder = Path(
             name if Path(name).is_dir() else snapshot_download(name, allow_patterns="*.safetensors")
@@ -59,7 +59,8 @@ def checkpoint_fingerprint(name: str) -> str:
 
 def config_fingerprint(name: str) -> str:
     """SHA-256 over what a model's configuration says of its computation."""
-    text = json.dumps(_said(_llava_config(name).to_dict()), sort_keys=True, default=str)
+    config = read_config(existing(name, "the teacher"))
+    text = json.dumps(_said(config.to_dict()), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

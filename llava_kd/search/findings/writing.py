@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from llava_kd.evaluation.answers import write_atomic
+from llava_kd.durable import write_text
 from llava_kd.search.findings.curves import chain_curve
 from llava_kd.search.findings.grid_page import page
 from llava_kd.search.findings.grid_results import RESULTS, collect
@@ -25,6 +25,6 @@ def write_results(grid: Grid, plan: Plan, broken: Mapping[str, str]) -> None:
         ]
         for arm in grid.arms
     }
-    write_atomic(grid.output / RESULTS, json.dumps(results, indent=1) + "\n")
-    write_atomic(grid.output / "results.md", markdown(results))
-    write_atomic(grid.output / "results.html", page(results, curves))
+    write_text(grid.output / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_text(grid.output / "results.md", markdown(results))
+    write_text(grid.output / "results.html", page(results, curves))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from llava_kd.evaluation.answers import write_atomic
+from llava_kd.durable import make_folder, write_text
 from llava_kd.search.grids.grid import Grid
 from llava_kd.search.grids.models import model_prints
 from llava_kd.search.grids.sharing import Plan, own_settings
@@ -31,8 +31,8 @@ def keep_manifest(grid: Grid, plan: Plan) -> None:
         "tests": {**(before["tests"] if before else {}), **tests},
         "models": {**(before["models"] if before else {}), **model_prints(plan)},
     }
-    grid.output.mkdir(parents=True, exist_ok=True)
-    write_atomic(grid.output / MANIFEST, json.dumps(record, indent=1, default=str) + "\n")
+    make_folder(grid.output)
+    write_text(grid.output / MANIFEST, json.dumps(record, indent=1, default=str) + "\n")
 
 
 def refuse_changes(grid: Grid, plan: Plan) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 
-from llava_kd.evaluation.answers import write_atomic
+from llava_kd.durable import write_text
 from llava_kd.search.findings.words import NONE, duration
 from llava_kd.search.proposing.similar import Similar
 from llava_kd.search.proposing.space import Space
@@ -46,8 +46,8 @@ def results(space: Space, trials: Trials, similar: Sequence[Similar]) -> dict:
 
 
 def write_results(found: Mapping, space: Space) -> None:
-    write_atomic(space.output / RESULTS, json.dumps(found, indent=1, default=str) + "\n")
-    write_atomic(space.output / "results.md", markdown(found))
+    write_text(space.output / RESULTS, json.dumps(found, indent=1, default=str) + "\n")
+    write_text(space.output / "results.md", markdown(found))
 
 
 def rows(found: Mapping) -> tuple[list[str], list[list[str]]]:

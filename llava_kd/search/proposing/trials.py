@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from llava_kd.evaluation.answers import write_atomic
+from llava_kd.durable import write_text
 from llava_kd.search.grids.sharing import deciding
 from llava_kd.search.proposing.space import Space
 from llava_kd.search.store.standing import mean_places
@@ -78,7 +78,7 @@ class Trials:
             "trials": [dataclasses.asdict(trial) for trial in self.all],
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path, json.dumps(record, indent=1, default=str) + "\n")
+        write_text(self.path, json.dumps(record, indent=1, default=str) + "\n")
 
     def of(self, state: State) -> list[Trial]:
         return [trial for trial in self.all if trial.state == state]

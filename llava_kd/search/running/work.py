@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from llava_kd.evaluation.answers import write_atomic
+from llava_kd.durable import make_folder, write_text
 from llava_kd.search.findings.grid_results import fault_key
 from llava_kd.search.grids.grid import Grid
 from llava_kd.search.grids.sharing import ArmRun, Plan
@@ -40,8 +40,8 @@ def write_work(grid: Grid, plan: Plan) -> None:
 def _write(path: Path, text: str) -> None:
     """Unless it says that already."""
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
+        make_folder(path.parent)
+        write_text(path, text)
 
 
 def make_jobs(

@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from llava_kd.batch import Batch
+from llava_kd.durable import write_text
 from llava_kd.training.trainer import Loader
 
 _ROWS = 40  # of the table of operators
@@ -68,5 +69,5 @@ class Profiled:
         running.export_chrome_trace(str(self._directory / f"trace-rank{self._rank}.json.gz"))
         order = f"self_{self._device.type}_time_total"
         table = running.key_averages().table(sort_by=order, row_limit=_ROWS)
-        (self._directory / f"operators-rank{self._rank}.txt").write_text(table)
+        write_text(self._directory / f"operators-rank{self._rank}.txt", table)
         self._say(f"profile of steps {self._first} to {self._last}: {self._directory}")

@@ -18,6 +18,7 @@ from llava_kd.distill.teaching.live import Teacher
 from llava_kd.distill.teaching.several import SeveralTeachers
 from llava_kd.models.files.checkpoint import Parts, load_stock
 from llava_kd.models.fingerprint import weights_fingerprint
+from llava_kd.models.foreign.loading import AnyParts, as_llava
 from llava_kd.models.reading import existing
 from llava_kd.models.vocabulary import left_out
 
@@ -66,17 +67,18 @@ def check_several(config: TrainConfig) -> None:
 
 
 def other_teachers(
-    config: TrainConfig, student: Parts, first: Parts | None, source: Source, say: Callable[[str], None]
+    config: TrainConfig, student: Parts, first: AnyParts | None, source: Source, say: Callable[[str], None]
 ) -> Others | None:
     """Those that `teacher.several` names, None without it. ValueError for one that reads otherwise."""
     if first is None or config.teacher is None or config.teacher.several is None:
         return None
     names = config.teacher.several.checkpoints
+    whole = as_llava(first, "`teacher.several`")
     settings = tuple(replace(config.teacher, checkpoint=name, several=None) for name in names)
     parts = tuple(load_stock(name, dtype=DTYPES[config.teacher.dtype]) for name in names)
     for one, its in zip(parts, settings, strict=True):
-        _refuse_other_reader(config, first, one, its)
-    found = log_weights(config, source, first.processor.tokenizer)
+        _refuse_other_reader(config, whole, one, its)
+    found = log_weights(config, source, whole.tokenizer)
     _say_weights([config.teacher.checkpoint, *names], found, say)
     return Others(
         settings=settings,

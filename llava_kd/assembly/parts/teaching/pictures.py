@@ -27,6 +27,7 @@ from llava_kd.distill.teaching.pictures.hard import Hard, Pace, Room
 from llava_kd.distill.teaching.pictures.mixup import Mixup
 from llava_kd.distill.teaching.pictures.warps import Pixels, Warps
 from llava_kd.distill.terms.kl import KL
+from llava_kd.durable import make_folder, replacing
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.mllm import MLLM
 from llava_kd.models.vocabulary import num_common_columns
@@ -138,11 +139,10 @@ class Shown:
     def __call__(self, step: int, before_ICHW: Tensor, after_ICHW: Tensor) -> None:
         rows = [self._row(side_ICHW[:_MOST_SHOWN]) for side_ICHW in (before_ICHW, after_ICHW)]
         path = self._folder / f"step-{step:08d}.png"
-        scratch = path.with_name(f".{path.name}.partial")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(torch.cat(rows).numpy()).save(scratch, format="PNG")
-            scratch.replace(path)
+            make_folder(self._folder)
+            with replacing(path) as scratch:
+                Image.fromarray(torch.cat(rows).numpy()).save(scratch, format="PNG")
         except OSError as error:
             self._say(f"{path} could not be written ({error}); the run goes on without it")
 

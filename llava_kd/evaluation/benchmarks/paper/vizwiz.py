@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_kd.evaluation.answers import write_atomic
+from llava_kd.durable import write_text
 from llava_kd.evaluation.benchmarks.base import (
     SHORT,
     Answers,
@@ -54,7 +54,7 @@ def upload_test(
     normalise = normalise_m4c if quirks.upload_m4c else normalise_vqa
     uploaded = [{"image": q.extra["image"], "answer": normalise(answers[q.id])} for q in questions]
     path = out_dir / "upload_vizwiz_test.json"
-    write_atomic(path, json.dumps(uploaded))
+    write_text(path, json.dumps(uploaded))
     return path
 
 

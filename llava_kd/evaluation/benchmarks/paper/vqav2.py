@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_kd.evaluation.answers import write_atomic
+from llava_kd.durable import write_text
 from llava_kd.evaluation.benchmarks.base import (
     SHORT,
     Answers,
@@ -67,7 +67,7 @@ def upload_test(
     if lost := [question.id for question in questions if question.id not in known]:
         raise ValueError(f"{root / TEST_ALL} lacks {len(lost)} questions of test-dev, the first is {lost[0]}")
     path = out_dir / "upload_vqav2_test-dev2015.json"
-    write_atomic(path, json.dumps(uploaded))
+    write_text(path, json.dumps(uploaded))
     return path
 
 

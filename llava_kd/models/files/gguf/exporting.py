@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from transformers import LlavaConfig, LlavaProcessor
 
+from llava_kd.durable import make_folder, named, put_folder
 from llava_kd.models.files.checkpoint import load_config, load_processor
 from llava_kd.models.files.export import REQUEST, made_of, provenance_of, read_summary
 from llava_kd.models.files.gguf.language import (
@@ -84,22 +84,18 @@ def export_gguf(
         return [f"{out} is this very export already: nothing to do", *notes]
     scratch = out.with_name(f".{out.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    make_folder(scratch)
     try:
-        _write(student, scratch)
-        (scratch / CARD).write_text(_card(source, student, notes, summaries), encoding="utf-8")
-        files = {path.name: _digest(path) for path in sorted(scratch.iterdir())}
-        text = json.dumps({**request, "files": files}, indent=2)
-        (scratch / REQUEST).write_text(text + "\n", encoding="utf-8")
-        for path in scratch.iterdir():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+        with named(out):
+            _write(student, scratch)
+            (scratch / CARD).write_text(_card(source, student, notes, summaries), encoding="utf-8")
+            files = {path.name: _digest(path) for path in sorted(scratch.iterdir())}
+            text = json.dumps({**request, "files": files}, indent=2)
+            (scratch / REQUEST).write_text(text + "\n", encoding="utf-8")
+            put_folder(scratch, out)
     except BaseException:  # Ctrl-C too leaves nothing half-written; it is raised again
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    if out.exists():
-        out.rmdir()
-    scratch.rename(out)
     return notes
 
 

@@ -1,0 +1,1 @@
+"""A teacher whose tokenizer is not the student's."""

@@ -1,0 +1,1 @@
+"""Teachers of other kinds than LLaVA, as the settings ask for them."""

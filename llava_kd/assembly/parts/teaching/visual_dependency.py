@@ -1,0 +1,58 @@
+"""Tokens that need the picture, as the settings weigh them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llava_kd.assembly.parts.objective import terms_of
+from llava_kd.config import TeacherConfig, TrainConfig
+from llava_kd.distill.head_terms import head_requests
+from llava_kd.distill.teaching.live import Teacher
+from llava_kd.distill.teaching.switch import Switch
+from llava_kd.distill.teaching.visual_dependency import VisuallyWeighed, Weighing
+from llava_kd.losses.reference import HeadLoss
+from llava_kd.models.mllm import MLLM
+
+
+def visually_weighed(
+    teacher: TeacherConfig,
+    frozen: Teacher,
+    switch: Switch | None,
+    student: MLLM,
+    head_loss: Callable[..., HeadLoss],
+) -> VisuallyWeighed:
+    """The teacher whose settings ask for it, behind the door; `student` as it is placed."""
+    settings = teacher.visual_dependency
+    assert settings is not None
+    weighing = Weighing(
+        by=settings.by,
+        picture=settings.picture,
+        cells=settings.cells,
+        top=settings.top,
+        mass=settings.mass,
+        gamma=settings.gamma,
+    )
+    asked = student if settings.gamma > 0 else None
+    return VisuallyWeighed(weighing, frozen, switch, student=asked, head_loss=head_loss)
+
+
+def check_visual_dependency(config: TrainConfig) -> None:
+    """ValueError where no term compares response tokens, or not as the settings need it."""
+    if config.teacher is None or config.teacher.visual_dependency is None:
+        return
+    requests = head_requests(terms_of(config.objective)).items()
+    compared = {name: r for name, r in requests if r.place == "response" and r.divergence is not None}
+    if not compared:
+        raise ValueError(
+            "`teacher.visual_dependency` weighs response_kl, which `objective` has not; add it, or set "
+            "teacher.visual_dependency to null"
+        )
+    for name, request in compared.items() if config.teacher.visual_dependency.gamma > 0 else ():
+        assert request.divergence is not None
+        kind = request.divergence.kind
+        if kind not in ("forward", "reverse") or isinstance(request.temperature, str):
+            raise ValueError(
+                f"`teacher.visual_dependency.gamma` needs the divergence forward or reverse and a number as "
+                f"temperature of `objective.{name}`; got {kind}, {request.temperature}: change that, or set "
+                "gamma to 0"
+            )

@@ -1,0 +1,66 @@
+"""The settings of tokens that need the picture: how they are found, and what they weigh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+from typing_extensions import Doc
+
+from llava_kd.config.ranges import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualDependencyConfig:
+    """The teacher is asked again without the picture; tokens that need it weigh more in the divergence."""
+
+    by: Annotated[
+        Literal["vds", "va"],
+        Doc("Divergence between both readings (VGS), or what the label's log-probability gains (VA-OPD)."),
+    ]
+    picture: Annotated[
+        Literal["grey", "pixelated", "blurred"], Doc("What is shown in the picture's place.")
+    ] = "grey"
+    cells: Annotated[
+        int, Interval(ge=1, le=64), Doc("Squares a side that `pixelated` leaves; `blurred` is as coarse.")
+    ] = 4
+    top: Annotated[
+        float, Interval(gt=0, le=1), Doc("Share of a record's response tokens that weigh more.")
+    ] = 0.2
+    mass: Annotated[
+        float, Interval(gt=0, le=1), Doc("Share of the record's weight that they take; 1 drops the others.")
+    ] = 0.5
+    gamma: Annotated[
+        float,
+        Interval(ge=0, le=100),
+        Doc("Weight of VGS's further target, the student's habit with what the picture adds; 0 is none."),
+    ] = 0.0
+
+    def __post_init__(self) -> None:
+        require(
+            self.top <= self.mass,
+            f"`teacher.visual_dependency.mass` ({self.mass:g}) must be at least `top` ({self.top:g}), or the "
+            "tokens that need the picture would weigh less than the others",
+        )
+
+    def check_beside(self, *, cache: str | None, is_several: bool) -> None:
+        """ValueError where no one teacher could be asked again."""
+        require(
+            cache is None,
+            f"`teacher.cache` ({cache}) holds what the teacher says with the picture alone, but "
+            "`teacher.visual_dependency` asks it without: set one of them to null",
+        )
+        require(
+            not is_several,
+            "`teacher.visual_dependency` asks one teacher about pictures, but `teacher.several` is set; set "
+            "one of them to null",
+        )
+
+    def check_engine(self, engine_kind: str) -> None:
+        """ValueError where the student cannot be asked again within its forward."""
+        require(
+            self.gamma == 0 or engine_kind in ("auto", "single", "ddp"),
+            "`teacher.visual_dependency.gamma` asks the student again within its forward, which "
+            f"`engine.kind` {engine_kind} was not tried with; use auto, single or ddp, or set gamma to 0",
+        )

@@ -1,0 +1,1 @@
+"""Terms for two models with other tokenizers."""

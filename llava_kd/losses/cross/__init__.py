@@ -1,0 +1,1 @@
+"""Two models whose tokenizers cut the same answer into other tokens."""

@@ -1,0 +1,238 @@
+"""The same stretch of an answer, read by two models that cut it into other tokens.
+
+A stretch is the least text at whose ends both tokenisations have a boundary. On either side p is the softmax
+of z / T over the tokens of its tokenizer at the first row of the stretch, and c the product of the
+probabilities of the stretch's further tokens, each at its own row; 1 where there are none. As GOLD merges
+them (`trl.experimental.gold`, 2026: the distribution at the first position, times the others as scalars),
+
+    q(v) = c p(v)
+
+so that q of the token that does stand there is the probability of the whole stretch. It sums to c: what
+is not said to follow another first token is taken to follow it as likely. With M the pairs of tokens that
+spell the same bytes, a stretch is
+
+    T^2 D(q_t || q_s over M) + w sum_k |sort(q_t outside M)_k - sort(q_s outside M)_k|
+
+The second part is ULD (arXiv 2402.12030), the shorter list filled up with zeros. D is a divergence of masses
+that need not sum to 1, at least 0, and 0 for equal ones alone:
+
+    forward   sum q_t log(q_t / q_s) - q_t + q_s        reverse   the same with both exchanged
+    jsd       b D(q_t || m) + (1 - b) D(q_s || m), m = b q_t + (1 - b) q_s
+
+Over all of two equal vocabularies that is the divergence of `divergence.py`. GOLD leaves the masses out of D,
+which may then fall below 0, and weighs both parts by the matched share of the vocabulary.
+
+Arithmetic is fp32 (fp64 for fp64 inputs). The teacher receives no gradient.
+
+Shape legend: S stretches, R further tokens, V rows of a head, D width, C some of the rows, K pairs of tokens,
+A and B the tokens of student and teacher that are in no pair, W tokens of a tokenizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from llava_kd.losses.divergence import FORWARD, Divergence, divergence_rows
+from llava_kd.losses.kernels.rows import chunk_size
+from llava_kd.losses.kernels.summed import Side, leading_logits, sum_of_rows
+from llava_kd.losses.reference import accumulation_dtype
+
+_COPIES = 8  # of a chunk's logits on each side: as they come, chosen, their softmax, sorted, gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """Columns of both heads: the pairs that are the same token, in one order, and the others of each."""
+
+    student_K: Tensor
+    teacher_K: Tensor
+    student_A: Tensor
+    teacher_B: Tensor
+
+    @property
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """[W] of student and of teacher, pairs first."""
+        return torch.cat([self.student_K, self.student_A]), torch.cat([self.teacher_K, self.teacher_B])
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.student_K)
+
+
+class Stretched(NamedTuple):
+    """One side: states of the first tokens; of further ones states, tokens, and the number of the stretch."""
+
+    first_SD: Tensor
+    further_RD: Tensor
+    tokens_R: Tensor
+    stretch_R: Tensor
+    head_VD: Tensor
+    bias_V: Tensor | None = None
+
+
+class StretchLoss(NamedTuple):
+    """`loss` = sum of the stretches, differentiable; they, and the teacher's share of p in pairs, are not."""
+
+    loss: Tensor
+    rows_S: Tensor
+    paired_S: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance:
+    """`unpaired` is w."""
+
+    temperature: float = 1.0
+    divergence: Divergence = FORWARD
+    unpaired: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"the temperature of stretches must be above 0; got {self.temperature}")
+        if self.divergence.kind not in ("forward", "reverse", "jsd"):
+            raise ValueError(
+                f"stretches are compared by forward, reverse or jsd; got {self.divergence.kind!r}"
+            )
+
+    def rows(self, student_CW: Tensor, teacher_CW: Tensor, num_pairs: int) -> Tensor:
+        """[C], of log q of both sides, pairs first."""
+        s_CK, t_CK = student_CW[:, :num_pairs], teacher_CW[:, :num_pairs]
+        rows_C = divergence_rows(s_CK, t_CK, self.divergence)
+        if self.divergence.kind != "jsd":  # whose masses cancel
+            sign = 1 if self.divergence.kind == "forward" else -1
+            rows_C = rows_C + sign * (s_CK.exp().sum(1) - t_CK.exp().sum(1))
+        sorted_ = [
+            log_q_CW[:, num_pairs:].exp().sort(dim=1, descending=True).values
+            for log_q_CW in (student_CW, teacher_CW)
+        ]
+        longest = max(q_C.shape[1] for q_C in sorted_)
+        s, t = (pad(q_C, (0, longest - q_C.shape[1])) for q_C in sorted_)
+        return self.temperature**2 * rows_C + self.unpaired * (s - t).abs().sum(1)
+
+
+def stretch_loss(student: Stretched, teacher: Stretched, words: Words, distance: Distance) -> StretchLoss:
+    """The plain form: all logits at once."""
+    check(student, teacher, words)
+    with torch.autocast(student.first_SD.device.type, enabled=False):
+        temperature, (mine_W, theirs_W) = distance.temperature, words.sides
+        student_SW = _log_p(_logits(student.first_SD, student), mine_W, temperature)
+        further_R = _log_p(_logits(student.further_RD, student), mine_W, temperature, student.tokens_R)
+        student_SW = student_SW + _sums(further_R, student).unsqueeze(1)
+        with torch.no_grad():
+            first_SW = _log_p(_logits(teacher.first_SD, teacher), theirs_W, temperature)
+            further_R = _log_p(_logits(teacher.further_RD, teacher), theirs_W, temperature, teacher.tokens_R)
+            teacher_SW = first_SW + _sums(further_R, teacher).unsqueeze(1)
+        rows_S = distance.rows(student_SW, teacher_SW.to(student_SW.dtype), words.num_pairs)
+        paired_S = first_SW[:, : words.num_pairs].exp().sum(1)
+    return StretchLoss(loss=rows_S.sum(), rows_S=rows_S.detach(), paired_S=paired_S)
+
+
+def stretch_loss_by_chunk(
+    student: Stretched,
+    teacher: Stretched,
+    words: Words,
+    distance: Distance,
+    *,
+    chunk_rows: int | None = None,
+) -> StretchLoss:
+    """What `stretch_loss` returns, some rows at a time: [S, V] never exists, and no graph outlives a chunk.
+
+    Further tokens go through the head twice: their probabilities first, and their gradient when that of c is
+    known.
+    """
+    check(student, teacher, words)
+    mine_W, theirs_W = words.sides
+    widest = student.head_VD.shape[0] + teacher.head_VD.shape[0]
+    size = chunk_rows or chunk_size(
+        max(1, len(student.first_SD)), bytes_per_row=4 * _COPIES * widest, device=mine_W.device
+    )
+    log_c_S, theirs_S = (
+        _sums(_further(side, columns_W, distance.temperature, size), side)
+        for side, columns_W in ((student, mine_W), (teacher, theirs_W))
+    )
+    slope_S, paired_S = torch.zeros_like(log_c_S), torch.zeros_like(theirs_S)
+    wants_slope = torch.is_grad_enabled() and len(student.tokens_R) > 0
+
+    def first_rows(part: slice, logits_CV: Tensor) -> Tensor:
+        with torch.no_grad():
+            side = (teacher.first_SD[part], teacher.head_VD, teacher.bias_V)
+            logits_CU = leading_logits(side, teacher.head_VD.shape[0])
+            first_CW = _log_p(logits_CU, theirs_W, distance.temperature)
+            paired_S[part] = first_CW[:, : words.num_pairs].exp().sum(1)
+            teacher_CW = (first_CW + theirs_S[part].unsqueeze(1)).to(logits_CV.dtype)
+        log_c_C = log_c_S[part].requires_grad_(wants_slope)
+        student_CW = _log_p(logits_CV, mine_W, distance.temperature) + log_c_C.unsqueeze(1)
+        rows_C = distance.rows(student_CW, teacher_CW, words.num_pairs)
+        if wants_slope:
+            (slope_S[part],) = torch.autograd.grad(rows_C.sum(), log_c_C, retain_graph=True)
+        return rows_C
+
+    def further_rows(part: slice, logits_CV: Tensor) -> Tensor:
+        log_p_C = _log_p(logits_CV, mine_W, distance.temperature, student.tokens_R[part])
+        return slope_S[student.stretch_R[part]] * log_p_C
+
+    num_columns = student.head_VD.shape[0]
+    found = sum_of_rows(
+        (student.first_SD, student.head_VD, student.bias_V), first_rows,
+        num_columns=num_columns, chunk_rows=size,
+    )  # fmt: skip
+    loss = found.loss
+    if wants_slope:
+        side = (student.further_RD, student.head_VD, student.bias_V)
+        through_c = sum_of_rows(side, further_rows, num_columns=num_columns, chunk_rows=size).loss
+        loss = loss + (through_c - through_c.detach())  # of no value: its gradient is what c adds
+    return StretchLoss(loss=loss, rows_S=found.rows_N.detach(), paired_S=paired_S)
+
+
+def check(student: Stretched, teacher: Stretched, words: Words) -> None:
+    """ValueError for two sides that do not have the same stretches, or columns that a head lacks."""
+    if len(student.first_SD) != len(teacher.first_SD):
+        raise ValueError(
+            f"both sides must have the same stretches; the student has {len(student.first_SD)}, the teacher "
+            f"{len(teacher.first_SD)}"
+        )
+    if len(words.student_K) != len(words.teacher_K):
+        raise ValueError(
+            f"tokens must be in pairs; got {len(words.student_K)} of the student and "
+            f"{len(words.teacher_K)} of the teacher"
+        )
+
+
+def _log_p(
+    logits_CV: Tensor, columns_W: Tensor, temperature: float, tokens_C: Tensor | None = None
+) -> Tensor:
+    """Log-softmax over these columns: [C, W], or [C] at a token of each row."""
+    logits_CW = logits_CV.index_select(1, columns_W) / temperature
+    if tokens_C is None:
+        return logits_CW.log_softmax(1)
+    at_C = logits_CV.gather(1, tokens_C.unsqueeze(1)).squeeze(1) / temperature
+    return at_C - logits_CW.logsumexp(1)
+
+
+def _further(side: Stretched, columns_W: Tensor, temperature: float, size: int) -> Tensor:
+    """[R]: log-probabilities of the further tokens, without gradient."""
+    found = [side.further_RD.new_zeros(0, dtype=accumulation_dtype(side.further_RD))]
+    with torch.no_grad(), torch.autocast(side.further_RD.device.type, enabled=False):
+        for begin in range(0, len(side.tokens_R), size):
+            part = slice(begin, begin + size)
+            rows: Side = (side.further_RD[part], side.head_VD, side.bias_V)
+            logits_CV = leading_logits(rows, side.head_VD.shape[0])
+            found.append(_log_p(logits_CV, columns_W, temperature, side.tokens_R[part]))
+    return torch.cat(found)
+
+
+def _sums(further_R: Tensor, side: Stretched) -> Tensor:
+    """[S]: log c."""
+    zeros_S = further_R.new_zeros(len(side.first_SD))
+    return zeros_S.index_add(0, side.stretch_R, further_R)
+
+
+def _logits(states_CD: Tensor, side: Stretched) -> Tensor:
+    dtype = accumulation_dtype(states_CD)
+    logits_CV = states_CD.to(dtype) @ side.head_VD.to(dtype).T
+    return logits_CV if side.bias_V is None else logits_CV + side.bias_V.to(dtype)

@@ -1,0 +1,1 @@
+"""Models of other kinds than LLaVA, as teachers."""

@@ -1,0 +1,1 @@
+"""What tokens spell, and which of two tokenizers' tokens are the same."""

@@ -1,0 +1,87 @@
+"""A stage whose teacher is asked without the picture too: splits, packing, resume, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_assembly_several import alike
+from test_assembly_token_policy import metrics, refused
+
+from llava_kd.cli import main
+
+KL = {"cross_entropy": {"weight": 1.0}, "response_kl": {"weight": 1.0}}
+DEPENDENCY = "--teacher.visual_dependency={by: vds, top: 0.3, mass: 1.0}"
+
+
+def test_neither_packing_nor_splits_change_a_run(stage) -> None:
+    config = stage("run", objective=KL, max_steps=2, global_batch_size=30, micro_batch_size=15)
+    words = ["--teacher.visual_dependency={by: va, top: 0.3, mass: 0.8, picture: pixelated, cells: 2}"]
+    plain = metrics(config, "plain", *words)
+    assert plain[0]["visual_dependency"] > 0
+    assert 0 < plain[0]["visual_tokens_share"] < 0.6
+    alike(plain, metrics(config, "split", *words, "--micro_batch_size=3"))
+    packs = "--data.packing={max_tokens: 100000, max_images: 30, packs_per_step: 1}"
+    sizes = ["--global_batch_size=1", "--micro_batch_size=1"]
+    alike(plain, metrics(config, "packed", *words, packs, *sizes))
+    alike(plain, metrics(config, "reference", *words, "--objective.losses=reference"))
+    off = metrics(config, "off")
+    assert off[0]["response_kl"] != pytest.approx(plain[0]["response_kl"], rel=1e-3)
+    assert off[0]["cross_entropy"] == pytest.approx(plain[0]["cross_entropy"], rel=1e-5)
+    assert "visual_dependency" not in off[0]
+
+
+def test_a_run_goes_on_with_the_same_weighing_alone(stage, capsys) -> None:
+    config = stage("run", objective=KL, max_steps=2, checkpoint={"every": 1, "keep": 2})
+    metrics(config, "half", DEPENDENCY, "--max_steps=1", "--optim.warmup_ratio=0.03")
+    output = f"--output_dir={config.parent / 'half'}"
+    for change in ([], [DEPENDENCY, "--teacher.visual_dependency.picture=blurred"]):
+        assert "visual_dependency" in refused(config, capsys, output, *change)
+
+
+def test_a_further_target_trains_alike_however_a_step_is_cut(stage) -> None:
+    config = stage("run", objective=KL, max_steps=2, global_batch_size=30, micro_batch_size=15)
+    words = [DEPENDENCY, "--teacher.visual_dependency.gamma=2"]
+    plain = metrics(config, "plain", *words)
+    alike(plain, metrics(config, "split", *words, "--micro_batch_size=3"))
+    without = metrics(config, "without", DEPENDENCY)
+    assert plain[0]["response_kl"] != pytest.approx(without[0]["response_kl"], rel=1e-2)
+    assert plain[0]["visual_dependency"] == pytest.approx(without[0]["visual_dependency"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--teacher.cache=x"], "`teacher.cache` (x) holds what the teacher says with the picture alone"),
+        (
+            ["--teacher.several={checkpoints: [/nowhere], weights: uniform}"],
+            "`teacher.visual_dependency` asks one teacher about pictures",
+        ),
+        (["--pictures={mixup: {}}"], "`teacher.visual_dependency` withholds them"),
+        (["--objective.response_kl=null"], "weighs response_kl, which `objective` has not; add it"),
+        (["--teacher.visual_dependency.top=0"], "teacher.visual_dependency.top"),
+        (["--teacher.visual_dependency.top=nan"], "teacher.visual_dependency"),
+        (["--teacher.visual_dependency.mass=0.2"], "must be at least `top` (0.3)"),
+        (["--teacher.visual_dependency.by=trust"], "trust"),
+        (["--teacher.visual_dependency.gamma=-1"], "teacher.visual_dependency.gamma"),
+        (
+            ["--teacher.visual_dependency.gamma=2", "--objective.response_kl.divergence=jsd"],
+            "needs the divergence forward or reverse and a number as temperature of `objective.response_kl`",
+        ),
+        (["--teacher.visual_dependency.gamma=2", "--engine.kind=fsdp2"], "`engine.kind` fsdp2 was not tried"),
+        (["--teacher.visual_dependency.picture=absent"], "absent"),
+        (["--teacher.visual_dependency.cells=0"], "teacher.visual_dependency.cells"),
+    ],
+)
+def test_what_does_not_fit_is_refused(stage, capsys, words: list[str], message: str) -> None:
+    objective = {**KL, "visual_kl": {"weight": 1.0}}
+    config = stage("run", objective=objective)
+    assert message in refused(config, capsys, DEPENDENCY, *words)
+
+
+def test_no_cache_is_written_of_a_teacher_that_is_asked_twice(stage, tmp_path: Path, capsys) -> None:
+    config = stage("run", objective=KL)
+    assert main(["cache-teacher", str(config), f"--out={tmp_path / 'cache'}", DEPENDENCY]) != 0
+    assert "a cache holds what a teacher says with the picture alone" in " ".join(
+        capsys.readouterr().err.split()
+    )
