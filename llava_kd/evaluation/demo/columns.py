@@ -21,19 +21,20 @@ align-items:start}
 background:var(--block-background-fill)}
 .demo h3{font-size:15px;margin:0 0 2px;overflow-wrap:anywhere}
 .demo .said{font-size:19px;line-height:1.35;margin:0 0 10px;overflow-wrap:anywhere;white-space:pre-wrap}
-.demo .note{color:var(--body-text-color-subdued);font-size:13px;margin:6px 0 10px}
+.demo .note{opacity:.75;font-size:13px;margin:6px 0 10px}
 .demo .fault{border-left:3px solid #c0392b;padding-left:10px}
 .demo .tokens{line-height:2;margin:0 0 10px;overflow-wrap:anywhere}
 .demo .tokens span{border-radius:4px;padding:3px 2px;white-space:pre-wrap}
 .demo img{width:100%;max-width:320px;border-radius:8px;display:block;image-rendering:auto}
 .demo .rows{max-height:300px;overflow:auto;margin-top:10px}
 .demo table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
-.demo th,.demo td{padding:4px 6px;border-bottom:1px solid var(--border-color-primary);text-align:right}
-.demo th{font-weight:500;color:var(--body-text-color-subdued);position:sticky;top:0;
+.demo th,.demo td{padding:4px 6px;border:0 solid var(--border-color-primary)!important;
+border-bottom-width:1px!important;text-align:right}
+.demo th{font-weight:500;position:sticky;top:0;
 background:var(--block-background-fill)}
 .demo th:nth-child(odd),.demo td:nth-child(odd){text-align:left;overflow-wrap:anywhere;
 font-family:ui-monospace,Menlo,Consolas,monospace}
-.demo tr:last-child td{border-bottom:0}
+.demo table{border:0!important}.demo tbody tr:last-child td{border-bottom-width:0!important}
 """
 _SIDE = 320  # of a shown picture, in pixels
 _HOT = (226, 62, 20)
