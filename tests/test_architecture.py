@@ -63,6 +63,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "scorers": {""},
         "generation": {""},
         "report": {"", "generation", "scorers"},
+        "demo": {"", "generation"},
         "": {"generation", "scorers"},
         "benchmarks": {"", "generation", "report", "scorers"},
     },

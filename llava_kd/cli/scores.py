@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from llava_kd.assembly.early import look_at_file, look_at_model, look_at_runs
@@ -36,6 +37,16 @@ def add(commands: Commands) -> None:
     report.add_argument("--run", dest="directory", help="the same, for one")
     report.add_argument("--out", help="the page to write (default: report.html in the first)")
     add_plugins(report, "terms that its stages were trained with")
+
+    demo = command(commands, "demo", _demo, "a page that asks several models the same, side by side")
+    kinds = "a stock directory, a run, or an id of the hub; NAME=MODEL names it on the page; up to 4"
+    demo.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help=kinds)
+    demo.add_argument("--host", default="127.0.0.1", help="default: this machine alone can see it")
+    demo.add_argument("--port", type=partial(count, least=0), default=7860, help="0 takes a free one")
+    demo.add_argument("--max_new_tokens", type=count, default=64)
+    demo.add_argument("--image", help="with --question: what the page opens with, answered")
+    demo.add_argument("--question")
+    add_plugins(demo, "the tower of a model")
 
 
 # Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.
@@ -95,6 +106,24 @@ def _levels(text: str | None) -> list[float]:
         return [] if text is None else [float(word) for word in text.split(",")]
     except ValueError:
         raise ValueError(f"--noise must be numbers joined by commas, such as 0.1,0.2; got {text!r}") from None
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    import transformers
+
+    from llava_kd.evaluation.demo.page import demo
+
+    transformers.logging.disable_progress_bar()
+    plugins(arguments)
+    demo(
+        arguments.models,
+        host=arguments.host,
+        port=arguments.port,
+        max_new_tokens=arguments.max_new_tokens,
+        first=(arguments.image, arguments.question),
+        say=show,
+    )
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

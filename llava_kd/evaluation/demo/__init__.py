@@ -1,0 +1,1 @@
+"""One question about one picture to several models at once, and a page for it."""
