@@ -51,10 +51,15 @@ def check_on_policy(config: TrainConfig) -> None:
         "`on_policy` has no labels for `teacher.several.weights` agreement to weigh teachers by; take other "
         "weights, or set on_policy to null",
     )
-    for name, other in (("token_policy", config.token_policy), ("pictures", config.pictures)):
+    for name, other in (
+        ("token_policy", config.token_policy),
+        ("pictures", config.pictures),
+        ("teacher.visual_dependency", teacher.visual_dependency),
+    ):
         require(
             other is None,
-            f"`{name}` and `on_policy` both weigh the labels, and were never tried together; set one to null",
+            f"`{name}` and `on_policy` both weigh the answers' tokens, and were never tried together; set one "
+            "to null",
         )
     require(
         config.data.packing is None,
