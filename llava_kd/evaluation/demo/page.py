@@ -42,7 +42,7 @@ def bound(host: str, port: int) -> socket.socket:
         listening = socket.create_server(address[:2], family=family)
     except OSError as error:
         raise ValueError(
-            f"{host}:{port} cannot be had ({error.strerror or error}); give another --port, 0 for any"
+            f"{host}:{port} cannot be had ({str(error.strerror).partition(' (')[0]}); give another --port, 0 for any"
         ) from None
     return listening
 
