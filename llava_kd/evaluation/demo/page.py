@@ -41,9 +41,8 @@ def bound(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.create_server(address[:2], family=family)
     except OSError as error:
-        raise ValueError(
-            f"{host}:{port} cannot be had ({error.strerror or error}); give another --port, 0 for any"
-        ) from None
+        why = str(error.strerror).partition(" (")[0]
+        raise ValueError(f"{host}:{port} cannot be had ({why}); give another --port, 0 for any") from None
     return listening
 
 
