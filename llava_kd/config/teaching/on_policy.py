@@ -58,8 +58,8 @@ def check_on_policy(config: TrainConfig) -> None:
     ):
         require(
             other is None,
-            f"`{name}` and `on_policy` both weigh the answers' tokens, and were never tried together; set one "
-            "to null",
+            f"`{name}` and `on_policy` both decide what an answer's tokens weigh, and were never tried "
+            "together; set one to null",
         )
     require(
         config.data.packing is None,
