@@ -283,7 +283,10 @@ REFUSED = {
     "fsdp2": ({"engine.kind": "fsdp2"}, r"`engine\.kind` fsdp2 shards them"),
     "zero3": ({"engine.kind": "deepspeed"}, r"`engine\.kind` deepspeed shards them"),
     "policy": ({"token_policy": {"spans": [{"pattern": "email"}]}}, "`token_policy` and `on_policy` both"),
-    "pictures": ({"pictures": {"mixup": {}}}, "`pictures` and `on_policy` both decide what an answer's tokens weigh"),
+    "pictures": (
+        {"pictures": {"mixup": {}}},
+        "`pictures` and `on_policy` both decide what an answer's tokens weigh",
+    ),
     "labels": ({"objective": LABELLED}, r"`objective\.label_smoothing` takes for one"),
     "trust": (
         {"objective": {"response_kl": {"trust": "first"}}, "on_policy.share": 1.0},
