@@ -13,7 +13,7 @@ from llava_kd.evaluation.demo.asking import Respondent, ask_all, checked, opened
 from llava_kd.evaluation.demo.columns import CSS, columns
 
 if TYPE_CHECKING:
-    import gradio as gr
+    import gradio as gr  # pyright: ignore[reportMissingImports]
 
 _LARGEST = "64mb"  # of an uploaded file
 _POLICY = (
@@ -28,7 +28,7 @@ def check_installed() -> None:
     """ValueError where gradio is missing; also lets it send nothing, which it reads as it is imported."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        import gradio  # noqa: F401
+        import gradio  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"the page needs gradio ({error}): pip install 'llava_kd[demo]'") from None
 
@@ -53,7 +53,7 @@ def address_of(listening: socket.socket) -> str:
 
 def build(respondents: Sequence[Respondent], first: tuple[str, str] | None = None) -> gr.Blocks:
     """The page; its one function is `/ask` for programs, too. `first`: picture and question it opens with."""
-    import gradio as gr
+    import gradio as gr  # pyright: ignore[reportMissingImports]
 
     def ask(path: str | None, question: str | None) -> str:
         try:
@@ -107,7 +107,7 @@ def build(respondents: Sequence[Respondent], first: tuple[str, str] | None = Non
 
 def serve(page: gr.Blocks, listening: socket.socket) -> None:
     """Until a signal; an interrupt then goes on up."""
-    import gradio as gr
+    import gradio as gr  # pyright: ignore[reportMissingImports]
     import uvicorn
     from fastapi import FastAPI
 
