@@ -222,7 +222,7 @@ def written(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
     raw = tokenizer.convert_ids_to_tokens(number)
     if not isinstance(raw, str):
         return f"row {number}"  # a head is often padded with rows that no token has
-    text = tokenizer.decode([number])
+    text = str(tokenizer.decode([number]))
     if not text or "\ufffd" in text:
         return raw
     return f" {text}" if raw.startswith(_SPACE_MARKS) and not text.startswith(" ") else text

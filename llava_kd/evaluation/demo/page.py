@@ -1,3 +1,5 @@
+# pyright: reportMissingImports=false
+# The optional packages of the extra `demo` are not there where the types are checked.
 """The page of the demo: a picture and a question in, the answers side by side; served without any network."""
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from llava_kd.evaluation.demo.asking import Respondent, ask_all, checked, opened
 from llava_kd.evaluation.demo.columns import CSS, columns
 
 if TYPE_CHECKING:
-    import gradio as gr  # pyright: ignore[reportMissingImports]
+    import gradio as gr
 
 _LARGEST = "64mb"  # of an uploaded file
 _POLICY = (
@@ -28,7 +30,7 @@ def check_installed() -> None:
     """ValueError where gradio is missing; also lets it send nothing, which it reads as it is imported."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        import gradio  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import gradio  # noqa: F401
     except ImportError as error:
         raise ValueError(f"the page needs gradio ({error}): pip install 'llava_kd[demo]'") from None
 
@@ -53,7 +55,7 @@ def address_of(listening: socket.socket) -> str:
 
 def build(respondents: Sequence[Respondent], first: tuple[str, str] | None = None) -> gr.Blocks:
     """The page; its one function is `/ask` for programs, too. `first`: picture and question it opens with."""
-    import gradio as gr  # pyright: ignore[reportMissingImports]
+    import gradio as gr
 
     def ask(path: str | None, question: str | None) -> str:
         try:
@@ -107,7 +109,7 @@ def build(respondents: Sequence[Respondent], first: tuple[str, str] | None = Non
 
 def serve(page: gr.Blocks, listening: socket.socket) -> None:
     """Until a signal; an interrupt then goes on up."""
-    import gradio as gr  # pyright: ignore[reportMissingImports]
+    import gradio as gr
     import uvicorn
     from fastapi import FastAPI
 

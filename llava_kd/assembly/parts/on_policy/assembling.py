@@ -12,13 +12,14 @@ from llava_kd.data.batches.model_side import Side
 from llava_kd.evaluation.generation.generate import Generator
 from llava_kd.evaluation.generation.writing import Writing
 from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.foreign.loading import AnyParts, as_llava
 from llava_kd.models.vocabulary import num_common_columns
 from llava_kd.parallel.engine import Engine
 from llava_kd.training.trainer import Loader as AnyLoader
 
 
 def with_own_answers(
-    config: TrainConfig, loader: Loader, student: Parts, teacher: Parts | None, engine: Engine
+    config: TrainConfig, loader: Loader, student: Parts, teacher: AnyParts | None, engine: Engine
 ) -> AnyLoader:
     """The loader, behind a student that answers where the settings ask for one.
 
@@ -29,7 +30,8 @@ def with_own_answers(
         return loader
     assert teacher is not None
     assert config.teacher is not None
-    sides = side_in(config, student, config.student), side_in(config, teacher, config.teacher)
+    its = as_llava(teacher, "`on_policy`")
+    sides = side_in(config, student, config.student), side_in(config, its, config.teacher)
     _check_alike(*sides)
     ends = {template.end_token_id(sides[0].tokenizer) for template in sides[0].source_templates.values()}
     generator = Generator(
