@@ -42,9 +42,9 @@ def with_own_answers(
         writing=Writing(temperature=asked.temperature, top_p=asked.top_p, seed=config.seed),
         num_tokens=num_common_columns(
             student.processor.tokenizer,
-            teacher.processor.tokenizer,
+            its.processor.tokenizer,
             student_rows=student.stock.lm_head.weight.shape[0],
-            teacher_rows=teacher.stock.lm_head.weight.shape[0],
+            teacher_rows=its.stock.lm_head.weight.shape[0],
         ),
         more_ends=tuple(ends),
     )
