@@ -17,10 +17,7 @@ from llava_kd.distill.terms.term import HeadRequest, Reads, Trust
 class ResponseKL(KL):
     trust: Annotated[
         Trust,
-        Doc(
-            "At `all` tokens, its `first` choices, by the label's probability, where it is `better`, or "
-            "where its `listed` largest logits hold the label or the student's choice."
-        ),
+        Doc("Where the teacher is followed: all tokens, or as docs/options.md and docs/methods say."),
     ] = "all"
     listed: Annotated[
         int, Interval(ge=1, le=1000), Doc("How many of the teacher's largest logits `trust` looks through.")
