@@ -154,7 +154,9 @@ def fake_cuda() -> Iterator[tuple[FakeTensorMode, Watch]]:
         patch.setattr(torch.cuda, "_maybe_exchange_device", lambda _: 0)
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         patch.setattr(
-            torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(name="NVIDIA H200", total_memory=80 * 10**9)
+            torch.cuda,
+            "get_device_properties",
+            lambda *_: SimpleNamespace(name="NVIDIA H200", total_memory=80 * 10**9),
         )
         for name in ("Stream", "Event"):
             patch.setattr(torch.cuda, name, _Stream)

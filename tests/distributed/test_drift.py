@@ -14,14 +14,10 @@ PART = "multi_modal_projector.linear_1.weight"
 EVERY = {"max_steps": 4, "checkpoint": {"every": 2, "keep": 2}}
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2"])
-def test_a_flipped_bit_on_one_rank_is_named_at_the_next_checkpoint(
-    stage, tmp_path: Path, engine: str
-) -> None:
-    if engine != "ddp":
-        pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
+def test_a_flipped_bit_on_one_rank_is_named_at_the_next_checkpoint(stage, tmp_path: Path) -> None:
+    """Under DDP; ZeRO-1 and 2 overwrite it at the next update."""
     config = stage("run", **EVERY)
-    words = ["train", str(config), *ranks.ENGINES[engine]]
+    words = ["train", str(config), *ranks.ENGINES["ddp"]]
     planted = ["1", "3", PART, *words]
     ended = ranks.Ranks(planted, tmp_path / "logs", ranks=2, function=drift.train_drifting).wait()
     assert ended.codes == (2, 2), ended.log
