@@ -66,7 +66,8 @@ def test_two_ranks_write_the_rationales_that_one_does(
 ) -> None:
     names = [raw["id"] for raw in json.loads((shapes_dir / "test.json").read_text())]
     graphs = tmp_path / "graphs.json"
-    objects = [{"name": name, "attributes": {"colour": "red"}} for name in ("circle", "star")]
+    colours = {"circle": "red", "star": "blue"}
+    objects = [{"name": name, "attributes": {"colour": colour}} for name, colour in colours.items()]
     graphs.write_text(json.dumps({name: {"objects": objects} for name in names}))
     words = ["data", "rationale", "--data", str(shapes_dir / "test.json"), "--scene_graphs", str(graphs)]
     words += [
