@@ -21,6 +21,7 @@ from llava_kd.models.files.served import served_processor
 from llava_kd.models.projectors.conv_attention import ConvAttentionConfig
 from llava_kd.models.projectors.from_teacher import folded
 from llava_kd.models.reading import read_json
+from llava_kd.models.towers.adapted import AdaptedTowerConfig
 from llava_kd.models.towers.vision_tower import family, text_config, vision_config
 
 _FOLDED = 1e-4  # two matrices in one round differently
@@ -112,9 +113,12 @@ def check_stock(parts: Parts, name: str) -> None:
         imports.append("llava_kd.models.projectors.conv_attention")
         instead.append("projector: own")
     if not family(config).is_stock:
-        vision = vision_config(config).to_dict()
-        odd.append(f"the tower {vision['library']}:{vision['architecture']}")
-        imports.append("llava_kd.models.towers.adapted")
+        vision = vision_config(config)
+        kind = vision.model_type
+        if isinstance(vision, AdaptedTowerConfig):
+            kind = f"{vision.library}:{vision.architecture}"
+        odd.append(f"the tower {kind}")
+        imports.append(type(parts.stock.model.vision_tower).__module__)
         instead.append("a tower of docs/towers.md that is marked stock")
     if odd:
         raise ValueError(
