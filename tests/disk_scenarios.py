@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llava_kd.assembly.cache_teacher import _begin, _finish, _missing
+from llava_kd.assembly.cache_teacher import begin, finish, missing
 from llava_kd.assembly.runs.run_dir import _reopen, locked
 from llava_kd.checksums import sealed
 from llava_kd.curation.likelihoods import Likelihood, Likelihoods, missing
@@ -215,16 +215,15 @@ def _record(number: int) -> StoredRecord:
 def _cache(root: Path, mark: Mark) -> None:
     """A teacher's cache in two shards, its index and its head."""
     directory = root / "out" / "cache"
-    head = SimpleNamespace(weight=torch.ones(5, 4), bias=None)
-    teacher: Any = SimpleNamespace(stock=SimpleNamespace(lm_head=head))
+    head: Any = SimpleNamespace(weight=torch.ones(5, 4), bias=None)
     with locked(directory, "--out"):
-        _begin(directory, _MANIFEST, teacher, lambda line: None)
-        todo = _missing(directory, _MANIFEST)
+        begin(directory, _MANIFEST, head, lambda line: None)
+        todo = missing(directory, _MANIFEST, lambda line: None)
         for numbers in (todo[:2], todo[2:]):
             if numbers:
                 write_shard(directory / SHARDS, [_record(number) for number in numbers])
                 mark(f"shard {numbers[0]}")
-        _finish(directory, _MANIFEST, lambda line: None)
+        finish(directory, _MANIFEST, lambda line: None)
         mark("complete")
 
 
