@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llava_kd.assembly.cache_teacher import begin, finish, missing
+from llava_kd.assembly.cache_teacher import begin, finish
+from llava_kd.assembly.cache_teacher import missing as missing_records
 from llava_kd.assembly.runs.run_dir import _reopen, locked
 from llava_kd.checksums import sealed
 from llava_kd.curation.likelihoods import Likelihood, Likelihoods, missing
@@ -218,7 +219,7 @@ def _cache(root: Path, mark: Mark) -> None:
     head: Any = SimpleNamespace(weight=torch.ones(5, 4), bias=None)
     with locked(directory, "--out"):
         begin(directory, _MANIFEST, head, lambda line: None)
-        todo = missing(directory, _MANIFEST, lambda line: None)
+        todo = missing_records(directory, _MANIFEST, lambda line: None)
         for numbers in (todo[:2], todo[2:]):
             if numbers:
                 write_shard(directory / SHARDS, [_record(number) for number in numbers])
