@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from llava_kd.config.ranges import require
 
-
-class Reads(Protocol):
-    """Of what a term reads, what only a frozen teacher gives."""
-
-    @property
-    def teacher(self) -> str: ...
-    @property
-    def attention(self) -> object: ...
-    @property
-    def attended(self) -> object: ...
-    @property
-    def switched(self) -> object: ...
-    @property
-    def centroids(self) -> bool: ...
-    @property
-    def stretches(self) -> bool: ...
-
-
-class Term(Protocol):
-    @property
-    def reads(self) -> Reads: ...
+if TYPE_CHECKING:
+    from llava_kd.config.objective import TermSettings
 
 
 def check_peer(
-    beside: Mapping[str, object], terms: Mapping[str, Term], *, projector: str, engine_kind: str
+    beside: Mapping[str, object], terms: Mapping[str, TermSettings], *, projector: str, engine_kind: str
 ) -> None:
     """ValueError where other settings do not fit a peer.
 

@@ -79,3 +79,40 @@ class Teaching:
         """A line for the user after a step with these global means; None where there is nothing to say."""
         del means
         return None
+
+
+class Around(Teaching):
+    """Answers as `inner` does; what stands around it overrides the answers that it changes."""
+
+    def __init__(self, inner: Teaching) -> None:
+        self._inner = inner
+        self.changes_pictures = inner.changes_pictures
+
+    def counts(self, batch: Batch) -> Mapping[str, Tensor]:
+        return self._inner.counts(batch)
+
+    def modules(self) -> nn.Module | None:
+        return self._inner.modules()
+
+    def outside(self, batch: Batch, features_INE: Tensor | None) -> Taught:
+        return self._inner.outside(batch, features_INE)
+
+    def pictures(self, batch: Batch) -> Batch:
+        return self._inner.pictures(batch)
+
+    def inside(self, batch: Batch, student: Prediction, features_INE: Tensor, taught: Taught) -> Taught:
+        return self._inner.inside(batch, student, features_INE, taught)
+
+    def losses(
+        self, batch: Batch, student: Prediction, taught: Taught, counts: Counts
+    ) -> tuple[Tensor, Mapping[str, Tensor]] | None:
+        return self._inner.losses(batch, student, taught, counts)
+
+    def figures(self, batch: Batch, taught: Taught, counts: Counts) -> Mapping[str, Tensor]:
+        return self._inner.figures(batch, taught, counts)
+
+    def after_step(self, means: Mapping[str, Tensor]) -> None:
+        self._inner.after_step(means)
+
+    def advice(self, means: Mapping[str, Tensor]) -> str | None:
+        return self._inner.advice(means)

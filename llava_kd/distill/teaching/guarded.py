@@ -8,41 +8,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava_kd.batch import Batch, Counts
 from llava_kd.distill.taught import Taught
-from llava_kd.distill.teaching.door import Teaching
+from llava_kd.distill.teaching.door import Around, Teaching
 from llava_kd.distill.token_policy import TokenPolicy
 from llava_kd.models.mllm import Prediction
 
 PRIVATE = "private_share"
 
 
-class Guarded(Teaching):
+class Guarded(Around):
     """Answers as `inner` does. The policy joins inside the forward, where nothing can leave it out again."""
 
     def __init__(self, inner: Teaching, policy: TokenPolicy) -> None:
-        self._inner, self._policy = inner, policy
-        self.changes_pictures = inner.changes_pictures
-
-    def modules(self) -> nn.Module | None:
-        return self._inner.modules()
-
-    def outside(self, batch: Batch, features_INE: Tensor | None) -> Taught:
-        return self._inner.outside(batch, features_INE)
-
-    def pictures(self, batch: Batch) -> Batch:
-        return self._inner.pictures(batch)
+        super().__init__(inner)
+        self._policy = policy
 
     def inside(self, batch: Batch, student: Prediction, features_INE: Tensor, taught: Taught) -> Taught:
         said = self._inner.inside(batch, student, features_INE, taught)
         return replace(said, policy=self._policy.of(batch))
-
-    def losses(
-        self, batch: Batch, student: Prediction, taught: Taught, counts: Counts
-    ) -> tuple[Tensor, Mapping[str, Tensor]] | None:
-        return self._inner.losses(batch, student, taught, counts)
 
     def figures(self, batch: Batch, taught: Taught, counts: Counts) -> Mapping[str, Tensor]:
         """With the mean score of the response tokens."""

@@ -77,7 +77,7 @@ class Store:
                 try:
                     self._check(file, may_make=may_make)
                     yield file
-                except BaseException:
+                except BaseException:  # Ctrl-C too leaves no half of a transaction; it is raised again
                     file.execute("ROLLBACK")
                     raise
                 file.execute("COMMIT")

@@ -9,22 +9,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava_kd.batch import Batch, Counts
 from llava_kd.distill.taught import LABELLED, Taught
-from llava_kd.distill.teaching.door import Teaching
+from llava_kd.distill.teaching.door import Around
 from llava_kd.models.mllm import Prediction
 
 OWN = "own_answers"
 
 
-class OwnAnswers(Teaching):
+class OwnAnswers(Around):
     """Answers as `inner` does, but that the tokens of `Batch.own_answers` count in no cross-entropy."""
-
-    def __init__(self, inner: Teaching) -> None:
-        self._inner = inner
-        self.changes_pictures = inner.changes_pictures
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
         """With the labels that count, which is what cross-entropy is divided by."""
@@ -32,15 +28,6 @@ class OwnAnswers(Teaching):
         number = 0.0 if batch.own_answers else float(len(places_N))
         labelled = torch.full((), number, dtype=torch.float64, device=places_N.device)
         return {**self._inner.counts(batch), LABELLED: labelled}
-
-    def modules(self) -> nn.Module | None:
-        return self._inner.modules()
-
-    def outside(self, batch: Batch, features_INE: Tensor | None) -> Taught:
-        return self._inner.outside(batch, features_INE)
-
-    def pictures(self, batch: Batch) -> Batch:
-        return self._inner.pictures(batch)
 
     def inside(self, batch: Batch, student: Prediction, features_INE: Tensor, taught: Taught) -> Taught:
         said = self._inner.inside(batch, student, features_INE, taught)
@@ -57,12 +44,6 @@ class OwnAnswers(Teaching):
         loss, means = self._inner.losses(batch, student, taught, counts) or (zero, {})
         own = zero + float(batch.own_answers) * len(batch.student.places.response_N)
         return loss, {**means, OWN: own / counts["response_tokens"].clamp_min(1).float()}
-
-    def figures(self, batch: Batch, taught: Taught, counts: Counts) -> Mapping[str, Tensor]:
-        return self._inner.figures(batch, taught, counts)
-
-    def after_step(self, means: Mapping[str, Tensor]) -> None:
-        self._inner.after_step(means)
 
     def advice(self, means: Mapping[str, Tensor]) -> str | None:
         """None of a step without labels: there is no cross-entropy to hold the teacher's against."""
