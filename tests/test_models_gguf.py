@@ -284,7 +284,7 @@ import os, sys
 from llava_kd.models.files.gguf import exporting as it
 def killed(*words, **more): os._exit(9)
 name = sys.argv[3]
-setattr(it if hasattr(it, name) else it.os, name, killed)
+setattr(it if hasattr(it, name) else os, name, killed)
 it.export_gguf(sys.argv[1], sys.argv[2])
 """
 
