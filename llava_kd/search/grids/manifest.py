@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -67,17 +67,27 @@ def refuse_changes(grid: Grid, plan: Plan) -> None:
 
 
 def read_manifest(output: Path) -> dict | None:
-    path = output / MANIFEST
+    return read_record(output / MANIFEST, VERSION)
+
+
+def read_record(path: Path, reads: int, check: Callable[[dict], None] = lambda record: None) -> dict | None:
+    """The JSON record of a grid or a search, None where there is none yet.
+
+    `check`: raises ValueError, KeyError or TypeError for what a record of the version `reads` may not hold.
+    Raises ValueError for a damaged record, and for one of another version.
+    """
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         version = record["version"]
+        if version == reads:
+            check(record)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); restore it, or name another `output`") from error
-    if version != VERSION:
+    if version != reads:
         raise ValueError(
-            f"{path} was written by another version (format {version}, this one reads {VERSION}); name "
+            f"{path} was written by another version (format {version}, this one reads {reads}); name "
             "another `output`, or use the version that wrote it"
         )
     return record

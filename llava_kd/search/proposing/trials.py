@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from llava_kd.durable import write_text
+from llava_kd.search.grids.manifest import read_record
 from llava_kd.search.grids.sharing import deciding
 from llava_kd.search.proposing.space import Space
 from llava_kd.search.store.standing import mean_places
@@ -45,7 +46,7 @@ class Trials:
     def __init__(self, space: Space) -> None:
         self._space = space
         self.path = space.output / TRIALS
-        record = _read(self.path)
+        record = read_record(self.path, VERSION, _check)
         if record is not None:
             _refuse_other(space, record, self.path)
         self.spent_s = float(record["spent_s"]) if record else 0.0
@@ -157,20 +158,7 @@ def _told(value: object) -> str:
     return str(value)
 
 
-def _read(path: Path) -> dict | None:
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version = record["version"]
-        states = {one["state"] for one in record["trials"]}
-        if version == VERSION and not states <= set(get_args(State)):
-            raise ValueError(f"unknown states {sorted(states)}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); restore it, or name another `output`") from error
-    if version != VERSION:
-        raise ValueError(
-            f"{path} was written by another version (format {version}, this one reads {VERSION}); name "
-            "another `output`, or use the version that wrote it"
-        )
-    return record
+def _check(record: dict) -> None:
+    states = {one["state"] for one in record["trials"]}
+    if not states <= set(get_args(State)):
+        raise ValueError(f"unknown states {sorted(states)}")
