@@ -98,7 +98,7 @@ def test_the_finished_peer_begins_another_stage_and_one_that_was_changed_does_no
     assert metrics(after, "after", f"--student.checkpoint={peer}")
     (peer / "config.json").write_text((peer / "config.json").read_text() + "\n")
     assert "config.json changed" in refused(
-        after, capsys, f"--student.checkpoint={peer}", "--output_dir=again"
+        after, capsys, f"--student.checkpoint={peer}", f"--output_dir={after.parent / 'again'}"
     )
     both = paired("both", peer=peer, max_steps=1)
     assert "config.json changed" in refused(both, capsys)

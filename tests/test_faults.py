@@ -55,6 +55,26 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_teacher, "load_stock", refuse)
 
 
+def test_a_kill_between_the_last_checkpoint_and_the_removal_of_the_one_before_leaves_no_orphan(
+    stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(_: Path) -> None:
+        raise Killed
+
+    config = stage("run", distilled=False, checkpoint={"every": 1, "keep": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_remove", lambda _, directory: kill(directory))
+        with pytest.raises(Killed):
+            main(["train", str(config), "--max_steps=3"])
+    checkpoints = Checkpoints(config.with_suffix("") / "checkpoints", keep=2)
+    assert checkpoints.steps() == [1, 2, 3]
+    assert main(["train", str(config), "--max_steps=3"]) == 0
+    assert checkpoints.steps() == [2, 3]
+
+
 @pytest.mark.parametrize("what", ["cut", "flipped", "no state", "no json", "not a format"])
 def test_a_damaged_newest_checkpoint_is_passed_over_by_name(stopped: Path, capsys, what: str) -> None:
     newest = stopped.with_suffix("") / "checkpoints" / "step-00000002"

@@ -100,6 +100,19 @@ def test_only_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
     assert len(list(tmp_path.iterdir())) == keep
 
 
+def test_dropping_older_ones_keeps_the_newest_few_the_best_and_whatever_is_newer(tmp_path: Path) -> None:
+    """What is newer could not be read when a run goes on from `newest`; a save of its step replaces it."""
+    many = Checkpoints(tmp_path, keep=9)
+    for step, value in ((2, 0.5), (4, 0.1), (6, 0.3), (8, 0.2), (10, 0.0)):
+        many.save(Saved(step=step, state=saved(step).state, figures={"loss/held_out": value}))
+    Checkpoints(tmp_path, keep=1, best="loss/held_out").drop_older(8)
+    assert many.steps() == [4, 8, 10]
+    Checkpoints(tmp_path, keep=2).drop_older(8)
+    assert many.steps() == [4, 8, 10]
+    Checkpoints(tmp_path, keep=1).drop_older(8)
+    assert many.steps() == [8, 10]
+
+
 def test_keeping_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"checkpoint\.keep must be at least 1; got 0"):
         Checkpoints(tmp_path, keep=0)

@@ -133,12 +133,18 @@ class Checkpoints:
                 f"the checkpoint of step {saved.step} cannot be written into {self._root}: {error}; those "
                 f"before it are whole ({self.steps()}). Free some space; the same command then goes on"
             ) from error
-        steps = self.steps()
-        kept = [step for step in steps if step <= saved.step][-self._keep :]
-        best = self.best(up_to=saved.step)
-        for step in set(steps) - {*kept, None if best is None else best.step}:
-            self._remove(self._directory(step))
+        for step in self.steps():
+            if step > saved.step:
+                self._remove(self._directory(step))
+        self.drop_older(saved.step)
         return final
+
+    def drop_older(self, newest: int) -> None:
+        """Remove what a save of step `newest` would have removed of older ones, had it not been killed."""
+        steps = [step for step in self.steps() if step <= newest]
+        best = self.best(up_to=newest)
+        for step in set(steps[: -self._keep]) - {None if best is None else best.step}:
+            self._remove(self._directory(step))
 
     def load_newest(self) -> tuple[Saved | None, list[str]]:
         """The newest readable checkpoint, and a line for each newer one that could not be read.

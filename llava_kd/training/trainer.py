@@ -269,6 +269,9 @@ class Trainer:
         self._engine.load_state(state, num_steps=saved.step)
         if self._metrics is not None:
             self._metrics.resume(saved.step)
+        with world.together():
+            if world.is_main:
+                self._checkpoints.drop_older(saved.step)  # after the last step no save follows
         self._say(f"going on from step {saved.step}")
         return saved.step
 
