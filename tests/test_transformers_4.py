@@ -1,6 +1,6 @@
 """Exports read by transformers 4.57, on which vLLM, lmms-eval and SGLang often stand.
 
-LLAVA_KD_TRANSFORMERS_4 names a Python that has it, and torch; without it one is made with pip.
+LLAVA_KD_TRANSFORMERS_4 names a Python that has it, and torch; without it one is made (tests/tools).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import venv
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +25,9 @@ from llava_kd.assembly.parts.models import student_parts
 from llava_kd.config import StudentConfig
 from llava_kd.models.files.checkpoint import save_stock
 from llava_kd.models.files.export import LANGUAGES_OF_4, TOWERS_OF_4, VERSION_OF_4
+
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
+from environments import NotRunError, python_of
 
 pytestmark = pytest.mark.slow
 
@@ -58,19 +61,11 @@ LANGUAGES: dict[str, tuple[str, dict]] = {
 
 
 @pytest.fixture(scope="session")
-def python_4(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The one that is named, or a new one that takes torch from here and transformers 4 from pip."""
-    if PYTHON in os.environ:
-        return os.environ[PYTHON]
-    root = tmp_path_factory.mktemp("transformers4")
-    venv.create(root, with_pip=True)
-    python = str(root / "bin" / "python")
-    wanted = [f"transformers=={VERSION_OF_4}", "pillow"]
-    subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True, timeout=500)
-    (site,) = root.glob("lib/python*/site-packages")
-    here = Path(torch.__file__).parents[1]
-    (site / "zz_torch.pth").write_text(f"{here}\n")
-    return python
+def python_4() -> str:
+    try:
+        return python_of("transformers_4")
+    except NotRunError as error:
+        pytest.skip(f"not run: {error}")
 
 
 def answers_there(
