@@ -7,15 +7,18 @@ written on the page is made by `python tests/tools/conformance.py TOOL`.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "tools"))
+sys.path[:0] = [str(ROOT / "tests" / "tools"), str(ROOT / "tests" / "tools" / "clients")]
 from conformance import (  # noqa: E402
     AS_IT_IS,
     BEGIN,
@@ -31,6 +34,7 @@ from conformance import (  # noqa: E402
     table,
 )
 from environments import PINS, NotRunError, python_of  # noqa: E402
+from openai_requests import of_server  # noqa: E402
 from questions import COUNT, KINDS  # noqa: E402
 from students import make_all, merges  # noqa: E402
 
@@ -114,6 +118,28 @@ def test_every_package_of_a_tool_is_pinned(tool: str) -> None:
     lines = (PINS / f"{tool}.txt").read_text().splitlines()
     assert lines
     assert all(line.count("==") == 1 and line.partition("==")[2] for line in lines), lines
+
+
+def test_the_request_of_the_serving_page_is_that_of_the_suite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = []
+
+    def answered(request: urllib.request.Request, timeout: float = 0) -> io.BytesIO:
+        assert isinstance(request.data, bytes)
+        sent.append((request.full_url, request.headers, json.loads(request.data)))
+        return io.BytesIO(b'{"choices": [{"message": {"content": " Red "}}]}')
+
+    monkeypatch.setattr(urllib.request, "urlopen", answered)
+    code = (ROOT / "docs" / "serving.md").read_text().partition("```python\n")[2].partition("```")[0]
+    there: dict = {}
+    exec(code, there)
+    path = tmp_path / "it.png"
+    Image.new("RGB", (3, 5), (200, 0, 0)).save(path)
+    assert there["ask"]("http://here", "student", str(path), "What colour?") == "Red"
+    content = [{"type": "image", "path": str(path)}, {"type": "text", "text": "What colour?"}]
+    assert of_server("http://here", "student")([[{"role": "user", "content": content}]], 1) == [" Red "]
+    assert sent[0] == sent[1]
 
 
 def test_a_word_is_joined_from_what_earlier_words_leave_of_it() -> None:

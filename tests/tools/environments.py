@@ -40,9 +40,9 @@ def python_of(tool: str) -> str:
     root = folder / f"{tool}-{hashlib.sha256(pins.read_bytes()).hexdigest()[:8]}"
     python, done = root / "bin" / "python", root / "installed"
     if not done.is_file():
-        venv.create(root, with_pip=True, clear=True)
-        words = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
-        _install([*words, "-r", str(pins)])
+        venv.create(root, clear=True)
+        words = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps"]
+        _install([*words, "--disable-pip-version-check", "-r", str(pins)])
         if tool in SHARED:
             (site,) = root.glob("lib/python*/site-packages")
             (site / "zz_shared.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")

@@ -29,7 +29,7 @@ REQUEST = "export.json"
 # Small models with towers and language models of these kinds were read by both versions, and answered alike.
 VERSION_OF_4 = "4.57.6"
 TOWERS_OF_4 = ("siglip_vision_model", "clip_vision_model")
-LANGUAGES_OF_4 = ("qwen2", "llama")
+LANGUAGES_OF_4 = ("qwen2", "qwen3", "llama")
 _TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 

@@ -77,7 +77,7 @@ def _run(directory: str, questions: Sequence[Question], root: Path) -> list[str]
         raise RuntimeError(f"lmms_eval ended with {made.returncode}: {made.stderr.strip()[-1500:]}")
     lines = [json.loads(line) for line in found[0].read_text().splitlines()]
     lines.sort(key=lambda line: line["doc_id"])
-    return [line["resps"] for line in lines]  # a list of lists where the tool asks more than once
+    return [line["filtered_resps"] for line in lines]  # `resps` is left out where it is the same
 
 
 if __name__ == "__main__":
