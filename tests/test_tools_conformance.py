@@ -35,11 +35,19 @@ from conformance import (  # noqa: E402
 )
 from environments import PINS, NotRunError, python_of  # noqa: E402
 from openai_requests import of_server  # noqa: E402
-from questions import COUNT, KINDS  # noqa: E402
+from questions import BATCHED, COUNT, KINDS, NONE, ONE, TWO  # noqa: E402
 from students import make_all, merges  # noqa: E402
 
 # Tool, student, weights, kind: fewer answers are the same, for the reason that the page gives.
-KNOWN: set[tuple[str, str, str, str]] = set()
+STUDENTS = ("siglip-qwen2", "clip-qwen3", "siglip-llama")
+KNOWN = {
+    *(("openvino", student, "float32", BATCHED) for student in STUDENTS),
+    *(("lmms_eval", student, "float32", NONE) for student in STUDENTS),
+    *(("llama_cpp", "clip-qwen3", "float32", kind) for kind in KINDS if kind != NONE),
+    *(("llama_cpp", "clip-qwen3", weights, ONE) for weights in ("float16", "bfloat16", "q8_0")),
+    ("llama_cpp", "siglip-llama", "q8_0", ONE),
+    ("bitsandbytes", "siglip-llama", "float32", TWO),
+}
 
 
 def key_of(tool: str, row: dict) -> tuple[str, str, str, str]:

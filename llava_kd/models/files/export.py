@@ -154,7 +154,7 @@ def _probe(parts: Parts) -> dict[str, Tensor]:
 
 
 def vllm_notes(parts: Parts) -> list[str]:
-    """What stands against serving with vLLM's LLaVA; empty if nothing.
+    """What stands against serving with vLLM's LLaVA; empty if nothing. `tests/tools` runs it.
 
     Read in vllm/model_executor/models/llava.py: `init_vision_tower_for_llava` takes CLIP, SigLIP and Pixtral
     towers, builds layers up to `vision_feature_layer` without the final normalisation, as the stock hidden
