@@ -1,4 +1,4 @@
-"""Students in llama.cpp's own server: every family's logits, ids of texts, and sixty answers of each kind.
+"""Students in llama.cpp's own server: every family's logits, and ids of texts.
 
 Run with -m slow. `LLAVA_KD_LLAMA_CPP` names a Python that has xllamacpp; without it one is made with pip.
 """
@@ -20,7 +20,6 @@ from transformers import BatchFeature
 
 from llava_kd.assembly.parts.models import student_parts
 from llava_kd.config import StudentConfig
-from llava_kd.data.shapes.writing import write_shapes
 from llava_kd.models.files.checkpoint import Parts, load_stock, save_stock
 
 pytest.importorskip("gguf", reason="the gguf extra is not installed")
@@ -28,13 +27,10 @@ TOOLS = Path(__file__).parent / "tools"
 sys.path.insert(0, str(TOOLS))
 from environments import NotRunError, python_of, run  # noqa: E402
 from gguf_by_hand import picture_tokens  # noqa: E402
-from interoperability import BEGIN, END, rows, table  # noqa: E402
 
 from llava_kd.models.files.gguf.exporting import VISION, export_gguf  # noqa: E402
 from llava_kd.models.files.gguf.language import FAMILIES  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
-TEACHER = ROOT / "scripts" / "quickstart" / "backbones" / "teacher"
 TEXT = "The blue circle is left of the 12 triangles, isn't it?\n\nYes  no"
 LLAMA3 = {
     **{"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0},
@@ -117,7 +113,7 @@ def answers_there(python: str, root: Path, ids: list[int]) -> list[dict]:
     """To `requests`, of the files in `root / "gguf"`."""
     job = {"directory": str(root / "gguf"), "requests": requests(ids, root / "it.png")}
     (root / "jobs.json").write_text(json.dumps([{**job, "out": str(root / "out.json")}]))
-    run(python, TOOLS / "llama_cpp_answers.py", str(root / "jobs.json"))
+    run(python, TOOLS / "clients" / "llama_cpp_requests.py", str(root / "jobs.json"))
     return json.loads((root / "out.json").read_text())["answers"]
 
 
@@ -186,32 +182,3 @@ def test_a_clip_tower_is_read_in_one_of_two_orders(tmp_path: Path, llama_cpp: st
         distances.append(furthest(first["top_logprobs"], seen.logits[0, -1].log_softmax(-1)))
     print(f"class token first: {distances[0]:.3g}, last: {distances[1]:.3g}")
     assert min(distances) < 0.03 < max(distances)
-
-
-@pytest.mark.slow
-def test_sixty_answers_of_each_kind(tmp_path: Path, llama_cpp: str) -> None:
-    write_shapes(tmp_path / "data", num_train=2, num_validation=2, num_test=60, seed=5, progress=False)
-    found, _ = rows(TEACHER, tmp_path / "data", tmp_path / "work")
-    assert all(row["of"] == 60 for row in found)
-    assert {(row["questions"], row["dtype"]): row["alike"] for row in found if row["alike"] < 58}.keys() <= {
-        ("one picture, oblong", "float32")
-    }
-    (padded,) = [row for row in found if row["pictures"] == "as it is" and "oblong" in row["questions"]]
-    assert padded["alike"] < 58  # the card's warning is needed
-
-
-def test_the_table_on_the_page_is_that_of_the_file() -> None:
-    page = (ROOT / "docs" / "interoperability.md").read_text()
-    result = json.loads((ROOT / "benchmarks" / "results" / "interoperability_cpu.json").read_text())
-    assert page.partition(BEGIN)[2].partition(END)[0].strip() == table(result)
-    assert all(row["of"] == 60 for row in result["rows"])
-
-
-def test_a_tool_that_cannot_be_installed_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LLAVA_KD_LLAMA_CPP", raising=False)
-    monkeypatch.setenv("LLAVA_KD_TOOLS", str(tmp_path))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", "")
-    with pytest.raises(NotRunError, match=r"xllamacpp==.* cannot be installed"):
-        python_of("llama_cpp")
-    assert not list(tmp_path.glob("*/installed"))

@@ -1,6 +1,6 @@
 """Exports read by transformers 4.57, on which vLLM, lmms-eval and SGLang often stand.
 
-LLAVA_KD_TRANSFORMERS_4 names a Python that has it, and torch; without it one is made with pip.
+LLAVA_KD_TRANSFORMERS_4 names a Python that has it, and torch; without it one is made (tests/tools).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import venv
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +25,9 @@ from llava_kd.assembly.parts.models import student_parts
 from llava_kd.config import StudentConfig
 from llava_kd.models.files.checkpoint import save_stock
 from llava_kd.models.files.export import LANGUAGES_OF_4, TOWERS_OF_4, VERSION_OF_4
+
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
+from environments import NotRunError, python_of
 
 pytestmark = pytest.mark.slow
 
@@ -58,19 +61,11 @@ LANGUAGES: dict[str, tuple[str, dict]] = {
 
 
 @pytest.fixture(scope="session")
-def python_4(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The one that is named, or a new one that takes torch from here and transformers 4 from pip."""
-    if PYTHON in os.environ:
-        return os.environ[PYTHON]
-    root = tmp_path_factory.mktemp("transformers4")
-    venv.create(root, with_pip=True)
-    python = str(root / "bin" / "python")
-    wanted = [f"transformers=={VERSION_OF_4}", "pillow"]
-    subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True, timeout=500)
-    (site,) = root.glob("lib/python*/site-packages")
-    here = Path(torch.__file__).parents[1]
-    (site / "zz_torch.pth").write_text(f"{here}\n")
-    return python
+def python_4() -> str:
+    try:
+        return python_of("transformers_4")
+    except NotRunError as error:
+        pytest.skip(f"not run: {error}")
 
 
 def answers_there(
@@ -135,7 +130,7 @@ def _export(root: Path, tower: str, language: str) -> tuple[Path, tuple[str, str
     return root / "export", (config.vision_config.model_type, config.text_config.model_type)
 
 
-def test_what_the_card_says_of_transformers_4_is_so(tmp_path: Path, shapes_dir: Path, python_4: str) -> None:
+def test_what_the_card_says_of_transformers_4_is_so(tmp_path: Path, python_4: str) -> None:
     """Every stock tower with one language model, and every language model with one tower."""
     pairs = [(tower, "qwen2") for tower, (_, is_stock) in TOWERS.items() if is_stock]
     pairs += [("siglip", language) for language in list(LANGUAGES)[1:]]
@@ -143,7 +138,7 @@ def test_what_the_card_says_of_transformers_4_is_so(tmp_path: Path, shapes_dir: 
     for tower, language in pairs:
         name = f"{tower}, {language}"
         exports[name], kinds[name] = _export(tmp_path / name.replace(", ", "-"), tower, language)
-    questions = questions_of(shapes_dir, 3)
+    questions = noise_questions(tmp_path, (32, 32))[:3]  # as the towers read them, see above
     there = answers_there(python_4, exports, questions, tmp_path)
     alike = {}
     for name, directory in exports.items():

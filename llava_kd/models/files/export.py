@@ -29,7 +29,7 @@ REQUEST = "export.json"
 # Small models with towers and language models of these kinds were read by both versions, and answered alike.
 VERSION_OF_4 = "4.57.6"
 TOWERS_OF_4 = ("siglip_vision_model", "clip_vision_model")
-LANGUAGES_OF_4 = ("qwen2", "llama")
+LANGUAGES_OF_4 = ("qwen2", "qwen3", "llama")
 _TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
@@ -154,7 +154,7 @@ def _probe(parts: Parts) -> dict[str, Tensor]:
 
 
 def vllm_notes(parts: Parts) -> list[str]:
-    """What stands against serving with vLLM's LLaVA; empty if nothing.
+    """What stands against serving with vLLM's LLaVA; empty if nothing. `tests/tools` runs it.
 
     Read in vllm/model_executor/models/llava.py: `init_vision_tower_for_llava` takes CLIP, SigLIP and Pixtral
     towers, builds layers up to `vision_feature_layer` without the final normalisation, as the stock hidden
