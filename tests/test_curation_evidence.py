@@ -209,6 +209,40 @@ def test_passages(tmp_path: Path, claim: str, truth: str | bool | None) -> None:
     assert said(about(evidence), claim) == truth
 
 
+LONG = "The old bridge over the wide river was opened in 1883 and has two high towers of grey granite."
+
+
+@pytest.mark.parametrize(
+    ("claim", "truth"),
+    [
+        (LONG, True),
+        (LONG.replace("1883", "1893"), LONG),  # nearly all words are there, and the number is not
+        (LONG.replace("two", "three"), None),  # as a word too
+        (LONG.replace("was opened", "was not opened"), None),
+        (LONG.replace("was opened", "wasn\u2019t opened"), None),
+        (LONG.replace("was opened", "cannot have been opened"), None),
+        ("The old harbour was closed in 1901 for large ships.", None),  # a passage denies it, in one sentence
+        ("The old harbour was closed in 1902 for large ships.", None),  # what is denied corrects nothing
+        ("The old mill by the small lake burnt down in 1851.", False),  # nor in the sentence beside
+        ("It still serves small boats every summer.", True),  # the sentence beside it denies
+        ("The 5th arch of the long stone viaduct is blue.", True),
+        ("The 6th arch of the long stone viaduct is blue.", None),
+    ],
+)
+def test_a_passage_bears_out_neither_another_number_nor_the_contrary(
+    tmp_path: Path, claim: str, truth: str | bool | None
+) -> None:
+    """Each claim has more than the share of its words in a passage that would make it hold."""
+    denial = (
+        "The old harbour was not closed in 1901 for large ships. It still serves small boats every summer."
+    )
+    viaduct = "The 5th arch of the long stone viaduct is blue."
+    mill = "The old mill by the small lake burnt down. It was not in 1850."
+    (tmp_path / "one.txt").write_text(f"{LONG}\n\n{denial}\n\n{viaduct}\n\n{mill}")
+    check = about(read_passages(tmp_path))
+    assert said(check, claim) == truth
+
+
 @pytest.mark.parametrize(
     ("value", "why"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,9 @@ from llava_kd.distill.terms.term import Term, Widths
 from llava_kd.losses.tuning.information import Centroids
 from llava_kd.models.mllm import MLLM
 from llava_kd.models.taps import tapped_widths
+from llava_kd.models.towers.stages import on_visual_tokens
+from llava_kd.models.towers.vision_tower import num_prefix_tokens
+from llava_kd.models.towers.visual_grid import visual_grid
 
 
 def objective_of(
@@ -44,7 +48,13 @@ def furnished(objective: Objective, student: MLLM, teacher: MLLM, seed: int = 0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = {name: term.module(widths) for name, term in objective.terms.items()}
-    return replace(objective, modules={name: module for name, module in made.items() if module is not None})
+    prefix, grid = num_prefix_tokens(student.stock.config), visual_grid(student.stock.config)
+    align = functools.partial(on_visual_tokens, prefix=prefix, target=grid)
+    return replace(
+        objective,
+        common=replace(objective.common, stage_align=align),
+        modules={name: module for name, module in made.items() if module is not None},
+    )
 
 
 def changed(before: Objective, **terms: Term | None) -> Objective:

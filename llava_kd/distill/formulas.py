@@ -59,13 +59,15 @@ FORMULAS: Mapping[str, Formulas] = {"fast": FAST, "reference": REFERENCE}
 @dataclass(frozen=True, kw_only=True)
 class Common:
     """`num_common` is the number of vocabulary columns that both heads share; `align` carries the teacher's
-    features of each image, [I, M, E], to the student's tokens, None where both have the same. `centroids`:
+    features of each image, [I, M, E], to the student's tokens, None where both have the same;
+    `stage_align` does so with the states of a stage of the student's own tower. `centroids`:
     what the student said before it was tuned, by label. `words`: which columns are the same token, where the
     heads share none by their number.
     """
 
     num_common: int | None = None
     align: Align | None = None
+    stage_align: Align | None = None
     centroids: Centroids | None = None
     words: Words | None = None
     formulas: Formulas = REFERENCE

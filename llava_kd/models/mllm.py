@@ -17,8 +17,9 @@ from llava_kd.batch import Inputs
 from llava_kd.models.attention import packed as packed_attention
 from llava_kd.models.attention.answers import AnswerAttention
 from llava_kd.models.attention.visual import VisualMaps, Watcher, check_maps, watchable
-from llava_kd.models.taps import Tap, Taps
-from llava_kd.models.towers.vision_tower import feature_layer, image_features, vision_config
+from llava_kd.models.taps import Tap, Taps, tapped_module
+from llava_kd.models.towers.stages import STAGE, stage_number
+from llava_kd.models.towers.vision_tower import feature_layer, selected, tower_states, vision_config
 from llava_kd.models.trained import PARTS, trained_of
 
 
@@ -69,6 +70,8 @@ class MLLM(nn.Module):
         self._watched: range | None = None
         self._watched_answers: range | None = None
         self._taps: Taps | None = None
+        self._stages: dict[Tap, int] = {}
+        self._staged: tuple[Tensor, dict[Tap, Tensor]] | None = None
         self._stock = (stock,)  # in a tuple, so that nn.Module does not register it
         self.multi_modal_projector = stock.model.multi_modal_projector
         self.language_model = stock.model.language_model
@@ -120,12 +123,13 @@ class MLLM(nn.Module):
         if inputs.num_images == 0:
             pixels_ICHW = pixels_ICHW.new_zeros(1, *pixels_ICHW.shape[1:]) + pixels_ICHW.sum()
         with torch.set_grad_enabled(has_gradient and torch.is_grad_enabled()):
-            return image_features(
-                tower,
-                pixels_ICHW,
-                layer=feature_layer(config),
-                strategy=config.vision_feature_select_strategy,
+            states = tower_states(tower, pixels_ICHW)
+            features_INE = selected(
+                states, layer=feature_layer(config), strategy=config.vision_feature_select_strategy
             )
+        if self._stages:
+            self._staged = (features_INE, {tap: states[number] for tap, number in self._stages.items()})
+        return features_INE
 
     def watch_attention(self, layers: range, dtype: torch.dtype = torch.float32) -> None:
         """Let predictions show the visual attention of these decoder layers; the model computes in `dtype`.
@@ -146,17 +150,25 @@ class MLLM(nn.Module):
     def watch_taps(self, taps: Sequence[str]) -> None:
         """Let predictions hold what goes through these modules, such as `language_model.layers.12`.
 
-        Raises ValueError for a path that the model has not, and for one of the tower, which runs apart, or of
-        the head, whose weight alone is used.
+        A stage of the tower is `vision_tower.hidden_states.1`; a prediction holds those that were run for its
+        features, which must be the last that were made.
+
+        Raises ValueError for a path that the model has not, for a module of the tower, which runs apart, and
+        for one of the head, whose weight alone is used.
         """
         parsed = [Tap.parse(text) for text in dict.fromkeys(taps)]
+        stages = {tap: number for tap in parsed if (number := stage_number(tap.path)) is not None}
         for tap in parsed:
-            if tap.path.split(".")[0] in ("vision_tower", "lm_head"):
+            if tap in stages:
+                tapped_module(self.stock, tap)
+            elif tap.path.split(".")[0] in ("vision_tower", "lm_head"):
                 raise ValueError(
-                    f"the tap {str(tap)!r} must lie in multi_modal_projector or language_model: the tower "
-                    "runs apart from them, and of the head only the weight is used"
+                    f"the tap {str(tap)!r} must lie in multi_modal_projector or language_model, or be "
+                    f"{STAGE}0 or another number: the tower runs apart from them, and of the head only the "
+                    "weight is used"
                 )
-        self._taps = Taps(self.stock, parsed)
+        self._stages = stages
+        self._taps = Taps(self.stock, [tap for tap in parsed if tap not in stages])
 
     def forward(self, inputs: Inputs, features_INE: Tensor) -> Prediction:
         """Final hidden states of every position. Raises ValueError if features and placeholders differ."""
@@ -164,7 +176,20 @@ class MLLM(nn.Module):
             return self._predict(inputs, features_INE)
         with self._taps.watch() as seen:
             prediction = self._predict(inputs, features_INE)
+        seen = {**seen, **self._stages_of(features_INE)}
         return replace(prediction, tapped={str(tap): value for tap, value in seen.items()})
+
+    def _stages_of(self, features_INE: Tensor) -> dict[Tap, Tensor]:
+        """What the tower's stages were when it made these features, each [I, M, E] of its own M and E."""
+        if not self._stages:
+            return {}
+        made, self._staged = self._staged, None
+        if made is None or made[0] is not features_INE:
+            raise ValueError(
+                "stages of the tower are those of the features made last, and these are others: call "
+                "image_features before each forward"
+            )
+        return made[1]
 
     def _predict(self, inputs: Inputs, features_INE: Tensor) -> Prediction:
         maps = None if self._watched is None else VisualMaps(self._watched, inputs)

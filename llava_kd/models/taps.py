@@ -17,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_kd.batch import IGNORE_INDEX, Inputs, Places
 from llava_kd.models.attention import packed as packed_attention
+from llava_kd.models.towers.stages import stage_number, stage_widths
 from llava_kd.models.towers.vision_tower import vision_config
 
 _SIDES = ("input", "output")
@@ -44,8 +45,11 @@ class Tap:
 
 
 def tapped_module(stock: LlavaForConditionalGeneration, tap: Tap) -> nn.Module:
-    """The module that a tap names. Raises ValueError with the nearest paths where there is none."""
+    """The module that a tap names; the tower, for a stage of it. Raises ValueError where there is none."""
     model = stock.model
+    if (stage := stage_number(tap.path)) is not None:
+        stage_widths(model.vision_tower, stock.config, [stage])
+        return model.vision_tower
     roots: dict[str, nn.Module] = {
         "vision_tower": model.vision_tower,
         "multi_modal_projector": model.multi_modal_projector,
@@ -106,11 +110,18 @@ class Taps:
 def tapped_widths(stock: LlavaForConditionalGeneration, taps: Sequence[str]) -> dict[str, int]:
     """How wide the states are that each tap shows, by a forward of two tokens and of one visual token.
 
-    A tap is left out that shows no [batch, token, width]. Nothing random is used up. Ranks that share the
-    model's layers must ask alike. Raises ValueError for a path that the model does not have.
+    Of a stage of the tower only its shape is asked. A tap is left out that shows no [batch, token, width].
+    Nothing random is used up. Ranks that share the model's layers must ask alike. Raises ValueError for a
+    path that the model does not have.
     """
     if not taps:
         return {}
+    parsed = [Tap.parse(text) for text in dict.fromkeys(taps)]
+    stages = {tap: number for tap in parsed if (number := stage_number(tap.path)) is not None}
+    widths = stage_widths(stock.model.vision_tower, stock.config, stages.values())
+    of_stages = {str(tap): widths[number] for tap, number in stages.items()}
+    if len(stages) == len(parsed):
+        return of_stages
     model, embed = stock.model, stock.model.language_model.get_input_embeddings()
     weight = next(embed.parameters())
     device = weight.device  # layers may be elsewhere, and come when they are called
@@ -120,12 +131,12 @@ def tapped_widths(stock: LlavaForConditionalGeneration, taps: Sequence[str]) -> 
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.autocast(device.type, torch.bfloat16) if is_mixed else nullcontext(),
-        Taps(stock, [Tap.parse(text) for text in dict.fromkeys(taps)]).watch() as seen,
+        Taps(stock, [tap for tap in parsed if tap not in stages]).watch() as seen,
     ):
         dtype = next(iter(model.multi_modal_projector.parameters()), weight).dtype
         model.multi_modal_projector(features_INE.to(dtype))
         packed_attention.read_rows(model.language_model, inputs, embed(inputs.input_ids_BT))
-    return {str(tap): value.shape[2] for tap, value in seen.items() if value.ndim == 3}
+    return of_stages | {str(tap): value.shape[2] for tap, value in seen.items() if value.ndim == 3}
 
 
 def _two_tokens(device: torch.device) -> Inputs:

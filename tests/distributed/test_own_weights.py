@@ -26,10 +26,13 @@ OWN = [
     "--objective.layer_states={weight: 0.5}",
     "--objective.hint={weight: 0.5, student_taps: [language_model.layers.0]}",
     "--objective.visual_mi_alpha={weight: 0.1, teacher_taps: [language_model.layers.0]}",
-    "--objective.exit_logits={weight: 0.5, gamma: 1.5, width: 16}",
+    "--objective.exit_logits={weight: 0.5, gamma: 1.5, width: 16, stages: [1]}",
+    "--objective.visual_exit_logits={weight: 0.5, layers: [], stages: [0, 1], width: 16}",
+    "--trainable=[vision_tower, multi_modal_projector, language_model]",
     "--micro_batch_size=1",  # one record each, so that information is told apart in the same groups
 ]
 NAMES = ("mapped.weight", "hint.0.weight", "visual_mi_alpha.0.baseline.0.weight", "exit_logits.0.down.weight")
+NAMES += ("exit_logits.1.norm_of_words.weight", "visual_exit_logits.0.up.weight")
 
 
 def train(config: Path, *words: str, ranks: int) -> dict[str, torch.Tensor]:
@@ -57,4 +60,6 @@ def test_two_ranks_train_own_weights_and_tapped_states_as_one_device_does(stage,
     assert got.keys() == one.keys()
     assert {f"parameter/terms.{name}" for name in NAMES} <= got.keys()
     for name, tensor in got.items():
+        if name.startswith("parameter/mllm.vision_tower.") and name.endswith("k_proj.bias"):
+            continue  # no softmax feels it: its gradient is rounding alone, which Adam brings to full steps
         torch.testing.assert_close(tensor, one[name], rtol=1e-5, atol=1e-5, msg=name)

@@ -21,6 +21,8 @@ from llava_kd.losses.divergence import Temperature
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.foreign.loading import AnyParts
 from llava_kd.models.taps import tapped_widths
+from llava_kd.models.towers.stages import STAGE, check_tokens, on_visual_tokens
+from llava_kd.models.towers.vision_tower import num_prefix_tokens
 from llava_kd.models.towers.visual_grid import VisualGrid, check_resample, resample
 from llava_kd.models.vocabulary import num_common_columns
 
@@ -112,10 +114,31 @@ def objective(
         align = carried(*grids, visual_alignment, refusal=needs)
     return Objective(
         terms=terms,
-        common=Common(num_common=num_common, align=align, formulas=FORMULAS[config.losses]),
+        common=Common(
+            num_common=num_common,
+            align=align,
+            stage_align=_stage_align(terms, student),
+            formulas=FORMULAS[config.losses],
+        ),
         modules=_modules(terms, student, teacher, seed),
         learned=_learned(config, terms, student),
     )
+
+
+def _stage_align(terms: Mapping[str, Term], student: Parts) -> Align | None:
+    """How stages of the student's tower come to its visual tokens; None where no term reads one.
+
+    ValueError, by the name of the term, where a visual token has no place on a map.
+    """
+    for name, term in terms.items():
+        if any(tap.startswith(STAGE) for tap in term.reads.student_taps):
+            try:
+                check_tokens(student.visual_grid)
+            except ValueError as error:
+                raise ValueError(f"{name} reads the student: {error}") from error
+            prefix = num_prefix_tokens(student.stock.config)
+            return functools.partial(on_visual_tokens, prefix=prefix, target=student.visual_grid)
+    return None
 
 
 def _learned(config: ObjectiveConfig, terms: Mapping[str, Term], student: Parts) -> LearnedWeights | None:

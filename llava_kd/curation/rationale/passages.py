@@ -1,7 +1,8 @@
 """Evidence by retrieval: passages of text files that BM25 finds for a claim.
 
 No passage says that a claim is wrong. What is taken for that: passages that have most of its words, and lack
-a number or a name of it. A claim whose words no passage has cannot be read.
+a number or a name of it. A claim whose words no passage has cannot be read. Words cannot tell a sentence from
+its denial: a claim that denies is not read, and neither is what a passage denies.
 """
 
 from __future__ import annotations
@@ -14,14 +15,20 @@ from functools import cached_property
 from pathlib import Path
 
 from llava_kd.curation.rationale.evidence import Check, Verdict
-from llava_kd.curation.rationale.words import words_of
+from llava_kd.curation.rationale.words import NOT, NUMBER, words_of
 from llava_kd.data.sources.conversation import Record
 
 _ENDINGS = (".txt", ".md")
 _MAX_BYTES = 1 << 30
 _NAME = re.compile(r"(?<=[\w,;] )[A-Z]\w+")  # a capital inside a sentence
-_NUMBER = re.compile(r"(?<![\w.,])\d+(?:[.,]\d+)*(?!\w)")
-_NOT = re.compile(r"\b(?:not|no|never|neither|nor|without|\w+n['\u2019]t)\b", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"(?<=[.!?;])\s+")
+_NUMBER_WORDS = frozenset(
+    words_of(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+        "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred "
+        "thousand million billion half twice first second third fourth fifth sixth seventh eighth ninth tenth"
+    )
+)
 _COMMON = frozenset(
     words_of(
         "a an and are as at be by for from had has have he her his in is it its of on or she so that the "
@@ -58,22 +65,25 @@ class Passages:
         return [self.passages[k] for k in best if scores[k] > 0]
 
     def check(self, claim: str) -> Verdict | None:
-        if _NOT.search(claim):
+        if NOT.search(claim):
             return None
-        numbers, names = set(_NUMBER.findall(claim)), {name.lower() for name in _NAME.findall(claim)}
-        hard = numbers | names
+        hard = {*NUMBER.findall(claim), *(name.lower() for name in _NAME.findall(claim))}
         words = set(words_of(claim)) - _COMMON
+        counted = {word for word in words if word in _NUMBER_WORDS or any(c.isdigit() for c in word)}
         soft = words - hard
-        found = [(passage, set(words_of(passage))) for passage in self.found(claim)]
+        found = self.found(claim)
         if not found or not soft:
             return None
-        passage, best = max(found, key=lambda one: len(words & one[1]))
-        if hard <= best and len(words & best) >= self.covers * len(words):
+        affirmed = {passage: _affirmed(passage) for passage in found}
+        own = {passage: set(words_of(text)) for passage, text in affirmed.items()}
+        passage = max(found, key=lambda one: len(words & own[one]))
+        best = own[passage]
+        if hard | counted <= best and len(words & best) >= self.covers * len(words):
             return Verdict(holds=True, fact=passage)
-        missing = hard - set().union(*(own for _, own in found))
+        missing = hard.difference(*(words_of(one) for one in found))
         if not missing or len(soft & best) < self.covers * len(soft):
             return None
-        return Verdict(holds=False, fact=passage, correction=_other_number(claim, missing, passage))
+        return Verdict(holds=False, fact=passage, correction=_other_number(claim, missing, affirmed[passage]))
 
     @cached_property
     def _index(self):
@@ -84,12 +94,17 @@ class Passages:
         return index
 
 
+def _affirmed(passage: str) -> str:
+    """The passage without its sentences that deny."""
+    return " ".join(one for one in _SENTENCE_END.split(passage) if not NOT.search(one))
+
+
 def _other_number(claim: str, missing: Collection[str], passage: str) -> str:
     """The claim with the one number of the passage in the place of its one number; else nothing."""
-    here, there = _NUMBER.findall(claim), set(_NUMBER.findall(passage))
+    here, there = NUMBER.findall(claim), set(NUMBER.findall(passage))
     if len(missing) != 1 or here != list(missing) or len(there) != 1:
         return ""
-    return _NUMBER.sub(there.pop(), claim)
+    return NUMBER.sub(there.pop(), claim)
 
 
 def read_passages(folder: str | Path) -> Passages:

@@ -22,8 +22,11 @@ from llava_kd.data.sources.entries import loads
 
 _QUOTED = re.compile(r"[\"\u201c](?P<text>[^\"\u201c\u201d]+)[\"\u201d]")
 _WORD = re.compile(r"\w+(?:[.,'\u2019]\w+)*")
-_NOT = re.compile(r"\b(?:not|no|never|neither|nor|without|\w+n['\u2019]t)\b", re.IGNORECASE)
-_NUMBER = re.compile(r"(?<![\w.,])\d+(?:[.,]\d+)*(?!\w)")
+NOT = re.compile(
+    r"\b(?:not|cannot|no|none|nobody|nothing|nowhere|never|neither|nor|without|\w+n['\u2019]t)\b",
+    re.IGNORECASE,
+)
+NUMBER = re.compile(r"(?<![\w.,])\d+(?:[.,]\d+)*(?!\w)")
 NEAR = 0.75  # how alike a misread word and the written one are at least, as difflib says
 
 
@@ -66,7 +69,7 @@ def read_written_words(path: str | Path) -> WrittenWords:
 def check_quotes(claim: str, tokens: Sequence[str]) -> Verdict | None:
     """Whether all that is quoted is written, word after word; a correction is the one text that is near."""
     quotes = list(_QUOTED.finditer(claim))
-    if not quotes or _NOT.search(_QUOTED.sub("", claim)):
+    if not quotes or NOT.search(_QUOTED.sub("", claim)):
         return None
     written = [(token, words_of(token)) for token in tokens]
     flat = [word for _, own in written for word in own]
@@ -164,7 +167,7 @@ def check_fact(claim: str, own: Iterable[Fact], every: Iterable[Fact]) -> Verdic
 
     Where it names an object of another subject, or another number, in its place, that is corrected.
     """
-    if _NOT.search(claim):
+    if NOT.search(claim):
         return None
     named = [fact for fact in own if _find(fact.subject, claim) and _find(fact.relation, claim)]
     if len({(fact.subject.lower(), fact.relation.lower()) for fact in named}) != 1:
@@ -181,8 +184,8 @@ def check_fact(claim: str, own: Iterable[Fact], every: Iterable[Fact]) -> Verdic
     places = {(one.start(), one.end()) for other in others for one in _find(other, rest)}
     if is_said:  # with another beside it: which is meant?
         return None if places else Verdict(holds=True, fact=told)
-    if not places and all(_NUMBER.fullmatch(one) for one in objects):
-        places = {found.span() for found in _NUMBER.finditer(rest)}
+    if not places and all(NUMBER.fullmatch(one) for one in objects):
+        places = {found.span() for found in NUMBER.finditer(rest)}
     places = {one for one in places if not any(_is_inside(one, other) for other in places)}
     if not places:
         return None

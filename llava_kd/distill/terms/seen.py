@@ -181,6 +181,49 @@ class Seen:
             return states.flatten(0, 1)[self._answered_alike(place).student_N]
         return self._valid(_of_images(states, self.batch.student, tap))
 
+    def stage_images(self, tap: str) -> Tensor:
+        """[I, N, D] of a stage of the student's tower, carried to the visual tokens of each image."""
+        states_IMD = self.tapped(tap)[: self.batch.student.num_images]
+        align = self._common.stage_align
+        if align is None:
+            raise ValueError(f"the term {self._name} got no grid to carry the stage {tap} to")
+        return align(states_IMD)
+
+    def stage_rows(self, tap: str) -> Tensor:
+        """[N, D] of the same at the rows of `tapped_rows` of visual tokens."""
+        return self._valid(self.stage_images(tap))
+
+    def stages_of_answers(self, tap: str) -> tuple[Tensor, Tensor]:
+        """[N, D] of the same at the rows of `tapped_rows` of response tokens: a mean over the tokens of all
+        images of their record; and [N] whether it has one.
+        """
+        rows, side = self.rows("response"), self.batch.student
+        index_IP, is_there_IP = side.answers_of_images()
+        pictures_ID = self.stage_images(tap).mean(1)
+        shown_IPD = pictures_ID.unsqueeze(1) * is_there_IP.unsqueeze(2)
+        sum_ND = pictures_ID.new_zeros(len(rows.student_N), pictures_ID.shape[1])
+        sum_ND = sum_ND.index_add(0, index_IP.flatten(), shown_IPD.flatten(0, 1))
+        number_N = pictures_ID.new_zeros(len(rows.student_N))
+        number_N = number_N.index_add(0, index_IP.flatten(), is_there_IP.flatten().to(number_N.dtype))
+        mean_ND = sum_ND / number_N.clamp_min(1).unsqueeze(1)
+        alike_N = self._alike(rows)
+        return mean_ND[alike_N], number_N[alike_N] > 0
+
+    def text_before(self, tap: str) -> Tensor:
+        """[N, 2 D] at the rows of `tapped_rows` of response tokens, of what a module gives for every token:
+        of the row's own, and a mean over the tokens of text in its record up to it. Without gradient.
+        """
+        side, states_BTD = self.batch.student, self.tapped(tap).detach().float()
+        rows_N = self._answered_alike("response").student_N
+        row_N, place_N = rows_N // states_BTD.shape[1], rows_N % states_BTD.shape[1]
+        begins_N = place_N - side.position_ids_BT.flatten()[rows_N]
+        is_text_BT1 = (~side.visual_BT).unsqueeze(2)
+        total_ND, number_N1 = (
+            before_BTD[row_N, place_N + 1] - before_BTD[row_N, begins_N]
+            for before_BTD in (_summed(states_BTD * is_text_BT1), _summed(is_text_BT1.float()))
+        )
+        return torch.cat([states_BTD.flatten(0, 1)[rows_N], total_ND / number_N1.clamp_min(1)], dim=1)
+
     def teacher_rows(self, place: Place, tap: str | None = None) -> Tensor:
         """[N, E] of the teacher at the rows of `tapped_rows`: of its module, or its final states.
 
@@ -225,8 +268,13 @@ class Seen:
         """Rows but those of response tokens that differ: they have no common place in two vocabularies."""
         rows = self.rows(place)
         if place == "response" and self.batch.teacher is not None:
-            return rows.take((rows.is_shared_N > 0).nonzero().squeeze(1))
+            return rows.take(self._alike(rows))
         return rows
+
+    def _alike(self, rows: Rows) -> Tensor:
+        if self.batch.teacher is None:
+            return torch.arange(len(rows.student_N), device=rows.student_N.device)
+        return (rows.is_shared_N > 0).nonzero().squeeze(1)
 
     def _valid(self, features_IND: Tensor) -> Tensor:
         """[N, D] of the images that could be read."""
@@ -256,6 +304,11 @@ def _of_images(states: Tensor, inputs: Inputs, tap: str | None) -> Tensor:
     if tap is not None and tap.startswith(PROJECTOR):
         return states[: inputs.num_images]
     return of_images(states, inputs)
+
+
+def _summed(states_BTD: Tensor) -> Tensor:
+    """[B, T + 1, D]: of all places before each."""
+    return torch.nn.functional.pad(states_BTD.cumsum(1), (0, 0, 1, 0))
 
 
 def _stretched(prediction: Prediction, inputs: Inputs, rows: StretchRows | None) -> Stretched:

@@ -17,6 +17,7 @@ from typing_extensions import Doc
 from llava_kd.batch import Batch
 from llava_kd.distill.rows import Place
 from llava_kd.losses.divergence import Divergence, Temperature
+from llava_kd.models.towers.stages import STAGE
 
 if TYPE_CHECKING:
     from llava_kd.distill.terms.seen import Seen
@@ -65,6 +66,10 @@ class Reads:
             raise ValueError(
                 f"taps of the teacher ({', '.join(self.teacher_taps)}) need the model itself: declare "
                 f"teacher='model' in `reads`, not {self.teacher!r}"
+            )
+        if stages := [tap for tap in self.teacher_taps if tap.startswith(STAGE)]:
+            raise ValueError(
+                f"stages are read of the student's tower alone, not {stages[0]!r} of the teacher's"
             )
         if self.attended is not None and self.teacher != "model":
             raise ValueError(
@@ -184,3 +189,9 @@ class Term:
 
     def fits(self, trainable: Sequence[str], placement: str) -> None:
         """ValueError where the term could move nothing that is trained, or not run the teacher so placed."""
+        stages = [tap for tap in self.reads.student_taps if tap.startswith(STAGE)]
+        if stages and "vision_tower" not in trainable:
+            raise ValueError(
+                f"{stages[0]} is of a frozen tower, so what is taught there would move nothing; add "
+                "vision_tower to `trainable`, or leave the stages out"
+            )

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import LlavaConfig, PreTrainedModel
 
+from llava_kd.models.towers.stages import without_weights
 from llava_kd.models.towers.vision_tower import feature_layer, image_features, vision_config
 
 # Where the families keep their blocks or stages, below `vision_model` or `trunk` if there is one.
@@ -25,10 +26,8 @@ def read_parameters(tower: PreTrainedModel, config: LlavaConfig) -> frozenset[st
     With layer -2 the last block is not read, nor are final norms, poolers and heads with most layers. Those
     get no gradient, for which a sharded engine would wait.
     """
+    ghost, pixels_ICHW = without_weights(tower, config)
     with torch.device("meta"):
-        ghost = nn.Module.to(type(tower)(tower.config), "meta")
-        size = vision_config(config).image_size
-        pixels_ICHW = torch.zeros(1, 3, size, size)
         features_INE = image_features(ghost, pixels_ICHW, layer=feature_layer(config), strategy="full")
         named = dict(ghost.named_parameters())
         gradients = torch.autograd.grad(features_INE.sum(), list(named.values()), allow_unused=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -95,10 +95,19 @@ def input_size(processor: BaseImageProcessor) -> tuple[int, int]:
     return size["height"], size["width"]
 
 
+def tower_states(tower: nn.Module, pixels_ICHW: Tensor) -> Sequence[Tensor]:
+    """[I, N, E] of every hidden state; those of a ConvNet differ in N and E."""
+    dtype = next(tower.parameters()).dtype
+    return tower(pixels_ICHW.to(dtype), output_hidden_states=True).hidden_states
+
+
 def image_features(tower: nn.Module, pixels_ICHW: Tensor, *, layer: int, strategy: str) -> Tensor:
     """Hidden states [I, N, E] of `layer`, as stock LLaVA selects them; `default` drops the first token."""
-    dtype = next(tower.parameters()).dtype
-    states = tower(pixels_ICHW.to(dtype), output_hidden_states=True).hidden_states
+    return selected(tower_states(tower, pixels_ICHW), layer=layer, strategy=strategy)
+
+
+def selected(states: Sequence[Tensor], *, layer: int, strategy: str) -> Tensor:
+    """Of all hidden states what `image_features` gives. ValueError for a layer that is not there."""
     if not -len(states) <= layer < len(states):
         raise ValueError(
             f"vision_feature_layer is {layer}, but the tower has {len(states)} hidden states: choose from "

@@ -1,19 +1,24 @@
-"""Early exits of the student's language model, each matched to the teacher's output.
+"""Early exits of the student's language model and of its vision tower, each matched to the teacher's output.
 
 An exit is a norm, a small residual adapter, a norm, and the student's own head without a gradient: what the
 exits teach goes into the layers before them, where the head of an exit's own would be a vocabulary of weights
 that learns it in their place and is thrown away, and no exit pulls the head from what the last layer needs.
 
-Shape legend: N rows, D and E width of student and teacher.
+A stage of a tower is a map of another size and width. At visual tokens the exit reads the map, pooled onto
+their grid. At answers, where a tower has no rows, it reads the mean of the map, as a classifier's exit does,
+and, since a tower sees no question, the words before the row: their mean and the last of them, as embedded.
+
+Shape legend: N rows, D and E width of student and teacher, C width of a stage, X of the words before a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from annotated_types import Ge, Gt, Interval, MinLen
+from annotated_types import Ge, Gt, Interval
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 from typing_extensions import Doc
@@ -23,6 +28,9 @@ from llava_kd.distill.terms.inner.pairs import width_of
 from llava_kd.distill.terms.seen import Seen
 from llava_kd.distill.terms.term import VISUAL_TOKENS, Denominator, Reads, Term, Widths
 from llava_kd.losses.inner.exits import Form, enhanced
+from llava_kd.models.towers.stages import STAGE
+
+WORDS = "language_model.embed_tokens"
 
 
 class Exit(nn.Module):
@@ -43,13 +51,35 @@ class Exit(nn.Module):
         return self.final_norm(states_ND)
 
 
+class StageExit(nn.Module):
+    """From a stage's states, and the words before a row where there are any, to what the head reads."""
+
+    def __init__(self, stage: int, words: int, inner: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(stage, eps=1e-6)
+        self.norm_of_words = nn.RMSNorm(words, eps=1e-6) if words else None
+        self.down = nn.Linear(stage + words, inner)
+        self.up = nn.Linear(inner, width)
+        self.final_norm = nn.RMSNorm(width, eps=1e-6)
+
+    def forward(self, states_NC: Tensor, words_NX: Tensor | None = None) -> Tensor:
+        read_NC = self.norm(states_NC.to(self.down.weight.dtype))
+        if self.norm_of_words is not None:
+            assert words_NX is not None
+            read_NC = torch.cat([read_NC, self.norm_of_words(words_NX.to(self.down.weight.dtype))], dim=1)
+        return self.final_norm(self.up(gelu(self.down(read_NC))))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExitLogits(Term):
     layers: Annotated[
         tuple[Annotated[int, Ge(0)], ...],
-        MinLen(1),
         Doc("Decoder layers of the student, from 0, with an exit behind each; their losses are added."),
     ] = (0,)
+    stages: Annotated[
+        tuple[Annotated[int, Ge(0)], ...],
+        Doc("Hidden states of the student's trained tower, from 0, as a ConvNet's stages, with one too."),
+    ] = ()
     gamma: Annotated[
         float, Interval(gt=0, le=4), Doc("Above 1, the label counts for more where the teacher is sure.")
     ] = 1.0
@@ -63,12 +93,23 @@ class ExitLogits(Term):
     place: ClassVar[Place] = "response"
 
     def __post_init__(self) -> None:
-        if len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"`layers` of exits must differ; got {', '.join(map(str, self.layers))}")
+        for name, places in (("layers", self.layers), ("stages", self.stages)):
+            if len(set(places)) < len(places):
+                raise ValueError(f"`{name}` of exits must differ; got {', '.join(map(str, places))}")
+        if not (self.layers or self.stages):
+            raise ValueError("exits stand behind `layers` or `stages`, and both are empty; name at least one")
 
     @property
-    def _taps(self) -> tuple[str, ...]:
+    def _layer_taps(self) -> tuple[str, ...]:
         return tuple(f"language_model.layers.{layer}" for layer in self.layers)
+
+    @property
+    def _stage_taps(self) -> tuple[str, ...]:
+        return tuple(f"{STAGE}{stage}" for stage in self.stages)
+
+    @property
+    def _reads_words(self) -> bool:
+        return bool(self.stages) and self.place == "response"
 
     @property
     def reads(self) -> Reads:
@@ -77,21 +118,25 @@ class ExitLogits(Term):
             places=(self.place,),
             vocabulary=True,
             grids=self.place == "visual",
-            student_taps=self._taps,
+            student_taps=(*self._layer_taps, *self._stage_taps, *((WORDS,) if self._reads_words else ())),
             labels=self.place == "response",
+            before_decoder=not self.layers,
         )
 
     def module(self, widths: Widths) -> nn.Module:
-        for tap in self._taps:
+        for tap in self._layer_taps:
             if (width := width_of(tap, widths.student_taps)) != widths.student:
                 raise ValueError(
                     f"{tap} of the student is {width} wide and its head reads {widths.student}: no exit fits"
                 )
-        return nn.ModuleList(Exit(widths.student, self.width) for _ in self._taps)
+        exits: list[nn.Module] = [Exit(widths.student, self.width) for _ in self.layers]
+        words = 2 * width_of(WORDS, widths.student_taps) if self._reads_words else 0
+        for tap in self._stage_taps:
+            stage = width_of(tap, widths.student_taps)
+            exits.append(StageExit(stage, words, self.width, widths.student))
+        return nn.ModuleList(exits)
 
     def total(self, seen: Seen) -> Tensor:
-        exits = seen.module
-        assert isinstance(exits, nn.ModuleList)
         student, teacher = seen.heads()
         teacher_NE, targets_N = seen.teacher_rows(self.place), seen.targets(self.place)
         asked = enhanced(
@@ -105,13 +150,13 @@ class ExitLogits(Term):
         )
         bias_U = None if teacher.bias_V is None else asked.sharpness * teacher.bias_V
         total = []
-        for exit_, tap in zip(exits, self._taps, strict=True):
+        for states_ND, is_taught_N in self._read(seen):
             result = seen.formulas.head_loss(
-                exit_(seen.tapped_rows(self.place, tap)),
+                states_ND,
                 student.head_VD.detach(),
                 targets_N,
-                ce_weight_N=asked.ce_weight_N,
-                kl_weight_N=asked.kl_weight_N,
+                ce_weight_N=asked.ce_weight_N * is_taught_N,
+                kl_weight_N=asked.kl_weight_N * is_taught_N,
                 student_bias_V=None if student.bias_V is None else student.bias_V.detach(),
                 teacher_NE=asked.sharpness * teacher_NE,
                 teacher_head_UE=teacher.head_VD,
@@ -121,6 +166,20 @@ class ExitLogits(Term):
             )
             total.append(result.loss)
         return torch.stack(total).sum()
+
+    def _read(self, seen: Seen) -> Iterator[tuple[Tensor, Tensor | float]]:
+        """What the head reads at each exit, [N, D], and which of the rows count."""
+        exits = seen.module
+        assert isinstance(exits, nn.ModuleList)
+        taps = (*self._layer_taps, *self._stage_taps)
+        for exit_, tap in zip(exits, taps, strict=True):
+            if isinstance(exit_, Exit):
+                yield exit_(seen.tapped_rows(self.place, tap)), 1.0
+            elif self.place == "visual":
+                yield exit_(seen.stage_rows(tap)), 1.0
+            else:
+                states_NC, has_picture_N = seen.stages_of_answers(tap)
+                yield exit_(states_NC, seen.text_before(WORDS)), has_picture_N
 
 
 @dataclass(frozen=True, kw_only=True)
