@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -78,8 +77,8 @@ def measure(case: str, config: TrainConfig, repeats: int) -> Row:
     own = with_own_answers(config, loader, student, teacher, engine)
     assert isinstance(own, OwnAnswersLoader)
     writer = own._writer
-    alone = replace(writer, batch_size=1)
-    loop = OneByOne(writer.generator, writer.inference, writer.max_length, writer.batch_size)
+    same = (writer.generator, writer.inference, writer.max_length, 1)
+    alone, loop = Writer(*same), OneByOne(*same)
     made: list[Batch] = []
 
     def write() -> None:
