@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava_kd.evaluation.generation.generate import Generator
 
@@ -110,6 +111,6 @@ def _features(generator: Generator, pixels: Sequence[Tensor]) -> list[Tensor]:
     if sum(numbers) == 0:
         return [torch.zeros(0, 0)] * len(pixels)
     pixels_ICHW = torch.cat(list(pixels)).to(model.device, model.dtype)
-    shown = model.get_image_features(pixel_values=pixels_ICHW).pooler_output
-    features_IND = torch.stack(list(shown))
+    shown = cast(BaseModelOutputWithPooling, model.get_image_features(pixel_values=pixels_ICHW))
+    features_IND = torch.stack(list(cast(Sequence[Tensor], shown.pooler_output)))
     return [row_IND.flatten(0, 1) for row_IND in features_IND.split(numbers)]
