@@ -205,6 +205,18 @@ def test_a_lead_that_both_sides_cut_otherwise_is_in_no_stretch() -> None:
     assert groups(right) == [[1]]
 
 
+def test_a_letter_that_one_side_writes_in_bytes_is_one_stretch() -> None:
+    """Its two bytes cover the same character, and one token of the other side; what follows is apart."""
+    (mine, one), (theirs, other) = (
+        by_hand([(b"\xc3", 0, 1), (b"\xa9", 0, 1), (b"t", 1, 2)]),
+        by_hand([(b"\xc3\xa9", 0, 1), (b"t", 1, 2)]),
+    )
+    for sides, expected in (((0, 1), [[0, 1], [2]]), ((1, 0), [[0], [1]])):
+        both_sides = [((mine, one), (theirs, other))[k] for k in sides]
+        encoded, spellers = zip(*both_sides, strict=True)
+        assert groups(stretched(talk(("\u00e9t",)), encoded, spellers)[0]) == expected
+
+
 def test_spelling_is_that_of_the_decoder() -> None:
     for tokenizer in (QWEN, LLAMA):
         names = spelled(tokenizer)
