@@ -159,6 +159,26 @@ class Inputs:
         is_there_IP = index_IP < before_N[record_I + 1].unsqueeze(1)
         return torch.where(is_there_IP, index_IP, 0), is_there_IP
 
+    def questions_of_images(self) -> tuple[Tensor, Tensor]:
+        """Flat places of the record of each image, and which of them are its text that is no answer.
+
+        Both [I, P]. P is known on the host: the length of the longest record.
+        """
+        places, num_images = self.places, self.num_images
+        num = max(places.lengths, default=0) if num_images else 0
+        order_P = torch.arange(num, device=places.visual_N.device)
+        if num == 0:
+            empty_IP = order_P.expand(num_images, num)
+            return empty_IP, empty_IP.bool()
+        boundaries_N = places.boundaries_N.long()
+        first_I = places.visual_N.view(num_images, -1)[:, 0].contiguous()
+        record_I = torch.searchsorted(boundaries_N, first_I, right=True) - 1
+        place_IP = boundaries_N[record_I].unsqueeze(1) + order_P
+        is_there_IP = place_IP < boundaries_N[record_I + 1].unsqueeze(1)
+        place_IP = torch.where(is_there_IP, place_IP, 0)
+        is_text_BT = (self.labels_BT == IGNORE_INDEX) & ~self.visual_BT & (self.segment_ids_BT > 0)
+        return place_IP, is_there_IP & is_text_BT.flatten()[place_IP]
+
     def to(self, device: torch.device | str) -> Inputs:
         def move(tensor: Tensor) -> Tensor:
             return _moved(tensor, device)

@@ -19,7 +19,8 @@ from llava_kd.assembly.cache_teacher import begin, finish
 from llava_kd.assembly.cache_teacher import missing as missing_records
 from llava_kd.assembly.runs.run_dir import _reopen, locked
 from llava_kd.checksums import sealed
-from llava_kd.curation.likelihoods import Likelihood, Likelihoods, missing
+from llava_kd.curation.likelihoods import Likelihood, Likelihoods
+from llava_kd.curation.score_files import missing
 from llava_kd.data.record_lists import RecordList, read_lists, write_lists
 from llava_kd.data.shapes.writing import write_shapes
 from llava_kd.data.sources.cache import build_once

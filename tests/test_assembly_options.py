@@ -60,10 +60,24 @@ def test_learned_weights_are_logged_saved_resumed_and_not_exported(stage: Callab
 
 
 def test_a_cached_teacher_that_cannot_show_attention_is_refused_by_name(stage: Callable[..., Path]) -> None:
-    words = ["--objective.visual_kl={share: 0.5}", "--teacher.cache=somewhere"]
-    with pytest.raises(ValueError, match=r"objective.visual_kl` need the teacher itself, but teacher.cache"):
-        load(stage("cached"), words)
+    for asked in ("{share: 0.5}", "{weighed: true}"):
+        words = [f"--objective.visual_kl={asked}", "--teacher.cache=somewhere"]
+        with pytest.raises(ValueError, match=r"objective.visual_kl` need the teacher itself, but teacher.ca"):
+            load(stage("cached"), words)
     assert load(stage("whole"), ["--objective.visual_kl={share: 1.0}", "--teacher.cache=somewhere"])
+
+
+def test_a_run_weighs_by_the_questions_or_by_the_answers(stage: Callable[..., Path]) -> None:
+    found = {}
+    for by in ("answers", "questions"):
+        config = stage(by, max_steps=1)
+        assert (
+            main(["train", str(config), f"--objective.visual_kl={{weighed: true, looked_at_by: {by}}}"]) == 0
+        )
+        (line,) = (config.with_suffix("") / "metrics.jsonl").read_text().splitlines()
+        found[by] = json.loads(line)
+    assert found["answers"]["visual_kl"] != pytest.approx(found["questions"]["visual_kl"], rel=1e-4)
+    assert found["answers"]["response_kl"] == pytest.approx(found["questions"]["response_kl"], rel=1e-6)
 
 
 @pytest.mark.parametrize("trust", ["probability", "better"])

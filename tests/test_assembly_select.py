@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_llava import make_tiny_llava
 
-from llava_kd.assembly.curating import scoring
+from llava_kd.assembly.curating import comparing, scoring
 from llava_kd.assembly.curating.select import CHOSEN, SCORES, TABLE
 from llava_kd.assembly.parts.data import side_of
 from llava_kd.batch import IGNORE_INDEX
@@ -42,8 +42,8 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def stock_mean(directory: Path, data: Path, number: int) -> float:
-    """Mean -log p of a record's answers by transformers' own forward, alone in its batch, in fp64."""
+def stock_logits(directory: Path, data: Path, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, V] before a record's answer tokens and these [N], by transformers' own forward, in fp64."""
     parts = load_stock(str(directory), dtype=torch.float64)
     side = side_of(
         parts.processor,
@@ -64,7 +64,13 @@ def stock_mean(directory: Path, data: Path, number: int) -> float:
         ).logits[0]
     targets = encoded.labels[1:]
     rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    return float(-logits_TV[rows].log_softmax(1).gather(1, targets[rows, None]).mean())
+    return logits_TV[rows], targets[rows]
+
+
+def stock_mean(directory: Path, data: Path, number: int) -> float:
+    """Mean -log p of a record's answers, alone in its batch."""
+    logits_NV, targets_N = stock_logits(directory, data, number)
+    return float(-logits_NV.log_softmax(1).gather(1, targets_N[:, None]).mean())
 
 
 def test_scores_are_those_of_the_stock_models_and_the_best_half_stays(
@@ -220,3 +226,82 @@ def test_a_stage_without_a_teacher_is_given_one(select, tmp_path: Path, teacher_
     assert select(ANY, *alone, "--with_teacher", str(teacher_dir), "--dtype", "float32", out="alone") == 0
     assert select(ANY) == 0
     assert (tmp_path / "alone" / SCORES).read_bytes() == (tmp_path / "out" / SCORES).read_bytes()
+
+
+# By disagreement ----
+
+
+@pytest.fixture
+def disagree(config: Path, student_dir: Path, tmp_path: Path) -> Callable[..., int]:
+    """The stage's own teacher and student."""
+
+    def call(*words: str, out: str = "out", keep: str = "0.5") -> int:
+        given = ["--by", "disagreement", "--keep", keep, "--out", str(tmp_path / out)]
+        return main(["data", "select", str(config), *given, *words])
+
+    return call
+
+
+def test_disagreement_is_the_divergence_of_the_stock_models(
+    disagree, tmp_path: Path, shapes_dir: Path, teacher_dir: Path, student_dir: Path, capsys
+) -> None:
+    """Jensen-Shannon over the columns of the one vocabulary: both heads have padding rows of their own."""
+    assert disagree() == 0
+    assert "| instructions.json | 30 | 0 | 15 |" in capsys.readouterr().out
+    found = lines(tmp_path / "out" / SCORES)
+    data = shapes_dir / "instructions.json"
+    columns = max(load_stock(str(student_dir)).processor.tokenizer.get_vocab().values()) + 1
+    for number in (0, 7):
+        (z_s, targets_N), (z_t, _) = (stock_logits(d, data, number) for d in (student_dir, teacher_dir))
+        p, q = (z[:, :columns].softmax(1) for z in (z_s, z_t))
+        m = (p + q) / 2
+        by_hand = ((p * (p / m).log()).sum(1) + (q * (q / m).log()).sum(1)).mean() / 2
+        assert found[number]["score"] == pytest.approx(float(by_hand), rel=1e-4)
+        assert found[number]["tokens"] == len(targets_N)
+        assert found[number]["other"] == int((p.argmax(1) != q.argmax(1)).sum())
+    scores = [line["score"] for line in found]
+    (listed,) = read_lists(tmp_path / "out" / CHOSEN)
+    assert list(listed.records) == sorted(sorted(range(30), key=lambda i: -scores[i])[:15])
+    assert disagree("--micro_batch_size=1", "--global_batch_size=1", out="one") == 0
+    assert [line["score"] for line in lines(tmp_path / "one" / SCORES)] == pytest.approx(scores, abs=1e-6)
+
+
+def test_a_comparison_that_broke_off_goes_on_and_another_share_needs_no_model(
+    disagree, tmp_path: Path, monkeypatch
+) -> None:
+    assert disagree() == 0
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    shutil.copytree(out, whole)
+    path = out / "scores" / "disagreement.rank0.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:11]) + '{"number": 29, "id": "tr')
+    (out / CHOSEN).unlink()
+    assert disagree() == 0
+    assert (out / SCORES).read_bytes() == (whole / SCORES).read_bytes()
+    assert read_lists(out / CHOSEN) == read_lists(whole / CHOSEN)
+    monkeypatch.setattr(comparing, "load_stock", None)
+    assert disagree(keep="0.2") == 0
+    assert len(read_lists(out / CHOSEN)[0].records) == 6
+
+
+def test_what_a_comparison_cannot_tell_is_refused(
+    disagree, select, tmp_path: Path, teacher_dir: Path, student_dir: Path, capsys
+) -> None:
+    def refused(say: str, *words: str, by: Callable[..., int] = disagree, **more) -> None:
+        assert by(*words, **more) == 2
+        assert say in capsys.readouterr().err
+
+    same = ["--with_student", str(teacher_dir)]
+    refused("teacher and student say the same of every record", *same, out="same")
+    assert "| 100% |" in (tmp_path / "same" / TABLE).read_text()
+    assert not (tmp_path / "same" / CHOSEN).exists()
+    new = "--student={vision_tower: a, language_model: b}"
+    refused("this stage makes a new student, which has no opinion yet", new, out="new")
+    refused("--reference is of a choice by difference", "--reference", str(student_dir), out="a")
+    refused("--with_student is of a choice by disagreement", *same, by=select, out="b")
+    refused("--any_reference is of a choice by difference", ANY, out="c")
+    other = make_tiny_llava(tmp_path / "foreign", hidden=32, seed=4)
+    tree = json.loads((other / "tokenizer.json").read_text())
+    vocab = tree["model"]["vocab"]
+    vocab["zz"] = vocab.pop("\u00ff")
+    (other / "tokenizer.json").write_text(json.dumps(tree))
+    refused("response_cross compares answers as text", "--with_student", str(other), out="other")

@@ -186,6 +186,37 @@ def test_an_answer_that_one_side_does_not_read_keeps_its_end() -> None:
     assert groups(left) == groups(whole)[1:]
 
 
+def by_hand(tokens: list[tuple[bytes, int, int]]) -> tuple[Encoded, Speller]:
+    """An answer of these tokens alone: what each spells, and the characters of the answer that it covers."""
+    ids = torch.arange(len(tokens))
+    spans = torch.tensor([[0, first, stop, 0] for _, first, stop in tokens], dtype=torch.int32)
+    one = Encoded(ids=ids, labels=ids, visual=torch.zeros(len(tokens), dtype=torch.bool), spans=spans)
+    return one, Speller([text for text, *_ in tokens], frozenset())
+
+
+def test_a_lead_that_both_sides_cut_otherwise_is_in_no_stretch() -> None:
+    """Two tokens of the template's line ends against one: the same bytes, and no characters to align by."""
+    (mine, one), (theirs, other) = (
+        by_hand([(b"\n", 0, 0), (b"\n", 0, 0), (b"a", 0, 1)]),
+        by_hand([(b"\n\n", 0, 0), (b"a", 0, 1)]),
+    )
+    left, right = stretched(talk(("a",)), (mine, theirs), (one, other))
+    assert groups(left) == [[2]]
+    assert groups(right) == [[1]]
+
+
+def test_a_letter_that_one_side_writes_in_bytes_is_one_stretch() -> None:
+    """Its two bytes cover the same character, and one token of the other side; what follows is apart."""
+    (mine, one), (theirs, other) = (
+        by_hand([(b"\xc3", 0, 1), (b"\xa9", 0, 1), (b"t", 1, 2)]),
+        by_hand([(b"\xc3\xa9", 0, 1), (b"t", 1, 2)]),
+    )
+    for sides, expected in (((0, 1), [[0, 1], [2]]), ((1, 0), [[0], [1]])):
+        both_sides = [((mine, one), (theirs, other))[k] for k in sides]
+        encoded, spellers = zip(*both_sides, strict=True)
+        assert groups(stretched(talk(("\u00e9t",)), encoded, spellers)[0]) == expected
+
+
 def test_spelling_is_that_of_the_decoder() -> None:
     for tokenizer in (QWEN, LLAMA):
         names = spelled(tokenizer)

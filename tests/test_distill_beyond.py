@@ -39,7 +39,7 @@ from llava_kd.losses.text_relation import text_relation_rows
 from llava_kd.losses.uncertainty import GRADIENT_SCALE
 from llava_kd.models.attention.answers import AnswerAttention
 from llava_kd.models.files.checkpoint import load_stock
-from llava_kd.models.mllm import MLLM
+from llava_kd.models.mllm import MLLM, Prediction
 from llava_kd.models.towers.visual_grid import VisualGrid, resample
 
 COMMON = 260
@@ -133,12 +133,15 @@ def eager_attention_TT(directory: Path, item: TinyRecord) -> Tensor:
     return torch.stack([found[layer][0].mean(0) for layer in LAYERS]).mean(0)
 
 
-def attended(directory: Path, item: TinyRecord) -> list[Tensor]:
-    """For each image of a record: what the places that predict its answer attend to, summed."""
+def attended(directory: Path, item: TinyRecord, by: str = "answers") -> list[Tensor]:
+    """For each image of a record: what the places that predict its answer, or its other text, attend to."""
     if not len(item.pixels_ICHW):
         return []
     maps_TT = eager_attention_TT(directory, item)
-    rows = [place - 1 for place in range(len(item.ids)) if item.labels[place] >= 0]
+    places = range(len(item.ids))
+    rows = [place - 1 for place in places if item.labels[place] >= 0]
+    if by == "questions":
+        rows = [place for place in places if item.labels[place] < 0 and not bool(item.visual[place])]
     return [maps_TT[rows][:, place_N].sum(0) for place_N in item.visual.nonzero().squeeze(1).split(TOKENS)]
 
 
@@ -247,6 +250,78 @@ def test_it_is_what_eager_attention_gives(
     assert plain.attended_IN is None
 
 
+@pytest.fixture(scope="module")
+def asked(directories: dict[str, Path]) -> Teacher:
+    """A teacher whose questions are watched."""
+    mllm = MLLM(load_stock(str(directories["teacher"])).stock)
+    mllm.watch_answers(LAYERS, by="questions")
+    return Teacher(mllm, shares_tower=False)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_questions_look_at_is_what_eager_attention_gives(
+    asked: Teacher, records: list[TinyRecord], directories: dict[str, Path], packed: bool
+) -> None:
+    """Rows of padding behind the records, and a record without an answer, which has a question."""
+    rows = [records[:5], records[5:]] if packed else records
+    batch = Batch(student=inputs(*rows, pad_to=200), record_ids=tuple("abcdefghi"[: len(rows)]))
+    expected = [row_N for item in records for row_N in attended(directories["teacher"], item, "questions")]
+    found_IN = asked(batch).attended_IN
+    assert found_IN is not None
+    torch.testing.assert_close(found_IN, torch.stack(expected), rtol=1e-4, atol=1e-6)
+    nothing = asked(Batch(student=inputs(record(1, images=0)), record_ids=("a",))).attended_IN
+    assert nothing is not None
+    assert len(nothing) == 0
+
+
+def by_the_questions(share: float) -> Objective:
+    term = VisualKL(weighed=True, share=share, looked_at_by="questions")
+    return objective_of(visual_kl=term, num_common=COMMON)
+
+
+@pytest.mark.parametrize("share", [1.0, SHARE])
+def test_weighed_visual_kl_is_the_sum_by_what_the_questions_look_at(
+    student: MLLM, asked: Teacher, records: list[TinyRecord], directories: dict[str, Path], share: float
+) -> None:
+    total, number = 0.0, 0
+    for item in records:
+        if not item.is_valid or not len(item.pixels_ICHW):
+            continue
+        log_s_TV, p_t_TV = (logits_TV(side, item)[:, :COMMON] for side in (student, asked.mllm))
+        scores = attended(directories["teacher"], item, "questions")
+        for place_N, score_N in zip(item.visual.nonzero().squeeze(1).split(TOKENS), scores, strict=True):
+            order = score_N.argsort(descending=True, stable=True)[: TOKENS if share == 1 else KEPT].tolist()
+            for n in order:
+                place = int(place_N[n])
+                value = kl_div(log_s_TV[place].log_softmax(0), p_t_TV[place].softmax(0), reduction="sum")
+                total += float(value) * TOKENS * float(score_N[n] / score_N[order].sum())
+            number += TOKENS
+    objective = by_the_questions(share)
+    whole = run(cut(records, [9]), objective, student, asked)
+    assert float(whole[0]["visual_kl"]) == pytest.approx(total / number, rel=1e-4)
+    plain = objective_of(visual_kl=VisualKL(), num_common=COMMON)
+    assert float(run(cut(records, [9]), plain, student, asked)[0]["visual_kl"]) != pytest.approx(
+        total / number, rel=1e-3
+    )
+    for sizes, packed in (([4, 5], False), ([2, 7], True)):
+        assert_same(run(cut(records, sizes, packed=packed), objective, student, asked), whole)
+
+
+def test_an_image_that_no_text_attends_to_weighs_its_tokens_alike(
+    student: MLLM, asked: Teacher, records: list[TinyRecord]
+) -> None:
+    class Unseen(Teacher):
+        def __call__(self, batch: Batch, student_features_INE: Tensor | None = None) -> Prediction:
+            said = super().__call__(batch, student_features_INE)
+            assert said.attended_IN is not None
+            return replace(said, attended_IN=0 * said.attended_IN)
+
+    unseen = Unseen(asked.mllm, shares_tower=False)
+    plain = objective_of(visual_kl=VisualKL(), num_common=COMMON)
+    batches = cut(records, [4, 5])
+    assert_same(run(batches, by_the_questions(1.0), student, unseen), run(batches, plain, student, asked))
+
+
 def test_many_answers_are_looked_at_a_part_at_a_time(
     teacher: Teacher, records: list[TinyRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,12 +400,12 @@ def test_a_teacher_that_shows_nothing_is_named(student: MLLM, teacher: Teacher, 
     (batch,) = cut(records[:1], [1])
     own = student(batch.student, student.image_features(batch.student))
     blind = replace(teacher(batch), attended_IN=None)
-    with pytest.raises(ValueError, match=r"a share of the visual tokens needs .* a teacher that is watched"):
+    with pytest.raises(ValueError, match=r"a share of the visual tokens, or weights, .* that is watched"):
         among(ALL, "visual_kl")(own, Taught(prediction=blind), batch, batch.counts())
     with pytest.raises(
         ValueError, match="what the teacher attends to is not stored: declare teacher='model'"
     ):
-        Reads(teacher="states", attended=(0.3, 0.7))
+        Reads(teacher="states", attended=(0.3, 0.7, "answers"))
     with pytest.raises(ValueError, match=r"visual_kl.first` \(0.7\) must be less than `last` \(0.3\)"):
         VisualKL(first=0.7, last=0.3)
 

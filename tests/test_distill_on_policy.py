@@ -259,8 +259,9 @@ def test_nothing_is_advised_of_a_step_without_labels(models: tuple[MLLM, Teacher
 def test_a_talk_says_what_is_read_before_its_answer() -> None:
     (talk,) = talks_of(batch_of(RECORDS[0]), max_length=LONG)
     assert isinstance(talk, Talk)
-    assert talk.prompt_ids.tolist() == [1, *[IMAGE_ID] * TOKENS, 2]
-    assert (talk.turn, talk.num_visual) == (0, TOKENS)
+    assert talk.prompt.ids.tolist() == [1, *[IMAGE_ID] * TOKENS, 2]
+    assert talk.prompt.visual.tolist() == [False, *[True] * TOKENS, False]
+    assert (talk.turn, talk.num_to_come) == (0, 2)
     assert not talk.answer(torch.tensor([100, 101]), is_ended=True)
-    assert talk.prompt_ids.tolist() == [1, *[IMAGE_ID] * TOKENS, 2, 100, 101, 6, 7]
-    assert talk.turn == 1
+    assert talk.prompt.ids.tolist() == [1, *[IMAGE_ID] * TOKENS, 2, 100, 101, 6, 7]
+    assert (talk.turn, talk.num_to_come) == (1, 1)

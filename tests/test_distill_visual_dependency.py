@@ -30,7 +30,8 @@ from llava_kd.distill.teaching.visual_dependency import VisuallyWeighed, Weighin
 from llava_kd.distill.terms.response_kl import ResponseKL
 from llava_kd.distill.token_policy import TokenPolicy
 from llava_kd.losses.targets.mixture import Voice
-from llava_kd.models.mllm import Prediction
+from llava_kd.models.files.checkpoint import load_stock
+from llava_kd.models.mllm import MLLM, Prediction
 
 RECORDS = [record(i, images=(1, 0, 2, 1)[i], answer=(6, 5, 11, 1)[i]) for i in range(4)]
 WEIGHING = Weighing(by="va", top=0.3, mass=0.8)
@@ -268,6 +269,22 @@ def test_a_further_target_does_not_depend_on_splits_or_packing(losses: str, kind
         other = step_of([batch_of(*rows) for rows in cut], objective, teaching)
         assert other[0] == pytest.approx(whole[0], rel=1e-5)
         torch.testing.assert_close(other[2], whole[2], rtol=1e-5, atol=1e-6)
+
+
+def test_the_students_habit_is_what_it_says_of_grey_pictures(student_dir: Path) -> None:
+    batch, student = batch_of((0, 2), (3,)), MLLM(load_stock(str(student_dir)).stock)
+    teaching = VisuallyWeighed(replace(WEIGHING, gamma=1.0), looks, student=student)
+    features_INE = student.image_features(batch.student)
+    said = student(batch.student, features_INE)
+    found = teaching.inside(batch, said, features_INE, teaching.outside(batch, None)).dependency
+    grey = replace(batch.student, pixels_ICHW=0 * batch.student.pixels_ICHW)
+    rows_N = grey.places.response_N
+    expected_BTD = student(grey, student.image_features(grey)).hidden_BTD
+    assert found is not None
+    assert found.own is not None
+    assert not found.own.hidden_NE.requires_grad
+    torch.testing.assert_close(found.own.hidden_NE, expected_BTD.flatten(0, 1)[rows_N])
+    assert not torch.allclose(found.own.hidden_NE, said.hidden_BTD.flatten(0, 1)[rows_N], atol=1e-3)
 
 
 def test_a_further_target_leaves_text_alone_as_it_was() -> None:

@@ -29,14 +29,14 @@ class RecordPass:
     bad_records: Path
 
     def batches(
-        self, todo: Sequence[int], source: Source, reader: AnySide
+        self, todo: Sequence[int], source: Source, reader: AnySide, teacher: AnySide | None = None
     ) -> Iterator[tuple[Batch, Sequence[int], set[int]]]:
         """This rank's share: every world-size-th batch, its record numbers, and which of them are its to do.
 
         A batch is `rows` records that follow each other in the data, also where some of them are done
         already: what a model says rounds with the company that a record is in. Each rank makes as many
         batches as the others, which a model that is spread over them needs: one that has a batch less
-        repeats the first, of which nothing is its to do.
+        repeats the first, of which nothing is its to do. With `teacher` a batch has that side too.
         """
         numbers_todo, rows = set(todo), self.rows
         blocks = sorted({number // rows for number in todo})
@@ -44,17 +44,19 @@ class RecordPass:
         repeated = blocks[:1] * (-(-len(blocks) // self.world.size) - len(own))
         # The last batch of the data may be short, so it stays last.
         order = [n for b in (*repeated, *own) for n in range(b * rows, min((b + 1) * rows, len(source)))]
-        loader = self._loader(order, source, reader)
+        loader = self._loader(order, source, reader, teacher)
         for step, batches in enumerate(loader.batches(0, loader.steps_per_epoch)):
             numbers = order[step * rows : (step + 1) * rows]
             is_own = step >= len(repeated)
             yield batches[0], numbers, numbers_todo.intersection(numbers) if is_own else set()
 
-    def _loader(self, order: Sequence[int], source: Source, reader: AnySide) -> Loader:
+    def _loader(
+        self, order: Sequence[int], source: Source, reader: AnySide, teacher: AnySide | None
+    ) -> Loader:
         return Loader(
             source=source,
             student=reader,
-            teacher=None,
+            teacher=teacher,
             order=Order(seed=0, global_batch_size=self.rows, micro_batch_size=self.rows, records=order),
             reading=Reading(
                 num_workers=self.settings.num_workers,

@@ -14,10 +14,16 @@ if TYPE_CHECKING:
 
 
 def add(data: Commands) -> None:
-    what = "choose the records that a teacher predicts better than a small reference does (MiniPLM)"
+    what = "choose records by how much better a teacher predicts them than a small reference does (MiniPLM), "
+    what += "or by how far the student is from its teacher"
     select = command(data, "select", _select, what, takes_settings=True)
     select.add_argument("config", help="YAML file of the stage; any setting may follow as --a.b=value")
-    select.add_argument("--reference", required=True, help="stock LLaVA directory of the small reference")
+    by = "how much better the teacher is than --reference, or how far the student is from it"
+    select.add_argument("--by", choices=["difference", "disagreement"], default="difference", help=by)
+    small = "of difference: stock LLaVA directory of the small reference"
+    select.add_argument("--reference", help=small)
+    own = "of disagreement: that of the student (default: the stage's student.checkpoint)"
+    select.add_argument("--with_student", help=own)
     # Not --teacher: as --teacher=null it is a setting of the stage.
     named = "stock LLaVA directory of the teacher (default: the stage's teacher.checkpoint)"
     select.add_argument("--with_teacher", help=named)
@@ -119,7 +125,13 @@ def _quota(text: str) -> tuple[str, float]:
 
 
 def _select(arguments: argparse.Namespace) -> int:
-    look_at_checkpoint(arguments.reference)
+    is_difference = arguments.by == "difference"
+    if (arguments.with_student if is_difference else arguments.reference) is not None:
+        named = ("--with_student", "disagreement") if is_difference else ("--reference", "difference")
+        raise ValueError(f"{named[0]} is of a choice by {named[1]}; leave it out, or give --by {named[1]}")
+    smaller = arguments.reference if is_difference else arguments.with_student
+    if smaller is not None:
+        look_at_checkpoint(smaller)
     look_at_stage(arguments.config, arguments.overrides)
     from llava_kd.assembly.curating.select import Selection, select
     from llava_kd.assembly.settings import load
@@ -129,7 +141,8 @@ def _select(arguments: argparse.Namespace) -> int:
     if len(quotas) < len(arguments.quota):
         raise ValueError("--quota names a group twice; give each one share")
     selection = Selection(
-        reference=arguments.reference,
+        by=arguments.by,
+        smaller=smaller,
         share=Share(keep=arguments.keep, quotas=quotas, pooled=arguments.pool),
         teacher=arguments.with_teacher,
         dtype=arguments.dtype,

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from llava_kd.curation.likelihoods import Likelihood
+
 AS_GOOD = 0.5  # the reference predicts at least this share of the answers as well as the teacher does
 DOUBTFUL = 0.6
 
@@ -97,6 +99,70 @@ class GroupRow:
     gap: float
     better: float
     kept_score: float | None
+
+
+class Differences:
+    """What is found of the records [R] of a choice by difference: by tokens where `same_tokens` were read.
+
+    Else by characters, and a record that the two read to different places has no score. Mean -log p of each
+    model is NaN for a bad record.
+    """
+
+    method = "difference sampling, arXiv 2410.17215"
+    legend = (
+        "Most valued: the teacher knows the answer, the reference does not. Least valued: the reference",
+        "finds the answer likelier than the teacher does, as it does wrong ones.",
+    )
+
+    def __init__(
+        self,
+        teacher: Mapping[int, Likelihood],
+        reference: Mapping[int, Likelihood],
+        num_records: int,
+        *,
+        same_tokens: bool,
+    ) -> None:
+        self.unit = "tokens" if same_tokens else "characters"
+        self._teacher, self.num_cut = teacher, 0
+        self.teacher_R, self.reference_R = np.full((2, num_records), np.nan)
+        for number in teacher.keys() & reference.keys():
+            told, guessed = teacher[number], reference[number]
+            if told.characters != guessed.characters:
+                self.num_cut += 1  # cut off at different places by max_length: not about the same text
+                continue
+            self.teacher_R[number], self.reference_R[number] = told.mean(self.unit), guessed.mean(self.unit)
+        self.score_R = self.reference_R - self.teacher_R
+
+    def line(self, number: int) -> dict[str, object]:
+        """Of `scores.jsonl`."""
+        told = self._teacher[number]
+        return {
+            "tokens": told.tokens,
+            "characters": told.characters,
+            "teacher": float(self.teacher_R[number]),
+            "reference": float(self.reference_R[number]),
+        }
+
+    def rows(self, is_kept_R: np.ndarray, groups: Sequence[str]) -> list[GroupRow]:
+        return group_rows(self.teacher_R, self.reference_R, is_kept_R, groups)
+
+    def table(self, rows: Sequence[GroupRow]) -> str:
+        return table(rows, self.unit)
+
+    def doubts(self, rows: Sequence[GroupRow]) -> list[str]:
+        return doubts(rows)
+
+    def notes(self) -> list[str]:
+        """What a user should know of how the records were compared."""
+        said = []
+        if self.num_cut:
+            said.append(
+                f"{self.num_cut} records are cut off by data.max_length at different places for the two "
+                "models and are counted as bad; raise data.max_length"
+            )
+        if self.unit == "characters":
+            said.append("the models read different tokens: means are over the characters of the answers")
+        return said
 
 
 def group_rows(

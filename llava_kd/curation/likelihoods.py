@@ -1,36 +1,27 @@
-"""What a model makes of answers, record by record, on disk: JSON lines, gone on with after a kill.
-
-Each rank appends to a file of its own, NAME.rankR.jsonl, in batches of whole lines.
-"""
+"""What a model makes of the answers of records: how likely it finds them."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llava_kd.batch import IGNORE_INDEX, Inputs
+from llava_kd.curation.score_files import Scored, ScoreFiles
 from llava_kd.data.text.encoder import Encoded
-from llava_kd.durable import Lines, make_folder
-from llava_kd.evaluation.answers import mend
 
 
 @dataclass(frozen=True, kw_only=True)
-class Likelihood:
+class Likelihood(Scored):
     """One record as a model reads it: `nll` is the sum of -log p over its answers' `tokens`.
 
     `characters` of its answers stand in those tokens: fewer than it has where its end was cut off. `crc` is
     of its id and tokens.
     """
 
-    number: int
-    id: str
     nll: float
     tokens: int
     characters: int
@@ -71,44 +62,8 @@ def characters(encoded: Encoded) -> int:
     return sum(reached.values())
 
 
-class Likelihoods:
+class Likelihoods(ScoreFiles[Likelihood]):
     """The files of one model in a folder."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
-
-    def begin(self) -> None:
-        """Cut off what a kill left half-written. One rank calls it, before any reads."""
-        make_folder(self._folder)
-        for path in self._paths():
-            mend(path)
-
-    def read(self) -> dict[int, Likelihood]:
-        """By record number. ValueError, with the line, for what is no likelihood."""
-        found: dict[int, Likelihood] = {}
-        for path in self._paths():
-            for place, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-                if not line:
-                    continue
-                try:
-                    one = Likelihood(**json.loads(line))
-                except (ValueError, TypeError) as error:
-                    raise ValueError(
-                        f"{path}, line {place} is no score ({error}); delete that line"
-                    ) from error
-                found[one.number] = one
-        return found
-
-    def append(self, rank: int, found: Iterable[Likelihood]) -> None:
-        """Whole lines, flushed to the system at once."""
-        lines = Lines(self._folder / f"{self._name}.rank{rank}.jsonl")
-        with closing(lines):
-            lines.write("".join(json.dumps(asdict(one)) + "\n" for one in found))
-
-    def _paths(self) -> list[Path]:
-        return sorted(self._folder.glob(f"{self._name}.rank*.jsonl"))
-
-
-def missing(found: Mapping[int, Likelihood], num_records: int) -> list[int]:
-    """Numbers that have none: never read, or bad when they were."""
-    return [number for number in range(num_records) if number not in found]
+        super().__init__(folder, name, Likelihood)

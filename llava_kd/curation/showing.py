@@ -6,12 +6,11 @@ Shape legend: R records.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from llava_kd.curation.joined import Joined
-from llava_kd.curation.likelihoods import Likelihood
 
 _TEXT_SHOWN = 300
 
@@ -19,12 +18,11 @@ _TEXT_SHOWN = 300
 def score_lines(
     source: Joined,
     groups: Sequence[str],
-    means: tuple[np.ndarray, np.ndarray],
+    score_R: np.ndarray,
     is_kept_R: np.ndarray,
-    scores: Sequence[Mapping[int, Likelihood]],
+    told: Callable[[int], dict[str, object]],
 ) -> Iterator[bytes]:
-    """A JSON object a record, in the order of the data. `means` [R] are the teacher's and the reference's."""
-    teacher_R, reference_R = means
+    """A JSON object a record, in the order of the data; `told`: what else there is of one with a score."""
     for number, group in enumerate(groups):
         line: dict[str, object] = {
             "number": number,
@@ -32,29 +30,21 @@ def score_lines(
             "source": source.name_of(number),
             "group": group,
         }
-        if np.isfinite(teacher_R[number]) and np.isfinite(reference_R[number]):
-            line |= {
-                "tokens": scores[0][number].tokens,
-                "characters": scores[0][number].characters,
-                "teacher": float(teacher_R[number]),
-                "reference": float(reference_R[number]),
-                "score": float(reference_R[number] - teacher_R[number]),
-                "kept": bool(is_kept_R[number]),
-            }
+        if np.isfinite(score_R[number]):
+            line |= told(number)
+            line |= {"score": float(score_R[number]), "kept": bool(is_kept_R[number])}
         else:
             line |= {"bad": True, "kept": False}
         yield json.dumps(line).encode() + b"\n"
 
 
-def examples(source: Joined, score_R: np.ndarray, groups: Sequence[str], *, count: int) -> str:
+def examples(
+    source: Joined, score_R: np.ndarray, groups: Sequence[str], legend: Sequence[str], *, count: int
+) -> str:
     """Markdown with the records of the highest and of the lowest scores; images by name."""
     order = np.argsort(-score_R, kind="stable")
     order = order[np.isfinite(score_R[order])]
-    parts = [
-        *("# The most and the least valued records", ""),
-        "Most valued: the teacher knows the answer, the reference does not. Least valued: the reference",
-        "finds the answer likelier than the teacher does, as it does wrong ones.",
-    ]
+    parts = ["# The most and the least valued records", "", *legend]
     for title, numbers in (("Most valued", order[:count]), ("Least valued", order[::-1][:count])):
         parts += ["", f"## {title}"]
         for number in numbers.tolist():

@@ -22,6 +22,8 @@ from llava_kd.losses.label import LabelRows, top_k_label_rows
 from llava_kd.losses.row_figures import row_figures
 from llava_kd.models.mllm import Prediction
 
+_LEAST = 1e-30  # of what a token is attended to
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
@@ -76,31 +78,42 @@ def choose(
     every = Chosen(rows=rows, factor_N=rows.is_shared_N)
     if request is None or teacher is None:
         return every
-    if request.share < 1:
-        return _most_attended(rows, request.share, batch, teacher, common.align)
+    if request.share < 1 or request.weighed:
+        return _attended(rows, request, batch, teacher, common.align)
     if request.trust != "all":
         factor_N = rows.is_shared_N * _trust(rows, request, student, teacher, common)
         return replace(every, factor_N=factor_N, is_counted=False)
     return every
 
 
-def _most_attended(
-    rows: Rows, share: float, batch: Batch, teacher: AnyPrediction, align: Align | None
+def _attended(
+    rows: Rows, request: HeadRequest, batch: Batch, teacher: AnyPrediction, align: Align | None
 ) -> Chosen:
-    """The same number of every image. Of one whose record has no response target, its first tokens."""
+    """The same number of every image, whose factors sum to all of its tokens.
+
+    Of an image that no text attends to, the first tokens, alike.
+    """
     attended_IM = teacher.attended_IN if isinstance(teacher, Prediction) else None
     if attended_IM is None:
-        raise ValueError("a share of the visual tokens needs the prediction of a teacher that is watched")
+        raise ValueError(
+            "a share of the visual tokens, or weights, needs the prediction of a teacher that is watched"
+        )
     attended_IN = attended_IM if align is None else align(attended_IM.unsqueeze(2)).squeeze(2)
     attended_JN = attended_IN[batch.student.places.valid_images_N]
     num_images, num_tokens = attended_JN.shape
-    kept = math.ceil(share * num_tokens - 1e-9)
+    kept = math.ceil(request.share * num_tokens - 1e-9)
     # Stable, so that ties fall alike on every device.
     order_JN = attended_JN.sort(dim=1, descending=True, stable=True).indices
     first_J1 = torch.arange(num_images, device=order_JN.device).unsqueeze(1) * num_tokens
     picked_N = (order_JN[:, :kept] + first_J1).flatten()
     taken = rows.take(picked_N)
-    factor_N = taken.is_shared_N * (num_tokens / max(kept, 1))
+    if request.weighed:
+        # Never 0, so that the host knows how many rows count.
+        chosen_JK = attended_JN.gather(1, order_JN[:, :kept]).float().clamp_min(_LEAST)
+        weight_N = (num_tokens * chosen_JK / chosen_JK.sum(1, keepdim=True)).flatten()
+    else:
+        weight_N = num_tokens / max(kept, 1)
+    factor_N = taken.is_shared_N * weight_N
     return Chosen(rows=taken, factor_N=factor_N, picked_N=picked_N)
 
 

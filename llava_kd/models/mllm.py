@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_kd.batch import Inputs
 from llava_kd.models.attention import packed as packed_attention
-from llava_kd.models.attention.answers import AnswerAttention
+from llava_kd.models.attention.answers import AnswerAttention, LookedAtBy
 from llava_kd.models.attention.visual import VisualMaps, Watcher, check_maps, watchable
 from llava_kd.models.taps import Tap, Taps, tapped_module
 from llava_kd.models.towers.stages import STAGE, stage_number
@@ -29,7 +29,7 @@ class Prediction:
 
     `head_gram_DD` is `head_VD.T @ head_VD` where it is known already, as for a head that never moves.
     `attention_LINN` is how the visual tokens of each image attend to each other, in watched layers.
-    `attended_IN` is how much the response tokens of their record attend to each visual token, there too.
+    `attended_IN` is how much the answers, or questions, of their record attend to each visual token, too.
     `tapped` is what went through watched modules, by the tap.
     """
 
@@ -69,6 +69,7 @@ class MLLM(nn.Module):
         super().__init__()
         self._watched: range | None = None
         self._watched_answers: range | None = None
+        self._looked_at_by: LookedAtBy = "answers"
         self._taps: Taps | None = None
         self._stages: dict[Tap, int] = {}
         self._staged: tuple[Tensor, dict[Tap, Tensor]] | None = None
@@ -140,12 +141,14 @@ class MLLM(nn.Module):
         check_maps(self.language_model, layers, dtype)
         self._watched = layers
 
-    def watch_answers(self, layers: range, dtype: torch.dtype = torch.float32) -> None:
-        """Let predictions show what response tokens attend to in these layers; as `watch_attention`."""
+    def watch_answers(
+        self, layers: range, dtype: torch.dtype = torch.float32, *, by: LookedAtBy = "answers"
+    ) -> None:
+        """Let predictions show what text attends to in these layers; as `watch_attention`."""
         setting = "objective.visual_kl"
         watchable(self.language_model, setting=setting)
         check_maps(self.language_model, layers, dtype, setting=setting)
-        self._watched_answers = layers
+        self._watched_answers, self._looked_at_by = layers, by
 
     def watch_taps(self, taps: Sequence[str]) -> None:
         """Let predictions hold what goes through these modules, such as `language_model.layers.12`.
@@ -193,7 +196,9 @@ class MLLM(nn.Module):
 
     def _predict(self, inputs: Inputs, features_INE: Tensor) -> Prediction:
         maps = None if self._watched is None else VisualMaps(self._watched, inputs)
-        answers = None if self._watched_answers is None else AnswerAttention(self._watched_answers, inputs)
+        answers = None
+        if self._watched_answers is not None:
+            answers = AnswerAttention(self._watched_answers, inputs, self._looked_at_by)
         watchers = [watcher for watcher in (maps, answers) if watcher is not None]
         embedded_BTD = self.language_model.get_input_embeddings()(inputs.input_ids_BT)
         projected_IND = self.project(features_INE.to(embedded_BTD.dtype))

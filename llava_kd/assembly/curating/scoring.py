@@ -12,7 +12,8 @@ from llava_kd.assembly.parts.stored_teacher import identity
 from llava_kd.assembly.parts.teacher import placed_teacher
 from llava_kd.assembly.record_pass import RecordPass, answer_rows
 from llava_kd.config import DataConfig, TeacherConfig
-from llava_kd.curation.likelihoods import Likelihood, Likelihoods, answer_sums, characters, missing
+from llava_kd.curation.likelihoods import Likelihood, Likelihoods, answer_sums, characters
+from llava_kd.curation.score_files import missing
 from llava_kd.data.batches.model_side import Side
 from llava_kd.data.sources.conversation import Source
 from llava_kd.data.text.template import Template

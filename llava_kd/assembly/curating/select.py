@@ -1,4 +1,4 @@
-"""`llava-kd data select`: which records of a stage are worth its steps, by a teacher and a small reference.
+"""`llava-kd data select`: which records of a stage are worth its steps, by a teacher and a smaller model.
 
 Shape legend: R records.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
+from llava_kd.assembly.curating.comparing import Comparison
 from llava_kd.assembly.curating.scoring import Say, Scorer
 from llava_kd.assembly.parts.data import open_sources
 from llava_kd.assembly.parts.stored_teacher import refuse_other
@@ -21,14 +23,16 @@ from llava_kd.assembly.runs.run_dir import locked
 from llava_kd.assembly.settings import tables_of
 from llava_kd.checksums import meta_checksum, sealed
 from llava_kd.config import Dtype, TeacherConfig, TrainConfig
-from llava_kd.curation.difference import GroupRow, Share, check_quotas, doubts, group_rows, kept, table
+from llava_kd.curation.difference import Differences, Share, check_quotas, kept
+from llava_kd.curation.disagreement import Disagreements
 from llava_kd.curation.joined import FILE, Joined, groups
-from llava_kd.curation.likelihoods import Likelihood
 from llava_kd.curation.showing import examples, score_lines
 from llava_kd.data.record_lists import write_lists
 from llava_kd.durable import write_whole
-from llava_kd.parallel.world import join, peers
+from llava_kd.parallel.world import World, join, peers
 
+By = Literal["difference", "disagreement"]
+Found = Differences | Disagreements
 CHOSEN, SCORES, TABLE, EXAMPLES, MANIFEST = (
     "chosen.json",
     "scores.jsonl",
@@ -42,17 +46,31 @@ CHOSEN, SCORES, TABLE, EXAMPLES, MANIFEST = (
 class Selection:
     """What is asked of `select`. `teacher` None is the stage's own; `dtype` None is its `teacher.dtype`.
 
+    `by` difference: `smaller` is the reference. By disagreement it is the student, None the stage's own.
+
     `group`: `file`, `folder` of the image, or a field of the records. `any_reference` goes on where the
     reference is as good as the teacher. `num_shown` examples of either end are written for a look.
     """
 
-    reference: str
     share: Share
+    smaller: str | None = None
+    by: By = "difference"
     teacher: str | None = None
     dtype: Dtype | None = None
     group: str = FILE
     any_reference: bool = False
     num_shown: int = 20
+
+    def __post_init__(self) -> None:
+        if self.by == "difference" and self.smaller is None:
+            raise ValueError("a choice by difference needs a small reference; name it with --reference DIR")
+        if self.by == "disagreement" and self.any_reference:
+            raise ValueError("--any_reference is of a choice by difference; leave it out")
+
+    @property
+    def second(self) -> str:
+        """What the smaller model is."""
+        return "reference" if self.by == "difference" else "student"
 
 
 def select(config: TrainConfig, out: str | Path, selection: Selection) -> str:
@@ -68,8 +86,12 @@ def select(config: TrainConfig, out: str | Path, selection: Selection) -> str:
         )
     directory = Path(out)
     teacher = _teacher(config, selection)
-    reference = replace(
-        teacher, checkpoint=selection.reference, template=config.student.template, quantize=None, cache=None
+    smaller = replace(
+        teacher,
+        checkpoint=selection.smaller or _student(config),
+        template=config.student.template,
+        quantize=None,
+        cache=None,
     )
     with peers(), ExitStack() as held:
         world = join(config.engine.device, timeout_minutes=config.engine.timeout_minutes)
@@ -84,7 +106,7 @@ def select(config: TrainConfig, out: str | Path, selection: Selection) -> str:
             of_R = groups(source, selection.group)
             models = [
                 Scorer.of(name, model, config.data, source, tables.templates)
-                for name, model in (("teacher", teacher), ("reference", reference))
+                for name, model in (("teacher", teacher), (selection.second, smaller))
             ]
             check_quotas(of_R, selection.share)
             identity = _checked(directory, {one.name: one.identity for one in models})
@@ -92,13 +114,25 @@ def select(config: TrainConfig, out: str | Path, selection: Selection) -> str:
             if world.is_main:
                 manifest = sealed({"format": 1, "identity": identity})
                 write_whole(directory / MANIFEST, [json.dumps(manifest, indent=1).encode() + b"\n"])
-        rows = config.micro_batch_size
-        scores = [one.score(world, directory / "scores", config.data, rows=rows, say=say) for one in models]
+        found = _found(selection, models, world, directory / "scores", config, say)
         with world.together():
-            choice = Choice.of(models, scores, of_R, selection)
+            choice = Choice.of(found, of_R, selection, {one.name: one.identity for one in models})
             if world.is_main:
                 choice.write(directory, source, say)
-        return table(choice.rows, choice.unit)
+        return found.table(choice.rows)
+
+
+def _found(
+    selection: Selection, models: Sequence[Scorer], world: World, folder: Path, config: TrainConfig, say: Say
+) -> Found:
+    """What the models, teacher first, make of the records."""
+    rows, number = config.micro_batch_size, len(models[0].source)
+    if selection.by == "disagreement":
+        pair = Comparison(teacher=models[0], student=models[1])
+        return Disagreements(pair.compare(world, folder, config.data, rows=rows, say=say), number)
+    teacher, reference = (one.score(world, folder, config.data, rows=rows, say=say) for one in models)
+    alike = [models[0].identity[what] == models[1].identity[what] for what in ("tokenizer", "data.template")]
+    return Differences(teacher, reference, number, same_tokens=all(alike))
 
 
 def _teacher(config: TrainConfig, selection: Selection) -> TeacherConfig:
@@ -111,6 +145,16 @@ def _teacher(config: TrainConfig, selection: Selection) -> TeacherConfig:
         dtype=selection.dtype or teacher.dtype,
         cache=None,
     )
+
+
+def _student(config: TrainConfig) -> str:
+    """As it is. ValueError for a stage whose student is yet to be made."""
+    if config.student.checkpoint is None:
+        raise ValueError(
+            "this stage makes a new student, which has no opinion yet; name one that has learned with "
+            "--with_student DIR, as the stage before leaves it"
+        )
+    return config.student.checkpoint
 
 
 def _checked(directory: Path, identity: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
@@ -142,65 +186,40 @@ def _checked(directory: Path, identity: Mapping[str, Mapping[str, str]]) -> dict
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Mean -log p [R] a `unit` of each model, NaN for a bad record, and what stays."""
+    """What was found of the records [R], and which of them stay."""
 
-    unit: str
-    teacher_R: np.ndarray
-    reference_R: np.ndarray
+    found: Found
     is_kept_R: np.ndarray
     groups: Sequence[str]
-    scores: tuple[Mapping[int, Likelihood], ...]
-    rows: Sequence[GroupRow]
+    rows: Sequence[Any]  # those of `found`
     selection: Selection
-    identity: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    num_cut: int = 0
+    identity: Mapping[str, Mapping[str, str]]
 
     @staticmethod
     def of(
-        models: Sequence[Scorer],
-        scores: Sequence[Mapping[int, Likelihood]],
-        groups: Sequence[str],
-        selection: Selection,
+        found: Found, groups: Sequence[str], selection: Selection, identity: Mapping[str, Mapping[str, str]]
     ) -> Choice:
-        """By tokens where both models read the same ones, else by characters."""
-        same = all(
-            models[0].identity[what] == models[1].identity[what] for what in ("tokenizer", "data.template")
-        )
-        unit = "tokens" if same else "characters"
-        teacher_R, reference_R = np.full((2, len(groups)), np.nan)
-        num_cut = 0
-        for number in scores[0].keys() & scores[1].keys():
-            told, guessed = scores[0][number], scores[1][number]
-            if told.characters != guessed.characters:
-                num_cut += 1  # cut off at different places by max_length: not about the same text
-                continue
-            teacher_R[number], reference_R[number] = told.mean(unit), guessed.mean(unit)
-        is_kept_R = kept(reference_R - teacher_R, groups, selection.share)
-        rows = group_rows(teacher_R, reference_R, is_kept_R, groups)
+        is_kept_R = kept(found.score_R, groups, selection.share)
         return Choice(
-            unit=unit,
-            teacher_R=teacher_R,
-            reference_R=reference_R,
+            found=found,
             is_kept_R=is_kept_R,
             groups=groups,
-            scores=tuple(scores),
-            rows=rows,
+            rows=found.rows(is_kept_R, groups),
             selection=selection,
-            identity={one.name: one.identity for one in models},
-            num_cut=num_cut,
+            identity=identity,
         )
 
     def write(self, directory: Path, source: Joined, say: Say) -> None:
         """The tables first, the list last: where that is there, all is.
 
-        Raises ValueError, with the tables written, for a reference as good as the teacher.
+        Raises ValueError, with the tables written, where the models leave nothing to choose by.
         """
         (directory / CHOSEN).unlink(missing_ok=True)
         self._write_tables(directory, source)
-        doubtful = [] if self.selection.any_reference else doubts(self.rows)
+        doubtful = [] if self.selection.any_reference else self.found.doubts(self.rows)
         made = {
-            "method": "difference sampling, arXiv 2410.17215",
-            "unit": self.unit,
+            "method": self.found.method,
+            "unit": self.found.unit,
             "selection": asdict(self.selection),
             "identity": {name: dict(own) for name, own in self.identity.items()},
             "groups": [asdict(row) for row in self.rows],
@@ -209,23 +228,17 @@ class Choice:
         write_lists(directory / CHOSEN, source.lists(self.is_kept_R), made=made)
         for line in doubtful:
             say(f"warning: {line}")
-        if self.num_cut:
-            say(
-                f"{self.num_cut} records are cut off by data.max_length at different places for the two "
-                "models and are counted as bad; raise data.max_length"
-            )
-        if self.unit == "characters":
-            say("the models read different tokens: means are over the characters of the answers")
+        for line in self.found.notes():
+            say(line)
         say(
             f"done: {int(self.is_kept_R.sum())} of {len(self.is_kept_R)} records stay; train with "
             f"--data.records={directory / CHOSEN}"
         )
 
     def _write_tables(self, directory: Path, source: Joined) -> None:
-        means = (self.teacher_R, self.reference_R)
-        lines = score_lines(source, self.groups, means, self.is_kept_R, self.scores)
+        score_R, told = self.found.score_R, self.found
+        lines = score_lines(source, self.groups, score_R, self.is_kept_R, told.line)
         write_whole(directory / SCORES, lines)
-        score_R = self.reference_R - self.teacher_R
-        shown = examples(source, score_R, self.groups, count=self.selection.num_shown)
+        shown = examples(source, score_R, self.groups, told.legend, count=self.selection.num_shown)
         write_whole(directory / EXAMPLES, [shown.encode("utf-8", "surrogatepass")])
-        write_whole(directory / TABLE, [f"{table(self.rows, self.unit)}\n".encode()])
+        write_whole(directory / TABLE, [f"{told.table(self.rows)}\n".encode()])

@@ -57,9 +57,11 @@ def _watch(terms: Mapping[str, Term], model: MLLM, dtype: torch.dtype) -> None:
 
 def _watch_answers(terms: Mapping[str, Term], teacher: MLLM, dtype: torch.dtype) -> None:
     asked = {name: term.reads.attended for name, term in terms.items()}
-    if (shares := _agreed(asked, "what the teacher attends to in")) is not None:
+    if (read := _agreed(asked, "what the teacher attends to in")) is not None:
+        first, last, by = read
         num_layers = len(teacher.language_model.layers)
-        teacher.watch_answers(middle_layers(num_layers, *shares, setting="objective.visual_kl"), dtype)
+        layers = middle_layers(num_layers, first, last, setting="objective.visual_kl")
+        teacher.watch_answers(layers, dtype, by=by)
 
 
 def tap_student(config: TrainConfig, student_mllm: MLLM) -> None:

@@ -17,6 +17,7 @@ from typing_extensions import Doc
 from llava_kd.batch import Batch
 from llava_kd.distill.rows import Place
 from llava_kd.losses.divergence import Divergence, Temperature
+from llava_kd.models.attention.answers import LookedAtBy
 from llava_kd.models.towers.stages import STAGE
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class Reads:
     student and teacher. `projector`: its output. `vocabulary`: tokens are compared by their number in it.
     `grids`: visual tokens are compared one by one. `head_gram`: the Gram matrix of a head, computed once for
     a frozen one. `attention`: in layers from one share of the depth to another. `attended`: how much the
-    teacher's response tokens attend to each visual token, in such layers. `switched`: the teacher over
-    the student's visual output, of its tower or projector. `student_taps` and `teacher_taps`: what goes
+    teacher's answers, or its questions, attend to each visual token, in such layers. `switched`: the teacher
+    over the student's visual output, of its tower or projector. `student_taps` and `teacher_taps`: what goes
     through modules of a model, by their paths, as `models.taps` writes them; a teacher's need the `model`.
     `before_decoder`: no gradient of the term reaches the language model. `centroids`: what the student said
     before, a mean for each label. `labels`: the answers' tokens, as the truth that a student's own are not.
@@ -52,7 +53,7 @@ class Reads:
     grids: bool = False
     head_gram: bool = False
     attention: tuple[float, float] | None = None
-    attended: tuple[float, float] | None = None
+    attended: tuple[float, float, LookedAtBy] | None = None
     switched: Literal["tower", "projector"] | None = None
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
@@ -107,15 +108,17 @@ class HeadRequest:
     """Logits that a term needs: the cross-entropy of their targets, or T^2 times a divergence, row by row.
 
     Requests of equal temperature and divergence go through the head together. `share`: of the visual tokens
-    of an image, those that the teacher's response tokens attend to most, each counting as one over the share
-    rows. `trust` in the teacher at a response token: full, full or none by whether its first choice is the
-    label, its probability of the label, or full where its cross-entropy there is below the student's
-    (`better`), or above it (`worse`), or where its `listed` largest logits hold the label or the student's
-    first choice, and none elsewhere; a row's divergence is multiplied by it.
+    of an image, those that the teacher's text attends to most, each counting as one over the share rows;
+    where they are `weighed`, by how much it attends to each, to the same sum. `trust` in the teacher at a
+    response token: full, full or none by whether its first choice is the label, its probability of the
+    label, or full where its cross-entropy there is below the student's (`better`), or above it (`worse`), or
+    where its `listed` largest logits hold the label or the student's first choice, and none elsewhere; a
+    row's divergence is multiplied by it.
     """
 
     place: Place
     share: float = 1.0
+    weighed: bool = False
     trust: Trust = "all"
     listed: int = 1
     temperature: Temperature = 1.0

@@ -11,17 +11,25 @@ from typing_extensions import Doc
 from llava_kd.distill.rows import Place
 from llava_kd.distill.terms.kl import KL
 from llava_kd.distill.terms.term import VISUAL_TOKENS, Denominator, HeadRequest, Reads
+from llava_kd.models.attention.answers import LookedAtBy
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisualKL(KL):
-    """With a `share`, a mean over the visual tokens of each image that the teacher attends to most."""
+    """With a `share`, a mean over the visual tokens of each image that the teacher attends to most.
+
+    `weighed`: by w_n = N a_n / sum a, a what its text attends to each of the N tokens (those of the share).
+    """
 
     share: Annotated[
         float,
         Interval(gt=0, le=1),
-        Doc("Of an image's visual tokens, those that the teacher's response tokens attend to most."),
+        Doc("Of an image's visual tokens, those that the teacher's text attends to most."),
     ] = 1.0
+    weighed: Annotated[bool, Doc("They count by how much it attends to each, and not alike.")] = False
+    looked_at_by: Annotated[
+        LookedAtBy, Doc("That text: the answers of the record, or all else in it, as its questions.")
+    ] = "answers"
     first: Annotated[
         float, Interval(ge=0, le=1), Doc("That attention: layers from this share of the teacher's depth.")
     ] = 0.3
@@ -40,9 +48,9 @@ class VisualKL(KL):
 
     @property
     def reads(self) -> Reads:
-        if self.share == 1:
+        if self.share == 1 and not self.weighed:
             return super().reads
-        return replace(super().reads, teacher="model", attended=(self.first, self.last))
+        return replace(super().reads, teacher="model", attended=(self.first, self.last, self.looked_at_by))
 
     def head_request(self) -> HeadRequest:
-        return replace(super().head_request(), share=self.share)
+        return replace(super().head_request(), share=self.share, weighed=self.weighed)

@@ -75,23 +75,37 @@ class Generator:
 
     def greedy(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Greedy continuation ids_BN with a KV cache; after its end token a row is filled with padding."""
-        return self._continued(inputs, None)
+        return self._read_whole(inputs, None)
 
     def written(self, inputs: Mapping[str, Tensor], ids: Sequence[str]) -> Tensor:
         """The continuation ids_BN of the questions with these ids, as `writing` says."""
-        if self.writing.is_greedy:
-            return self.greedy(inputs)
-        return self._continued(inputs, self.writing.draws(ids, self.max_new_tokens))
+        return self.greedy(inputs) if self.writing.is_greedy else self._read_whole(inputs, ids)
+
+    def new_cache(self) -> DynamicCache:
+        """Nothing read yet."""
+        return DynamicCache(config=self.model.config.get_text_config())
+
+    def _read_whole(self, inputs: Mapping[str, Tensor], names: Sequence[str] | None) -> Tensor:
+        given = {"input_ids": inputs["input_ids"]}
+        if "pixel_values" in inputs:
+            given["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return self.continued(given, inputs["attention_mask"], self.new_cache(), names)
 
     @torch.no_grad()
-    def _continued(self, inputs: Mapping[str, Tensor], uniform_BN: Tensor | None) -> Tensor:
-        device, dtype = self.model.device, self.model.dtype
-        mask_BT = inputs["attention_mask"].to(device)
-        given = {"input_ids": inputs["input_ids"].to(device)}
-        if "pixel_values" in inputs:
-            given["pixel_values"] = inputs["pixel_values"].to(device, dtype)
-        position_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
-        cache = DynamicCache(config=self.model.config.get_text_config())
+    def continued(
+        self, given: Mapping[str, Tensor], mask_BT: Tensor, cache: DynamicCache, names: Sequence[str] | None
+    ) -> Tensor:
+        """The continuation ids_BN of `given`, the last columns of T, behind those that the cache holds.
+
+        Rows are left-padded. Without `names` it is greedy; else `writing` decides. `cache` is then longer by
+        what was read: all but the last token.
+        """
+        device, is_greedy = self.model.device, names is None or self.writing.is_greedy
+        given = {name: value.to(device) for name, value in given.items()}
+        uniform_BN = None if is_greedy else self.writing.draws(names or (), self.max_new_tokens)
+        mask_BT = mask_BT.to(device)
+        read = given["inputs_embeds"] if "inputs_embeds" in given else given["input_ids"]
+        position_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)[:, -read.shape[1] :]
         end_ids = torch.tensor(self.end_ids, device=device)
         finished_B = torch.zeros(len(mask_BT), dtype=torch.bool, device=device)
         steps: list[Tensor] = []

@@ -18,6 +18,7 @@ from llava_kd.batch import Batch
 from llava_kd.distill.teaching.on_policy.talks import Talk, talks_of, with_answers
 from llava_kd.distill.teaching.pictures.draws import generator_of
 from llava_kd.evaluation.generation.generate import Generator, evaluation_mode
+from llava_kd.evaluation.generation.turns import Turns
 from llava_kd.training.trainer import Loader
 
 _ZERO = {
@@ -30,17 +31,11 @@ _ZERO = {
 
 
 @dataclass
-class _Asked:
+class Asked:
     """A talk of a step, and the pictures of its row."""
 
     talk: Talk
     pixels_ICHW: Tensor
-    tokens_per_image: int
-
-    @property
-    def shown_ICHW(self) -> Tensor:
-        """Pictures of the prompt so far."""
-        return self.pixels_ICHW[: self.talk.num_visual // max(self.tokens_per_image, 1)]
 
 
 @dataclass
@@ -64,54 +59,51 @@ class Writer:
         talks = [talks_of(batch, max_length=self.max_length) for batch in batches]
         asked = [one for batch, its in zip(batches, talks, strict=True) for one in _with_pictures(batch, its)]
         with self.inference(), evaluation_mode(self.generator.model):
-            while still_open := [one for one in asked if one.talk.room]:
-                # Of similar length together; the order is that of the step where they are equal.
-                still_open.sort(key=lambda one: len(one.talk.prompt_ids), reverse=True)
-                for first in range(0, len(still_open), self.batch_size):
-                    self._answer(still_open[first : first + self.batch_size], step)
+            # Those that end together; of them those of similar length, and else in the order of the step.
+            asked = sorted(
+                (one for one in asked if one.talk.room),
+                key=lambda one: (one.talk.num_to_come, len(one.talk.prompt.ids)),
+                reverse=True,
+            )
+            for first in range(0, len(asked), self.batch_size):
+                self._answer(asked[first : first + self.batch_size], step)
         self.counted["own_answers_s"] += time.perf_counter() - start
         return [with_answers(batch, its) for batch, its in zip(batches, talks, strict=True)]
 
-    def _answer(self, asked: Sequence[_Asked], step: int) -> None:
-        """One answer each."""
-        inputs = _left_padded(asked)
-        names = [f"{step} {one.talk.turn} {one.talk.name}" for one in asked]
+    def _answer(self, asked: Sequence[Asked], step: int) -> None:
+        """Every turn of these talks."""
+        talks = [one.talk for one in asked]
         try:
-            ids_BN = self.generator.written(inputs, names).cpu()
+            turns = Turns(self.generator, [one.pixels_ICHW for one in asked])
+            while which := [k for k, talk in enumerate(talks) if talk.room]:
+                prompts = [talks[k].prompt for k in which]
+                names = [f"{step} {talks[k].turn} {talks[k].name}" for k in which]
+                ids_BN = turns.written(which, [(one.ids, one.visual) for one in prompts], names).cpu()
+                for k, ids_N in zip(which, ids_BN, strict=True):
+                    self._take(talks[k], ids_N)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"answering {len(asked)} records at once needs more memory than there is beside training; "
                 "lower on_policy.batch_size, and the same command goes on from the last checkpoint"
             ) from error
-        ends = torch.tensor(self.generator.end_ids)
-        for one, ids_N in zip(asked, ids_BN, strict=True):
-            places = torch.isin(ids_N, ends).nonzero().squeeze(1).tolist()
-            answer_N = ids_N[: places[0] + 1] if places else ids_N
-            is_cut = one.talk.answer(answer_N, is_ended=bool(places))
-            self.counted["own_answers_written"] += 1
-            self.counted["own_answers_cut"] += is_cut
-            self.counted["own_answers_empty"] += places[:1] == [0]
-            self.counted["own_answer_tokens"] += len(answer_N)
+
+    def _take(self, talk: Talk, ids_N: Tensor) -> None:
+        """The answer, up to its end."""
+        places = torch.isin(ids_N, torch.tensor(self.generator.end_ids)).nonzero().squeeze(1).tolist()
+        answer_N = ids_N[: places[0] + 1] if places else ids_N
+        is_cut = talk.answer(answer_N, is_ended=bool(places))
+        self.counted["own_answers_written"] += 1
+        self.counted["own_answers_cut"] += is_cut
+        self.counted["own_answers_empty"] += places[:1] == [0]
+        self.counted["own_answer_tokens"] += len(answer_N)
 
 
-def _with_pictures(batch: Batch, talks: Sequence[Talk]) -> Iterator[_Asked]:
+def _with_pictures(batch: Batch, talks: Sequence[Talk]) -> Iterator[Asked]:
     inputs = batch.student
     per_image = len(inputs.places.visual_N) // max(inputs.num_images, 1)
     images_B = inputs.visual_BT.sum(1).cpu() // max(per_image, 1)
     for talk, pixels_ICHW in zip(talks, inputs.pixels_ICHW.split(images_B.tolist()), strict=True):
-        yield _Asked(talk, pixels_ICHW, per_image)
-
-
-def _left_padded(asked: Sequence[_Asked]) -> dict[str, Tensor]:
-    """What a stock LLaVA reads of the prompts."""
-    prompts = [one.talk.prompt_ids for one in asked]
-    ids_BT = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left")
-    lengths_B1 = torch.tensor([[len(prompt)] for prompt in prompts])
-    length = ids_BT.shape[1]
-    mask_BT = (torch.arange(length).unsqueeze(0) >= length - lengths_B1).long()
-    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
-    pixels_ICHW = torch.cat([one.shown_ICHW for one in asked])
-    return inputs if len(pixels_ICHW) == 0 else {**inputs, "pixel_values": pixels_ICHW}
+        yield Asked(talk, pixels_ICHW)
 
 
 class OwnAnswersLoader:

@@ -92,14 +92,15 @@ class Talk:
         return max(0, self._max_length - max(side.length_asked for side in self._sides))
 
     @property
-    def prompt_ids(self) -> Tensor:
-        """What the student reads up to the answer."""
-        return torch.cat(self._sides[0].ids)
+    def prompt(self) -> Prompt:
+        """What the student reads up to the answer, from the first token on."""
+        side = self._sides[0]
+        return Prompt(torch.cat(side.ids), torch.cat(side.visual))
 
     @property
-    def num_visual(self) -> int:
-        """Of them, those of images."""
-        return sum(int(visual.sum()) for visual in self._sides[0].visual)
+    def num_to_come(self) -> int:
+        """Prompts behind the one that is asked now."""
+        return len(self._sides[0].prompts)
 
     def answer(self, ids: Tensor, *, is_ended: bool) -> bool:
         """Take the answer, its end token included, as far as there is room; whether it was cut."""
