@@ -77,9 +77,9 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def check(self) -> dict[str, list]:
+    def check(self, within: str = "body") -> dict[str, list]:
         """What `page_checks.js` finds, by kind; a page without a fault has empty lists."""
-        return self.evaluate(f"{CHECKS}; pageFaults()")
+        return self.evaluate(f"{CHECKS}; pageFaults({within!r})")
 
     def press(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):

@@ -1,5 +1,5 @@
-// What a reader could not see, reach or hear of a page, by kind. Contrast as WCAG 2.2 computes it.
-function pageFaults() {
+// What a reader could not see, reach or hear of a page, by kind; its text inside `within`. Contrast as WCAG 2.2 computes it.
+function pageFaults(within = "body") {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   canvas.canvas.width = canvas.canvas.height = 1;
 
@@ -33,7 +33,8 @@ function pageFaults() {
     const pair = [luminance(over(front, back)), luminance(back)].sort((a, b) => b - a);
     return (pair[0] + 0.05) / (pair[1] + 0.05);
   }
-  const seen = (element) => element.checkVisibility({ visibilityProperty: true }) && element.getClientRects().length > 0;
+  const seen = (element) => element.checkVisibility({ visibilityProperty: true, opacityProperty: true }) && element.getClientRects().length > 0;
+  const root = document.querySelector(within);
   const name = (element) => `${element.tagName.toLowerCase()}.${element.getAttribute("class") ?? ""}`;
   const short = (text) => text.trim().replace(/\s+/g, " ").slice(0, 40);
 
@@ -47,7 +48,7 @@ function pageFaults() {
     }
   }
 
-  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const texts = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
   let read = 0;
   for (let node = texts.nextNode(); node; node = texts.nextNode()) {
     const element = node.parentElement;
@@ -59,7 +60,7 @@ function pageFaults() {
     const size = parseFloat(style.fontSize) * (element.getScreenCTM?.().a ?? 1);  // as a chart is drawn
     if (size < 9) faults.small.push(`${size.toFixed(1)} px ${name(element)}: ${short(node.data)}`);
   }
-  for (const element of document.body.querySelectorAll("*")) {
+  for (const element of root.querySelectorAll("*")) {
     for (const which of ["::before", "::after"]) {
       const style = getComputedStyle(element, which);
       if (!/^"\s*\S/.test(style.content) || !seen(element)) continue;
