@@ -97,6 +97,27 @@ def test_a_worked_setting_fits_the_recipe(text: str, tmp_path: Path, monkeypatch
     assert isinstance(load(tmp_path / "stage.yaml"), TrainConfig)
 
 
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub and MkDocs write them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    words = [re.sub(r"[`*\[\]]|\(.*?\)", "", line).lower() for line in re.findall(r"^#+ (.*)", text, re.M)]
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", word)).strip("-") for word in words}
+
+
+@pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md"])
+def test_every_link_of_a_page_leads_to_a_file_and_a_heading(name: str) -> None:
+    page = ROOT / name
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, heading = target.partition("#")
+        found = page.parent / path if path else page
+        assert found.exists(), target
+        assert not heading or heading in anchors(found), target
+        if page.parent.name in ("docs", "methods"):
+            assert ROOT / "docs" in found.resolve().parents, f"{target} is no page of the site"
+
+
 def readme_commands() -> list[str]:
     text = "".join(blocks("README.md", "bash"))
     return [line.split("#")[0].strip() for line in text.splitlines() if line.split("#")[0].strip()]

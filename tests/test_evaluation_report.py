@@ -116,8 +116,8 @@ def test_the_page_loads_nothing_and_escapes_what_models_say(run_dir: Path) -> No
 
 def test_the_page_has_a_row_for_each_type_and_a_chart_for_each_term(run_dir: Path) -> None:
     page = report(run_dir, terms=labels()).read_text(encoding="utf-8")
-    assert "<td>colour</td><td>100.0</td><td>25.0</td><td>62.5</td>" in page
-    assert "<td>count</td><td>75.0</td><td>12.5</td><td>50.0</td>" in page
+    assert '<th scope="row">colour</th><td>100.0</td><td>25.0</td><td>62.5</td>' in page
+    assert '<th scope="row">count</th><td>75.0</td><td>12.5</td><td>50.0</td>' in page
     assert page.count('class="curve baseline"') == 2
     assert page.count('class="curve distilled"') == 4
     assert "visual_kl" not in page

@@ -48,7 +48,7 @@ class Balanced(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
         self.count[tag] = self.count.get(tag, 0) + 1
-        if tag not in ("meta", "img", "line", "polyline", "circle"):
+        if tag not in ("meta", "img", "input", "line", "polyline", "circle"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -85,7 +85,7 @@ def test_one_run_is_a_page_of_what_it_reached(tmp_path: Path, capsys) -> None:
         "state": "finished",
         "steps": "40",
         "last loss": "0.075",
-        "samples a second": "100",
+        "samples/s": "100",
     }
     assert "what another picture costs" in text
     assert "slice/val" in text
@@ -104,8 +104,8 @@ def test_runs_are_told_apart_and_their_differences_shown(tmp_path: Path) -> None
         ["objective.cross_entropy.weight", "1.0", "0.5"],
     ]
     chart = text.split("cross_entropy over optimiser steps</title>")[1].split("</svg>")[0]
-    assert 'class="curve run0"' in chart
-    assert 'class="curve run1"' in chart
+    assert 'class="curve run0 only0"' in chart
+    assert 'class="curve run1 only1"' in chart
 
 
 def test_a_run_that_goes_on_is_shown_as_far_as_it_is(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from llava_kd.models.files.checkpoint import save_stock
 from llava_kd.models.files.convert.converting import convert
 from llava_kd.models.files.export import export
 from llava_kd.models.files.gguf.exporting import export_gguf
+from llava_kd.models.files.hub import push
 from llava_kd.models.towers.vision_tower import text_config
 
 
@@ -54,3 +55,8 @@ def export_to(
             f"--dtype {dtype} is a type of GGUF; with --format hf it must be one of {sorted(DTYPES)}"
         )
     return export(source, out, dtype=None if dtype is None else DTYPES[dtype], scores=scores)
+
+
+def push_to(directory: str, repo_id: str, *, private: bool = False) -> str:
+    """The address of an export on the hub; see `push`."""
+    return push(directory, repo_id, private=private)

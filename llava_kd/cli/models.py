@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from llava_kd.assembly.early import look_at_checkpoint, look_at_model, look_at_source
-from llava_kd.cli.words import Commands, add_plugins, command, count, plugins
+from llava_kd.cli.words import Commands, add_plugins, command, count, plugins, show
 
 
 def add(commands: Commands) -> None:
@@ -30,6 +30,13 @@ def add(commands: Commands) -> None:
     export.add_argument("--scores", nargs="*", default=[], help="summary.json files of `llava-kd eval`")
 
     add_plugins(export, "the tower of the model")
+
+    push = command(
+        commands, "push", _push, "upload an export with scores in its card to the Hugging Face hub"
+    )
+    push.add_argument("directory", help="of `llava-kd export --scores`")
+    push.add_argument("repo_id", metavar="OWNER/NAME", help="made on the hub where it is not there")
+    push.add_argument("--private", action="store_true", help="where it is made: for you alone to see")
 
     chat = command(commands, "chat", _chat, "talk about images, answer by answer")
     chat.add_argument("--model", required=True, help="stock LLaVA directory")
@@ -66,6 +73,13 @@ def _export(arguments: argparse.Namespace) -> int:
         layout=arguments.format,
     ):
         print(f"note: {note}")
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.checkpoints import push_to
+
+    show(push_to(arguments.directory, arguments.repo_id, private=arguments.private))
     return 0
 
 

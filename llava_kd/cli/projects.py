@@ -31,6 +31,13 @@ def add(commands: Commands) -> None:
         "--skip_bad", action="store_true", help="leave bad records out, such as of missing pictures"
     )
 
+    recipes = commands.add_parser("recipes", help="list and copy the stage files of the package")
+    kinds = recipes.add_subparsers(dest="command", required=True)
+    command(kinds, "list", _recipes_list, "say which recipes there are")
+    taken = command(kinds, "copy", _recipes_copy, "write the files of a recipe, to be changed, into a folder")
+    taken.add_argument("name", help="as `llava-kd recipes list` shows it")
+    taken.add_argument("directory", help="new folder")
+
     watch = command(commands, "watch", _watch, "draw the losses, speed and time left of a run from its files")
     watch.add_argument(
         "directory", metavar="RUN", help="output_dir of a run, or a folder of runs: the one that wrote last"
@@ -84,6 +91,20 @@ def _init(arguments: argparse.Namespace) -> int:
         language_model=arguments.language_model,
     )
     show("\n".join(begin(arguments.directory, data, models, arguments.overrides)))
+    return 0
+
+
+def _recipes_list(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.projects.recipes import listed
+
+    show("\n".join(listed()))
+    return 0
+
+
+def _recipes_copy(arguments: argparse.Namespace) -> int:
+    from llava_kd.assembly.projects.recipes import copy
+
+    show("\n".join(copy(arguments.name, arguments.directory)))
     return 0
 
 

@@ -22,6 +22,7 @@ from llava_kd.evaluation.report.results import (
     read_run,
 )
 from llava_kd.evaluation.report.style import html_page
+from llava_kd.evaluation.report.tables import card, facts, row, table
 from llava_kd.evaluation.scorers.exact import is_correct
 
 # docs/diagnostics.md; the gradients of the terms come first.
@@ -143,12 +144,11 @@ def _by_type(run: Run) -> str:
     rows = [_score_row(kind, dots[kind]) for kind in kinds]
     total = {role: _accuracy(group) for role, group in models.items()}
     rows.append(_score_row("all questions", total, style="total"))
-    head = "".join(f"<th>{NAMES[role]}</th>" for role in models)
+    head = ["%", *(NAMES[role] for role in models), "gain, points"]
     return (
         f"<h2>By question type</h2>{_legend(list(models))}"
         f'<div class="pair"><div class="card">{dot_rows(dots, title="Accuracy by question type")}</div>'
-        f'<div class="card"><table><tr><th>%</th>{head}<th>gain, points</th></tr>{"".join(rows)}</table>'
-        "</div></div>"
+        f"{card('Accuracy by question type', table(head, rows))}</div>"
     )
 
 
@@ -160,17 +160,17 @@ def _by_noise(run: Run) -> str:
     if not levels:
         return ""
     rows = [_score_row(level, {role: scores[role][level] for role in models}) for level in levels]
-    head = "".join(f"<th>{NAMES[role]}</th>" for role in models)
-    table = f"<table><tr><th>noise</th>{head}<th>gain, points</th></tr>{''.join(rows)}</table>"
-    note = "Accuracy in %; noise as a standard deviation, of the range of a pixel."
-    return f'<h2>By noise of the picture</h2><p class="note">{note}</p><div class="card narrow">{table}</div>'
+    head = ["noise", *(NAMES[role] for role in models), "gain, points"]
+    note = "Accuracy in %; noise as a standard deviation, as a share of the range of a pixel."
+    shown = card("Accuracy by noise", table(head, rows), style="narrow")
+    return f'<h2>By noise of the picture</h2><p class="note">{note}</p>{shown}'
 
 
 def _score_row(name: str, scores: Mapping[str, float], style: str = "") -> str:
-    cells = "".join(f"<td>{100 * value:.1f}</td>" for value in scores.values())
+    cells = [f"{100 * value:.1f}" for value in scores.values()]
     gain = scores["distilled"] - scores["baseline"]
     sign = "up" if gain > 0 else "down" if gain < 0 else ""
-    return f'<tr class="{style}"><td>{escape(name)}</td>{cells}<td class="{sign}">{_points(gain)}</td></tr>'
+    return row(name, cells, style=style, last=f'<td class="{sign}">{_points(gain)}</td>')
 
 
 def _seeds(run: Run) -> str:
@@ -183,9 +183,8 @@ def _seeds(run: Run) -> str:
             "distilled": models[run.distilled].accuracy,
         }
         rows.append(_score_row(f"seed {seed}", scores))
-    head = f"<th>{NAMES['baseline']}</th><th>{NAMES['distilled']}</th><th>gain, points</th>"
-    table = f"<table><tr><th>%</th>{head}</tr>{''.join(rows)}</table>"
-    return f'<h2>By seed</h2><div class="card narrow">{table}</div>'
+    head = ["%", NAMES["baseline"], NAMES["distilled"], "gain, points"]
+    return f"<h2>By seed</h2>{card('Accuracy by seed', table(head, rows), style='narrow')}"
 
 
 def _losses(run: Run, terms: Mapping[str, str]) -> str:
@@ -296,11 +295,10 @@ def _card(run: Run, name: str, distilled: Mapping[str, str], baseline: Mapping[s
 
 def _facts(run: Run) -> str:
     models = _models(run)
-    facts = {f"seconds, {name}": f"{value:,.0f}" for name, value in run.seconds.items()}
-    facts |= {f"seconds to answer, {NAMES[r].lower()}": f"{m[0].seconds:,.1f}" for r, m in models.items()}
-    facts |= {name: value for name, value in run.settings.items() if name != "note"}
-    facts |= {name: value for name, value in models["distilled"][0].versions.items()}
-    rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in facts.items())
+    known = {f"seconds, {name}": f"{value:,.0f}" for name, value in run.seconds.items()}
+    known |= {f"seconds to answer, {NAMES[r].lower()}": f"{m[0].seconds:,.1f}" for r, m in models.items()}
+    known |= {name: value for name, value in run.settings.items() if name != "note"}
+    known |= {name: value for name, value in models["distilled"][0].versions.items()}
     first = run.directory / f"seed{next(iter(run.seeds))}" / run.distilled
     recipes = sorted(first.glob("*/config.yaml"))
     shown = "".join(
@@ -308,4 +306,5 @@ def _facts(run: Run) -> str:
         f"<pre>{escape(p.read_text(encoding='utf-8'))}</pre></details>"
         for p in recipes
     )
-    return f'<h2>Settings, versions, time</h2><div class="card facts"><table>{rows}</table></div>{shown}'
+    listed = card("Settings, versions, time", facts(list(known.items())), style="facts")
+    return f"<h2>Settings, versions, time</h2>{listed}{shown}"

@@ -14,15 +14,16 @@ from llava_kd.evaluation.report.pictures import thumbnail
 from llava_kd.evaluation.report.results import Evaluated
 from llava_kd.evaluation.report.stage_runs import StageRun, differing
 from llava_kd.evaluation.report.style import html_page
+from llava_kd.evaluation.report.tables import card, facts, row, table
 from llava_kd.evaluation.scorers.exact import is_correct
 
 COLOURS = 8  # of the style sheet; more runs begin again
 EXAMPLES = 12
 COSTS = {
-    "samples_per_s": "samples a second",
-    "seconds_per_step": "seconds a step",
-    "data_wait_share": "share of the time that waits for data",
-    "peak_memory_gb": "GB of GPU memory at most",
+    "samples_per_s": "samples/s",
+    "seconds_per_step": "s/step",
+    "data_wait_share": "waits for data",
+    "peak_memory_gb": "peak GB",
 }
 OF_THE_RUN = {"loss": "all terms, weighted", "grad_norm": "norm of the gradient", "lr": "learning rate"}
 
@@ -44,7 +45,7 @@ def write_runs_page(runs: Sequence[StageRun], out_html: str | Path, terms: Mappi
     ]
     out_html = Path(out_html)
     make_folder(out_html.parent)
-    write_text(out_html, html_page("Training report", sections))
+    write_text(out_html, html_page("Training report", sections, more_css=_hiding(runs)))
     return out_html
 
 
@@ -57,20 +58,13 @@ def _headline(runs: Sequence[StageRun]) -> str:
     count = "One run" if len(runs) == 1 else f"{len(runs)} runs"
     lead = f"{count}, {'finished' if done == len(runs) else f'{done} of them finished'}."
     figures = [name for name in COSTS if any(run.last(name) is not None for run in runs)]
-    head = "".join(f"<th scope='col'>{escape(COSTS[name])}</th>" for name in figures)
     rows = []
     for run in runs:
-        cells = "".join(f"<td>{_number(run.last(name))}</td>" for name in figures)
         steps = f"{run.lines[-1]['step']:,.0f}" if run.lines else "0"
-        rows.append(
-            f"<tr><th scope='row'>{escape(run.name)}</th><td>{run.state}</td><td>{steps}</td>"
-            f"<td>{_number(run.last('loss'))}</td>{cells}</tr>"
-        )
-    table = (
-        "<table><thead><tr><th scope='col'>run</th><th scope='col'>state</th><th scope='col'>steps</th>"
-        f"<th scope='col'>last loss</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    )
-    return f'<h1>Training report</h1><p class="lead">{lead}</p><div class="card">{table}</div>'
+        reached = [_number(run.last(name)) for name in ("loss", *figures)]
+        rows.append(row(run.name, [run.state, steps, *reached]))
+    head = ["run", "state", "steps", "last loss", *(COSTS[name] for name in figures)]
+    return f'<h1>Training report</h1><p class="lead">{lead}</p>{card("The runs", table(head, rows))}'
 
 
 def _number(value: float | None) -> str:
@@ -80,8 +74,19 @@ def _number(value: float | None) -> str:
 def _legend(runs: Sequence[StageRun]) -> str:
     if len(runs) == 1:
         return ""
-    names = "".join(f'<span class="{_colour(k)}">{escape(run.name)}</span>' for k, run in enumerate(runs))
-    return f'<div class="legend">{names}</div>'
+    names = "".join(
+        f'<label class="{_colour(k)} only{k}"><input type="checkbox" checked> {escape(run.name)}</label>'
+        for k, run in enumerate(runs)
+    )
+    return f'<fieldset class="legend"><legend>Shown in the charts</legend>{names}</fieldset>'
+
+
+def _hiding(runs: Sequence[StageRun]) -> str:
+    """Rules by which the ticks of the legend hide curves, without a script."""
+    return "".join(
+        f"main:has(.legend .only{k} input:not(:checked)) .curve.only{k}{{display:none}}"
+        for k in range(len(runs))
+    )
 
 
 def _asked(runs: Sequence[StageRun]) -> dict[str, str]:
@@ -123,7 +128,7 @@ def _lines(runs: Sequence[StageRun], name: str) -> list[Line]:
         rows = [line for line in run.lines if name in line]
         values = smooth([row[name] for row in rows], window=max(1, len(rows) // 40))
         if any(values):
-            lines.append(Line(_colour(place), tuple(row["step"] for row in rows), values))
+            lines.append(Line(f"{_colour(place)} only{place}", tuple(row["step"] for row in rows), values))
     return lines
 
 
@@ -133,22 +138,19 @@ def _scores(runs: Sequence[StageRun]) -> str:
     if not scored:
         return ""
     kinds = sorted({kind for *_, found in scored for kind in found.by_type})
-    head = "".join(f"<th scope='col'>{escape(kind)}</th>" for kind in kinds)
     rows = [
-        f"<tr><th scope='row'>{escape(name)}, {escape(test)}</th><td>{found.count:,}</td>"
-        f"<td>{100 * found.accuracy:.1f}</td>"
-        + "".join(
-            f"<td>{100 * found.by_type[k]:.1f}</td>" if k in found.by_type else "<td>-</td>" for k in kinds
+        row(
+            f"{name}, {test}",
+            [f"{found.count:,}", f"{100 * found.accuracy:.1f}", *_percents(found.by_type, kinds)],
         )
-        + "</tr>"
         for name, test, found in scored
     ]
-    return (
-        "<h2>Scores</h2><div class='card'><table><thead><tr><th scope='col'>%</th>"
-        f"<th scope='col'>questions</th><th scope='col'>all</th>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-        f"{_by_noise(scored)}"
-    )
+    shown = card("Scores", table(["%", "questions", "all", *kinds], rows))
+    return f"<h2>Scores</h2>{shown}{_by_noise(scored)}"
+
+
+def _percents(shares: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    return [f"{100 * shares[name]:.1f}" if name in shares else "-" for name in names]
 
 
 def _by_noise(scored: Sequence[tuple[str, str, Evaluated]]) -> str:
@@ -157,17 +159,10 @@ def _by_noise(scored: Sequence[tuple[str, str, Evaluated]]) -> str:
     if not asked:
         return ""
     levels = sorted({level for *_, by_noise in asked for level in by_noise}, key=float)
-    head = "".join(f"<th scope='col'>{escape(level)}</th>" for level in levels)
-    rows = [
-        f"<tr><th scope='row'>{escape(name)}, {escape(test)}</th>"
-        + "".join(f"<td>{100 * own[level]:.1f}</td>" if level in own else "<td>-</td>" for level in levels)
-        + "</tr>"
-        for name, test, own in asked
-    ]
+    rows = [row(f"{name}, {test}", _percents(own, levels)) for name, test, own in asked]
     return (
-        "<p class='note'>By noise of the picture: accuracy in %, noise as a standard deviation, of the range "
-        "of a pixel.</p><div class='card'><table><thead><tr><th scope='col'>noise</th>"
-        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        "<p class='note'>By noise of the picture: accuracy in %, noise as a standard deviation, as a share "
+        f"of the range of a pixel.</p>{card('Accuracy by noise', table(['noise', *levels], rows))}"
     )
 
 
@@ -221,36 +216,27 @@ def _card(directory: Path, name: str, answers: Mapping[str, Mapping[str, Mapping
 
 
 def _differences(runs: Sequence[StageRun]) -> str:
-    rows = differing(runs)
-    rows.pop("output_dir", None)
-    if len(runs) == 1 or not rows:
+    settings = differing(runs)
+    settings.pop("output_dir", None)
+    if len(runs) == 1 or not settings:
         return ""
-    head = "".join(f"<th scope='col'>{escape(run.name)}</th>" for run in runs)
-    body = "".join(
-        f"<tr><th scope='row'>{escape(name)}</th>{''.join(f'<td>{escape(v)}</td>' for v in values)}</tr>"
-        for name, values in rows.items()
-    )
-    return (
-        "<h2>Settings that differ</h2><div class='card'><table class='words'><thead><tr>"
-        f"<th scope='col'>setting</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    head = ["setting", *(run.name for run in runs)]
+    shown = table(head, [row(name, values) for name, values in settings.items()], style="words")
+    return f"<h2>Settings that differ</h2>{card('Settings that differ', shown)}"
 
 
 def _facts(runs: Sequence[StageRun]) -> str:
     shown = []
     for run in runs:
         record = run.record or {}
-        facts = {"directory": str(run.directory), "commit": str(record.get("commit") or "-")}
-        facts |= {name: str(value) for name, value in record.get("versions", {}).items()}
+        known = {"directory": str(run.directory), "commit": str(record.get("commit") or "-")}
+        known |= {name: str(value) for name, value in record.get("versions", {}).items()}
         if parent := record.get("parent"):
-            facts["goes on from"] = str(parent.get("run", "-"))
-        rows = "".join(
-            f"<tr><th scope='row'>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts.items()
-        )
+            known["goes on from"] = str(parent.get("run", "-"))
         text = (run.directory / "config.yaml").read_text(encoding="utf-8")
         shown.append(
             f"<details><summary>{escape(run.name)}: where it comes from, and its resolved settings</summary>"
-            f"<div class='card facts'><table><tbody>{rows}</tbody></table></div>"
+            f"{card(f'Where {run.name} comes from', facts(list(known.items())), style='facts')}"
             f"<pre>{escape(text)}</pre></details>"
         )
     return f"<h2>Settings and versions</h2>{''.join(shown)}"

@@ -7,8 +7,8 @@ from html import escape
 
 CSS = """
 :root{color-scheme:light dark;--bg:#fbfaf8;--card:#fff;--ink:#1c1f23;--soft:#5d646e;--line:#e4e1db;
---teacher:#7a808a;
---baseline:#d9822b;--distilled:#2468c9;--good:#1d7f4e;--bad:#b8372f;--wash:#eef4fc;
+--teacher:#6b717b;
+--baseline:#b45f06;--distilled:#2468c9;--good:#1d7f4e;--bad:#b8372f;--wash:#eef4fc;
 --run0:#2468c9;--run1:#b45f06;--run2:#1d7f4e;--run3:#8e3db8;--run4:#b8372f;--run5:#0b7a8a;--run6:#7a6a00;--run7:#5d646e}
 @media(prefers-color-scheme:dark){:root{--bg:#14171b;--card:#1c2026;--ink:#e9eaec;--soft:#9aa2ad;
 --line:#2e343c;
@@ -31,8 +31,8 @@ p{margin:0 0 16px;max-width:72ch}.lead{font-size:17px;color:var(--soft)}.lead b{
 .tile.teacher strong{color:var(--teacher)}.tile.baseline strong{color:var(--baseline)}
 .tile.distilled strong{color:var(--distilled)}.tile.gain{background:var(--wash)}
 .legend{display:flex;flex-wrap:wrap;gap:6px 22px;margin:8px 0 14px;font-size:14px;color:var(--soft)}
-.legend span::before{content:"";display:inline-block;width:11px;height:11px;border-radius:50%;
-margin-right:8px}
+.legend span::before,.legend label::before{content:"";display:inline-block;width:11px;height:11px;
+border-radius:50%;margin-right:8px}
 .legend .teacher::before{background:var(--teacher)}.legend .baseline::before{background:var(--baseline)}
 .legend .distilled::before{background:var(--distilled)}
 .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:18px 20px;
@@ -42,7 +42,7 @@ table{border-collapse:collapse;width:100%;font-size:14.5px}
 th,td{text-align:right;padding:7px 8px;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child,td:first-child{text-align:left;padding-left:0}td:last-child,th:last-child{padding-right:0}
 th{color:var(--soft);font-weight:550;font-size:13px;vertical-align:bottom}
-tr:last-child td,tbody tr:last-child th{border-bottom:0}tr.total td{font-weight:650}
+tr:last-child td,tbody tr:last-child th{border-bottom:0}tr.total>*{font-weight:650}
 td.up{color:var(--good)}td.down{color:var(--bad)}
 .curves{display:grid;gap:8px 18px}
 .curves .head{font-size:13.5px;color:var(--soft);padding-left:42px}.curves .head b{color:var(--ink)}
@@ -63,31 +63,41 @@ svg .dot.baseline{fill:var(--baseline)}svg .dot.distilled{fill:var(--distilled)}
 .charts{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:18px 24px}
 .charts .what{font-size:14px;font-weight:600}.charts .what small{font-weight:400;color:var(--soft);
 margin-left:8px;font-size:13px}
-tbody th{color:var(--ink);font-size:14px}table.words td{white-space:normal;overflow-wrap:anywhere}
-.examples{display:grid;grid-template-columns:repeat(3,1fr);gap:14px}
+tbody th{color:var(--ink);font-size:14px;font-weight:500}
+table.words td{white-space:normal;overflow-wrap:anywhere}
+.examples{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:14px}
 .example{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px;display:flex;
 gap:14px}
 .example img{width:112px;height:112px;object-fit:contain;border-radius:6px;flex:none;background:var(--bg);
 border:1px solid var(--line)}
 .example img.tiny{image-rendering:pixelated}
 .example p{margin:0 0 8px;font-size:14.5px;line-height:1.35;font-weight:550;overflow-wrap:anywhere}
-.example dl{margin:0;display:grid;grid-template-columns:auto 1fr;gap:1px 9px;font-size:13.5px}
-.example dd::before{display:inline-block;width:17px;text-indent:0;content:""}.example dt{color:var(--soft)}
+.example>div{min-width:0;flex:1}
+.example dl{margin:0;display:grid;grid-template-columns:minmax(0,max-content) minmax(40%,1fr);
+gap:1px 9px;font-size:13.5px}
+.example dd::before{display:inline-block;width:17px;text-indent:0;content:""}
+.example dt{color:var(--soft);overflow-wrap:anywhere}
 .example dd{margin:0;padding-left:17px;text-indent:-17px;overflow-wrap:anywhere}
 .example dd.right::before{content:"\\2713";color:var(--good);font-weight:700}
 .example dd.wrong::before{content:"\\2717";color:var(--bad);font-weight:700}
+fieldset{border:0;padding:0;margin:8px 0 14px;min-width:0}fieldset legend{padding:0 0 4px;width:100%}
+.legend label{overflow-wrap:anywhere;cursor:pointer}
+.legend input{margin:0 4px 0 0;accent-color:var(--distilled)}
+:focus-visible{outline:3px solid var(--distilled);outline-offset:2px;border-radius:4px}
 details{margin-top:12px}summary{cursor:pointer;color:var(--soft);font-size:14.5px}
 pre{font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;
 overflow-wrap:anywhere}
-.facts td{white-space:normal;text-align:left;vertical-align:top}.facts td:first-child{color:var(--soft);
-width:40%}
+.facts td{white-space:normal;text-align:left;vertical-align:top}.facts th{color:var(--soft);font-weight:400;
+width:40%;white-space:normal}
 @media(max-width:860px){.tiles{grid-template-columns:1fr 1fr}
-.pair,.examples,.charts{grid-template-columns:1fr}
+.pair,.examples,.charts{grid-template-columns:minmax(0,1fr)}
 main{padding:28px 16px 48px}.card{padding:16px 14px}
 .curves{grid-template-columns:1fr!important}.curves .head,.curves .none{display:none}
 .curves .chart::before{content:attr(data-stage) ", optimiser steps";font-size:13.5px;color:var(--soft)}}
 @media(max-width:520px){table{font-size:13px}th{font-size:12px}th,td{padding:7px 4px}
-.pair th{white-space:normal}.tile{padding:14px 12px}.tile strong{font-size:31px}}
+.pair thead th{white-space:normal}tbody th{white-space:normal;overflow-wrap:anywhere;min-width:7em}
+.pair svg text{font-size:15px}.pair svg text.row{font-size:16px}
+.tile{padding:14px 12px}.tile strong{font-size:31px}}
 @media print{body{background:#fff}.card,.tile,.example{break-inside:avoid}}
 """
 # Lines of a page of any runs, in the order in which they are named.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 from transformers import LlavaProcessor
 
 from llava_kd.models.files.upright import reads_upright
@@ -39,6 +40,28 @@ def public_tree(tree: object) -> object:
     if isinstance(tree, Sequence):
         return [public_tree(value) for value in tree]
     return tree
+
+
+def front_matter(name: str, scores: Sequence[tuple[str, float, int]]) -> str:
+    """What the hub reads of a card: how the model is loaded, and its scores by data set, in its own YAML."""
+    results = [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=data,
+            dataset_name=data,
+            metric_type="accuracy",
+            metric_value=round(accuracy, 4),
+        )
+        for data, accuracy, _ in scores
+    ]
+    card = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["llava_kd", "distillation"],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return card.to_yaml()
 
 
 def provenance(record: Mapping) -> str:

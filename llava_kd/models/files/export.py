@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from llava_kd.models.files.card import HEADING, provenance, public, reading_notes
+from llava_kd.models.files.card import HEADING, front_matter, provenance, public, reading_notes
 from llava_kd.models.files.checkpoint import Parts, load_stock, save_stock
 from llava_kd.models.files.older_tools import INNER_TOWERS, make_portable
 from llava_kd.models.files.served import served_processor
@@ -54,7 +54,7 @@ def export(
     notes = [*vllm_notes(written), *llama_cpp_notes(written), transformers_note(written)]
     request = made_of(source, None if dtype is None else str(dtype).removeprefix("torch."), summaries)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if _request_of(out) != request:
+        if request_of(out) != request:
             raise ValueError(f"the export directory {out} is not empty; give a new one")
         return [f"{out} is this very export already: nothing to do", *notes]
 
@@ -86,7 +86,8 @@ def made_of(source: Path, dtype: str | None, scores: Sequence[tuple[str, float, 
     }
 
 
-def _request_of(out: Path) -> dict | None:
+def request_of(out: Path) -> dict | None:
+    """What the export in `out` was made of; None where it is none."""
     path = out / REQUEST
     return read_json(path) if path.is_file() else None
 
@@ -203,12 +204,12 @@ def model_card(
 ) -> str:
     """README.md: parts, how it was trained (from the run beside the model), scores, and notes."""
     config = parts.stock.config
+    name = source.parent.name if source.name == "model" else source.name
     lines = [
         "---",
-        "library_name: transformers",
-        "pipeline_tag: image-text-to-text",
+        front_matter(name, scores),
         "---",
-        f"# {source.parent.name if source.name == 'model' else source.name}",
+        f"# {name}",
         "",
         "A LLaVA model distilled with llava_kd; `AutoModelForImageTextToText.from_pretrained` loads it.",
         "",
