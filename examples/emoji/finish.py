@@ -54,9 +54,16 @@ def settings(run: Path, minutes: float) -> dict[str, str]:
             found[f"training, {name}, {seed.name}"] = (
                 f"{seconds:,.0f} s of optimiser steps, {tflop:,.1f} TFLOP"
             )
+        longer = run / "equal" / seed.name
+        seconds, tflop = spent(longer)
+        found[f"undistilled at equal operations, {seed.name}"] = (
+            f"{accuracy(longer / 'eval')}, unseen things {accuracy(longer / 'new_things')}; "
+            f"{seconds:,.0f} s of optimiser steps, {tflop:,.1f} TFLOP"
+        )
     found["note"] = (
         "Both arms took the same steps and records; a distilled step costs more, for the teacher runs beside "
-        "it: seconds and operations stand below."
+        "it. An undistilled student that was trained longer, for as many operations, stands below: compare "
+        "with that one before you call it a gain."
     )
     return found
 

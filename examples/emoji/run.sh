@@ -77,6 +77,9 @@ undistilled() { llava-kd run "$run/recipes/seed$seed/undistilled.yaml" --log.pro
 distilled() { llava-kd run "$run/recipes/seed$seed/distilled.yaml" --log.progress_line=1; }
 doing="training both students of seed $seed"
 both undistilled distilled
+doing="training the undistilled student for as many operations as the distilled one took"
+python "$here/plan.py" --run "$run" --minutes "$minutes" --seed "$seed" --equal
+OMP_NUM_THREADS="${EMOJI_THREADS:-$cores}" llava-kd run "$run/recipes/seed$seed/equal.yaml"
 clock next eval
 
 # score MODEL OUT: the drawings of the artist that no training saw, and the things that none saw.
@@ -85,7 +88,9 @@ score() {
   llava-kd eval --model "$1" --data "$run/data/new_things.json" --out "$2/new_things" --max_new_tokens 8 >/dev/null
 }
 doing="scoring the teacher"
-score "$run/teacher/stage2/model" "$run/teacher"
+score_teacher() { score "$run/teacher/stage2/model" "$run/teacher"; }
+score_equal() { score "$run/equal/seed$seed/stage3/model" "$run/equal/seed$seed"; }
+both score_teacher score_equal
 doing="scoring both students of seed $seed"
 score_undistilled() { score "$run/seed$seed/sft/stage3/model" "$run/seed$seed/sft"; }
 score_distilled() { score "$run/seed$seed/kd/stage3/model" "$run/seed$seed/kd"; }
