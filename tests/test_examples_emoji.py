@@ -317,7 +317,7 @@ def original() -> Dinov2Model:
         torch.manual_seed(0)
         config = Dinov2Config(
             hidden_size=128,
-            num_hidden_layers=2,
+            num_hidden_layers=4,
             num_attention_heads=2,
             mlp_ratio=2,
             patch_size=14,

@@ -57,6 +57,10 @@ def test_what_was_exported_is_read_back(tmp_path: Path, kind: str) -> None:
     ids = before(TEXT)["input_ids"]
     assert tokenizer(TEXT)["input_ids"] == ids
     assert tokenizer.decode(ids) == TEXT
+    cut, cut_before = (
+        t.backend_tokenizer.pre_tokenizer.pre_tokenize_str("2026 DON'T\r\n go") for t in (tokenizer, before)
+    )
+    assert cut == cut_before
     assert tokenizer("<|im_end|>x")["input_ids"][0] == before.convert_tokens_to_ids("<|im_end|>")
     ids_BT = torch.tensor([ids])
     expected_BTV = original(input_ids=ids_BT).logits

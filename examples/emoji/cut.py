@@ -22,7 +22,7 @@ def kept_layers(depth: int, count: int) -> list[int]:
 
 
 def cut(model: PreTrainedModel, count: int) -> PreTrainedModel:
-    """In place."""
+    """In place, to be saved and read anew: what a layer knows of its place is still the old one."""
     decoder = model.base_model
     layers = decoder.layers
     assert isinstance(layers, nn.ModuleList)
@@ -30,10 +30,6 @@ def cut(model: PreTrainedModel, count: int) -> PreTrainedModel:
     model.config.num_hidden_layers = count
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:count]
-    for number, layer in enumerate(decoder.layers):
-        attention = layer.self_attn
-        assert isinstance(attention, nn.Module)
-        vars(attention)["layer_idx"] = number  # the place of its keys and values in generation
     return model
 
 
