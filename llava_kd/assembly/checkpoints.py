@@ -12,6 +12,7 @@ from llava_kd.models.files.checkpoint import save_stock
 from llava_kd.models.files.convert.converting import convert
 from llava_kd.models.files.export import export
 from llava_kd.models.files.gguf.exporting import export_gguf
+from llava_kd.models.files.gguf.reading import gguf_file, write_language_model
 from llava_kd.models.files.hub import push
 from llava_kd.models.towers.vision_tower import text_config
 
@@ -19,10 +20,19 @@ from llava_kd.models.towers.vision_tower import text_config
 def convert_to(source: str, out: str, *, vision_tower: str | None = None, template: str = AUTO) -> list[str]:
     """Write the stock form of `source` into a new `out`; what a user should know of it, in lines.
 
-    Its chat template becomes the one that it was trained on, as its files tell, or the one that is named.
+    A GGUF file, or a folder with one, becomes the directory of a language model. The chat template of a LLaVA
+    becomes the one that it was trained on, as its files tell, or the one that is named.
     """
     if Path(out).exists():
         raise ValueError(f"{out} exists; give a new directory")
+    if (path := gguf_file(source)) is not None:
+        if vision_tower is not None or template != AUTO:
+            raise ValueError(
+                f"{path} is a language model alone: leave --vision_tower and --template out; a stage names "
+                "both beside student.language_model"
+            )
+        write_language_model(path, out)
+        return [f"{out} is a language model in float32, for student.language_model"]
     parts, origin = convert(source, vision_tower=vision_tower)
     choice = original_template(
         template,

@@ -29,8 +29,11 @@ def look_at_file(path: str, what: str, hint: str) -> None:
 
 def look_at_source(path: str) -> None:
     """Of `convert`."""
-    if not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{path} has no config.json: give a TinyLLaVA, LLaVA-KD or LLaVA-1.5 directory")
+    is_gguf = Path(path).is_file() if path.endswith(".gguf") else any(Path(path).glob("*.gguf"))
+    if not is_gguf and not (Path(path) / "config.json").is_file():
+        raise ValueError(
+            f"{path} has no config.json: give a TinyLLaVA, LLaVA-KD or LLaVA-1.5 directory, or a GGUF file"
+        )
 
 
 def look_at_model(name: str) -> None:

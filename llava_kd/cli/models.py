@@ -11,7 +11,7 @@ from llava_kd.cli.words import Commands, add_plugins, command, count, plugins, s
 
 def add(commands: Commands) -> None:
     convert = command(commands, "convert", _convert, "make a stock directory of a TinyLLaVA or LLaVA-1.5 one")
-    convert.add_argument("source")
+    convert.add_argument("source", help="a directory; or a GGUF language model, for student.language_model")
     convert.add_argument("--out", required=True)
     tower = (
         "the tower, if not the one that it names; its image processor alone where it has weights of its own"

@@ -33,7 +33,11 @@ def _any(*patterns: str) -> Callable[[Path], bool]:
 _UNQUANTISED = "give the model in transformers' form that it was made from"
 # Kinds whose files stand in the place of transformers' weights, told by any of these names.
 _KINDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (("*.gguf",), "a GGUF model of llama.cpp, quantised or not", _UNQUANTISED),
+    (
+        ("*.gguf",),
+        "a GGUF model of llama.cpp, quantised or not",
+        f"{_UNQUANTISED}, or a language model through `llava-kd convert`",
+    ),
     (
         ("adapter_config.json",),
         "an adapter of peft without its base model",

@@ -11,6 +11,6 @@ def gguf_package() -> ModuleType:
         import gguf  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
-            "`--format gguf` needs the package gguf: pip install 'llava_kd[gguf]'; or take --format hf"
+            "GGUF files need the package gguf: pip install 'llava_kd[gguf]'; `--format hf` writes without it"
         ) from error
     return gguf

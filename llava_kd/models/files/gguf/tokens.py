@@ -57,21 +57,22 @@ def _essence(rule: object) -> object:
 
 
 _LLAMA3 = _split(rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}")
-# By hash of the rule: the name of the code that does the same (src/llama-vocab.cpp, November 2026).
+# By the name of llama.cpp's code (src/llama-vocab.cpp, November 2026): the rule that does the same, and
+# whether whole words go before merges.
+RULES: Mapping[str, tuple[dict[str, Any], bool]] = {
+    "gpt-2": (_BYTES, False),
+    "qwen2": (_split(rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"), False),
+    "llama-bpe": (_LLAMA3, True),
+    "dbrx": (_LLAMA3, False),
+    "smollm": (
+        {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTES]},
+        False,
+    ),
+}
+# By hash of the rule: its name. GPT-2's is written in two ways.
 KNOWN_RULES: Mapping[str, str] = {
-    rule_hash(rule, ignores_merges=ignores): name
-    for name, rule, ignores in (
-        ("gpt-2", _BYTES, False),
-        ("gpt-2", _split(_GPT2), False),
-        ("qwen2", _split(rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"), False),
-        ("llama-bpe", _LLAMA3, True),
-        ("dbrx", _LLAMA3, False),
-        (
-            "smollm",
-            {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTES]},
-            False,
-        ),
-    )
+    rule_hash(_split(_GPT2), ignores_merges=False): "gpt-2",
+    **{rule_hash(rule, ignores_merges=ignores): name for name, (rule, ignores) in RULES.items()},
 }
 
 
