@@ -266,7 +266,7 @@ FIELD_BUGS = {
     "an export that does not know itself": Bug(
         0,
         "models/files/export.py",
-        "if _request_of(out) != request:",
+        "if request_of(out) != request:",
         "if _request_of(out) != 0:",
         "test_models_export.py::test_an_export_that_is_killed_leaves_nothing_and_the_same_command_makes_it",
     ),
