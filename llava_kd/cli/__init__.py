@@ -1,5 +1,5 @@
 """`llava-kd` on the command line."""
 
-from llava_kd.cli.main import main
+from llava_kd.cli.main import command, main
 
-__all__ = ["main"]
+__all__ = ["command", "main"]

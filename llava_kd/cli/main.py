@@ -9,10 +9,15 @@ import traceback
 from collections.abc import Sequence
 
 from llava_kd import __version__
-from llava_kd.assembly.runs.ending import broken_off, is_rank_of_several, left
+from llava_kd.assembly.runs.ending import at_the_end_of_the_process, broken_off, is_rank_of_several, left
 from llava_kd.assembly.runs.stopping import INTERRUPTED, end_with_torchrun, was_told
 from llava_kd.cli import canary, comparisons, datasets, models, projects, scores, settings, stages
 from llava_kd.cli.words import VERBOSE, joined, spelled
+
+
+def command() -> int:
+    """`main` as all that a process does: what the installed script and `python -m llava_kd.cli` call."""
+    return at_the_end_of_the_process(main())
 
 
 def main(words: Sequence[str] | None = None) -> int:

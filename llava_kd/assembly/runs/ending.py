@@ -1,8 +1,8 @@
 """How a rank of several ends, beside threads of its process group that Python does not know of.
 
 A thread of gloo holds the tensors of a collective, and with them objects of Python, a moment longer than it
-takes, or until a peer comes. What it gives back while Python ends aborts the process: "terminate called
-without an active exception" (https://github.com/pytorch/pytorch/pull/179291).
+takes, or until a peer comes. Where it waits for the interpreter to give them back while Python ends, the
+process aborts: "terminate called without an active exception" (https://github.com/pytorch/pytorch/pull/179291).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import atexit
 import os
 import sys
 from types import ModuleType
+from typing import NoReturn
 
 
 def is_rank_of_several() -> bool:
@@ -35,8 +36,23 @@ def left(status: int) -> int:
 def broken_off(status: int) -> int:
     """`status` of one that did not: a rank ends here, for others may never come to what is pending."""
     if is_rank_of_several():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        atexit._run_exitfuncs()  # a tracker's, which closes its run
-        os._exit(status)
+        _end(status)
     return status
+
+
+def at_the_end_of_the_process(status: int) -> int:
+    """`status`, of all that this process was for: one that a launcher started among several ends here.
+
+    Leaving the group waits for its threads only where nobody else holds it, as the mesh of FSDP2 does.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _end(status)
+    return status
+
+
+def _end(status: int) -> NoReturn:
+    """All that Python does at its end which others could miss."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    atexit._run_exitfuncs()  # a tracker's, which closes its run
+    os._exit(status)
