@@ -325,7 +325,7 @@ def test_words_that_a_command_does_not_know(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as caught:
         main(["report", "--run", "x", "--colour=red"])
     assert caught.value.code == 2
-    assert "unknown words: --colour=red" in capsys.readouterr().err
+    assert "unknown arguments: --colour=red" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["destil"], ["train"]], ids=["none", "unknown", "no recipe"])

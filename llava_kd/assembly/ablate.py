@@ -86,7 +86,7 @@ def _end(grid: Grid, plan: Plan, jobs: Sequence[Job], outcome: Outcome, children
         first = next(iter(outcome.failed))
         raise ValueError(
             f"{len(outcome.failed)} of {len(jobs)} jobs failed, so {len(broken)} arms and seeds are not "
-            f"finished: {', '.join(broken)}. The first: {names[first]} {outcome.failed[first]}; mend it, and "
+            f"finished: {', '.join(broken)}. The first: {names[first]} {outcome.failed[first]}; fix it, and "
             "the same command goes on"
         )
     return 0

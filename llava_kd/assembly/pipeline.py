@@ -121,7 +121,7 @@ def _run_stages(pipeline: Pipeline, say: Callable[[str], None], stops: Children)
             say(f"{name}: stopped by {stop.name}; the same command goes on")
             return INTERRUPTED if stop == signal.SIGINT else 0
         if status != 0:
-            raise ValueError(f"{name} failed with status {status}; mend it, and the same command goes on")
+            raise ValueError(f"{name} failed with status {status}; fix it, and the same command goes on")
         if not stage.is_complete:
             say(f"{name}: stopped after a checkpoint; the same command goes on")
             return 0

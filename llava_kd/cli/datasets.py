@@ -24,8 +24,10 @@ def add(commands: Commands) -> None:
     verify.add_argument("--threads", type=count, default=4)
     verify.add_argument("--follow_symlinks", action="store_true", help="links may leave the image root")
     verify.add_argument("--model", help="stock LLaVA directory: check the lengths of its tokens too")
-    verify.add_argument("--template", default="auto", help="of the lengths: data.template of the run")
-    verify.add_argument("--max_length", type=count, default=2048, help="of the lengths: data.max_length")
+    verify.add_argument("--template", default="auto", help="for lengths: data.template of the run")
+    verify.add_argument(
+        "--max_length", type=count, default=2048, help="for lengths: data.max_length of the run"
+    )
     verify.add_argument("--write_sound", metavar="FILE", help="copy the records without a fault to FILE")
     verify.add_argument("--report", metavar="FILE", help="write everything that was found, as JSON")
     add_plugins(verify, "benchmarks, sources or templates")

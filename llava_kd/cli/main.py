@@ -26,7 +26,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(spelled(sys.argv[1:] if words is None else words))
     rest = joined(rest)
     if rest and not arguments.takes_settings:
-        parser.error(f"unknown words: {' '.join(rest)}")
+        parser.error(f"unknown arguments: {' '.join(rest)}")
     engines = sorted({word for word in rest if word.startswith("--engine.kind=")})
     if len(engines) > 1:
         parser.error(f"two engines at once, {' and '.join(engines)}; name one")

@@ -1,4 +1,4 @@
-"""Commands that run a stage, or several, or foretell one."""
+"""Commands that run a stage, or several, or predict what one needs."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def plugins(arguments: argparse.Namespace) -> Tables:
 
 
 def add_rates(command: argparse.ArgumentParser, when: str = "") -> None:
-    """What samples per second on several machines are foretold from."""
+    """What samples per second on several machines are predicted from."""
     command.add_argument("--measured", metavar="RUN", help=f"{when}output_dir of a run on one whole machine")
     for name, ranks in (("inside", "of one machine"), ("between", "on several machines")):
         what = f"{when}GB/s of busbw that all_reduce_perf of nccl-tests gives for ranks {ranks}"

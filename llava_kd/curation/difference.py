@@ -75,7 +75,7 @@ def kept(score_R: np.ndarray, groups: Sequence[str], share: Share) -> np.ndarray
         if not len(scored):
             raise ValueError(
                 f"{name} has no record with a score: all {len(numbers)} are bad, and bad_records.jsonl says "
-                "why; mend them, or leave that source out"
+                "why; fix them, or leave that source out"
             )
         # A share of 0.29 of 100 records is 29, though 0.29 * 100 is a little less.
         count = max(1, int(share.quotas.get(name, share.keep) * len(scored) + 1e-9))

@@ -57,10 +57,10 @@ def read_lines(path: Path) -> list[dict[str, str]]:
             answer = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path}, line {number} is not JSON ({error}); mend or delete that line"
+                f"{path}, line {number} is not JSON ({error}); fix or delete that line"
             ) from error
         if not isinstance(answer, dict) or "id" not in answer or "answer" not in answer:
-            raise ValueError(f"{path}, line {number} has no id or no answer; mend or delete that line")
+            raise ValueError(f"{path}, line {number} has no id or no answer; fix or delete that line")
         answers.append(answer)
     return answers
 

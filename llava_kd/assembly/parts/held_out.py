@@ -41,7 +41,7 @@ def read_held_out(config: TrainConfig) -> dict[str, FileSource]:
         if set(chosen) <= set(source.faults):
             raise ValueError(
                 f"`evaluate.losses.{name}`: none of the first {len(chosen)} records of "
-                f"{parts[name].path} can be read; mend them, or raise max_records"
+                f"{parts[name].path} can be read; fix them, or raise max_records"
             )
     return sources
 
@@ -96,9 +96,7 @@ def _loss_scorer(
             for name, loader in loaders.items():
                 total, tokens, bad = _summed(loader, module, alone, engine)
                 if tokens == 0:
-                    raise ValueError(
-                        f"`evaluate.losses.{name}`: all {bad:.0f} records are bad; mend the file"
-                    )
+                    raise ValueError(f"`evaluate.losses.{name}`: all {bad:.0f} records are bad; fix the file")
                 figures |= {f"loss/{name}": total / tokens, f"loss/{name}/bad_records": bad}
                 gain = _picture_gain(pairs[name], module, alone, engine) if name in pairs else None
                 if gain is not None:

@@ -85,7 +85,7 @@ def find_data(given: Given, here: Path) -> OwnData:
         shown = [f"  {line}" for line in faults[:SHOWN]]
         more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
         if not given.skip_bad:
-            what = f"{len(faults)} records of {path} are bad; mend them, or leave them out by --skip_bad:"
+            what = f"{len(faults)} records of {path} are bad; fix them, or leave them out by --skip_bad:"
             raise ValueError("\n".join([what, *shown, *more]))
         notes.append("\n".join([f"{len(faults)} bad records of {path} are left out:", *shown, *more]))
     if not entries:

@@ -300,6 +300,6 @@ class _Search:
         failed = self._trials.of("failed")
         if failed and len(failed) == len(self._trials.all):
             raise ValueError(
-                f"all {len(failed)} trials failed. The first: {failed[0].failure}; mend the recipe or the "
+                f"all {len(failed)} trials failed. The first: {failed[0].failure}; fix the recipe or the "
                 "space, and name another `output`"
             )

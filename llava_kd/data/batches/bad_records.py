@@ -14,7 +14,7 @@ from llava_kd.durable import Lines
 _ALWAYS_ALLOWED = 3
 _SHOWN = 20
 REMEDY = (
-    "`llava-kd data verify --data FILE --write_sound NEW` writes a file without them; use that, mend them, "
+    "`llava-kd data verify --data FILE --write_sound NEW` writes a file without them; use that, fix them, "
     "or raise data.max_bad_rate"
 )
 

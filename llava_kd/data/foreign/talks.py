@@ -96,7 +96,7 @@ class Talks:
                 roles = ", ".join(role for role, _ in shape)
                 raise ValueError(
                     f"the chat template of the teacher's {self._name} does not write each turn once and in "
-                    f"order ({roles}); mend chat_template.jinja, or take another teacher"
+                    f"order ({roles}); fix chat_template.jinja, or take another teacher"
                 )
         return self._between[shape]
 

@@ -274,7 +274,7 @@ def read_records(entries: Iterable[object], where: str) -> list[Record]:
         raise ValueError(f"{where} has no records")
     if all(record.fault for record in records):
         shown = "\n  ".join(record.fault for record in records[:_ERRORS_SHOWN])
-        raise ValueError(f"{where} has {len(records)} unusable records and no other; mend them:\n  {shown}")
+        raise ValueError(f"{where} has {len(records)} unusable records and no other; fix them:\n  {shown}")
     return records
 
 

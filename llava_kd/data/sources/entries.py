@@ -16,13 +16,13 @@ def loads(data: bytes) -> object:
     try:
         return json.loads(data)
     except RecursionError:
-        raise ValueError("is nested too deeply; write it again, or mend it there") from None
+        raise ValueError("is nested too deeply; write it again, or fix it there") from None
     except UnicodeDecodeError as error:
         raise ValueError(
             f"must be UTF-8 text, but byte {error.start} is not: {error.reason}; save it as UTF-8"
         ) from None
     except ValueError as error:  # also a number of too many digits
-        raise ValueError(f"is not JSON: {error}; write it again, or mend it there") from None
+        raise ValueError(f"is not JSON: {error}; write it again, or fix it there") from None
 
 
 def read_entries(path: Path) -> Iterator[object]:

@@ -187,7 +187,7 @@ def pictures(question: Question, upright: bool = False) -> tuple[list[Image.Imag
             found.append(Image.new("RGB", (32, 32), (GREY, GREY, GREY)))
             source = question.images[index]
             name = source if isinstance(source, Path) else f"image {index}"
-            fault = fault or f"question {question.id!r}: cannot read {name}: {error}; mend or replace it"
+            fault = fault or f"question {question.id!r}: cannot read {name}: {error}; fix or replace it"
     return found, fault
 
 

@@ -172,7 +172,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path}, line {number} is not JSON ({error}); mend or delete that line"
+                f"{path}, line {number} is not JSON ({error}); fix or delete that line"
             ) from error
         numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
         if "step" in numbers:

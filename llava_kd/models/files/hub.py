@@ -6,7 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: of the library under it
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] of httpx or httpx2
 from huggingface_hub.utils import validate_repo_id
 
 from llava_kd.models.files.export import request_of

@@ -191,7 +191,7 @@ def _expected(weights: Sequence[float], runs: Sequence[_Run]) -> float:
 def _left_out(
     runs: Sequence[_Run], near: Callable[[Mapping[str, object], Mapping[str, object]], float]
 ) -> dict[str, float]:
-    """How well the order on each data set is foretold from the others; not of one with under three runs."""
+    """How well the order on each data set is predicted from the others; not of one with under three runs."""
     found: dict[str, float] = {}
     for key in dict.fromkeys(run.data.fingerprint for run in runs):
         own = [run for run in runs if run.data.fingerprint == key]

@@ -43,10 +43,10 @@ def _yaml(value: object) -> str:
 
 def _check(check: Mapping[str, float]) -> str:
     if not check:
-        return "how good such advice is: not measured, as no data set has three runs that could be foretold"
+        return "how good such advice is: not measured, as no data set has three runs that could be predicted"
     each = ", ".join(f"{name} {value:.2f}" for name, value in check.items())
     return (
-        "how good such advice was (rank correlation of each data set's runs with what the others foretell): "
+        "how good such advice was (rank correlation of each data set's runs with what the others predict): "
         f"{each}; mean {statistics.fmean(check.values()):.2f}"
     )
 

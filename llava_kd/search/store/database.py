@@ -112,5 +112,5 @@ class Store:
         if code == sqlite3.SQLITE_NOTADB:
             return StoreError(f"{self.path} is no store (not a SQLite file); name another --store")
         return StoreError(
-            f"the store {self.path} cannot be used ({error}); name another --store, or mend the file"
+            f"the store {self.path} cannot be used ({error}); name another --store, or fix the file"
         )
