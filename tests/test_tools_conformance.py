@@ -46,7 +46,7 @@ KNOWN = {
     *(("llama_cpp", "clip-qwen3", "float32", kind) for kind in KINDS if kind != NONE),
     *(("llama_cpp", "clip-qwen3", weights, ONE) for weights in ("float16", "bfloat16", "q8_0")),
     ("llama_cpp", "siglip-llama", "q8_0", ONE),
-    ("bitsandbytes", "siglip-llama", "float32", TWO),
+    *((tool, "siglip-llama", "float32", TWO) for tool in ("bitsandbytes", "lmms_eval")),
 }
 
 
