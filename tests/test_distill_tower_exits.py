@@ -171,14 +171,15 @@ def test_neither_packing_nor_the_teachers_own_rows_change_what_an_exit_reads(
     student: MLLM, teacher: Teacher
 ) -> None:
     """Rows that the teacher answers otherwise are left out, of stages as of layers."""
-    terms: dict[str, Term] = {
-        "exit_logits": ExitLogits(stages=(0, 1), gamma=1.5),
-        "visual_exit_logits": VisualExitLogits(stages=(1,), form="code", gamma=1.5),
-    }
-    objective = furnished(objective_of(num_common=COMMON, **terms), student, teacher.mllm)
+    made = objective_of(
+        num_common=COMMON,
+        exit_logits=ExitLogits(stages=(0, 1), gamma=1.5),
+        visual_exit_logits=VisualExitLogits(stages=(1,), form="code", gamma=1.5),
+    )
+    objective = furnished(made, student, teacher.mllm)
     cut = replace(BATCH, student=inputs(ONE, TEXT, TWO, BAD))
     whole, apart = (run(objective, student, teacher, batch).means for batch in (BATCH, cut))
-    for name in terms:
+    for name in made.terms:
         torch.testing.assert_close(whole[name], apart[name], rtol=1e-5, atol=1e-6)
 
     side = inputs(TWO, ONE)
@@ -211,11 +212,12 @@ def test_an_exit_of_a_stage_moves_the_tower_up_to_it_and_nothing_else(
 
 
 def test_a_batch_of_text_alone_gives_each_weight_a_gradient_of_zero(student: MLLM, teacher: Teacher) -> None:
-    terms: dict[str, Term] = {
-        "exit_logits": ExitLogits(layers=(), stages=(0,)),
-        "visual_exit_logits": VisualExitLogits(layers=(), stages=(0,)),
-    }
-    objective = furnished(objective_of(num_common=COMMON, **terms), student, teacher.mllm)
+    made = objective_of(
+        num_common=COMMON,
+        exit_logits=ExitLogits(layers=(), stages=(0,)),
+        visual_exit_logits=VisualExitLogits(layers=(), stages=(0,)),
+    )
+    objective = furnished(made, student, teacher.mllm)
     losses = run(objective, student, teacher, Batch(student=inputs(TEXT), record_ids=("c",)))
     assert float(losses.loss.detach()) == 0
     losses.loss.backward()
