@@ -187,7 +187,8 @@ class MLLM(nn.Module):
         if not self._stages:
             return {}
         made, self._staged = self._staged, None
-        if made is None or made[0] is not features_INE:
+        # Engines may hand on the same numbers as another tensor, as ZeRO-3 does where a module's inputs pass.
+        if made is None or made[0].data_ptr() != features_INE.data_ptr():
             raise ValueError(
                 "stages of the tower are those of the features made last, and these are others: call "
                 "image_features before each forward"
