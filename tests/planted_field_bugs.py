@@ -321,9 +321,9 @@ FIELD_BUGS = {
     ),
     "a finished run that comes back": Bug(
         0,
-        "assembly/runs/run_dir.py",
-        "sync(output)  # back",
-        "pass  # back",
+        "durable.py",
+        "for folder in missing or [path]:",
+        "for folder in missing:",
         "test_power_cut.py::test_a_power_cut_at_any_moment_loses_nothing_that_was_promised",
     ),
     "a short write taken for a whole one": Bug(

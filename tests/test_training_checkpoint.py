@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from llava_kd import durable
+from llava_kd.checksums import sealed
 from llava_kd.durable import write_text
 from llava_kd.training import checkpoint
-from llava_kd.training.checkpoint import Checkpoints, Saved
+from llava_kd.training.checkpoint import Checkpoints, Saved, refuse_newer_format, sweep
 
 
 def saved(step: int) -> Saved:
@@ -54,7 +56,48 @@ def meta_without_step(directory: Path) -> None:
     (directory / "trainer.json").write_text('{"format": 1}')
 
 
-DAMAGES = [cut_weights, no_weights, empty_weights, cut_meta, other_meta, meta_without_step]
+def rewritten(directory: Path, **changes: object) -> None:
+    path = directory / "trainer.json"
+    path.write_text(json.dumps(sealed({**json.loads(path.read_text()), **changes})))
+
+
+def other_weights(directory: Path) -> None:
+    path = directory / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+
+
+def another_step(directory: Path) -> None:
+    tree = json.loads((directory / "trainer.json").read_text())
+    (directory / "trainer.json").write_text(json.dumps({**tree, "step": 5}))
+
+
+def no_checksum(directory: Path) -> None:
+    tree = json.loads((directory / "trainer.json").read_text())
+    del tree["checksum"]
+    (directory / "trainer.json").write_text(json.dumps({**tree, "chekcsum": 1}))
+
+
+def step_in_words(directory: Path) -> None:
+    rewritten(directory, step="4")
+
+
+def figures_in_words(directory: Path) -> None:
+    rewritten(directory, figures="good")
+
+
+DAMAGES: dict[Callable[[Path], None], str] = {
+    cut_weights: "state.safetensors has checksum",
+    no_weights: "state.safetensors",
+    empty_weights: "state.safetensors has checksum",
+    other_weights: "as when it was written",
+    cut_meta: "trainer.json is not JSON (",
+    other_meta: "trainer.json has no format number",
+    meta_without_step: "trainer.json has no step",
+    another_step: "trainer.json has another checksum than when it was written",
+    no_checksum: "trainer.json has no checksum, but ['chekcsum']",
+    step_in_words: "trainer.json has no step",
+    figures_in_words: "trainer.json has figures that are no table",
+}
 
 
 def test_what_was_saved_comes_back(root: Path) -> None:
@@ -77,6 +120,7 @@ def test_a_damaged_newest_one_is_passed_over_with_a_line(root: Path, damage: Cal
     assert newest.step == 2
     assert len(problems) == 1
     assert "step-00000004 cannot be read and is passed over" in problems[0]
+    assert DAMAGES[damage] in problems[0]
 
 
 @pytest.mark.parametrize("step", [3, 4, 6])
@@ -118,7 +162,7 @@ def test_keeping_none_is_refused(tmp_path: Path) -> None:
         Checkpoints(tmp_path, keep=0)
 
 
-@pytest.mark.parametrize("name", ["write_tensors", "put_folder"])
+@pytest.mark.parametrize("name", ["make_folder", "write_tensors", "put_folder"])
 def test_a_write_that_fails_leaves_the_good_ones_and_is_cleaned_up(
     root: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -153,6 +197,58 @@ def test_a_checkpoint_of_a_newer_version_is_refused_and_not_passed_over(root: Pa
     (root / "step-00000004" / "trainer.json").write_text(json.dumps({"format": 99, "step": 4}))
     with pytest.raises(ValueError, match=r"step-00000004 has format 99, this version reads up to 1; upgrade"):
         Checkpoints(root, keep=2).load_newest()
+
+
+def test_a_newer_version_is_seen_behind_an_unreadable_one(root: Path) -> None:
+    cut_meta(root / "step-00000002")
+    rewritten(root / "step-00000004", format=99)
+    with pytest.raises(ValueError, match="step-00000004 has format 99"):
+        refuse_newer_format(root)
+
+
+def test_figures_come_back_and_an_old_checkpoint_has_none(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1, best="loss/x")
+    checkpoints.save(Saved(step=3, state=saved(3).state, figures={"loss/x": 0.25}))
+    newest, _ = checkpoints.load_newest()
+    assert newest is not None
+    assert newest.figures == {"loss/x": 0.25}
+    tree = json.loads((tmp_path / "step-00000003" / "trainer.json").read_text())
+    del tree["figures"], tree["checksum"]
+    (tmp_path / "step-00000003" / "trainer.json").write_text(json.dumps(sealed(tree)))
+    newest, problems = checkpoints.load_newest()
+    assert newest is not None
+    assert (newest.figures, problems) == ({}, [])
+
+
+def test_the_best_is_sought_behind_one_that_cannot_be_read_and_up_to_a_step(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=9, best="loss/x")
+    for step, value in ((2, 0.5), (4, 0.3), (6, 0.2), (8, 0.1)):
+        checkpoints.save(Saved(step=step, state=saved(step).state, figures={"loss/x": value}))
+    cut_meta(tmp_path / "step-00000002")
+    found = [checkpoints.best(up_to=step) for step in (2, 5, 6, None)]
+    assert [None if best is None else best.step for best in found] == [None, 4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        ({"tower": "a"}, {"tower": "b"}, "was trained with another tower: fingerprint a, now b. Give back"),
+        ({}, {"peer": "b"}, "was trained without a peer, and this run is with. Give back"),
+        ({"peer": "a"}, {}, "was trained with a peer, and this run is without. Give back"),
+    ],
+)
+def test_another_identity_is_refused_in_words(tmp_path: Path, then: dict, now: dict, said: str) -> None:
+    directory = Checkpoints(tmp_path, keep=1, identity=then).save(saved(1))
+    with pytest.raises(ValueError, match=re.escape(f"{directory} {said}")):
+        Checkpoints(tmp_path, keep=1, identity=now).load_newest()
+
+
+def test_leftovers_of_both_kinds_are_swept(root: Path) -> None:
+    for name in (".step-00000009.partial", ".step-00000002.retired"):
+        (root / name).mkdir()
+        (root / name / "state.safetensors").write_bytes(b"x")
+    sweep(root)
+    assert sorted(path.name for path in root.iterdir()) == ["step-00000002", "step-00000004"]
 
 
 def test_extra_files_go_into_every_checkpoint(tmp_path: Path) -> None:

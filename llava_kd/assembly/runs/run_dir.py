@@ -17,7 +17,7 @@ import yaml
 from llava_kd.assembly.runs.provenance import read_run
 from llava_kd.assembly.settings import load, tables_of
 from llava_kd.config import TrainConfig, dump
-from llava_kd.durable import make_folder, sync, write_text
+from llava_kd.durable import make_folder, write_text
 from llava_kd.parallel.world import World
 from llava_kd.training.checkpoint import checkpoint_steps, refuse_newer_format, sweep
 
@@ -132,8 +132,8 @@ def _reopen(output: Path) -> None:
             f"{output} was finished at step {steps} and its checkpoint of that step is gone, so it cannot be "
             f"made longer; start a new stage in another output_dir with student.checkpoint={output / 'model'}"
         )
+    # On disk with the next save, which makes its folder first: before any checkpoint makes way.
     path.rename(output / f"run-step-{steps:08d}.json")
-    sync(output)  # back after a power cut, it would ask for a checkpoint that has made way for newer ones
     print(
         f"{output} was finished at step {steps} and is made longer: from there on it follows the schedule of "
         "the longer run",
