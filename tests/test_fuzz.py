@@ -104,7 +104,7 @@ def shards(folder: Path) -> Door:
     with tarfile.open(folder / "0.tar", "w") as archive:
         for number in range(4):
             (folder / f"{number}.jpg").write_bytes(encoded_image(seed=number))
-            record = entry(number, images=0) | {"image": f"{number}.jpg"}
+            record: dict[str, Any] = {**entry(number, images=0), "image": f"{number}.jpg"}
             record["conversations"][0]["value"] = "<image>\n" + record["conversations"][0]["value"]
             (folder / f"{number}.json").write_text(json.dumps(record))
             for name in (f"{number}.jpg", f"{number}.json"):
