@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Mutants of one file that its tests let live, by mutmut, in a copy of the project:
+#   bash tests/mutants.sh llava_kd/training/checkpoint.py tests/test_training_checkpoint.py [more tests]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+file="$1"
+shift
+folder="$(mktemp -d)"
+trap 'rm -rf "$folder"' EXIT
+python="${PYTHON:-$PWD/.venv/bin/python}"
+"$python" -m pip install --quiet --disable-pip-version-check --target "$folder/site" mutmut==3.8.1
+mkdir "$folder/copy"
+git ls-files -z | xargs -0 cp --parents -Pt "$folder/copy"
+cp --parents -t "$folder/copy" llava_kd/data/pixels/_resample*.so 2>/dev/null || echo "without the part in C" >&2
+cd "$folder/copy"
+{
+  printf '[mutmut]\nsource_paths=llava_kd\nonly_mutate=%s\nalso_copy=\n' "$file"
+  printf '    %s\n' tests scripts docs constraints.txt README.md
+  printf 'process_isolation=forkserver\npytest_add_cli_args_test_selection=\n'
+  printf '    %s\n' "$@"
+} >setup.cfg
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu PYTHONPATH="$folder/site"
+"$python" -m mutmut run --max-children "${MUTANTS_AT_ONCE:-1}" | tail -c 400
+echo
+"$python" -m mutmut results --all true | awk '{count[$NF]++} END {for (s in count) print count[s], s}'
+for name in $("$python" -m mutmut results | awk '/survived|no tests/ {sub(":", "", $1); print $1}'); do
+  echo "$name"
+  "$python" -m mutmut show "$name" | grep -E '^[-+] ' || true
+done
