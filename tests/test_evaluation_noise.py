@@ -224,7 +224,7 @@ def test_a_comparison_shows_it(tmp_path: Path) -> None:
     assert main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "By noise of the picture" in page
-    assert "<td>0.2</td><td>25.0</td><td>50.0</td>" in page
+    assert '<th scope="row">0.2</th><td>25.0</td><td>50.0</td>' in page
 
 
 def test_a_run_shows_it(stage: Callable[..., Path], tmp_path: Path) -> None:

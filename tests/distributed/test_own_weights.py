@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import extra_terms
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import write_stage
 
 pytestmark = pytest.mark.distributed
 
@@ -47,9 +47,12 @@ def train(config: Path, *words: str, ranks: int) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in found.items() if name.startswith("parameter/")}
 
 
-@pytest.fixture
-def one(stage: Callable[..., Path]) -> dict[str, torch.Tensor]:
-    return train(stage("one", max_steps=3), ranks=1)
+@pytest.fixture(scope="module")
+def one(
+    tmp_path_factory: pytest.TempPathFactory, shapes_dir: Path, student_dir: Path, teacher_dir: Path
+) -> dict[str, torch.Tensor]:
+    parts = {"data": shapes_dir, "student": student_dir, "teacher": teacher_dir}
+    return train(write_stage(tmp_path_factory.mktemp("one") / "one", **parts, max_steps=3), ranks=1)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_llava import make_tiny_llava
+from tiny_runs import write_stage
 
 pytestmark = pytest.mark.distributed
 TERMS = {
@@ -39,13 +40,15 @@ def train(config: Path, *words: str, ranks: int) -> dict[str, torch.Tensor]:
     return {f"{file}: {n}": t for file, path in files.items() for n, t in load_file(path).items()}
 
 
-@pytest.fixture
-def write(stage, tmp_path: Path):
+@pytest.fixture(scope="module")
+def write(tmp_path_factory: pytest.TempPathFactory, shapes_dir: Path, student_dir: Path):
     """The YAML of a stage whose students have two towers and two sizes."""
-    peer = make_tiny_llava(tmp_path / "start", hidden=40, layers=3, tower_hidden=48, vocab_size=280, seed=7)
+    folder = tmp_path_factory.mktemp("peer")
+    peer = make_tiny_llava(folder / "start", hidden=40, layers=3, tower_hidden=48, vocab_size=280, seed=7)
 
     def written(name: str) -> Path:
-        config = stage(name, distilled=False, max_steps=3)
+        parts = {"data": shapes_dir, "student": student_dir, "teacher": None}
+        config = write_stage(folder / name, **parts, distilled=False, max_steps=3)
         tree = yaml.safe_load(config.read_text())
         tree |= {"peer": {"checkpoint": str(peer)}, "objective": TERMS}
         config.write_text(yaml.safe_dump(tree))
@@ -54,10 +57,14 @@ def write(stage, tmp_path: Path):
     return written
 
 
+@pytest.fixture(scope="module")
+def one(write) -> dict[str, torch.Tensor]:
+    return train(write("one"), ranks=1)
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_two_ranks_train_both_students_as_one_device_does(write, engine: str) -> None:
-    one = train(write("one"), ranks=1)
-    two = train(write("two"), f"--engine.kind={engine}", ranks=2)
+def test_two_ranks_train_both_students_as_one_device_does(write, one, engine: str) -> None:
+    two = train(write(engine), f"--engine.kind={engine}", ranks=2)
     assert two.keys() == one.keys()
     for part in ("teaching.mllm.language_model", "teaching.terms.visual_hint", "terms.visual_hint"):
         assert any(name.startswith(f"state: parameter/{part}") for name in one), part
