@@ -46,7 +46,9 @@ def _answered(answers: Answers, job: dict) -> dict:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:2000]
+    """Without the lines of tracebacks, which name folders of the machine."""
+    said = " ".join(line for line in str(error).splitlines() if line.strip() and not line[0].isspace())
+    return f"{type(error).__name__}: {said}"[:2000]
 
 
 def _write(job: dict, versions: dict[str, str], found: dict) -> None:
