@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llava_kd.assembly.curating.scoring import Say, Scorer
+from llava_kd.assembly.curating.scoring import Say, Scorer, scored
 from llava_kd.assembly.parts.models import DTYPES
 from llava_kd.assembly.parts.teacher import placed_teacher
 from llava_kd.assembly.record_pass import RecordPass
 from llava_kd.batch import Batch
 from llava_kd.config import DataConfig
 from llava_kd.curation.disagreement import Disagreement
-from llava_kd.curation.score_files import ScoreFiles, missing
+from llava_kd.curation.score_files import ScoreFiles
 from llava_kd.distill.rows import Rows
 from llava_kd.losses.divergence import Divergence
 from llava_kd.losses.head_loss import head_loss
@@ -47,25 +48,11 @@ class Comparison:
         Raises ValueError for models whose tokens differ.
         """
         stored, source = ScoreFiles(folder, NAME, Disagreement), self.student.source
-        with world.together():
-            if world.is_main:
-                stored.begin()
-        with world.together():
-            todo = missing(stored.read(), len(source))
-        say(f"{NAME}: {len(source) - len(todo)} of {len(source)} records are scored")
-        if todo:
-            records = RecordPass(
-                world=world, rows=rows, settings=data, bad_records=folder / "bad_records.jsonl"
-            )
-            with world.together():
-                self._write(world, records, todo, stored)
-        with world.together():
-            found = stored.read()
-        return found
+        begun = RecordPass(world=world, rows=rows, settings=data, bad_records=folder / "bad_records.jsonl")
+        return scored(stored, begun, len(source), partial(self._write, stored), NAME, say)
 
-    def _write(
-        self, world: World, records: RecordPass, todo: list[int], stored: ScoreFiles[Disagreement]
-    ) -> None:
+    def _write(self, stored: ScoreFiles[Disagreement], records: RecordPass, todo: list[int]) -> None:
+        world = records.world
         sides = self.student, self.teacher
         parts = [load_stock(one.model.checkpoint, dtype=DTYPES[one.model.dtype]) for one in sides]
         num_common = num_common_columns(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llava_kd.assembly.parts.data import side_of
@@ -13,7 +14,7 @@ from llava_kd.assembly.parts.teacher import placed_teacher
 from llava_kd.assembly.record_pass import RecordPass, answer_rows
 from llava_kd.config import DataConfig, TeacherConfig
 from llava_kd.curation.likelihoods import Likelihood, Likelihoods, answer_sums, characters
-from llava_kd.curation.score_files import missing
+from llava_kd.curation.score_files import Row, ScoreFiles, missing
 from llava_kd.data.batches.model_side import Side
 from llava_kd.data.sources.conversation import Source
 from llava_kd.data.text.template import Template
@@ -21,6 +22,30 @@ from llava_kd.models.files.checkpoint import load_config, load_processor, load_s
 from llava_kd.parallel.world import World
 
 Say = Callable[[str], None]
+
+
+def scored(
+    stored: ScoreFiles[Row],
+    records: RecordPass,
+    num_records: int,
+    write: Callable[[RecordPass, list[int]], None],
+    name: str,
+    say: Say,
+) -> dict[int, Row]:
+    """What `write` stores of every record that is not bad, by number; those on disk are not read again."""
+    world = records.world
+    with world.together():
+        if world.is_main:
+            stored.begin()
+    with world.together():
+        todo = missing(stored.read(), num_records)
+    say(f"{name}: {num_records - len(todo)} of {num_records} records are scored")
+    if todo:
+        with world.together():
+            write(records, todo)
+    with world.together():
+        found = stored.read()
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,23 +74,11 @@ class Scorer:
     ) -> dict[int, Likelihood]:
         """Of every record that is not bad, by number; those on disk are not read again."""
         stored = Likelihoods(folder, self.name)
-        with world.together():
-            if world.is_main:
-                stored.begin()
-        with world.together():
-            todo = missing(stored.read(), len(self.source))
-        say(f"{self.name}: {len(self.source) - len(todo)} of {len(self.source)} records are scored")
-        if todo:
-            records = RecordPass(
-                world=world, rows=rows, settings=data, bad_records=folder / "bad_records.jsonl"
-            )
-            with world.together():
-                self._write(world, records, todo, stored)
-        with world.together():
-            found = stored.read()
-        return found
+        begun = RecordPass(world=world, rows=rows, settings=data, bad_records=folder / "bad_records.jsonl")
+        return scored(stored, begun, len(self.source), partial(self._write, stored), self.name, say)
 
-    def _write(self, world: World, records: RecordPass, todo: list[int], stored: Likelihoods) -> None:
+    def _write(self, stored: Likelihoods, records: RecordPass, todo: list[int]) -> None:
+        world = records.world
         parts = load_stock(self.model.checkpoint, dtype=DTYPES[self.model.dtype])
         predict = placed_teacher(self.model, world, parts, shares_tower=False)
         encoder = self.reader.encoder()
