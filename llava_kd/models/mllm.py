@@ -17,8 +17,8 @@ from llava_kd.batch import Inputs
 from llava_kd.models.attention import packed as packed_attention
 from llava_kd.models.attention.answers import AnswerAttention, LookedAtBy
 from llava_kd.models.attention.visual import VisualMaps, Watcher, check_maps, watchable
-from llava_kd.models.taps import Tap, Taps, tapped_module
-from llava_kd.models.towers.stages import STAGE, stage_number
+from llava_kd.models.taps import Tap, Taps, stages_among, tapped_module
+from llava_kd.models.towers.stages import STAGE
 from llava_kd.models.towers.vision_tower import feature_layer, selected, tower_states, vision_config
 from llava_kd.models.trained import PARTS, trained_of
 
@@ -160,7 +160,7 @@ class MLLM(nn.Module):
         for one of the head, whose weight alone is used.
         """
         parsed = [Tap.parse(text) for text in dict.fromkeys(taps)]
-        stages = {tap: number for tap in parsed if (number := stage_number(tap.path)) is not None}
+        stages = stages_among(parsed)
         for tap in parsed:
             if tap in stages:
                 tapped_module(self.stock, tap)

@@ -6,7 +6,7 @@ Shape legend: B rows, T tokens, D width, I images, N tokens of an image, E tower
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -107,6 +107,11 @@ class Taps:
 
 
 @torch.no_grad()
+def stages_among(taps: Iterable[Tap]) -> dict[Tap, int]:
+    """Those that are stages of the tower, and their numbers."""
+    return {tap: number for tap in taps if (number := stage_number(tap.path)) is not None}
+
+
 def tapped_widths(stock: LlavaForConditionalGeneration, taps: Sequence[str]) -> dict[str, int]:
     """How wide the states are that each tap shows, by a forward of two tokens and of one visual token.
 
@@ -117,7 +122,7 @@ def tapped_widths(stock: LlavaForConditionalGeneration, taps: Sequence[str]) -> 
     if not taps:
         return {}
     parsed = [Tap.parse(text) for text in dict.fromkeys(taps)]
-    stages = {tap: number for tap in parsed if (number := stage_number(tap.path)) is not None}
+    stages = stages_among(parsed)
     widths = stage_widths(stock.model.vision_tower, stock.config, stages.values())
     of_stages = {str(tap): widths[number] for tap, number in stages.items()}
     if len(stages) == len(parsed):
