@@ -114,6 +114,23 @@ def put_folder(scratch: Path, folder: Path) -> None:
         delete(retired)
 
 
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Where the block writes a whole folder: it takes that name at the end, or nothing of it stays.
+
+    Raises OSError where it cannot be written; what stood there stays then.
+    """
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    make_folder(scratch)
+    try:
+        yield scratch
+        put_folder(scratch, folder)
+    except BaseException:  # Ctrl-C too leaves nothing half-written; it is raised again
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
 def delete(path: Path) -> None:
     """A folder with all in it, a file, or a link, not what that leads to."""
     if not path.is_dir() or path.is_symlink():

@@ -26,7 +26,7 @@ from llava_kd.data.shapes.writing import write_shapes
 from llava_kd.data.sources.cache import build_once
 from llava_kd.data.teacher_store.shards import Shard, StoredRecord, write_shard
 from llava_kd.data.teacher_store.store import MANIFEST, SHARDS, Contents, Manifest, TeacherCache
-from llava_kd.durable import make_folder, named, put_folder, write_text
+from llava_kd.durable import named, replacing_folder, write_text
 from llava_kd.evaluation.answers import AnswerWriter, answers_file, claim, mend, merge, read_all
 from llava_kd.training.checkpoint import Checkpoints, Saved, sweep
 from llava_kd.training.metrics import Metrics
@@ -272,13 +272,10 @@ def _indexed(root: Path) -> None:
 def _export(root: Path, mark: Mark) -> None:
     """A model directory made beside its place, and one that replaces it."""
     for version in ("old", "new"):
-        scratch = root / "out" / ".model.partial"
         sweep(root / "out")
-        make_folder(scratch)
-        with named(scratch):
+        with replacing_folder(root / "out" / "model") as scratch, named(scratch):
             for name in ("config.json", "model.safetensors"):
                 (scratch / name).write_text(f"{version} {name}" * 9)
-        put_folder(scratch, root / "out" / "model")
         mark(version)
 
 

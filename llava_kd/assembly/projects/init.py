@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -28,7 +27,7 @@ from llava_kd.config.trees import parse_override
 from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER, read_record
 from llava_kd.data.text.template_choice import AUTO, choose
 from llava_kd.data.text.template_table import TEMPLATES
-from llava_kd.durable import make_folder, put_folder
+from llava_kd.durable import replacing_folder
 from llava_kd.models.files.checkpoint import load_config, load_processor
 from llava_kd.models.reading import existing
 from llava_kd.models.towers.vision_tower import text_config
@@ -90,19 +89,14 @@ def begin(
     refuse_taken(target)
     models = models.checked()
     machine = machine or Machine.here()
-    scratch = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
     try:
-        make_folder(scratch)
-        project = _Project(scratch, target, data, models, machine, [parse_override(o) for o in overrides])
-        lines = project.write()
-        put_folder(scratch, target)
+        with replacing_folder(target) as scratch:
+            project = _Project(scratch, target, data, models, machine, [parse_override(o) for o in overrides])
+            lines = project.write()
     except OSError as error:
         raise ValueError(
             f"{target} cannot be written ({error}); name a folder that this user may write"
         ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return lines
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
-from llava_kd.durable import make_folder, put_folder, write_text
+from llava_kd.durable import replacing_folder, write_text
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 # In a checkout the files of all but `small` are links to those in scripts/, of which a wheel holds the text.
@@ -40,12 +39,9 @@ def copy(name: str, directory: str | Path) -> list[str]:
         raise ValueError(f"{out} is not empty; name a new directory for the recipe")
     sources = {path.name: path.read_text(encoding="utf-8") for path in files(name)}
     named = re.compile(_IN_CHECKOUT.format(names="|".join(map(re.escape, sources))))
-    scratch = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    make_folder(scratch)
-    for file, text in sources.items():
-        write_text(scratch / file, named.sub(lambda found: str(out / found[1]), text))
-    put_folder(scratch, out)
+    with replacing_folder(out) as scratch:
+        for file, text in sources.items():
+            write_text(scratch / file, named.sub(lambda found: str(out / found[1]), text))
     stages = [file for file in sources if file.endswith(".yaml") and file != "pipeline.yaml"]
     run = f"run {out / 'pipeline.yaml'}" if "pipeline.yaml" in sources else f"train {out / stages[0]}"
     return [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from llava_kd.durable import make_folder, put_folder
+from llava_kd.durable import replacing_folder
 from llava_kd.models.files.served import served_generation, served_processor
 from llava_kd.models.language_model import IMAGE_TOKEN, decoder_of, load_language_model
 from llava_kd.models.projectors.conv_attention import check_grid
@@ -259,18 +258,10 @@ def save_stock(
     has another name. Raises OSError where it cannot be written.
     """
     directory = Path(directory)
-    scratch = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    make_folder(scratch)
-    try:
-        with writing(directory):
-            _write(parts, scratch, trained or {}, dtype)
-            if complete is not None:
-                complete(scratch)
-        put_folder(scratch, directory)
-    except BaseException:  # Ctrl-C too leaves nothing half-written; it is raised again
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    with replacing_folder(directory) as scratch, writing(directory):
+        _write(parts, scratch, trained or {}, dtype)
+        if complete is not None:
+            complete(scratch)
 
 
 def _write(parts: Parts, scratch: Path, trained: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:

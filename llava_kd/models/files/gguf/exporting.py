@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from transformers import LlavaConfig, LlavaProcessor
 
-from llava_kd.durable import make_folder, named, put_folder
+from llava_kd.durable import named, replacing_folder
 from llava_kd.models.files.checkpoint import load_config, load_processor
 from llava_kd.models.files.export import REQUEST, made_of, provenance_of, read_summary
 from llava_kd.models.files.gguf.language import (
@@ -82,20 +81,12 @@ def export_gguf(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         _refuse_another(out, request)
         return [f"{out} is this very export already: nothing to do", *notes]
-    scratch = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    make_folder(scratch)
-    try:
-        with named(out):
-            _write(student, scratch)
-            (scratch / CARD).write_text(_card(source, student, notes, summaries), encoding="utf-8")
-            files = {path.name: _digest(path) for path in sorted(scratch.iterdir())}
-            text = json.dumps({**request, "files": files}, indent=2)
-            (scratch / REQUEST).write_text(text + "\n", encoding="utf-8")
-            put_folder(scratch, out)
-    except BaseException:  # Ctrl-C too leaves nothing half-written; it is raised again
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    with named(out), replacing_folder(out) as scratch:
+        _write(student, scratch)
+        (scratch / CARD).write_text(_card(source, student, notes, summaries), encoding="utf-8")
+        files = {path.name: _digest(path) for path in sorted(scratch.iterdir())}
+        text = json.dumps({**request, "files": files}, indent=2)
+        (scratch / REQUEST).write_text(text + "\n", encoding="utf-8")
     return notes
 
 

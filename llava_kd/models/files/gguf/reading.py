@@ -9,7 +9,6 @@ Shape legend: D width, H heads, K half of a head, R rows.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llava_kd.durable import make_folder, put_folder
+from llava_kd.durable import replacing_folder
 from llava_kd.models.files.gguf.package import gguf_package
 from llava_kd.models.files.gguf.tokens import RULES
 from llava_kd.models.tower_source import nearest
@@ -233,15 +232,7 @@ def write_language_model(path: Path, out: str | Path) -> None:
     """A folder of transformers for `student.language_model`, complete or not at all."""
     causal, tokenizer = read_language_model(path)
     out = Path(out)
-    scratch = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    make_folder(scratch)
-    try:
-        with writing(out):
-            causal.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
-            share(*scratch.glob("*.safetensors"))
-        put_folder(scratch, out)
-    except BaseException:  # Ctrl-C too leaves nothing half-written; it is raised again
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    with replacing_folder(out) as scratch, writing(out):
+        causal.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        share(*scratch.glob("*.safetensors"))
