@@ -65,12 +65,12 @@ def _check_structure(causal: PreTrainedModel, name: str) -> None:
             expected = type(AutoModel.from_config(causal.config))
     except ValueError as error:
         raise ValueError(
-            f"the language model {name} ({kind!r}) cannot stand in a stock LLaVA: transformers has no "
+            f"the language model {name} ({kind!r}) cannot be part of a stock LLaVA: transformers has no "
             "decoder of its own for it; take another model"
         ) from error
     if type(decoder) is not expected or not {"embed_tokens", "layers"} <= set(dict(decoder.named_children())):
         raise ValueError(
-            f"the language model {name} ({kind!r}) cannot stand in a stock LLaVA, which builds a "
+            f"the language model {name} ({kind!r}) cannot be part of a stock LLaVA, which builds a "
             f"{expected.__name__} with embed_tokens and layers; this one is a {type(decoder).__name__} of "
             f"{sorted(dict(decoder.named_children()))}"
         )

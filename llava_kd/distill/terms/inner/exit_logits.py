@@ -97,7 +97,9 @@ class ExitLogits(Term):
             if len(set(places)) < len(places):
                 raise ValueError(f"`{name}` of exits must differ; got {', '.join(map(str, places))}")
         if not (self.layers or self.stages):
-            raise ValueError("exits stand behind `layers` or `stages`, and both are empty; name at least one")
+            raise ValueError(
+                "exits are placed after `layers` or `stages`, and both are empty; name at least one"
+            )
 
     @property
     def _layer_taps(self) -> tuple[str, ...]:
