@@ -17,7 +17,7 @@ from llava_kd.assembly.parts.models import DTYPES, choose_attention, place
 from llava_kd.assembly.parts.objective import wants_head_gram
 from llava_kd.assembly.parts.several.teachers import Others
 from llava_kd.assembly.parts.stored_teacher import HEAD, served_as
-from llava_kd.assembly.parts.teaching.visual_dependency import visually_weighed
+from llava_kd.assembly.parts.teaching.visual_dependency import visually_weighed, weighing_of
 from llava_kd.assembly.settings import tables_of
 from llava_kd.config import TeacherConfig, TrainConfig
 from llava_kd.data.foreign.talks import Talks
@@ -28,6 +28,7 @@ from llava_kd.distill.teaching.cached import CachedTeacher
 from llava_kd.distill.teaching.door import Teaching
 from llava_kd.distill.teaching.from_teacher import FromTeacher
 from llava_kd.distill.teaching.live import Teacher
+from llava_kd.distill.teaching.visual_dependency import StoredWeighing
 from llava_kd.models.files.checkpoint import Parts, load_stock
 from llava_kd.models.files.teacher_head import load_head_only, load_shapes
 from llava_kd.models.foreign.grids import foreign_grid
@@ -126,10 +127,14 @@ def teaching_of(
     To be called before an engine shards the student, and after its kernel of attention is chosen.
     """
     formula = FORMULAS[config.objective.losses].head_loss
+    assert config.teacher is not None
+    weighing = weighing_of(config.teacher)
     if is_cached(config):
         stored = cached_teacher(config, teacher, world.device, say)
-        return FromTeacher(stored, head_loss=formula)
-    assert config.teacher is not None
+        if weighing is None:
+            return FromTeacher(stored, head_loss=formula)
+        say("how much the teacher needs the picture for each token comes from there too")
+        return StoredWeighing(weighing, stored, head_loss=formula)
     if isinstance(teacher, ForeignParts):
         say(f"the teacher is a {type(teacher.stock).__name__}, read by its own processor")
         side = foreign_side(teacher, config.data)
@@ -155,7 +160,7 @@ def teaching_of(
 
         return FromTeacher(others.join(frozen, placed, beta=several.beta), head_loss=formula)
     switch = lend(config, student[0], teacher, student[1], frozen.mllm)
-    if config.teacher.visual_dependency is not None:
+    if weighing is not None:
         say("the teacher is asked twice, with the picture and without it")
         return visually_weighed(config.teacher, frozen, switch, student[1], formula)
     return FromTeacher(frozen, switch, head_loss=formula)

@@ -49,6 +49,11 @@ def cache_from_server(
     Raises ValueError for settings that no server serves, and for whatever it answers that does not fit.
     """
     one = one_teacher(config)
+    if one.visual_dependency is not None:
+        raise ValueError(
+            "a server is asked with the picture alone, but `teacher.visual_dependency` asks without it; set "
+            "it to null, or cache the teacher without --server"
+        )
     with peers(), ExitStack() as held:
         world = join(config.engine.device, timeout_minutes=config.engine.timeout_minutes)
         say = speaker(world)

@@ -15,6 +15,7 @@ from llava_kd.batch import IGNORE_INDEX, Batch, Inputs, StretchRows
 from llava_kd.distill.formulas import Align, Common, Formulas
 from llava_kd.distill.rows import Place, Rows, VisualTap, of_images, targets_of_rows, visual_features
 from llava_kd.distill.terms.term import Need, Reads
+from llava_kd.losses.cross.projection import Projection
 from llava_kd.losses.cross.stretches import Stretched, Words
 from llava_kd.losses.tuning.information import Centroids
 from llava_kd.models.mllm import Prediction
@@ -76,6 +77,14 @@ class Seen:
         """The tokens that both tokenizers have, where they differ."""
         self._declared(self._reads.stretches, "stretches=True")
         return self._common.words
+
+    @property
+    def projection(self) -> Projection:
+        """Of the tokens of one side onto the other's. ValueError where nobody has given it."""
+        self._declared(self._reads.stretches, "stretches=True")
+        if self._common.projection is None:
+            raise ValueError(f"the term {self._name} got no projection of one vocabulary onto the other")
+        return self._common.projection
 
     @property
     def module(self) -> nn.Module:
