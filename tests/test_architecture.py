@@ -54,9 +54,10 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "attention": {""},
         "projectors": {"", "files", "towers"},
         "towers": {""},
-        "": {"attention", "projectors", "towers"},
+        "": {"attention", "heads", "projectors", "towers"},
         "files": {"", "projectors", "towers"},
-        "foreign": {"", "files", "towers"},
+        "foreign": {"", "files", "heads", "towers"},
+        "heads": set(),
         "words": set(),
     },
     "evaluation": {

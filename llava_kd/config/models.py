@@ -35,6 +35,9 @@ class StudentConfig:
     vision_feature_select_strategy: Annotated[
         Literal["default", "full"], Doc("`default` drops the first token of the tower, `full` keeps all.")
     ] = "full"
+    drops_logit_cap: Annotated[
+        bool, Doc("Take the cap off the logits of a new student's language model, such as Gemma 2's.")
+    ] = False
     lora: Annotated[LoraConfig | None, Doc("Trains the language model through adapters alone.")] = None
     quantize: Annotated[Bits | None, Doc("Few bits for the weights of the language model, under `lora`.")] = (
         None

@@ -43,6 +43,7 @@ def top_k_head_loss(
     student_bias_V: Tensor | None = None,
     temperature: Temperature = 1.0,
     divergence: Divergence = FORWARD,
+    student_cap: float | None = None,
     chunk_rows: int | None = None,
 ) -> HeadLoss:
     """What reference_top_k.top_k_head_loss returns, in memory that does not grow with rows times vocabulary.
@@ -52,7 +53,7 @@ def top_k_head_loss(
     check_head_inputs(
         student_ND, student_head_VD, targets_N, ce_weight_N=ce_weight_N, student_bias_V=student_bias_V,
         teacher_NE=None, teacher_head_UE=None, teacher_bias_U=None, kl_weight_N=None,
-        temperature=temperature, num_common=None,
+        temperature=temperature, num_common=None, student_cap=student_cap,
     )  # fmt: skip
     check_top_k(student_ND, student_head_VD, top.logits_NK, top.columns_NK, top.rest_N, num_common)
     check_softening_of_top_k(temperature, divergence, top.std_N, len(student_ND))
@@ -68,7 +69,7 @@ def top_k_head_loss(
         chunk_rows=chunk_rows,
         active_rows=None,
     )
-    student = _Side(student_ND, student_head_VD, student_bias_V, torch.float32)
+    student = _Side(student_ND, student_head_VD, student_bias_V, torch.float32, cap=student_cap)
     teacher = _TopKSide(top, student, num_common, temperature)
     gradients = _Gradients.wanted_by(student_ND, student_head_VD, student_bias_V)
     inputs = (student_ND, student_head_VD, student_bias_V)
