@@ -37,7 +37,8 @@ def sum_of_rows(side: Side, rows_of: RowsOf, *, num_columns: int, chunk_rows: in
 
     `rows_of` is shown the first `num_columns` logits of some rows, and must be differentiable by them.
     """
-    loss, rows_N = _Chunked.apply(*side, rows_of, num_columns, chunk_rows, torch.is_grad_enabled())
+    how = _How(side.cap, rows_of, num_columns, chunk_rows, torch.is_grad_enabled())
+    loss, rows_N = _Chunked.apply(*side[:3], how)
     return RowsLoss(loss=loss, rows_N=rows_N)
 
 
@@ -47,6 +48,14 @@ def leading_logits(side: Side, num_columns: int) -> Tensor:
     with torch.no_grad():
         logits_CK = gemm.wide_logits(hidden_CD, head_VD[:num_columns], accumulation_dtype(hidden_CD))
         return cap_(logits_CK if bias_V is None else logits_CK.add_(bias_V[:num_columns]), cap)
+
+
+class _How(NamedTuple):
+    cap: float | None
+    rows_of: RowsOf
+    num_columns: int
+    chunk_rows: int
+    wants_gradient: bool
 
 
 class _Context(FunctionCtx):
@@ -64,12 +73,9 @@ class _Chunked(torch.autograd.Function):
         hidden_ND: Tensor,
         head_VD: Tensor,
         bias_V: Tensor | None,
-        cap: float | None,
-        rows_of: RowsOf,
-        num_columns: int,
-        chunk_rows: int,
-        wants_gradient: bool,
+        how: _How,
     ) -> tuple[Tensor, Tensor]:
+        cap, rows_of, num_columns, chunk_rows, wants_gradient = how
         dtype = accumulation_dtype(hidden_ND)
         is_16_bit = gemm.product_dtype(hidden_ND.device) is not None or gemm.is_half(head_VD.dtype)
         sources = (hidden_ND, head_VD, bias_V)
@@ -106,7 +112,7 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         scaled = [next(saved) * grad if present else None for present in ctx.present]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None)
 
 
 def _of_chunk(
