@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from llava_kd.models.foreign.reading import ForeignModel, refuse_other_logits
-from llava_kd.models.heads.folding import fold_scaling
+from llava_kd.models.heads.folding import _scale_states, fold_scaling
 from llava_kd.models.heads.scaling import Scaling, scaling_of
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -143,6 +143,15 @@ def test_a_student_has_nothing_left_to_do_after_its_head(kind: str, more: dict) 
     if did.cap is not None:
         after_BTV = did.cap * torch.tanh(after_BTV / did.cap)
     torch.testing.assert_close(after_BTV, before_BTV, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_norm_of_one_plus_its_weight_takes_a_factor_too() -> None:
+    model = causal("gemma", head_dim=8)
+    ids_BT = torch.tensor([[3, 4, 5, 6]])
+    before_BTD = model.model(ids_BT).last_hidden_state
+    _scale_states(model, 0.3)
+    torch.testing.assert_close(model.model(ids_BT).last_hidden_state, 0.3 * before_BTD, rtol=1e-5, atol=1e-5)
 
 
 def test_a_factor_that_no_norm_can_take_is_refused() -> None:

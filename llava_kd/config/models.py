@@ -62,6 +62,11 @@ class StudentConfig:
             f"checkpoint={self.checkpoint}, vision_tower={parts[0]}, language_model={parts[1]}",
         )
         require(
+            not self.drops_logit_cap or self.checkpoint is None,
+            f"`{self.where}.drops_logit_cap` is of a new student; one that goes on from "
+            f"`{self.where}.checkpoint` is a stock LLaVA, which has no cap: leave it out",
+        )
+        require(
             self.projector == "own" or self.checkpoint is None,
             f"`{self.where}.projector` is of a new student; one that goes on from `{self.where}.checkpoint` "
             "keeps the projector it has, of whatever kind: leave projector out",

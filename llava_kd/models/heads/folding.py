@@ -42,7 +42,7 @@ def fold_scaling(causal: PreTrainedModel, *, drops_cap: bool) -> Scaling:
         raise ValueError(
             f"a {kind} caps its logits at {scaling.cap:g}, for which stock LLaVA has no place: transformers "
             "would read the student without the cap, whatever it was trained with. To train it without, set "
-            "student.drops_logit_cap to true; or take another model"
+            "drops_logit_cap beside language_model to true; or take another model"
         )
     text = causal.config.get_text_config()
     settings = text.to_dict()
