@@ -19,6 +19,7 @@ from torch import Tensor
 import llava_kd
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.distill.terms import TERMS
+from llava_kd.distill.terms.inner.exit_logits import ExitLogits
 from llava_kd.models.files.checkpoint import load_stock
 from llava_kd.models.mllm import MLLM, PARTS, Prediction
 
@@ -46,6 +47,7 @@ LOGITS: dict[str, tuple[str, ...]] = {
 }
 SILENT = ("relation tap=hidden", "relation tap=projector")  # a term that reads logits, where it is set not to
 CHOOSES = ("visual_regions", "trust=")  # logits choose rows there: another cap need not choose others
+MORE = {"exit_logits gamma=2": {"exit_logits": ExitLogits(gamma=2.0, form="code")}}
 Seen = Callable[[Prediction], Prediction]
 
 
@@ -82,7 +84,7 @@ def run(sides: Sides, case: str, losses: str = "fast", **seen: Seen) -> dict[str
         for side, change in seen.items():
             read = models[side]._read
             patch.setattr(models[side], "_read", lambda *a, read=read, change=change: change(read(*a)))
-        return sides.run(CASES[case], losses, sides.batch({"images": 2}, {}))
+        return sides.run({**CASES, **MORE}[case], losses, sides.batch({"images": 2}, {}))
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor], what: str) -> None:
@@ -95,6 +97,7 @@ def listed() -> Iterator[str]:
     for case, terms in CASES.items():
         if len(terms) == 1 and "map=never" not in case and "source=tower" not in case:
             yield case
+    yield from MORE
 
 
 @pytest.mark.parametrize("case", listed())
