@@ -206,7 +206,7 @@ def test_a_template_that_drops_a_turn_is_refused(taught, teacher: Path, tmp_path
 
 @pytest.mark.parametrize("teacher", ["gemma3"], indirect=True)
 def test_scaled_and_capped_logits_teach_alike_live_and_from_a_cache(
-    taught, tmp_path: Path, monkeypatch
+    taught, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     config = taught("run")
     words = ["--objective.visual_kl={weight: 1.0}", "--objective.relation={weight: 0.5}"]
@@ -214,6 +214,7 @@ def test_scaled_and_capped_logits_teach_alike_live_and_from_a_cache(
     plain = losses(config, "plain", *words, "--max_steps=1")
     scale_and_cap(monkeypatch, Gemma3ForConditionalGeneration)
     live = losses(config, "live", *words)
+    assert "its logits are multiplied by 0.4 and capped at 2, and so are" in capsys.readouterr().err
     for term in ("response_kl", "visual_kl", "relation", "teacher_cross_entropy"):
         assert live[0][term] != pytest.approx(plain[0][term], rel=5e-4), term
     assert main(["cache-teacher", str(config), f"--out={tmp_path / 'cache'}", *words]) == 0

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from llava_kd.losses.checks import check_head_inputs, check_targets
+from llava_kd.losses.checks import check_caps, check_head_inputs, check_targets
 from llava_kd.losses.divergence import FORWARD, Divergence, Temperature
 from llava_kd.losses.kernels import gemm
 from llava_kd.losses.kernels.capping import cap_, through_cap_
@@ -71,8 +71,7 @@ def head_loss(
     num_common = check_head_inputs(
         student_ND, student_head_VD, targets_N, ce_weight_N=ce_weight_N, student_bias_V=student_bias_V,
         teacher_NE=teacher_NE, teacher_head_UE=teacher_head_UE, teacher_bias_U=teacher_bias_U,
-        kl_weight_N=kl_weight_N, temperature=temperature, num_common=num_common, student_cap=student_cap,
-        teacher_cap=teacher_cap,
+        kl_weight_N=kl_weight_N, temperature=temperature, num_common=num_common,
     )  # fmt: skip
     if logits_dtype not in (torch.float32, torch.float16):
         raise ValueError(f"logits_dtype must be torch.float32 or torch.float16; got {logits_dtype}")
@@ -95,8 +94,8 @@ def head_loss(
     if teacher_NE is not None and teacher_head_UE is not None:
         how = {"change": teacher_change, "cap": teacher_cap}
         teacher = _Side(teacher_NE, teacher_head_UE, teacher_bias_U, logits_dtype, **how)
-    gradients = _Gradients.wanted_by(student_ND, student_head_VD, student_bias_V)
     inputs = (student_ND, student_head_VD, student_bias_V)
+    gradients = _Gradients.wanted_by(*inputs)
     return HeadLoss(*_HeadLoss.apply(*inputs, student, teacher, rows, gradients))
 
 
@@ -120,6 +119,7 @@ class _Side:
         cap: float | None = None,
     ) -> None:
         """With a cap or a `change` of the logits the bias is in them, and the kernels are told of none."""
+        check_caps(cap)
         hidden_ND, head_VD = hidden_ND.detach(), head_VD.detach()
         wide = accumulation_dtype(hidden_ND)
         self.logits_dtype = torch.float16 if logits_dtype == torch.float16 else wide

@@ -53,7 +53,7 @@ def top_k_head_loss(
     check_head_inputs(
         student_ND, student_head_VD, targets_N, ce_weight_N=ce_weight_N, student_bias_V=student_bias_V,
         teacher_NE=None, teacher_head_UE=None, teacher_bias_U=None, kl_weight_N=None,
-        temperature=temperature, num_common=None, student_cap=student_cap,
+        temperature=temperature, num_common=None,
     )  # fmt: skip
     check_top_k(student_ND, student_head_VD, top.logits_NK, top.columns_NK, top.rest_N, num_common)
     check_softening_of_top_k(temperature, divergence, top.std_N, len(student_ND))

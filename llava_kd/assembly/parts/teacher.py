@@ -136,6 +136,8 @@ def teaching_of(
         side = foreign_side(teacher, config.data)
         keeps_head_gram = wants_head_gram(config.objective)
         alone = placed_foreign(config.teacher, world, teacher, side, keeps_head_gram=keeps_head_gram)
+        if not alone.model.scaling.is_plain:
+            say(f"its logits are {alone.model.scaling}, and so are those that the student is compared with")
         return FromTeacher(alone, head_loss=formula)
     is_packed = config.data.packing is not None
     frozen = placed_teacher(

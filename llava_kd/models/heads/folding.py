@@ -59,8 +59,8 @@ def fold_scaling(causal: PreTrainedModel, *, drops_cap: bool) -> Scaling:
         made = type(causal)(causal.config)
     if not (left := scaling_of(made)).is_plain:
         raise ValueError(
-            f"a {kind} scales its logits ({scaling}), and no setting that is known turns that off: after "
-            f"{sorted(set(_NOTHING) & set(settings))} there is {left}; take another model"
+            f"the logits of a {kind} are {scaling}, and no setting that is known turns that off: after "
+            f"{sorted(set(_NOTHING) & set(settings))} they are {left}; take another model"
         )
     if scaling.factor != 1:
         _scale_states(causal, scaling.factor)

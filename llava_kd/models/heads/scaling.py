@@ -49,6 +49,12 @@ class Scaling:
         """A head's bias, as it stands in logits."""
         return bias_V if bias_V is None or self.after == 1 else bias_V * self.after
 
+    def __str__(self) -> str:
+        done = [] if self.factor == 1 else [f"multiplied by {self.factor:.6g}"]
+        return (
+            " and ".join([*done, *([] if self.cap is None else [f"capped at {self.cap:g}"])]) or "as they are"
+        )
+
     @property
     def is_plain(self) -> bool:
         return self == Scaling()
@@ -106,7 +112,7 @@ class _Probe:
             expected_V = found.cap * torch.tanh(expected_V / found.cap)
         difference = float((self._through(ramp_V) - expected_V).abs().max())
         if not difference <= _TOLERANCE * float(expected_V.abs().max()):
-            raise self._refusal(f"they differ from {found} by {difference:.3g}")
+            raise self._refusal(f"{found} they would be others by {difference:.3g}")
         return found
 
     def _before(self) -> float:
