@@ -53,6 +53,7 @@ from llava_kd.distill.teaching.visual_dependency import Weighing
 from llava_kd.durable import make_folder, replacing
 from llava_kd.losses.divergence import Temperature, deviation
 from llava_kd.losses.kernels import gemm
+from llava_kd.losses.kernels.capping import cap_
 from llava_kd.models.foreign.loading import AnyParts, ForeignParts
 from llava_kd.models.mllm import Prediction
 from llava_kd.parallel.world import World, join, peers
@@ -327,6 +328,7 @@ class _Run:
                 None if bias_U is None else bias_U[: contents.columns],
                 k=contents.k,
                 temperature=contents.temperature,
+                cap=prediction.cap,
             )
             for hidden_CE in hidden_ME.split(_LOGIT_ROWS)
         ]
@@ -358,7 +360,13 @@ def _tokens_per_image(teacher: AnyParts) -> int:
 
 
 def largest(
-    hidden_ME: Tensor, head_CE: Tensor, bias_C: Tensor | None, *, k: int, temperature: Temperature
+    hidden_ME: Tensor,
+    head_CE: Tensor,
+    bias_C: Tensor | None,
+    *,
+    k: int,
+    temperature: Temperature,
+    cap: float | None = None,
 ) -> dict[str, Tensor]:
     """The k largest fp32 logits of each row, their columns, and log of sum(exp(z / T)) over the others.
 
@@ -368,6 +376,7 @@ def largest(
     gemm.write_logits(hidden_ME, head_CE, logits_MC)
     if bias_C is not None:
         logits_MC = logits_MC + bias_C.float()
+    cap_(logits_MC, cap)
     top_MK, columns_MK = logits_MC.topk(k, dim=1)
     others_MC = logits_MC.scatter(1, columns_MK, -torch.inf)
     kept = {"top_logits_MK": top_MK, "top_columns_MK": columns_MK.to(torch.int32)}

@@ -54,7 +54,8 @@ class MixedPrediction:
         """Of these flat places: what the first teacher's logits become; over the columns that all have."""
         return MixedTarget(
             others=tuple(
-                Voice(one.hidden_BTD.flatten(0, 1)[rows_N], one.head_VD, one.bias_V) for one in self.parts[1:]
+                Voice(one.hidden_BTD.flatten(0, 1)[rows_N], one.head_VD, one.bias_V, one.cap)
+                for one in self.parts[1:]
             ),
             log_weights_NM=self.log_weights_PM[rows_N],
             temperature=temperature,

@@ -41,6 +41,7 @@ from llava_kd.models.foreign.loading import (
     load_foreign_head,
     load_foreign_processor,
 )
+from llava_kd.models.heads.scaling import Scaling, scaling_of
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.towers.vision_tower import text_config
 from llava_kd.models.vocabulary import left_out
@@ -140,6 +141,8 @@ def teaching_of(
         side = foreign_side(teacher, config.data)
         keeps_head_gram = wants_head_gram(config.objective)
         alone = placed_foreign(config.teacher, world, teacher, side, keeps_head_gram=keeps_head_gram)
+        if not alone.model.scaling.is_plain:
+            say(f"its logits are {alone.model.scaling}, and so are those that the student is compared with")
         return FromTeacher(alone, head_loss=formula)
     is_packed = config.data.packing is not None
     frozen = placed_teacher(
@@ -180,9 +183,11 @@ def cached_teacher(
     head = teacher.head
     if head.weight.is_meta:
         return CachedTeacher(None, None)
-    bias_U = None if head.bias is None else head.bias.to(device)
+    # Its hidden states were stored with the factor of its logits in them; a LLaVA has neither that nor a cap.
+    scaling = scaling_of(teacher.stock) if isinstance(teacher, ForeignParts) else Scaling()
+    bias_U = None if head.bias is None else scaling.bias(head.bias.to(device))
     keeps_head_gram = wants_head_gram(config.objective)
-    return CachedTeacher(head.weight.to(device), bias_U, keeps_head_gram=keeps_head_gram)
+    return CachedTeacher(head.weight.to(device), bias_U, cap=scaling.cap, keeps_head_gram=keeps_head_gram)
 
 
 def say_left_out(

@@ -190,4 +190,5 @@ def _voice(prediction: Prediction, rows_N: Tensor) -> Voice:
         prediction.hidden_BTD.flatten(0, 1)[rows_N],
         prediction.head_VD.detach(),
         None if bias_V is None else bias_V.detach(),
+        prediction.cap,
     )

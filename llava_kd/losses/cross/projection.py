@@ -137,13 +137,12 @@ def projected_loss_by_chunk(
     def of_rows(part: slice, logits_CV: Tensor) -> Tensor:
         student_CW = log_p(logits_CV, mine_W, distance.temperature)
         with torch.no_grad():
-            side = (teacher.first_SD[part], teacher.head_VD, teacher.bias_V)
-            logits_CU = leading_logits(side, teacher.head_VD.shape[0])
+            logits_CU = leading_logits(teacher.side(teacher.first_SD[part]), teacher.head_VD.shape[0])
             teacher_CW = log_p(logits_CU, theirs_W, distance.temperature).to(student_CW.dtype)
             compared_S[part], ruled_S[part] = projection.shares(student_CW, teacher_CW)
         return projection.rows(student_CW, teacher_CW, distance)
 
-    side = (student.first_SD, student.head_VD, student.bias_V)
+    side = student.side(student.first_SD)
     found = sum_of_rows(side, of_rows, num_columns=student.head_VD.shape[0], chunk_rows=size)
     return StretchLoss(found.loss, found.rows_N.detach(), compared_S, ruled_S)
 

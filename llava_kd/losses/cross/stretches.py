@@ -40,7 +40,7 @@ from torch.nn.functional import pad
 from llava_kd.losses.divergence import FORWARD, Divergence, divergence_rows
 from llava_kd.losses.kernels.rows import chunk_size
 from llava_kd.losses.kernels.summed import Side, leading_logits, sum_of_rows
-from llava_kd.losses.reference import accumulation_dtype
+from llava_kd.losses.reference import accumulation_dtype, head_logits
 
 COPIES = 8  # of a chunk's logits on each side: as they come, chosen, their softmax, sorted, gradients
 
@@ -73,6 +73,11 @@ class Stretched(NamedTuple):
     stretch_R: Tensor
     head_VD: Tensor
     bias_V: Tensor | None = None
+    cap: float | None = None
+
+    def side(self, states_CD: Tensor) -> Side:
+        """Its head, to be read at some states."""
+        return Side(states_CD, self.head_VD, self.bias_V, self.cap)
 
 
 class StretchLoss(NamedTuple):
@@ -168,8 +173,7 @@ def stretch_loss_by_chunk(
 
     def first_rows(part: slice, logits_CV: Tensor) -> Tensor:
         with torch.no_grad():
-            side = (teacher.first_SD[part], teacher.head_VD, teacher.bias_V)
-            logits_CU = leading_logits(side, teacher.head_VD.shape[0])
+            logits_CU = leading_logits(teacher.side(teacher.first_SD[part]), teacher.head_VD.shape[0])
             first_CW = log_p(logits_CU, theirs_W, distance.temperature)
             paired_S[part] = first_CW[:, : words.num_pairs].exp().sum(1)
             teacher_CW = (first_CW + theirs_S[part].unsqueeze(1)).to(logits_CV.dtype)
@@ -185,13 +189,10 @@ def stretch_loss_by_chunk(
         return slope_S[student.stretch_R[part]] * log_p_C
 
     num_columns = student.head_VD.shape[0]
-    found = sum_of_rows(
-        (student.first_SD, student.head_VD, student.bias_V), first_rows,
-        num_columns=num_columns, chunk_rows=size,
-    )  # fmt: skip
+    found = sum_of_rows(student.side(student.first_SD), first_rows, num_columns=num_columns, chunk_rows=size)
     loss = found.loss
     if wants_slope:
-        side = (student.further_RD, student.head_VD, student.bias_V)
+        side = student.side(student.further_RD)
         through_c = sum_of_rows(side, further_rows, num_columns=num_columns, chunk_rows=size).loss
         loss = loss + (through_c - through_c.detach())  # of no value: its gradient is what c adds
     return StretchLoss(loss=loss, rows_S=found.rows_N.detach(), paired_S=paired_S)
@@ -226,8 +227,7 @@ def _further(side: Stretched, columns_W: Tensor, temperature: float, size: int) 
     with torch.no_grad(), torch.autocast(side.further_RD.device.type, enabled=False):
         for begin in range(0, len(side.tokens_R), size):
             part = slice(begin, begin + size)
-            rows: Side = (side.further_RD[part], side.head_VD, side.bias_V)
-            logits_CV = leading_logits(rows, side.head_VD.shape[0])
+            logits_CV = leading_logits(side.side(side.further_RD[part]), side.head_VD.shape[0])
             found.append(log_p(logits_CV, columns_W, temperature, side.tokens_R[part]))
     return torch.cat(found)
 
@@ -239,6 +239,4 @@ def _sums(further_R: Tensor, side: Stretched) -> Tensor:
 
 
 def logits(states_CD: Tensor, side: Stretched) -> Tensor:
-    dtype = accumulation_dtype(states_CD)
-    logits_CV = states_CD.to(dtype) @ side.head_VD.to(dtype).T
-    return logits_CV if side.bias_V is None else logits_CV + side.bias_V.to(dtype)
+    return head_logits(*side.side(states_CD))

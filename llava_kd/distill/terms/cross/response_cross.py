@@ -91,6 +91,8 @@ class ResponseCross(Term):
             teacher_NE=teacher_NE,
             teacher_head_UE=teacher.head_VD,
             teacher_bias_U=teacher.bias_V,
+            student_cap=student.cap,
+            teacher_cap=teacher.cap,
             temperature=self.temperature,
             divergence=self._kind,
             num_common=seen.num_common,
