@@ -60,13 +60,18 @@ def short(tool: str, result: dict) -> set[tuple[str, str, str, str]]:
     return {key_of(tool, row) for row in rows if row.get("alike", 0) < ENOUGH}
 
 
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The students, and what is the same for every tool: their exports and the answers of `llava-kd eval`."""
+    folder = Path(os.environ.get("LLAVA_KD_TOOLS", ROOT / ".tools")) / "students"
+    return Reference(make_all(folder), folder / "data", tmp_path_factory.mktemp("reference"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
 @pytest.mark.parametrize("tool", TOOLS)
-def test_sixty_answers_of_each_kind_are_those_of_eval(tmp_path: Path, tool: str) -> None:
-    folder = Path(os.environ.get("LLAVA_KD_TOOLS", ROOT / ".tools")) / "students"
-    students = make_all(folder)
-    result = measured(tool, Reference(students, folder / "data", tmp_path), "a test")
+def test_sixty_answers_of_each_kind_are_those_of_eval(reference: Reference, tool: str) -> None:
+    result = measured(tool, reference, "a test")
     if "not_run" in result:
         pytest.skip(f"not run: {result['not_run']}")
     assert short(tool, result) <= KNOWN, result["rows"]
