@@ -98,7 +98,7 @@ class Reference:
     """What `llava-kd eval` answers, asked once for each student and kind."""
 
     def __init__(self, students: Mapping[str, Path], data: Path, root: Path) -> None:
-        self.students, self.root = students, root
+        self.students, self.data, self.root = students, data, root
         self.records = records(data, root / "square")
         self._found: dict[tuple[str, str], list[str]] = {}
 
