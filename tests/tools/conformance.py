@@ -241,6 +241,11 @@ def _told(tool: Tool, result: dict | None) -> str:
     return f"- {tool.name}: {versions}; {result['date']}, {result['commit']}, `{result['command']}`."
 
 
+def write_result(folder: Path, result: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"tools_{result['tool']}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def read_results(folder: Path = RESULTS) -> dict[str, dict]:
     return {
         name: json.loads(path.read_text())
@@ -270,7 +275,7 @@ def main() -> None:
             reference = Reference(students, arguments.students / "data", Path(folder))
             for name in arguments.tools:
                 result = measured(name, reference, f"python tests/tools/conformance.py {name}")
-                (arguments.out / f"tools_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+                write_result(arguments.out, result)
                 shown = {(row["student"], row["weights"], row["questions"]): row for row in result["rows"]}
                 for key, row in shown.items():
                     print(name, *key, row.get("alike", row.get("error")), "of", row["of"], flush=True)
