@@ -165,10 +165,10 @@ def test_fewer_bits_lose_what_the_table_says(tmp_path: Path) -> None:
 def test_the_table_of_bits_is_that_of_its_file() -> None:
     page, result = quantised.PAGE.read_text(), json.loads(quantised.RESULT.read_text())
     assert page.partition(quantised.BEGIN)[2].partition(quantised.END)[0].strip() == quantised.table(result)
-    there = {"answers": ["Red.", "two", "no"]}
-    records = [{"conversations": [{}, {"value": value}]} for value in ("red", "one", "no")]
-    before = [True, True, False]
-    assert quantised.compared(there, records, before) == {"right": 2, "lost": 1, "won": 1}
+    there = {"answers": ["Red.", "two", "no", "left"]}
+    records = [{"conversations": [{}, {"value": value}]} for value in ("red", "one", "no", "left")]
+    before = [True, True, False, False]
+    assert quantised.compared(there, records, before) == {"right": 3, "lost": 1, "won": 2}
     assert quantised.compared({"error": "gone"}, records, before) == {"error": "gone"}
 
 

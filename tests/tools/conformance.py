@@ -35,7 +35,7 @@ BEGIN, END = "<!-- table of tools -->", "<!-- end of table -->"
 BATCH = 10
 AS_IT_IS = "oblong as it is"
 ENOUGH = 58
-SECONDS = 3000
+SECONDS = 5000
 
 
 @dataclass(frozen=True, kw_only=True)

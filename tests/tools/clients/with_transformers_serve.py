@@ -18,7 +18,7 @@ MORE = ["--device", "cpu", "--dtype", "float32"]
 def opened(directory: str) -> Iterator[Answers]:
     filled = {"OUT": directory, "8000": "{port}"}
     words = [sys.executable, "-c", PROGRAM, *(filled.get(word, word) for word in SERVED), *MORE]
-    with started(words, "/health", 300) as url:
+    with started(words, "/health", 900) as url:
         yield of_server(url, directory)
 
 

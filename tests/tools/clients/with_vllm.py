@@ -21,7 +21,7 @@ def opened(directory: str) -> Iterator[Answers]:
     filled = {"OUT": directory, "8000": "{port}"}
     words = [sys.executable, *(filled.get(word, word) for word in SERVED), *MORE]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    with started(words, "/health", 480, **settings) as url:
+    with started(words, "/health", 1500, **settings) as url:
         yield of_server(url, "student")
 
 
