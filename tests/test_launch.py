@@ -99,14 +99,12 @@ def test_the_deepspeed_launcher_is_a_choice(bin_dir: Path, tmp_path: Path) -> No
     assert f"--hostfile {tmp_path / 'h'} --no_ssh --node_rank 1 --master_addr n0" in line
 
 
-def test_stopping_the_quickstart_stops_both_trainings_after_they_saved(tmp_path: Path) -> None:
-    text, log = (SCRIPTS / "quickstart.sh").read_text(), tmp_path / "log"
-    functions = [re.search(rf"^{name}\(\) {{\n.*?^}}\n", text, re.S | re.M) for name in ("stop_both", "both")]
-    assert all(functions)
+def test_stopping_a_script_of_two_students_stops_both_after_they_saved(tmp_path: Path) -> None:
+    log = tmp_path / "log"
     training = "trap 'sleep 0.5; echo saved; exit 0' TERM; echo runs; while :; do sleep 0.05; done"
     script = [
         "set -euo pipefail",
-        *(found[0] for found in functions if found),
+        f'source "{SCRIPTS}/both.sh"',
         f'work() {{ bash -c "{training}" >>{log}; echo next >>{log}; }}',
         "both work work",
     ]
@@ -115,7 +113,7 @@ def test_stopping_the_quickstart_stops_both_trainings_after_they_saved(tmp_path:
     until(lambda: log.read_text().count("runs") == 2)
     running.terminate()
     _, said_then = running.communicate(timeout=30)
-    assert running.returncode == 130
+    assert running.returncode == 143
     assert said_then.startswith("stopping; the same command goes on from here\n")  # then bash: Terminated
     assert sorted(log.read_text().split()) == ["runs", "runs", "saved", "saved"]
 

@@ -14,6 +14,7 @@ licences="${EMOJI_LICENCES:-permissive}"
 here=examples/emoji
 size=84 # pixels: 36 patches
 source scripts/setup_env.sh
+source scripts/both.sh
 doing="installing into .venv"
 trap 'status=$?; clock stop || true; ended_at "$status" "$doing"' EXIT
 clock() { python scripts/quickstart/times.py "$run" "$@"; }
@@ -64,19 +65,6 @@ doing="healing the student"
 llava-kd run "$run/recipes/start$seed.yaml"
 complete "start$seed/heal"
 
-# both FIRST SECOND: the two commands at once; fails if either does. Ctrl-C ends both, which save first.
-both() {
-  local status=0
-  set -m # gives each its process group
-  $1 & local first=$!
-  $2 & local second=$!
-  set +m
-  trap 'kill -TERM -- "-$first" "-$second" 2>/dev/null || true; wait; exit 130' INT TERM
-  wait "$first" || status=$?
-  wait "$second" || status=$?
-  trap - INT TERM
-  return $status
-}
 undistilled() { llava-kd run "$run/recipes/seed$seed/undistilled.yaml" --log.progress_line=0; }
 distilled() { llava-kd run "$run/recipes/seed$seed/distilled.yaml" --log.progress_line=1; }
 doing="training both students of seed $seed"
