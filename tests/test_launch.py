@@ -219,11 +219,16 @@ def test_a_signal_before_the_ranks_exist_ends_everything_at_once(
     until(lambda: is_gone(launcher))
 
 
-@stops
-def test_a_signal_in_the_first_lines_of_a_script_ends_it(bin_dir: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("script", "number", "status"),
+    [("train.sh", *end) for end in STATUS.items()] + [("pipeline.sh", signal.SIGTERM, 143)],
+)
+def test_a_signal_in_the_first_lines_of_a_script_ends_it(
+    bin_dir: Path, script: str, number: signal.Signals, status: int
+) -> None:
     """To the shell alone, while it waits for a command that ends well: it must not go on after it."""
     write(bin_dir / "python", f"#!/bin/sh\ntouch {bin_dir}/asked; sleep 1; echo ran $*\n")
-    command = ["bash", str(SCRIPTS / "train.sh"), "x.yaml"]
+    command = ["bash", str(SCRIPTS / script), "x.yaml"]
     with subprocess.Popen(
         command,
         env=environment(bin_dir, NPROC="2"),
@@ -234,7 +239,7 @@ def test_a_signal_in_the_first_lines_of_a_script_ends_it(bin_dir: Path, number: 
         until((bin_dir / "asked").exists)
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
-    assert process.returncode == STATUS[number]
+    assert process.returncode == status
     assert out == ""
     assert err == f"stopped by {number.name} before anything began; the same command goes on\n"
 

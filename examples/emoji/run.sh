@@ -55,26 +55,19 @@ fi
 python "$here/plan.py" --run "$run" --minutes "$minutes" --seed "$seed"
 clock next train
 
-# complete STAGE: a run that a signal stopped has saved and ended with status 0; what needs it must not begin.
-complete() { [ -f "$run/$1/run.json" ]; }
 doing="training the teacher"
 OMP_NUM_THREADS="${EMOJI_THREADS:-$cores}" llava-kd run "$run/recipes/teacher.yaml"
-complete teacher/stage2
 export OMP_NUM_THREADS="${EMOJI_THREADS:-$(((cores + 1) / 2))}"
 doing="healing the student"
 llava-kd run "$run/recipes/start$seed.yaml"
-complete "start$seed/heal"
 
 undistilled() { llava-kd run "$run/recipes/seed$seed/undistilled.yaml" --log.progress_line=0; }
 distilled() { llava-kd run "$run/recipes/seed$seed/distilled.yaml" --log.progress_line=1; }
 doing="training both students of seed $seed"
 both undistilled distilled
-complete "seed$seed/sft/stage3"
-complete "seed$seed/kd/stage3"
 doing="training the undistilled student for as many operations as the distilled one took"
 python "$here/plan.py" --run "$run" --minutes "$minutes" --seed "$seed" --equal
 OMP_NUM_THREADS="${EMOJI_THREADS:-$cores}" llava-kd run "$run/recipes/seed$seed/equal.yaml"
-complete "equal/seed$seed/stage3"
 clock next eval
 
 # score MODEL OUT: the drawings of the artist that no training saw, and the things that none saw.

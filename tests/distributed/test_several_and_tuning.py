@@ -1,4 +1,4 @@
-"""Several teachers fused by agreement, and information that a label leaves, on two ranks: as on one device."""
+"""Teachers fused by agreement, and information that a label leaves: on two ranks as on one device."""
 
 from __future__ import annotations
 
