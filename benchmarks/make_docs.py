@@ -64,8 +64,8 @@ implementation returns. Errors are relative distances of the gradient from fp64,
 The table of a CPU is older than what its profile led to. Where the time beside the products went (one
 thread, the same heads, 272 rows, CPU seconds, medians of three rounds in turn, load 10): products alone 5.67,
 ours in two chunks 6.85 (1.21 times), with the rows as they are now 6.51 (1.15), and in one chunk 6.16 (1.09).
-So most of it is the chunks, each of which reads both heads anew and reads and writes the whole dW: the rows of
-logits take 0.2 s. Tried:
+So most of it is the chunks, each of which reads both heads anew and reads and writes the whole dW: the rows
+of logits take 0.2 s. Tried:
 
 - chunks of 240 MB of logits in place of 160 (4 in place of 6 for 793 rows): 1.08 times the products, was 1.13
   (400 rows, two rounds), with 253 MB less gradients, 0.117 of naive PyTorch's. Kept; the goal of 0.125 allows
