@@ -298,5 +298,5 @@ def test_chunks_are_equal_and_do_not_depend_on_the_vocabulary_over_the_width():
     cpu = torch.device("cpu")
     assert chunk_size(9000, bytes_per_row=1, device=cpu) == 3000
     assert chunk_size(MAX_CHUNK_ROWS + 1, bytes_per_row=1, device=cpu) == 2120
-    assert chunk_size(793, bytes_per_row=4 * 2 * 151936, device=cpu) == 136
+    assert chunk_size(793, bytes_per_row=4 * 2 * 151936, device=cpu) == 200
     assert chunk_size(5, bytes_per_row=2**40, device=cpu) == 8
