@@ -55,7 +55,6 @@ KNOWN = {
     *(("llama_cpp", "clip-qwen3", "float32", kind) for kind in KINDS if kind != NONE),
     *(("llama_cpp", "clip-qwen3", weights, ONE) for weights in ("float16", "bfloat16", "q8_0", "q4_0")),
     *(("llama_cpp", "siglip-llama", weights, ONE) for weights in ("q8_0", "q4_0")),
-    ("llama_cpp", "siglip-qwen2", "q4_0", ONE),
     *((tool, "siglip-llama", "float32", TWO) for tool in ("bitsandbytes", "lmms_eval")),
 }
 
