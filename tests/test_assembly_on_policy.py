@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llava_kd.assembly.parts.data import make_loader
 from llava_kd.assembly.parts.models import student_in
+from llava_kd.assembly.parts.on_policy.at_home import AtHome
 from llava_kd.assembly.parts.on_policy.writer import OwnAnswersLoader, Writer
 from llava_kd.assembly.parts.teacher import teacher_parts
 from llava_kd.assembly.settings import load
@@ -123,7 +124,7 @@ def test_the_student_answers_as_it_is_and_is_left_so(stage, monkeypatch: pytest.
     written = Writer.rewritten
 
     def spy(self: Writer, batches: Sequence[Batch], step: int) -> list[Batch]:
-        model, before = self.generator.model, torch.get_rng_state()
+        model, before = self.hand.generator.model, torch.get_rng_state()
         is_training = [module.training for module in model.modules()]
         made = written(self, batches, step)
         heads.append(model.lm_head.weight.detach().clone())
@@ -179,7 +180,7 @@ def loaded(path: Path) -> tuple[Parts, Loader]:
 
 def writer_of(student: Parts, *, batch_size: int = 4, writing: Writing = GREEDY, longest: int = 12) -> Writer:
     generator = Generator(student.stock, student.processor, max_new_tokens=longest, writing=writing)
-    return Writer(generator, nullcontext, max_length=512, batch_size=batch_size)
+    return Writer(AtHome(generator, nullcontext, batch_size), max_length=512)
 
 
 def texts(student: Parts, side: Inputs) -> list[str]:
@@ -240,7 +241,7 @@ def test_cut_and_empty_answers_are_counted(stage, speaker: Path, shapes_dir: Pat
     assert len(batch.student.places.response_N) == 6
     first = batch.student.labels_BT[batch.student.labels_BT != IGNORE_INDEX].tolist()
     silent = writer_of(student)
-    silent.generator = replace(silent.generator, more_ends=tuple(first))
+    silent.hand.generator = replace(silent.hand.generator, more_ends=tuple(first))
     (batch,) = silent.rewritten(batches, 0)
     assert silent.counted["own_answers_empty"] == 6
     assert silent.counted["own_answers_cut"] == 0
@@ -251,7 +252,7 @@ def test_only_common_tokens_are_written(stage, student_dir: Path) -> None:
     student, loader = loaded(stage("run", on_policy={**ASKED, "share": 0.5}))
     (batches,) = loader.batches(0, 1)
     writer = writer_of(student, writing=Writing(temperature=50.0))
-    writer.generator = replace(writer.generator, num_tokens=7)
+    writer.hand.generator = replace(writer.hand.generator, num_tokens=7)
     for batch in writer.rewritten(batches, 0):
         labels = batch.student.labels_BT
         assert int(labels.max()) < 7
@@ -279,9 +280,6 @@ REFUSED = {
     "no token": ({"on_policy.max_new_tokens": 0}, r"`on_policy\.max_new_tokens` must be more than 0"),
     "cache": ({"teacher.cache": "there"}, "`on_policy` need the teacher itself, but teacher.cache is there"),
     "no teacher": ({"teacher": None, "objective": {"cross_entropy": {}}}, "`teacher` is null; set it"),
-    "packing": ({"data.packing": {"max_tokens": 512}}, r"`data\.packing` lays several into one"),
-    "fsdp2": ({"engine.kind": "fsdp2"}, r"`engine\.kind` fsdp2 shards them"),
-    "zero3": ({"engine.kind": "deepspeed"}, r"`engine\.kind` deepspeed shards them"),
     "policy": ({"token_policy": {"spans": [{"pattern": "email"}]}}, "`token_policy` and `on_policy` both"),
     "pictures": (
         {"pictures": {"mixup": {}}},
@@ -315,12 +313,6 @@ def test_what_does_not_fit_is_refused_by_name(stage, case: str) -> None:
         words = [word for word in words if not word.startswith("--objective=")]
     with pytest.raises(ValueError, match=message):
         load(path, words)
-
-
-@pytest.mark.parametrize("engine", ["--engine.zero_stage=1", "--engine.zero_stage=2"])
-def test_engines_with_whole_weights_are_not_refused(stage, engine: str) -> None:
-    path = stage("run", on_policy={"share": 0.5})
-    load(path, ["--engine.kind=deepspeed", engine])
 
 
 def test_another_template_of_the_teacher_is_refused_by_name(

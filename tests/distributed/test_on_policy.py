@@ -18,11 +18,11 @@ def logged(output: Path) -> list[dict[str, float]]:
     return [{name: line[name] for name in names} for line in lines]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "zero2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_two_ranks_learn_from_the_answers_of_one_device(
     tmp_path: Path, shapes_dir: Path, student_dir: Path, teacher_dir: Path, kind: str
 ) -> None:
-    if kind == "zero2":
+    if kind.startswith("zero"):
         pytest.importorskip("deepspeed")
     asked = {"share": 0.6, "max_new_tokens": 5}
     config = write_stage(

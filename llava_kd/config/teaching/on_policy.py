@@ -34,7 +34,7 @@ class OnPolicyConfig:
 
 
 def check_on_policy(config: TrainConfig) -> None:
-    """ValueError where a student that answers does not fit the teacher, the terms, the data or the engine.
+    """ValueError where a student that answers does not fit the teacher or the terms.
 
     A cached teacher is refused with all else that needs the teacher itself.
     """
@@ -61,17 +61,6 @@ def check_on_policy(config: TrainConfig) -> None:
             f"`{name}` and `on_policy` both decide what an answer's tokens weigh, and were never tried "
             "together; set one to null",
         )
-    require(
-        config.data.packing is None,
-        "`on_policy` answers a record a row, and `data.packing` lays several into one; set it to null",
-    )
-    kind = config.engine.kind
-    is_sharded = kind == "fsdp2" or (kind == "deepspeed" and config.engine.zero_stage in (None, 3))
-    require(
-        not is_sharded,
-        "`on_policy` lets every rank write answers by itself, for which it needs whole weights; "
-        f"`engine.kind` {kind} shards them: use auto, single, ddp, or deepspeed with zero_stage 1 or 2",
-    )
     _check_terms(config, asked)
 
 

@@ -3,55 +3,93 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
 
 from llava_kd.assembly.parts.data import served, side_in
+from llava_kd.assembly.parts.on_policy.at_home import AtHome
+from llava_kd.assembly.parts.on_policy.stand_in import StandIn
 from llava_kd.assembly.parts.on_policy.writer import OwnAnswersLoader, Writer
-from llava_kd.config import TrainConfig
+from llava_kd.config import OnPolicyConfig, TrainConfig
 from llava_kd.data.batches.loader import Loader
 from llava_kd.data.batches.model_side import Side
 from llava_kd.evaluation.generation.generate import Generator
 from llava_kd.evaluation.generation.writing import Writing
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.foreign.loading import AnyParts, as_llava
+from llava_kd.models.mllm import MLLM
 from llava_kd.models.vocabulary import num_common_columns
 from llava_kd.parallel.engine import Engine
 from llava_kd.training.trainer import Loader as AnyLoader
 
 
+def stand_in_for(config: TrainConfig, student: Parts) -> StandIn | None:
+    """Who writes where an engine shards the student. To be called before it does."""
+    if config.on_policy is None or not config.engine.shards:
+        return None
+    return StandIn(student.stock)
+
+
 def with_own_answers(
-    config: TrainConfig, loader: Loader, student: Parts, teacher: AnyParts | None, engine: Engine
+    config: TrainConfig,
+    loader: Loader,
+    student: tuple[Parts, MLLM, StandIn | None],
+    teacher: AnyParts | None,
+    engine: Engine,
 ) -> AnyLoader:
     """The loader, behind a student that answers where the settings ask for one.
 
     ValueError for a teacher that does not read the student's tokens as its own.
     """
-    asked = config.on_policy
+    asked, packing = config.on_policy, config.data.packing
     if asked is None:
         return loader
     assert teacher is not None
     assert config.teacher is not None
-    its = as_llava(teacher, "`on_policy`")
-    sides = side_in(config, student, config.student), side_in(config, its, config.teacher)
+    own, its = student[0], as_llava(teacher, "`on_policy`")
+    sides = side_in(config, own, config.student), side_in(config, its, config.teacher)
     _check_alike(*sides)
-    ends = {template.end_token_id(sides[0].tokenizer) for template in sides[0].source_templates.values()}
+    hand = _at_home(config, asked, student, its, sides[0], engine)
+    row_tokens = None if packing is None else packing.max_tokens
+    writer = Writer(hand, max_length=config.data.max_length, row_tokens=row_tokens)
+    return OwnAnswersLoader(loader, writer, share=asked.share, seed=config.seed)
+
+
+def _at_home(
+    config: TrainConfig,
+    asked: OnPolicyConfig,
+    student: tuple[Parts, MLLM, StandIn | None],
+    teacher: Parts,
+    side: Side,
+    engine: Engine,
+) -> AtHome:
+    own, mllm, stand_in = student
+    ends = {template.end_token_id(side.tokenizer) for template in side.source_templates.values()}
     generator = Generator(
-        student.stock,
+        own.stock if stand_in is None else stand_in.model,
         # Its own: the loader's thread reads ahead with the student's tokenizer.
-        copy.deepcopy(served(student, config.data).processor),
+        copy.deepcopy(served(own, config.data).processor),
         max_new_tokens=asked.max_new_tokens,
         writing=Writing(temperature=asked.temperature, top_p=asked.top_p, seed=config.seed),
         num_tokens=num_common_columns(
-            student.processor.tokenizer,
-            its.processor.tokenizer,
-            student_rows=student.stock.lm_head.weight.shape[0],
-            teacher_rows=its.stock.lm_head.weight.shape[0],
+            own.processor.tokenizer,
+            teacher.processor.tokenizer,
+            student_rows=own.stock.lm_head.out_features,
+            teacher_rows=teacher.stock.lm_head.out_features,
         ),
         more_ends=tuple(ends),
     )
-    writer = Writer(
-        generator, engine.inference, max_length=config.data.max_length, batch_size=asked.batch_size
-    )
-    return OwnAnswersLoader(loader, writer, share=asked.share, seed=config.seed)
+
+    @contextmanager
+    def lent(stand_in: StandIn) -> Iterator[None]:
+        with engine.whole(mllm) as weights, stand_in.lent(weights), torch.no_grad():
+            yield
+
+    inference = engine.inference if stand_in is None else partial(lent, stand_in)
+    return AtHome(generator, inference, batch_size=asked.batch_size)
 
 
 def _check_alike(student: Side, teacher: Side) -> None:
