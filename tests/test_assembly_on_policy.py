@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from tiny_runs import DISTILLED
 from torch import Tensor
 
+from llava_kd.assembly.parts import data as build_data
 from llava_kd.assembly.parts.data import make_loader
 from llava_kd.assembly.parts.models import student_in
 from llava_kd.assembly.parts.on_policy.at_home import AtHome
@@ -29,7 +31,7 @@ from llava_kd.cli import main
 from llava_kd.data.batches.loader import Loader
 from llava_kd.evaluation.generation.generate import Generator
 from llava_kd.evaluation.generation.writing import GREEDY, Writing
-from llava_kd.models.files.checkpoint import Parts, load_stock, save_stock
+from llava_kd.models.files.checkpoint import Parts
 from llava_kd.parallel.world import World
 
 BACKBONES = Path(__file__).parents[1] / "scripts" / "quickstart" / "backbones"
@@ -94,6 +96,26 @@ def test_at_a_share_of_1_no_answer_of_the_data_is_read(stage, shapes_dir: Path, 
     assert losses[0] != losses[1]  # without the option they are read
 
 
+def test_packed_answers_teach_what_they_teach_alone(stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"max_steps": 3, "objective": KL, "on_policy": ASKED, "micro_batch_size": 1}
+
+    def packed(name: str) -> Path:
+        path = stage(name, **more)
+        tree = yaml.safe_load(path.read_text())
+        tree["data"]["packing"] = {"max_tokens": 768}
+        path.write_text(yaml.safe_dump(tree))
+        return trained(path)
+
+    ours = lines(packed("packed"))
+    alone = partial(build_data.Order, one_record_per_row=True)
+    monkeypatch.setattr(build_data, "Order", alone)
+    expected = lines(packed("alone"))
+    for a, b in zip(ours, expected, strict=True):
+        assert a["own_answer_tokens"] == b["own_answer_tokens"] > 0
+        for name in ("loss", "grad_norm", "response_kl"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), name
+
+
 def test_a_run_that_broke_off_goes_on_bit_for_bit(stage, monkeypatch: pytest.MonkeyPatch) -> None:
     more = {"max_steps": 6, "on_policy": {**ASKED, "share": 0.6}, "checkpoint": {"every": 2, "keep": 2}}
     whole, broken = trained(stage("whole", **more)), stage("broken", **more)
@@ -147,22 +169,9 @@ def test_the_student_answers_as_it_is_and_is_left_so(stage, monkeypatch: pytest.
 # What is written ----
 
 
-@pytest.fixture(scope="module")
-def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's teacher, whose answers end, moved a little so that it is no teacher of itself."""
-    parts = load_stock(str(BACKBONES / "teacher"))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in parts.stock.model.language_model.parameters():
-            parameter += 0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    out = tmp_path_factory.mktemp("speaker") / "model"
-    save_stock(Parts(stock=parts.stock, processor=parts.processor), out)
-    return out
-
-
-def own_stage(stage, speaker: Path, data: Path, **more: object) -> Path:
+def own_stage(stage, speaker: Path, data: Path, *, name: str = "own", **more: object) -> Path:
     """A stage of the speaker on a file, under the quickstart's teacher."""
-    path = stage("own", on_policy={**ASKED, "share": 0.5}, **more)
+    path = stage(name, **{"on_policy": {**ASKED, "share": 0.5}, **more})
     tree = yaml.safe_load(path.read_text())
     tree["student"] = {"checkpoint": str(speaker)}
     tree["teacher"] = {"checkpoint": str(BACKBONES / "teacher"), "dtype": "float32"}

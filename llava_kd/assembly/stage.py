@@ -238,7 +238,7 @@ def _measured(config: TrainConfig, driven: Driven, say: Say) -> TrainingLoader:
     placed = fed.placed
     student = placed.adapted.student
     own = student, placed.mllm, placed.stand_in
-    loader = with_own_answers(config, fed.loader, own, fed.teacher, driven.engine)
+    loader = with_own_answers(config, fed.loader, own, fed.teacher, driven.engine, say)
     counted = Counted(loader, driven.joined.operations, peak=peak(world.device))
     if config.profile is None:
         return counted

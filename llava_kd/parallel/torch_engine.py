@@ -90,12 +90,16 @@ class TorchEngine:
         # Gathered one by one, in the type that FSDP computes with: nothing of its own is touched, so this may
         # come before a first forward too.
         with torch.no_grad():
-            weights = {
-                name: p.to(self._gathered_as or p.dtype).full_tensor() if isinstance(p, DTensor) else p.data
-                for name, p in part.named_parameters()
-            }
+            weights = {name: self._gathered(p) for name, p in part.named_parameters()}
         yield weights
         weights.clear()
+
+    def _gathered(self, parameter: Tensor) -> Tensor:
+        if not isinstance(parameter, DTensor):
+            return parameter.detach()
+        computed = parameter.to(self._gathered_as or parameter.dtype)
+        assert isinstance(computed, DTensor)
+        return computed.full_tensor()
 
     def _exchange(self, is_last: bool) -> contextlib.AbstractContextManager:
         if isinstance(self._wrapped, DistributedDataParallel) and not is_last:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from llava_kd.assembly.parts.adapters import write_student
 from llava_kd.assembly.parts.data import served, side_in
+from llava_kd.assembly.parts.on_policy.abroad import Abroad, Place
 from llava_kd.assembly.parts.on_policy.at_home import AtHome
+from llava_kd.assembly.parts.on_policy.publishing import Publisher
 from llava_kd.assembly.parts.on_policy.stand_in import StandIn
-from llava_kd.assembly.parts.on_policy.writer import OwnAnswersLoader, Writer
-from llava_kd.config import OnPolicyConfig, TrainConfig
+from llava_kd.assembly.parts.on_policy.writer import Hand, OwnAnswersLoader, Writer
+from llava_kd.assembly.served.client import Server, ServerSettings, Wording
+from llava_kd.assembly.served.questions import refuse_control_words
+from llava_kd.config import OnPolicyConfig, TrainConfig, WriterServerConfig
 from llava_kd.data.batches.loader import Loader
 from llava_kd.data.batches.model_side import Side
 from llava_kd.evaluation.generation.generate import Generator
@@ -25,10 +31,18 @@ from llava_kd.models.vocabulary import num_common_columns
 from llava_kd.parallel.engine import Engine
 from llava_kd.training.trainer import Loader as AnyLoader
 
+WEIGHTS = "on_policy_weights"  # of the run: what a server was given last
+WORDING = Wording(
+    url="on_policy.server.url",
+    model="on_policy.server.model",
+    key="on_policy.server.key_env",
+    goes_on="the same command goes on from the last checkpoint",
+)
+
 
 def stand_in_for(config: TrainConfig, student: Parts) -> StandIn | None:
     """Who writes where an engine shards the student. To be called before it does."""
-    if config.on_policy is None or not config.engine.shards:
+    if config.on_policy is None or config.on_policy.server is not None or not config.engine.shards:
         return None
     return StandIn(student.stock)
 
@@ -39,6 +53,7 @@ def with_own_answers(
     student: tuple[Parts, MLLM, StandIn | None],
     teacher: AnyParts | None,
     engine: Engine,
+    say: Callable[[str], None],
 ) -> AnyLoader:
     """The loader, behind a student that answers where the settings ask for one.
 
@@ -52,23 +67,26 @@ def with_own_answers(
     own, its = student[0], as_llava(teacher, "`on_policy`")
     sides = side_in(config, own, config.student), side_in(config, its, config.teacher)
     _check_alike(*sides)
-    hand = _at_home(config, asked, student, its, sides[0], engine)
+    generator = _generator(config, asked, student, its, sides[0])
+    if asked.server is None:
+        hand: Hand = _at_home(asked, generator, student, engine)
+    else:
+        hand = _abroad(config, asked.server, generator, (own, loader, sides[0]), engine, say)
     row_tokens = None if packing is None else packing.max_tokens
     writer = Writer(hand, max_length=config.data.max_length, row_tokens=row_tokens)
     return OwnAnswersLoader(loader, writer, share=asked.share, seed=config.seed)
 
 
-def _at_home(
+def _generator(
     config: TrainConfig,
     asked: OnPolicyConfig,
     student: tuple[Parts, MLLM, StandIn | None],
     teacher: Parts,
     side: Side,
-    engine: Engine,
-) -> AtHome:
-    own, mllm, stand_in = student
+) -> Generator:
+    own, _, stand_in = student
     ends = {template.end_token_id(side.tokenizer) for template in side.source_templates.values()}
-    generator = Generator(
+    return Generator(
         own.stock if stand_in is None else stand_in.model,
         # Its own: the loader's thread reads ahead with the student's tokenizer.
         copy.deepcopy(served(own, config.data).processor),
@@ -83,6 +101,12 @@ def _at_home(
         more_ends=tuple(ends),
     )
 
+
+def _at_home(
+    asked: OnPolicyConfig, generator: Generator, student: tuple[Parts, MLLM, StandIn | None], engine: Engine
+) -> AtHome:
+    _, mllm, stand_in = student
+
     @contextmanager
     def lent(stand_in: StandIn) -> Iterator[None]:
         with engine.whole(mllm) as weights, stand_in.lent(weights), torch.no_grad():
@@ -90,6 +114,48 @@ def _at_home(
 
     inference = engine.inference if stand_in is None else partial(lent, stand_in)
     return AtHome(generator, inference, batch_size=asked.batch_size)
+
+
+def _abroad(
+    config: TrainConfig,
+    asked: WriterServerConfig,
+    generator: Generator,
+    reads: tuple[Parts, Loader, Side],
+    engine: Engine,
+    say: Callable[[str], None],
+) -> Abroad:
+    """ValueError for a server that is not there, reads too little, or would read a record otherwise."""
+    student, loader, side = reads
+    length, world = config.data.max_length, engine.world
+    settings = ServerSettings(
+        url=asked.url, key_env=asked.key_env, model=asked.model, jobs=asked.jobs, timeout=asked.timeout,
+        retries=asked.retries, wording=WORDING,
+    )  # fmt: skip
+    with world.together():
+        server, records = Server(settings), loader.records()
+        name = server.model(longest=length, needs=f"data.max_length is {length}")
+        if world.is_main:
+            numbers = range(len(records.source))
+            refuse_control_words(numbers, records.source, side, "set on_policy.server to null")
+    say(
+        f"{name} on {server.address} writes the student's answers, with new weights every "
+        f"{asked.reload_every} steps: a run that breaks off does not go on as it would have"
+    )
+    publisher = Publisher(
+        server=server,
+        directory=Path(asked.weights or Path(config.output_dir) / WEIGHTS),
+        write=lambda weights, out: write_student(config, student, weights, "mllm.", out),
+        engine=engine,
+    )
+    return Abroad(
+        place=Place(server=server, model=name, jobs=asked.jobs),
+        generator=generator,
+        reader=side,
+        records=records,
+        publish=publisher,
+        reload_every=asked.reload_every,
+        world=world,
+    )
 
 
 def _check_alike(student: Side, teacher: Side) -> None:
@@ -123,4 +189,8 @@ def on_policy_lines(config: TrainConfig) -> list[str]:
     return [
         f"own answers      at {asked.share:.0%} of the steps, {how}, up to {asked.max_new_tokens} tokens; "
         "their labels do not count"
-    ]
+    ] + ([] if asked.server is None else [_server_line(asked.server)])
+
+
+def _server_line(asked: WriterServerConfig) -> str:
+    return f"written by       {asked.url}, with new weights every {asked.reload_every} steps; not repeatable"

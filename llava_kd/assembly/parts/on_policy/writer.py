@@ -41,8 +41,10 @@ class Asked:
 class Hand(Protocol):
     """Who writes. Every rank has its own, and all of them write at the same steps."""
 
-    end_ids: Sequence[int]
-    """Any of these tokens ends an answer."""
+    @property
+    def end_ids(self) -> Sequence[int]:
+        """Any of these tokens ends an answer."""
+        ...
 
     def answer(self, asked: Sequence[Asked], step: int, take: Take) -> Mapping[str, float]:
         """Every turn of these talks, each given to `take`; figures of how it was done.
