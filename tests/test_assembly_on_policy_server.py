@@ -13,7 +13,7 @@ from served_student import ServedStudent, WritingHandler
 from served_teacher import running
 from test_assembly_on_policy import own_stage
 
-from llava_kd.assembly.served import client
+from llava_kd.assembly.asking import client
 from llava_kd.assembly.settings import load
 from llava_kd.cli import main
 from llava_kd.models.files.checkpoint import Parts, load_stock, save_stock
@@ -86,7 +86,7 @@ def test_a_server_with_the_students_weights_teaches_what_the_student_itself_does
         assert a["own_answers_staleness"] == 0
     output = path.with_suffix("")
     assert [Path(read).name for read in case.served.read] == [f"step-{step:08d}" for step in range(3)]
-    assert case.served.forgot == ["/reset_prefix_cache", "/reset_encoder_cache"] * 3
+    assert case.served.forgot == ["/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"] * 3
     assert [folder.name for folder in (output / "on_policy_weights").iterdir()] == ["step-00000002"]
     assert "a server wrote answers" in json.loads((output / "run.json").read_text())["not_repeatable"]
     assert "not_repeatable" not in json.loads((own.with_suffix("") / "run.json").read_text())

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from llava_kd.assembly.asking.answers import Wanted, rows
+from llava_kd.assembly.asking.client import RefusedError, Server, ServerSettings
+from llava_kd.assembly.asking.questions import messages, pictures_of, refuse_control_words
 from llava_kd.assembly.cache_teacher import ShardWriter, begin, contents_of, finish, missing, one_teacher
 from llava_kd.assembly.parts.data import BAD_RECORDS, side_in, source_in
 from llava_kd.assembly.parts.stored_teacher import identity, in_words
 from llava_kd.assembly.parts.teacher import teacher_template
 from llava_kd.assembly.runs.logs import speaker
 from llava_kd.assembly.runs.run_dir import locked
-from llava_kd.assembly.served.answers import Wanted, rows
-from llava_kd.assembly.served.client import RefusedError, Server, ServerSettings
-from llava_kd.assembly.served.questions import messages, pictures_of, refuse_control_words
 from llava_kd.config import TrainConfig
 from llava_kd.data.batches.bad_records import BadRecord, BadRecords
 from llava_kd.data.batches.model_side import Side
@@ -66,10 +66,7 @@ def cache_from_server(
         source, reader = source_in(config), side_in(config, teacher, one)
         _refuse_unrenderable(reader)
         with world.together():
-            length = config.data.max_length
-            name = asked.model(
-                longest=length + 1, needs=f"data.max_length is {length} and one more is written"
-            )
+            name = _model(asked, config.data.max_length)
             say(f"the teacher is {name} on {asked.address}")
         manifest = Manifest(
             identity=identity(one, reader, source, served=name),
@@ -95,6 +92,10 @@ def cache_from_server(
         with world.together():
             if world.is_main:
                 finish(directory, manifest, say)
+
+
+def _model(asked: Server, length: int) -> str:
+    return asked.model(longest=length + 1, needs=f"data.max_length is {length} and one more is written")
 
 
 def _share(todo: Sequence[int], world: World) -> Sequence[int]:

@@ -48,7 +48,8 @@ class VisualKL(KL):
         if self.looked_at_by != "answers" and self.share == 1 and not self.weighed:
             raise ValueError(
                 f"`objective.visual_kl.looked_at_by` {self.looked_at_by} says whose attention chooses or "
-                "weighs tokens, and neither is asked for; set weighed to true or share below 1, or leave it out"
+                "weighs tokens, and neither is asked for; set weighed to true or share below 1, or leave it "
+                "out"
             )
 
     @property

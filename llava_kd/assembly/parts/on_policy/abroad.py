@@ -14,10 +14,10 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from llava_kd.assembly.asking.answers import refuse_other_tokens
+from llava_kd.assembly.asking.client import RefusedError, Server
+from llava_kd.assembly.asking.questions import messages, pictures_of
 from llava_kd.assembly.parts.on_policy.writer import Asked, Take
-from llava_kd.assembly.served.answers import refuse_other_tokens
-from llava_kd.assembly.served.client import RefusedError, Server
-from llava_kd.assembly.served.questions import messages, pictures_of
 from llava_kd.data.batches.loader import StepRecords
 from llava_kd.data.batches.model_side import Side
 from llava_kd.evaluation.generation.generate import Generator

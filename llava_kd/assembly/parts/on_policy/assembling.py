@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from llava_kd.assembly.asking.client import Server, ServerSettings, Wording
+from llava_kd.assembly.asking.questions import refuse_control_words
 from llava_kd.assembly.parts.adapters import write_student
 from llava_kd.assembly.parts.data import served, side_in
 from llava_kd.assembly.parts.on_policy.abroad import Abroad, Place
@@ -17,8 +19,6 @@ from llava_kd.assembly.parts.on_policy.at_home import AtHome
 from llava_kd.assembly.parts.on_policy.publishing import Publisher
 from llava_kd.assembly.parts.on_policy.stand_in import StandIn
 from llava_kd.assembly.parts.on_policy.writer import Hand, OwnAnswersLoader, Writer
-from llava_kd.assembly.served.client import Server, ServerSettings, Wording
-from llava_kd.assembly.served.questions import refuse_control_words
 from llava_kd.config import OnPolicyConfig, TrainConfig, WriterServerConfig
 from llava_kd.data.batches.loader import Loader
 from llava_kd.data.batches.model_side import Side

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llava_kd.assembly.served.client import RefusedError, Server
+from llava_kd.assembly.asking.client import RefusedError, Server
 from llava_kd.parallel.engine import Engine
 
 # What a vLLM of its own development mode does with weights, and what it must forget with the old ones.
 RELOAD = "/collective_rpc"
-FORGET = ("/reset_prefix_cache", "/reset_encoder_cache")
+FORGET = ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache")
 
 
 @dataclass
