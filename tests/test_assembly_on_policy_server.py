@@ -68,7 +68,7 @@ def test_a_server_with_the_students_weights_teaches_what_the_student_itself_does
     case: Case, stage, shapes_dir: Path, speaker: Path
 ) -> None:
     """With a student whose answers end, so that several questions of a talk are answered."""
-    more = {"max_steps": 3, "objective": KL, "global_batch_size": 4}
+    more = {"max_steps": 3, "objective": KL, "global_batch_size": 4, "lr": 1e-2}  # other answers at each
     asked = {**GREEDY, "max_new_tokens": 12, "share": 1.0}
     data = shapes_dir / "instructions.json"
     server = {"url": case.served.url, "jobs": 3}

@@ -58,15 +58,22 @@ def quantize_teacher(teacher: Parts, config: TeacherConfig, *, compute_dtype: to
 
 
 def write_student(
-    config: TrainConfig, student: Parts, weights: Mapping[str, Tensor], prefix: str, out: Path
+    config: TrainConfig,
+    student: Parts,
+    weights: Mapping[str, Tensor],
+    prefix: str,
+    out: Path,
+    *,
+    complete: Callable[[Path], None] | None = None,
 ) -> Parts:
     """A stock directory of the student with these weights, whose names have this prefix; what was written.
 
+    `complete` changes the directory while it still has another name.
     Adapters are merged; what terms bring stays behind. Raises OSError where it cannot be written.
     """
     trained = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
     if config.student.lora is not None:
         trained = merge_adapters(student.stock, trained)
     finished = served(student, config.data)
-    save_stock(finished, out, trained=trained, dtype=compute_dtype(config))
+    save_stock(finished, out, trained=trained, dtype=compute_dtype(config), complete=complete)
     return finished

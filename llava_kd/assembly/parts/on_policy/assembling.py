@@ -25,8 +25,11 @@ from llava_kd.data.batches.model_side import Side
 from llava_kd.evaluation.generation.generate import Generator
 from llava_kd.evaluation.generation.writing import Writing
 from llava_kd.models.files.checkpoint import Parts
+from llava_kd.models.files.export import check_stock
+from llava_kd.models.files.older_tools import make_portable
 from llava_kd.models.foreign.loading import AnyParts, as_llava
 from llava_kd.models.mllm import MLLM
+from llava_kd.models.projectors.reused import ReusedProjectorLlava
 from llava_kd.models.vocabulary import num_common_columns
 from llava_kd.parallel.engine import Engine
 from llava_kd.training.trainer import Loader as AnyLoader
@@ -132,6 +135,7 @@ def _abroad(
         retries=asked.retries, wording=WORDING,
     )  # fmt: skip
     with world.together():
+        _refuse_unreadable(student)
         server, records = Server(settings), loader.records()
         name = server.model(longest=length, needs=f"data.max_length is {length}")
         if world.is_main:
@@ -144,7 +148,14 @@ def _abroad(
     publisher = Publisher(
         server=server,
         directory=Path(asked.weights or Path(config.output_dir) / WEIGHTS),
-        write=lambda weights, out: write_student(config, student, weights, "mllm.", out),
+        write=lambda weights, out: write_student(
+            config,
+            student,
+            weights,
+            "mllm.",
+            out,
+            complete=lambda scratch: make_portable(scratch, student.stock.config),
+        ),
         engine=engine,
     )
     return Abroad(
@@ -156,6 +167,16 @@ def _abroad(
         reload_every=asked.reload_every,
         world=world,
     )
+
+
+def _refuse_unreadable(student: Parts) -> None:
+    """ValueError for a student that a server has no class for."""
+    check_stock(student, "the student of `on_policy.server`")
+    if isinstance(student.stock, ReusedProjectorLlava):
+        raise ValueError(
+            "`on_policy.server` reads a student with a projector of stock LLaVA, and this one has its "
+            "teacher's, which only its export folds into one; set on_policy.server to null"
+        )
 
 
 def _check_alike(student: Side, teacher: Side) -> None:
