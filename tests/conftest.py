@@ -18,6 +18,7 @@ from tiny_llava import make_tiny_llava
 from tiny_runs import write_stage
 
 from llava_kd.data.shapes.writing import write_shapes
+from llava_kd.models.files.checkpoint import Parts, load_stock, save_stock
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -89,3 +90,16 @@ def stage(tmp_path: Path, shapes_dir: Path, student_dir: Path, teacher_dir: Path
         )
 
     return write
+
+
+@pytest.fixture(scope="session")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's teacher, whose answers end, moved a little so that it is no teacher of itself."""
+    parts = load_stock(str(Path(__file__).parents[1] / "scripts" / "quickstart" / "backbones" / "teacher"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parts.stock.model.language_model.parameters():
+            parameter += 0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    out = tmp_path_factory.mktemp("speaker") / "model"
+    save_stock(Parts(stock=parts.stock, processor=parts.processor), out)
+    return out

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, SiglipImageProcessorPil
 
 # What a test does to an answer, or instead of one: None goes on as usual.
+S = TypeVar("S", bound=Any)
 Trick = Callable[["Handler", dict, int], dict | None]
 
 
@@ -48,7 +50,7 @@ class Served:
             if not isinstance(content, str):
                 for part in content:
                     if part["type"] == "image_url":
-                        images.append(_image(part["image_url"]["url"]))
+                        images.append(image_of(part["image_url"]["url"]))
                 content = [{"type": "image"} if p["type"] == "image_url" else p for p in content]
             conversation.append({"role": message["role"], "content": content})
         text = self.processor.tokenizer.apply_chat_template(
@@ -80,7 +82,7 @@ class Served:
         }
 
 
-def _image(url: str) -> Image.Image:
+def image_of(url: str) -> Image.Image:
     kind, _, data = url.partition(";base64,")
     assert kind in ("data:image/jpeg", "data:image/png")
     return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
@@ -126,8 +128,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def running(served: Served) -> Iterator[Served]:
-    handler = type("BoundHandler", (Handler,), {"served": served})
+def running(served: S, kind: type[Handler] = Handler) -> Iterator[S]:
+    handler = type("BoundHandler", (kind,), {"served": served})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     server.handle_error = lambda *_: None  # a client that gave up is no failure of the test

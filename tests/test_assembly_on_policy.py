@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from safetensors.torch import load_file
 from tiny_runs import DISTILLED
 from torch import Tensor
 
+from llava_kd.assembly.parts import data as build_data
 from llava_kd.assembly.parts.data import make_loader
 from llava_kd.assembly.parts.models import student_in
+from llava_kd.assembly.parts.on_policy.at_home import AtHome
 from llava_kd.assembly.parts.on_policy.writer import OwnAnswersLoader, Writer
 from llava_kd.assembly.parts.teacher import teacher_parts
 from llava_kd.assembly.settings import load
@@ -28,7 +31,7 @@ from llava_kd.cli import main
 from llava_kd.data.batches.loader import Loader
 from llava_kd.evaluation.generation.generate import Generator
 from llava_kd.evaluation.generation.writing import GREEDY, Writing
-from llava_kd.models.files.checkpoint import Parts, load_stock, save_stock
+from llava_kd.models.files.checkpoint import Parts
 from llava_kd.parallel.world import World
 
 BACKBONES = Path(__file__).parents[1] / "scripts" / "quickstart" / "backbones"
@@ -93,6 +96,26 @@ def test_at_a_share_of_1_no_answer_of_the_data_is_read(stage, shapes_dir: Path, 
     assert losses[0] != losses[1]  # without the option they are read
 
 
+def test_packed_answers_teach_what_they_teach_alone(stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"max_steps": 3, "objective": KL, "on_policy": ASKED, "micro_batch_size": 1}
+
+    def packed(name: str) -> Path:
+        path = stage(name, **more)
+        tree = yaml.safe_load(path.read_text())
+        tree["data"]["packing"] = {"max_tokens": 768}
+        path.write_text(yaml.safe_dump(tree))
+        return trained(path)
+
+    ours = lines(packed("packed"))
+    alone = partial(build_data.Order, one_record_per_row=True)
+    monkeypatch.setattr(build_data, "Order", alone)
+    expected = lines(packed("alone"))
+    for a, b in zip(ours, expected, strict=True):
+        assert a["own_answer_tokens"] == b["own_answer_tokens"] > 0
+        for name in ("loss", "grad_norm", "response_kl"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), name
+
+
 def test_a_run_that_broke_off_goes_on_bit_for_bit(stage, monkeypatch: pytest.MonkeyPatch) -> None:
     more = {"max_steps": 6, "on_policy": {**ASKED, "share": 0.6}, "checkpoint": {"every": 2, "keep": 2}}
     whole, broken = trained(stage("whole", **more)), stage("broken", **more)
@@ -123,7 +146,7 @@ def test_the_student_answers_as_it_is_and_is_left_so(stage, monkeypatch: pytest.
     written = Writer.rewritten
 
     def spy(self: Writer, batches: Sequence[Batch], step: int) -> list[Batch]:
-        model, before = self.generator.model, torch.get_rng_state()
+        model, before = self.hand.generator.model, torch.get_rng_state()
         is_training = [module.training for module in model.modules()]
         made = written(self, batches, step)
         heads.append(model.lm_head.weight.detach().clone())
@@ -146,22 +169,9 @@ def test_the_student_answers_as_it_is_and_is_left_so(stage, monkeypatch: pytest.
 # What is written ----
 
 
-@pytest.fixture(scope="module")
-def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's teacher, whose answers end, moved a little so that it is no teacher of itself."""
-    parts = load_stock(str(BACKBONES / "teacher"))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in parts.stock.model.language_model.parameters():
-            parameter += 0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    out = tmp_path_factory.mktemp("speaker") / "model"
-    save_stock(Parts(stock=parts.stock, processor=parts.processor), out)
-    return out
-
-
-def own_stage(stage, speaker: Path, data: Path, **more: object) -> Path:
+def own_stage(stage, speaker: Path, data: Path, *, name: str = "own", **more: object) -> Path:
     """A stage of the speaker on a file, under the quickstart's teacher."""
-    path = stage("own", on_policy={**ASKED, "share": 0.5}, **more)
+    path = stage(name, **{"on_policy": {**ASKED, "share": 0.5}, **more})
     tree = yaml.safe_load(path.read_text())
     tree["student"] = {"checkpoint": str(speaker)}
     tree["teacher"] = {"checkpoint": str(BACKBONES / "teacher"), "dtype": "float32"}
@@ -179,7 +189,7 @@ def loaded(path: Path) -> tuple[Parts, Loader]:
 
 def writer_of(student: Parts, *, batch_size: int = 4, writing: Writing = GREEDY, longest: int = 12) -> Writer:
     generator = Generator(student.stock, student.processor, max_new_tokens=longest, writing=writing)
-    return Writer(generator, nullcontext, max_length=512, batch_size=batch_size)
+    return Writer(AtHome(generator, nullcontext, batch_size), max_length=512)
 
 
 def texts(student: Parts, side: Inputs) -> list[str]:
@@ -240,7 +250,7 @@ def test_cut_and_empty_answers_are_counted(stage, speaker: Path, shapes_dir: Pat
     assert len(batch.student.places.response_N) == 6
     first = batch.student.labels_BT[batch.student.labels_BT != IGNORE_INDEX].tolist()
     silent = writer_of(student)
-    silent.generator = replace(silent.generator, more_ends=tuple(first))
+    silent.hand.generator = replace(silent.hand.generator, more_ends=tuple(first))
     (batch,) = silent.rewritten(batches, 0)
     assert silent.counted["own_answers_empty"] == 6
     assert silent.counted["own_answers_cut"] == 0
@@ -251,7 +261,7 @@ def test_only_common_tokens_are_written(stage, student_dir: Path) -> None:
     student, loader = loaded(stage("run", on_policy={**ASKED, "share": 0.5}))
     (batches,) = loader.batches(0, 1)
     writer = writer_of(student, writing=Writing(temperature=50.0))
-    writer.generator = replace(writer.generator, num_tokens=7)
+    writer.hand.generator = replace(writer.hand.generator, num_tokens=7)
     for batch in writer.rewritten(batches, 0):
         labels = batch.student.labels_BT
         assert int(labels.max()) < 7
@@ -279,9 +289,6 @@ REFUSED = {
     "no token": ({"on_policy.max_new_tokens": 0}, r"`on_policy\.max_new_tokens` must be more than 0"),
     "cache": ({"teacher.cache": "there"}, "`on_policy` need the teacher itself, but teacher.cache is there"),
     "no teacher": ({"teacher": None, "objective": {"cross_entropy": {}}}, "`teacher` is null; set it"),
-    "packing": ({"data.packing": {"max_tokens": 512}}, r"`data\.packing` lays several into one"),
-    "fsdp2": ({"engine.kind": "fsdp2"}, r"`engine\.kind` fsdp2 shards them"),
-    "zero3": ({"engine.kind": "deepspeed"}, r"`engine\.kind` deepspeed shards them"),
     "policy": ({"token_policy": {"spans": [{"pattern": "email"}]}}, "`token_policy` and `on_policy` both"),
     "pictures": (
         {"pictures": {"mixup": {}}},
@@ -315,12 +322,6 @@ def test_what_does_not_fit_is_refused_by_name(stage, case: str) -> None:
         words = [word for word in words if not word.startswith("--objective=")]
     with pytest.raises(ValueError, match=message):
         load(path, words)
-
-
-@pytest.mark.parametrize("engine", ["--engine.zero_stage=1", "--engine.zero_stage=2"])
-def test_engines_with_whole_weights_are_not_refused(stage, engine: str) -> None:
-    path = stage("run", on_policy={"share": 0.5})
-    load(path, ["--engine.kind=deepspeed", engine])
 
 
 def test_another_template_of_the_teacher_is_refused_by_name(

@@ -19,7 +19,7 @@ from served_teacher import Handler, Served, running
 from tiny_llava import make_tiny_llava
 from tiny_runs import write_stage
 
-from llava_kd.assembly.served import answers, client, questions
+from llava_kd.assembly.asking import answers, client, questions
 from llava_kd.cli import main
 from llava_kd.data.teacher_store.store import MANIFEST, SHARDS
 from llava_kd.data.text.template_table import TEMPLATES

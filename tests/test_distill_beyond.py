@@ -408,6 +408,9 @@ def test_a_teacher_that_shows_nothing_is_named(student: MLLM, teacher: Teacher, 
         Reads(teacher="states", attended=(0.3, 0.7, "answers"))
     with pytest.raises(ValueError, match=r"visual_kl.first` \(0.7\) must be less than `last` \(0.3\)"):
         VisualKL(first=0.7, last=0.3)
+    with pytest.raises(ValueError, match=r"visual_kl.looked_at_by` questions says whose .* neither is asked"):
+        VisualKL(looked_at_by="questions")
+    assert VisualKL(looked_at_by="questions", share=0.5).reads.attended == (0.3, 0.7, "questions")
 
 
 # Text to vision ----

@@ -66,7 +66,12 @@ def answers_in(side: Inputs) -> list[list[list[int]]]:
     return rows
 
 
-def answered(batch: Batch, *answers: Sequence[Sequence[int]], max_length: int = LONG) -> Batch:
+def answered(
+    batch: Batch,
+    *answers: Sequence[Sequence[int]],
+    max_length: int = LONG,
+    row_tokens: int | None = None,
+) -> Batch:
     """Each talk with its own answers; one that does not end is written with -1 behind it."""
     talks = talks_of(batch, max_length=max_length)
     for talk, given in zip(talks, answers, strict=True):
@@ -74,7 +79,7 @@ def answered(batch: Batch, *answers: Sequence[Sequence[int]], max_length: int = 
             assert talk.room > 0
             talk.answer(torch.tensor([t for t in answer if t >= 0]), is_ended=answer[-1] >= 0)
         assert talk.room == 0
-    return with_answers(batch, talks)
+    return with_answers(batch, talks, row_tokens=row_tokens)
 
 
 def assert_equal(ours: Inputs, theirs: Inputs) -> None:
@@ -173,10 +178,40 @@ def test_a_record_without_a_target_is_left_as_it_is() -> None:
     assert len(ours.student.places.distilled_N) == 0
 
 
-def test_packed_rows_and_sides_with_other_numbers_of_answers_are_refused() -> None:
-    packed = Batch(student=inputs([RECORDS[0], RECORDS[1]]), record_ids=("a", "b"))
-    with pytest.raises(ValueError, match=r"set data\.packing to null"):
-        talks_of(packed, max_length=LONG)
+def packed(*rows: Sequence[TinyRecord], teacher: Inputs | None = None) -> Batch:
+    names = tuple(f"r{number}" for number in range(sum(map(len, rows))))
+    return Batch(student=inputs(*rows), teacher=teacher, record_ids=names)
+
+
+def test_the_same_answers_give_the_same_packed_batch() -> None:
+    rows = [RECORDS[0], RECORDS[1]], [RECORDS[2], RECORDS[1]]
+    batch = packed(*rows, teacher=inputs(*rows, pad_to=90))
+    said = [answers_in(inputs(one))[0] for row in rows for one in row]
+    longest = max(sum(len(one.ids) for one in row) for row in rows)
+    again = answered(batch, *said, row_tokens=longest)
+    assert again.student.is_packed
+    assert_equal(again.student, batch.student)
+    assert again.teacher is not None
+    assert_equal(again.teacher, replace(inputs(*rows), pixels_ICHW=again.teacher.pixels_ICHW))
+
+
+def test_longer_answers_take_more_rows_and_no_row_is_overfull() -> None:
+    said = [[100] * 9], [[101] * 9], [[102] * 9]
+    alone = [talk_record([1, 2], *of, images=0) for of in said]
+    short = [talk_record([1, 2], [3], images=0)] * 3
+    ours = answered(packed(short), *said, row_tokens=22)
+    assert_equal(ours.student, inputs(alone[:2], alone[2:]))
+
+
+def test_a_picture_behind_the_last_answer_keeps_its_place() -> None:
+    """As of a record that was cut in its last answer."""
+    late = talk_record([1, -1], [2, 3], [4, -1], images=2)
+    ours = answered(batch_of(late, RECORDS[1]), [[100]], [[101]])
+    assert ours.student.input_ids_BT[0].tolist()[-1 - TOKENS :] == [4, *[IMAGE_ID] * TOKENS]
+    assert int(ours.student.visual_BT.sum()) == 2 * TOKENS
+
+
+def test_sides_with_other_numbers_of_answers_are_refused() -> None:
     with pytest.raises(ValueError, match="record 'r0': student and teacher must read the same number"):
         talks_of(batch_of(RECORDS[0], teacher=inputs(RECORDS[2])), max_length=LONG)
 
@@ -224,6 +259,20 @@ def test_the_gradient_is_that_of_a_run_on_the_same_answers_without_labels(
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
     with_labels = gradients(Student(student, terms, FromTeacher(teacher)), offline)
     assert any(not torch.allclose(with_labels[name], value) for name, value in found.items())
+
+
+def test_packed_own_answers_teach_what_they_teach_in_rows_of_their_own(models: tuple[MLLM, Teacher]) -> None:
+    said = ([[100], [101, 102, 103], [104]], [[110, 111]], [[120], [121]])
+    alone = answered(batch_of(*RECORDS), *said)
+    ours = answered(packed(RECORDS[:2], RECORDS[2:]), *said, row_tokens=1000)
+    assert ours.student.input_ids_BT.shape[0] == 1
+    student, teacher = models
+    found, expected = (
+        gradients(Student(student, OBJECTIVE, OwnAnswers(FromTeacher(teacher))), batch)
+        for batch in (ours, alone)
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_labels_of_the_data_count_as_ever_beside_it(models: tuple[MLLM, Teacher]) -> None:

@@ -15,7 +15,8 @@ from llava_kd.assembly.parts.held_out import evaluator
 from llava_kd.assembly.parts.lending import tap_student
 from llava_kd.assembly.parts.models import compute_dtype, placed_student
 from llava_kd.assembly.parts.objective import objective, token_policy
-from llava_kd.assembly.parts.on_policy.assembling import with_own_answers
+from llava_kd.assembly.parts.on_policy.assembling import stand_in_for, with_own_answers
+from llava_kd.assembly.parts.on_policy.stand_in import StandIn
 from llava_kd.assembly.parts.several.teachers import Others
 from llava_kd.assembly.parts.teacher import say_left_out, teaching_of
 from llava_kd.assembly.parts.teaching.peer import peer_of
@@ -57,11 +58,15 @@ class Adapted:
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """It on its device, in its types, what trains marked, each layer with its kernel of attention."""
+    """It on its device, in its types, what trains marked, each layer with its kernel of attention.
+
+    `stand_in` writes its answers where it will be sharded.
+    """
 
     adapted: Adapted
     mllm: MLLM
     kernel: str
+    stand_in: StandIn | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +138,8 @@ def _adapt(config: TrainConfig, student: Parts, say: Say) -> Adapted:
 def _place(config: TrainConfig, world: World, adapted: Adapted) -> Placed:
     mllm, kernel = placed_student(config, world, adapted.student)
     tap_student(config, mllm)
-    return Placed(adapted=adapted, mllm=mllm, kernel=kernel)
+    stand_in = stand_in_for(config, adapted.student)
+    return Placed(adapted=adapted, mllm=mllm, kernel=kernel, stand_in=stand_in)
 
 
 def _feed(
@@ -229,8 +235,10 @@ def _measured(config: TrainConfig, driven: Driven, say: Say) -> TrainingLoader:
     Where the student answers for itself, its answers are in what is counted, and writing them is not.
     """
     fed, world = driven.joined.accompanied.fed, driven.engine.world
-    student = fed.placed.adapted.student
-    loader = with_own_answers(config, fed.loader, student, fed.teacher, driven.engine)
+    placed = fed.placed
+    student = placed.adapted.student
+    own = student, placed.mllm, placed.stand_in
+    loader = with_own_answers(config, fed.loader, own, fed.teacher, driven.engine, say)
     counted = Counted(loader, driven.joined.operations, peak=peak(world.device))
     if config.profile is None:
         return counted

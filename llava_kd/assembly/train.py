@@ -9,16 +9,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from llava_kd.assembly.parts.adapters import check_bits
+from llava_kd.assembly.parts.adapters import check_bits, write_student
 from llava_kd.assembly.parts.data import BAD_RECORDS, bad_records, served, source_in, tagger_in
 from llava_kd.assembly.parts.first_projector import begin_projector
 from llava_kd.assembly.parts.held_out import read_held_out
 from llava_kd.assembly.parts.identity import frozen_fingerprints
 from llava_kd.assembly.parts.lending import with_projector
-from llava_kd.assembly.parts.models import (
-    compute_dtype,
-    student_in,
-)
+from llava_kd.assembly.parts.models import student_in
 from llava_kd.assembly.parts.objective import token_policy
 from llava_kd.assembly.parts.several.teachers import check_several, other_teachers
 from llava_kd.assembly.parts.slices import read_slices
@@ -43,10 +40,9 @@ from llava_kd.assembly.stage import assemble
 from llava_kd.config import TrainConfig
 from llava_kd.data.sources.conversation import Source
 from llava_kd.models.files.card import reading_notes
-from llava_kd.models.files.checkpoint import Parts, save_stock
+from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.files.other_tools import unopened
 from llava_kd.models.foreign.loading import AnyParts
-from llava_kd.models.lora import merge_adapters
 from llava_kd.parallel.world import World, join, peers
 
 
@@ -151,12 +147,7 @@ def _export(
 
     What terms bring stays behind.
     """
-    trained = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
-    if config.student.lora is not None:
-        trained = merge_adapters(student.stock, trained)
-    finished = served(student, config.data)
-    save_stock(finished, out, trained=trained, dtype=compute_dtype(config))
-    return reading_notes(finished.processor)
+    return reading_notes(write_student(config, student, weights, prefix, out).processor)
 
 
 def _refuse_too_large(

@@ -132,8 +132,8 @@ def _cache_teacher(arguments: argparse.Namespace) -> int:
     }
     given = {name: value for name, flag in names.items() if (value := getattr(arguments, flag)) is not None}
     if arguments.server is not None:
+        from llava_kd.assembly.asking.client import ServerSettings
         from llava_kd.assembly.served.cache import cache_from_server
-        from llava_kd.assembly.served.client import ServerSettings
 
         if arguments.mode == "hidden":
             raise ValueError("a server tells log-probabilities and no states: --server goes with --mode topk")

@@ -9,7 +9,7 @@ from llava_kd.config.pictures import HardConfig, MixupConfig, PicturesConfig
 from llava_kd.config.reading import dump, load, plugins_of
 from llava_kd.config.running import CheckpointConfig, EngineConfig, LogConfig, OptimConfig, ProfileConfig
 from llava_kd.config.sections import TrainConfig
-from llava_kd.config.teaching.on_policy import OnPolicyConfig
+from llava_kd.config.teaching.on_policy import OnPolicyConfig, WriterServerConfig
 from llava_kd.config.teaching.token_policy import SpanConfig, TokenPolicyConfig
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "TeacherConfig",
     "TokenPolicyConfig",
     "TrainConfig",
+    "WriterServerConfig",
     "dump",
     "load",
     "objective_type",

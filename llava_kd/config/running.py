@@ -70,6 +70,11 @@ class EngineConfig:
             "engine.kind to deepspeed, or zero_stage to null",
         )
 
+    @property
+    def shards(self) -> bool:
+        """Whether no rank holds whole weights."""
+        return self.kind == "fsdp2" or (self.kind == "deepspeed" and self.zero_stage in (None, 3))
+
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:

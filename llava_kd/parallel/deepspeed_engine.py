@@ -107,6 +107,12 @@ class DeepSpeedEngine:
         with torch.no_grad():  # ZeRO-3's hooks stand on every module, so each gathers its own weights
             yield
 
+    @contextmanager
+    def whole(self, part: nn.Module) -> Iterator[dict[str, Tensor]]:
+        named = dict(part.named_parameters())
+        with deepspeed.zero.GatheredParameters(list(named.values()), enabled=self.is_sharded):
+            yield {name: parameter.data for name, parameter in named.items()}
+
     def step(self, *, lr_multiplier: float, max_grad_norm: float) -> Tensor:
         for group, lr in zip(self._engine.optimizer.param_groups, self._lrs, strict=True):
             group["lr"] = lr * lr_multiplier

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_kd.parallel.world import World
 
@@ -54,6 +54,14 @@ class Engine(Protocol):
         """In the block the parts of the unwrapped module may be called by themselves, without gradients.
 
         Only after a first step.
+        """
+        ...
+
+    def whole(self, part: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
+        """Parameters of a part of the unwrapped module, by their names in it, whole and in computing types.
+
+        On every rank, and in the block alone. All ranks must enter it, and what they do in it need not agree:
+        nothing is exchanged there. They are to be read, not written.
         """
         ...
 

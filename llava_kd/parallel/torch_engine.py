@@ -44,6 +44,7 @@ class TorchEngine:
         self._module = module
         self.is_sharded = kind == "fsdp2"
         self._autocast = bf16 and kind != "fsdp2"
+        self._gathered_as = torch.bfloat16 if bf16 and kind == "fsdp2" else None
         if kind == "fsdp2":
             _shard(module, shard_units, world, bf16)
         self._wrapped: nn.Module = module
@@ -83,6 +84,22 @@ class TorchEngine:
         finally:
             if root is not None:
                 root.reshard()
+
+    @contextlib.contextmanager
+    def whole(self, part: nn.Module) -> Iterator[dict[str, Tensor]]:
+        # Gathered one by one, in the type that FSDP computes with: nothing of its own is touched, so this may
+        # come before a first forward too.
+        with torch.no_grad():
+            weights = {name: self._gathered(p) for name, p in part.named_parameters()}
+        yield weights
+        weights.clear()
+
+    def _gathered(self, parameter: Tensor) -> Tensor:
+        if not isinstance(parameter, DTensor):
+            return parameter.detach()
+        computed = parameter.to(self._gathered_as or parameter.dtype)
+        assert isinstance(computed, DTensor)
+        return computed.full_tensor()
 
     def _exchange(self, is_last: bool) -> contextlib.AbstractContextManager:
         if isinstance(self._wrapped, DistributedDataParallel) and not is_last:

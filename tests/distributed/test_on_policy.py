@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import ranks
+from served_student import ServedStudent, WritingHandler
+from served_teacher import running
 from tiny_runs import write_stage
 
 pytestmark = pytest.mark.distributed
@@ -18,11 +20,11 @@ def logged(output: Path) -> list[dict[str, float]]:
     return [{name: line[name] for name in names} for line in lines]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "zero2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_two_ranks_learn_from_the_answers_of_one_device(
     tmp_path: Path, shapes_dir: Path, student_dir: Path, teacher_dir: Path, kind: str
 ) -> None:
-    if kind == "zero2":
+    if kind.startswith("zero"):
         pytest.importorskip("deepspeed")
     asked = {"share": 0.6, "max_new_tokens": 5}
     config = write_stage(
@@ -40,3 +42,28 @@ def test_two_ranks_learn_from_the_answers_of_one_device(
     assert len(got) == len(expected) == 4
     for a, b in zip(expected, got, strict=True):
         assert b == pytest.approx(a, rel=2e-3, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_sharded_ranks_learn_from_a_server_what_one_device_learns_alone(
+    tmp_path: Path, shapes_dir: Path, student_dir: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    asked = {"share": 0.6, "temperature": 0.0, "max_new_tokens": 5}
+    config = write_stage(
+        tmp_path / "run",
+        data=shapes_dir,
+        student=student_dir,
+        teacher=teacher_dir,
+        on_policy=asked,
+        max_steps=4,
+    )
+    ranks.train(config, tmp_path / "one")
+    with running(ServedStudent(student_dir), WritingHandler) as served:
+        words = [*ranks.ENGINES["fsdp2"], f"--on_policy.server={{url: {served.url}}}"]
+        ranks.train(config, tmp_path / "two", *words, ranks=2)
+    expected, got = logged(tmp_path / "one"), logged(tmp_path / "two")
+    assert len(got) == len(expected) == 4
+    for a, b in zip(expected, got, strict=True):
+        assert b == pytest.approx(a, rel=2e-3, abs=1e-5)
+    assert len(served.read) == sum(line["own_answers"] for line in got)  # one rank gives it weights

@@ -1,14 +1,18 @@
-"""Adapters and weights in few bits, as the settings ask for them."""
+"""Adapters and weights in few bits, as the settings ask for them; and a student written without them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from llava_kd.assembly.parts.data import served
+from llava_kd.assembly.parts.models import compute_dtype
 from llava_kd.config import StudentConfig, TeacherConfig, TrainConfig
-from llava_kd.models.files.checkpoint import Parts
-from llava_kd.models.lora import adapted_share, add_adapters, try_merge
+from llava_kd.models.files.checkpoint import Parts, save_stock
+from llava_kd.models.lora import adapted_share, add_adapters, merge_adapters, try_merge
 from llava_kd.models.quantize import check_quantization, quantize_linears
 
 
@@ -51,3 +55,25 @@ def quantize_teacher(teacher: Parts, config: TeacherConfig, *, compute_dtype: to
     if config.quantize is not None:
         layers = teacher.stock.model.language_model.layers
         quantize_linears(layers, config.quantize, compute_dtype=compute_dtype)
+
+
+def write_student(
+    config: TrainConfig,
+    student: Parts,
+    weights: Mapping[str, Tensor],
+    prefix: str,
+    out: Path,
+    *,
+    complete: Callable[[Path], None] | None = None,
+) -> Parts:
+    """A stock directory of the student with these weights, whose names have this prefix; what was written.
+
+    `complete` changes the directory while it still has another name.
+    Adapters are merged; what terms bring stays behind. Raises OSError where it cannot be written.
+    """
+    trained = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+    if config.student.lora is not None:
+        trained = merge_adapters(student.stock, trained)
+    finished = served(student, config.data)
+    save_stock(finished, out, trained=trained, dtype=compute_dtype(config), complete=complete)
+    return finished

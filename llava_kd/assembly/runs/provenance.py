@@ -118,12 +118,23 @@ def finish(
         "parent": parent,
         "config": dump(config),
         **({WRITTEN_BY: list(written_by)} if written_by else {}),
+        **_not_repeatable(config),
     }
     for name, reading in readings.items():
         title = output.name if name == "model" else f"{output.name}, {name}"
         write_text(output / name / CARD, card(title, record, reading))
     hashes = {name: file_hashes(output / name) for name in readings}
     write_text(output / "run.json", json.dumps(sealed({**record, **hashes}), indent=2))
+
+
+def _not_repeatable(config: TrainConfig) -> dict[str, str]:
+    """Why the same command does not give the same weights, where it does not."""
+    if config.on_policy is None or config.on_policy.server is None:
+        return {}
+    return {
+        "not_repeatable": "a server wrote answers on the way (on_policy.server): the same command gives "
+        "other weights, and so does going on after a break"
+    }
 
 
 def read_run(path: Path) -> dict:

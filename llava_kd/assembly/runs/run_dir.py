@@ -32,6 +32,10 @@ MAY_CHANGE = (
     "evaluate",
     "pictures.hard.show_every",
     "on_policy.batch_size",
+    *(
+        f"on_policy.server.{key}"
+        for key in ("url", "model", "key_env", "weights", "jobs", "timeout", "retries")
+    ),
     "micro_batch_size",
     "engine.kind",
     "engine.zero_stage",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,15 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from llava_kd.assembly.asking.answers import Wanted, rows
+from llava_kd.assembly.asking.client import RefusedError, Server, ServerSettings
+from llava_kd.assembly.asking.questions import messages, pictures_of, refuse_control_words
 from llava_kd.assembly.cache_teacher import ShardWriter, begin, contents_of, finish, missing, one_teacher
 from llava_kd.assembly.parts.data import BAD_RECORDS, side_in, source_in
 from llava_kd.assembly.parts.stored_teacher import identity, in_words
 from llava_kd.assembly.parts.teacher import teacher_template
 from llava_kd.assembly.runs.logs import speaker
 from llava_kd.assembly.runs.run_dir import locked
-from llava_kd.assembly.served.answers import Wanted, rows
-from llava_kd.assembly.served.client import RefusedError, Server, ServerSettings
-from llava_kd.assembly.served.questions import messages, pictures_of
 from llava_kd.config import TeacherConfig, TrainConfig
 from llava_kd.data.batches.bad_records import BadRecord, BadRecords
 from llava_kd.data.batches.model_side import Side
@@ -33,7 +32,6 @@ from llava_kd.parallel.world import World, join, peers
 
 CHAT_TEMPLATE = "chat_template.jinja"
 _TOLD_EVERY = 1000
-_SHOWN = 3
 
 
 def cache_from_server(
@@ -69,7 +67,8 @@ def cache_from_server(
         source, reader = source_in(config), side_in(config, teacher, one)
         _refuse_unrenderable(reader)
         with world.together():
-            name = _model(asked, server.model, config.data.max_length, say if world.is_main else _silent)
+            name = _model(asked, config.data.max_length)
+            say(f"the teacher is {name} on {asked.address}")
         manifest = Manifest(
             identity=identity(one, reader, source, served=name),
             contents=contents,
@@ -81,7 +80,7 @@ def cache_from_server(
                 _write_template(directory / CHAT_TEMPLATE, reader)
         todo = missing(directory, manifest, say)
         with world.together():
-            _refuse_control_words(todo, source, reader)
+            refuse_control_words(todo, source, reader, "cache these data without --server")
             bad = BadRecords(
                 max_rate=config.data.max_bad_rate,
                 records_per_epoch=len(todo) / world.size,
@@ -96,12 +95,12 @@ def cache_from_server(
                 finish(directory, manifest, say)
 
 
+def _model(asked: Server, length: int) -> str:
+    return asked.model(longest=length + 1, needs=f"data.max_length is {length} and one more is written")
+
+
 def _share(todo: Sequence[int], world: World) -> Sequence[int]:
     return todo[world.rank :: world.size]
-
-
-def _silent(_: str) -> None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -197,13 +196,13 @@ class _Run:
         return partial(self._ask, number, record.id, body, wanted)
 
     def _ask(self, number: int, record_id: str, body: dict, wanted: Wanted) -> StoredRecord:
-        name = f"{_NAME}-{number}"
         try:
-            answer = self.server.call("/v1/chat/completions", body, name)
-            _refuse_another(answer, name, self.name)
-            tensors = rows(answer, wanted)
+            tensors = rows(self.server.chat(body, number), wanted)
         except RefusedError as error:
-            what = f"{self.server.address} {_remedied(error, wanted.k)}"
+            k = wanted.k
+            more = f"start it with --max-logprobs {k}, or ask for fewer by --topk"
+            applies = "greater than max allowed" in error.said.lower()
+            what = f"{self.server.address} {self.server.remedied(error, [(applies, more)])}"
         except ValueError as error:
             what = str(error)
             if not what.startswith(self.server.address):
@@ -222,52 +221,6 @@ class _Run:
         )
 
 
-_NAME = f"llava-kd-{secrets.token_hex(8)}"  # of this process's requests, so that a mixed-up answer is known
-
-
-def _refuse_another(answer: dict, name: str, model: str) -> None:
-    """ValueError for the answer to another request of ours, or of another model."""
-    told = str(answer.get("id", ""))
-    if _NAME in told and f"{name}-" not in told:
-        raise ValueError(f"gave the answer to another request ({told})")
-    if (other := answer.get("model", model)) != model:
-        raise ValueError(f"answered with the model {str(other)[:80]!r}, asked was {model!r}")
-
-
-def _remedied(error: RefusedError, k: int) -> str:
-    said = error.said.lower()
-    remedies = (
-        (error.status in (401, 403), "it wants a key: name its variable with --server_key_env"),
-        ("greater than max allowed" in said, f"start it with --max-logprobs {k}, or ask for fewer by --topk"),
-        ("context length" in said or "max_model_len" in said, "start it with a larger --max-model-len"),
-        ("at most" in said and "image" in said, "start it with a larger --limit-mm-per-prompt"),
-    )
-    remedy = next((text for applies, text in remedies if applies), "")
-    return f"{error}{'; ' if remedy else ''}{remedy}"
-
-
-def _model(server: Server, name: str | None, max_length: int, say: Callable[[str], None]) -> str:
-    """The model to ask for. ValueError where that is not clear, or where it reads too little."""
-    try:
-        listed = {str(model["id"]): model for model in server.models()}
-    except RefusedError as error:
-        raise ValueError(f"{server.address}/v1/models {_remedied(error, 0)}") from None
-    if name is None and len(listed) == 1:
-        name = next(iter(listed))
-    if name not in listed:
-        raise ValueError(
-            f"--model must be one of those that {server.address} serves ({', '.join(listed)}); got {name}"
-        )
-    longest = listed[name].get("max_model_len")
-    if isinstance(longest, int) and longest <= max_length:
-        raise ValueError(
-            f"{server.address} reads {longest} tokens of {name}, data.max_length is {max_length} and one "
-            f"more is written: start it with --max-model-len {max_length + 1} or more"
-        )
-    say(f"the teacher is {name} on {server.address}")
-    return name
-
-
 def _refuse_second_reading(teacher: TeacherConfig) -> None:
     if teacher.visual_dependency is not None:
         raise ValueError(
@@ -281,22 +234,6 @@ def _refuse_unrenderable(reader: Side) -> None:
         raise ValueError(
             "a server writes every record by one chat template, but data.sources[].template names "
             f"{', '.join(sorted(reader.source_templates))}: cache these data without --server"
-        )
-
-
-def _refuse_control_words(todo: Sequence[int], source: Source, reader: Side) -> None:
-    """ValueError before any request: to a server they are control tokens, here they are text."""
-    encoder = reader.encoder()
-    found = []
-    for number in todo:
-        record = source.record(number)
-        if not record.fault and (words := encoder.control_words(record)):
-            found.append(f"record {record.id!r} ({', '.join(map(repr, words[:_SHOWN]))})")
-    if found:
-        more = "" if len(found) <= _SHOWN else f" and {len(found) - _SHOWN} more"
-        raise ValueError(
-            f"words of {', '.join(found[:_SHOWN])}{more} are text here and control tokens to a server: take "
-            "them out, or cache these data without --server"
         )
 
 

@@ -8,10 +8,27 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Gt, Interval, Le
 from typing_extensions import Doc
 
-from llava_kd.config.ranges import PositiveInt, Share, require
+from llava_kd.config.ranges import NotNegativeInt, PositiveFloat, PositiveInt, Share, require
 
 if TYPE_CHECKING:
     from llava_kd.config.sections import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriterServerConfig:
+    """A server in vLLM's protocol that writes the answers with weights that it is given on the way."""
+
+    url: Annotated[str, Doc("Its address, such as http://localhost:8000.")]
+    model: Annotated[str | None, Doc("What it serves the student as; null where it serves one model.")] = None
+    key_env: Annotated[str | None, Doc("The environment variable with its key; null is none.")] = None
+    reload_every: Annotated[PositiveInt, Doc("Steps after which it is given the student's weights.")] = 1
+    weights: Annotated[
+        str | None,
+        Doc("Where they are written, by the same path there; null is `on_policy_weights` in output_dir."),
+    ] = None
+    jobs: Annotated[PositiveInt, Doc("Records that a rank asks about at once.")] = 8
+    timeout: Annotated[PositiveFloat, Doc("Seconds that one request may take.")] = 600.0
+    retries: Annotated[NotNegativeInt, Doc("Times that a request is tried again.")] = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +47,14 @@ class OnPolicyConfig:
     max_new_tokens: Annotated[
         int, Gt(0), Le(2**16), Doc("A longer answer is cut off there, and counted.")
     ] = 128
-    batch_size: Annotated[PositiveInt, Doc("Records that a rank answers at once.")] = 32
+    batch_size: Annotated[PositiveInt, Doc("Records that a rank answers at once, without a server.")] = 32
+    server: Annotated[
+        WriterServerConfig | None, Doc("Who writes in the student's place; null is the student itself.")
+    ] = None
 
 
 def check_on_policy(config: TrainConfig) -> None:
-    """ValueError where a student that answers does not fit the teacher, the terms, the data or the engine.
+    """ValueError where a student that answers does not fit the teacher or the terms.
 
     A cached teacher is refused with all else that needs the teacher itself.
     """
@@ -61,16 +81,16 @@ def check_on_policy(config: TrainConfig) -> None:
             f"`{name}` and `on_policy` both decide what an answer's tokens weigh, and were never tried "
             "together; set one to null",
         )
+    templates = sorted({part.template for part in config.data.sources if part.template is not None})
     require(
-        config.data.packing is None,
-        "`on_policy` answers a record a row, and `data.packing` lays several into one; set it to null",
+        asked.server is None or not templates,
+        "`on_policy.server` writes every answer by one chat template, but data.sources[].template names "
+        f"{', '.join(templates)}; set on_policy.server to null",
     )
-    kind = config.engine.kind
-    is_sharded = kind == "fsdp2" or (kind == "deepspeed" and config.engine.zero_stage in (None, 3))
     require(
-        not is_sharded,
-        "`on_policy` lets every rank write answers by itself, for which it needs whole weights; "
-        f"`engine.kind` {kind} shards them: use auto, single, ddp, or deepspeed with zero_stage 1 or 2",
+        asked.server is None or config.student.lora is None,
+        "`on_policy.server` is given whole weights on the way, and those of `student.lora` are merged at the "
+        "end alone; set one of them to null",
     )
     _check_terms(config, asked)
 

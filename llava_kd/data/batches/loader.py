@@ -7,6 +7,7 @@ are grey and not valid, it is counted, and it is named in a file. `BadRecords` s
 from __future__ import annotations
 
 import hashlib
+import pickle
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -34,6 +35,19 @@ from llava_kd.data.text.private import Tagger
 _READING = Reading()
 
 
+class StepRecords:
+    """Which records a rank reads at a step, and their source, for a reader beside the loader's thread."""
+
+    def __init__(self, source: Source, plan: Plan | Listing, rank: int) -> None:
+        # Its own: neither is made for several threads. A source is made to travel to other processes.
+        self.source, self._plan = pickle.loads(pickle.dumps((source, plan)))
+        self._rank = rank
+
+    def numbers(self, step: int) -> list[int]:
+        """In the order of the step's micro-batches, and of the records in them."""
+        return [number for row in self._plan.rows(step, self._rank) for number in row]
+
+
 class Loader:
     """Micro-batches of optimiser steps. `teacher` is None where it reads exactly what the student reads.
 
@@ -58,8 +72,9 @@ class Loader:
         self._device = torch.device(device)
         check_decoder(reading.decoder, self._device)
         self._ahead = Ahead(self._device)
+        self._source, self._rank = source, order.rank
         self._sides = sides = (student,) if teacher is None else (student, teacher)
-        plan = _plan(source, sides, order, reading)
+        self._plan = plan = _plan(source, sides, order, reading)
         self._dataset = MicroBatches(
             source=source, sides=sides, plan=plan, order=order, reading=reading,
             leaves_raw=self._device.type == "cuda", teacher_cache=teacher_cache, tagger=tagger,
@@ -78,6 +93,10 @@ class Loader:
         parts = [source.fingerprint, *(side.fingerprint for side in sides), print_of_order]
         parts += [] if tagger is None else [tagger.fingerprint]
         self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def records(self) -> StepRecords:
+        """A second reader of the same records. To be made before batches are read."""
+        return StepRecords(self._source, self._plan, self._rank)
 
     def batches(self, first_step: int, last_step: int) -> Iterator[list[Batch]]:
         """The micro-batches of each of the steps `first_step`, ..., `last_step - 1`; steps count from 0."""

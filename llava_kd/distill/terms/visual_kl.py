@@ -45,6 +45,12 @@ class VisualKL(KL):
             raise ValueError(
                 f"`objective.visual_kl.first` ({self.first:g}) must be less than `last` ({self.last:g})"
             )
+        if self.looked_at_by != "answers" and self.share == 1 and not self.weighed:
+            raise ValueError(
+                f"`objective.visual_kl.looked_at_by` {self.looked_at_by} says whose attention chooses or "
+                "weighs tokens, and neither is asked for; set weighed to true or share below 1, or leave it "
+                "out"
+            )
 
     @property
     def reads(self) -> Reads:

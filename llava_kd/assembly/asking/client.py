@@ -5,17 +5,28 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import secrets
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _LONGEST_WAIT = 60.0
 _SHOWN = 300
-_GOES_ON = "the same command goes on from what is there"
+_OURS = f"llava-kd-{secrets.token_hex(8)}"  # of this process's requests, so that a mixed-up answer is known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wording:
+    """What messages call the options of a server, and what they say of going on."""
+
+    url: str = "--server"
+    model: str = "--model"
+    key: str = "--server_key_env"
+    goes_on: str = "the same command goes on from what is there"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +43,7 @@ class ServerSettings:
     timeout: float = 600.0
     retries: int = 6
     first_wait: float = 1.0
+    wording: Wording = Wording()
 
 
 class RefusedError(ValueError):
@@ -54,9 +66,10 @@ class Server:
 
     def __init__(self, settings: ServerSettings) -> None:
         """ValueError for an address that is none, and for a key that is not there."""
-        self.address = _address(settings.url)
+        self.address = _address(settings.url, settings.wording)
         self._settings = settings
-        self._headers = {"Content-Type": "application/json", **_authorisation(settings.key_env)}
+        authorisation = _authorisation(settings.key_env, settings.wording.key)
+        self._headers = {"Content-Type": "application/json", **authorisation}
         self._opener = urllib.request.build_opener(_NoRedirect())
         self._stop = threading.Event()
 
@@ -72,33 +85,96 @@ class Server:
             raise ValueError(f"{self.address}/v1/models lists no model: is it a server of OpenAI's protocol?")
         return found
 
+    def model(self, *, longest: int, needs: str) -> str:
+        """The one to ask for. ValueError where that is not clear, or where it reads fewer than `longest`.
+
+        `needs` says why it must read so much.
+        """
+        name, option = self._settings.model, self._settings.wording.model
+        try:
+            listed = {str(model["id"]): model for model in self.models()}
+        except RefusedError as error:
+            raise ValueError(f"{self.address}/v1/models {self.remedied(error)}") from None
+        if name is None and len(listed) == 1:
+            name = next(iter(listed))
+        if name is None or name not in listed:
+            raise ValueError(
+                f"{option} must be one of those that {self.address} serves ({', '.join(listed)}); got {name}"
+            )
+        reads = listed[name].get("max_model_len")
+        if isinstance(reads, int) and reads < longest:
+            raise ValueError(
+                f"{self.address} reads {reads} tokens of {name}, {needs}: start it with --max-model-len "
+                f"{longest} or more"
+            )
+        return name
+
+    def remedied(self, error: RefusedError, more: Sequence[tuple[bool, str]] = ()) -> str:
+        """What it said, and what to do where that is known; `more` are remedies, and whether each applies."""
+        said = error.said.lower()
+        remedies = (
+            (error.status in (401, 403), f"it wants a key: name its variable with {self.key_option}"),
+            *more,
+            ("context length" in said or "max_model_len" in said, "start it with a larger --max-model-len"),
+            ("at most" in said and "image" in said, "start it with a larger --limit-mm-per-prompt"),
+        )
+        remedy = next((text for applies, text in remedies if applies), "")
+        return f"{error}{'; ' if remedy else ''}{remedy}"
+
+    @property
+    def key_option(self) -> str:
+        return self._settings.wording.key
+
+    def chat(self, body: Mapping[str, object], number: object) -> dict:
+        """What `/v1/chat/completions` answers to this request of ours, which has this number.
+
+        ValueError also for the answer to another one, or of another model.
+        """
+        name = f"{_OURS}-{number}"
+        answer = self.call("/v1/chat/completions", body, name)
+        told = str(answer.get("id", ""))
+        if _OURS in told and f"{name}-" not in told:
+            raise ValueError(f"gave the answer to another request ({told})")
+        if (other := answer.get("model", body["model"])) != body["model"]:
+            raise ValueError(f"answered with the model {str(other)[:80]!r}, asked was {body['model']!r}")
+        return answer
+
+    def tell(self, path: str, body: Mapping[str, object]) -> None:
+        """A request of which nothing is wanted but that it was done. Errors as of `call`."""
+        self._tried(path, body, "", lambda _: {})
+
     def call(self, path: str, body: Mapping[str, object] | None = None, name: str = "") -> dict:
         """The JSON object that answers; `name` makes an id of its own for each try.
 
         RefusedError, or ValueError where no answer came in all the tries.
         """
+        return self._tried(path, body, name, _object)
+
+    def _tried(
+        self, path: str, body: Mapping[str, object] | None, name: str, read: Callable[[bytes], dict]
+    ) -> dict:
         settings = self._settings
         for attempt in range(settings.retries + 1):
             sent = None if body is None else dict(body)
             if sent is not None and name:
                 sent["request_id"] = f"{name}-{attempt}"
             try:
-                return self._once(path, sent)
+                return read(self._once(path, sent))
             except _TryAgainError as trouble:
                 wait = min(max(trouble.wait, settings.first_wait * 2**attempt), _LONGEST_WAIT)
                 if attempt == settings.retries or self._stop.wait(wait):
                     times = f"{attempt + 1} time{'s' if attempt else ''}"
                     raise ValueError(
-                        f"{self.address} gave no answer, asked {times}: {trouble}; {_GOES_ON}"
+                        f"{self.address} gave no answer, asked {times}: {trouble}; {settings.wording.goes_on}"
                     ) from None
         raise AssertionError("unreachable")
 
-    def _once(self, path: str, body: Mapping[str, object] | None) -> dict:
+    def _once(self, path: str, body: Mapping[str, object] | None) -> bytes:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.address + path, data=data, headers=self._headers)
         try:
             with self._opener.open(request, timeout=self._settings.timeout) as response:
-                read = response.read()
+                return response.read()
         except urllib.error.HTTPError as error:
             raise _of_status(error) from None
         except TimeoutError:
@@ -107,13 +183,16 @@ class Server:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             said = _line(str(reason) or type(error).__name__)
             raise _TryAgainError(f"the connection failed ({said})") from None
-        try:
-            answer = json.loads(read)
-        except ValueError:  # not JSON, or not UTF-8
-            raise _TryAgainError("the answer is no whole JSON") from None
-        if not isinstance(answer, dict):
-            raise RefusedError(200, "something else than a JSON object")
-        return answer
+
+
+def _object(read: bytes) -> dict:
+    try:
+        answer = json.loads(read)
+    except ValueError:  # not JSON, or not UTF-8
+        raise _TryAgainError("the answer is no whole JSON") from None
+    if not isinstance(answer, dict):
+        raise RefusedError(200, "something else than a JSON object")
+    return answer
 
 
 class _TryAgainError(Exception):
@@ -150,7 +229,7 @@ def _line(text: str) -> str:
     return " ".join(text.split())[:_SHOWN]
 
 
-def _address(url: str) -> str:
+def _address(url: str, wording: Wording) -> str:
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -158,22 +237,22 @@ def _address(url: str) -> str:
         host, parts = None, urlsplit("")
     if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
         raise ValueError(
-            f"--server must be an address such as http://localhost:8000; got {url.split('@')[-1]}"
+            f"{wording.url} must be an address such as http://localhost:8000; got {url.split('@')[-1]}"
         )
     if parts.username or parts.password:
         raise ValueError(
-            "--server must hold no name and no password; put a key into an environment variable and name "
-            "that with --server_key_env"
+            f"{wording.url} must hold no name and no password; put a key into an environment variable and "
+            f"name that with {wording.key}"
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
 
 
-def _authorisation(name: str | None) -> dict[str, str]:
+def _authorisation(name: str | None, option: str) -> dict[str, str]:
     if name is None:
         return {}
     key = os.environ.get(name, "").strip()
     if not key:
-        raise ValueError(f"--server_key_env names {name}, and no such environment variable is set here")
+        raise ValueError(f"{option} names {name}, and no such environment variable is set here")
     if not (key.isascii() and key.isprintable() and " " not in key):
         raise ValueError(f"the environment variable {name} must hold a key: printable ASCII without blanks")
     return {"Authorization": f"Bearer {key}"}

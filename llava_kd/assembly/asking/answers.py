@@ -41,7 +41,11 @@ def rows(answer: Mapping[str, object], wanted: Wanted) -> dict[str, Tensor]:
     ids, said = _lists(answer)
     places = wanted.positions_M.tolist()
     last = max(places, default=-1) + 1
-    _refuse_other_tokens(ids, last, wanted)
+    # What follows changes nothing in a causal model: so may what the template writes after the last answer,
+    # and what was cut off here.
+    refuse_other_tokens(
+        wanted.encoded.ids[: last + 1].tolist(), ids[: last + 1], wanted.tokenizer, wanted.image_token_id
+    )
     if len(said) != len(ids):
         raise ValueError(
             f"gave {len(said)} prompt_logprobs for {len(ids)} prompt_token_ids: they cannot be aligned"
@@ -81,28 +85,26 @@ def _lists(answer: Mapping[str, object]) -> tuple[list, list]:
     return ids, said
 
 
-def _refuse_other_tokens(ids: Sequence[object], last: int, wanted: Wanted) -> None:
-    """The prompt's tokens up to the last that is predicted must be ours; what follows changes nothing.
-
-    A causal model: so may what the template writes after the last answer, and what was cut off here.
-    """
-    here = wanted.encoded.ids[: last + 1].tolist()
-    there = list(ids[: last + 1])
-    if here == there:
+def refuse_other_tokens(
+    here: Sequence[int], there: Sequence[object], tokenizer: PreTrainedTokenizerFast, image_token_id: int
+) -> None:
+    """ValueError where a server read other tokens `there` than are read here: which is the first."""
+    if list(here) == list(there):
         return
-    at = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), len(there))
-    shown = ["nothing" if at >= len(side) else _shown(side[at], wanted) for side in (there, here)]
-    ours, its = (side.count(wanted.image_token_id) for side in (here, there))
+    at = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), None)
+    at = min(len(here), len(there)) if at is None else at
+    shown = ["nothing" if at >= len(side) else _shown(side[at], tokenizer) for side in (there, here)]
+    ours, its = (list(side).count(image_token_id) for side in (here, there))
     images = ""
-    if ours != its and bool(wanted.encoded.visual.any()):
+    if ours != its and ours > 0:
         images = f" (it has {its} image tokens up to there, {ours} are read here)"
     raise ValueError(f"read other tokens: token {at} is {shown[0]} there and {shown[1]} here{images}")
 
 
-def _shown(token: object, wanted: Wanted) -> str:
+def _shown(token: object, tokenizer: PreTrainedTokenizerFast) -> str:
     if not isinstance(token, int):
         return repr(token)[:40]
-    return f"{wanted.tokenizer.convert_ids_to_tokens(token)!r} (id {token})"
+    return f"{tokenizer.convert_ids_to_tokens(token)!r} (id {token})"
 
 
 def _largest(said: object, own: int, place: int, wanted: Wanted) -> tuple[list[int], list[float]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from PIL import Image
@@ -17,6 +17,7 @@ from llava_kd.data.pixels.images import decode, pad_to_square
 from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER, Record, Source, Turn
 
 _PLAIN_MODES = ("RGB", "L")
+_SHOWN = 3
 
 
 def messages(record: Record, pictures: list[str]) -> list[dict]:
@@ -67,3 +68,19 @@ def _is_plain(data: bytes) -> bool:
     with Image.open(io.BytesIO(data)) as image:
         is_tagged = image.getexif().get(0x0112, 1) != 1
         return image.format == "JPEG" and image.mode in _PLAIN_MODES and not is_tagged
+
+
+def refuse_control_words(numbers: Sequence[int], source: Source, reader: Side, remedy: str) -> None:
+    """ValueError before any request: to a server they are control tokens, here they are text."""
+    encoder = reader.encoder()
+    found = []
+    for number in numbers:
+        record = source.record(number)
+        if not record.fault and (words := encoder.control_words(record)):
+            found.append(f"record {record.id!r} ({', '.join(map(repr, words[:_SHOWN]))})")
+    if found:
+        more = "" if len(found) <= _SHOWN else f" and {len(found) - _SHOWN} more"
+        raise ValueError(
+            f"words of {', '.join(found[:_SHOWN])}{more} are text here and control tokens to a server: take "
+            f"them out, or {remedy}"
+        )

@@ -1,0 +1,1 @@
+"""Requests to a server that runs a model: what is asked, with what patience, and whether the answer fits."""
