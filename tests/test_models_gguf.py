@@ -35,6 +35,7 @@ from llava_kd.models.files.gguf.language import as_neighbours
 from llava_kd.models.files.gguf.ollama import modelfile
 from llava_kd.models.files.gguf.pictures import template_with_marks
 from llava_kd.models.files.gguf.tokens import KNOWN_RULES, name_for_vocabulary, read_vocabulary, rule_hash
+from llava_kd.models.files.gguf.writing import KINDS
 
 TEXT = "The blue circle is left of the 12 triangles, isn't it?\n\nYes  no"
 LLAMA3_ROPE = {
@@ -126,7 +127,14 @@ def test_products_of_turned_queries_and_keys_are_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "share"), [("float32", 0), ("bfloat16", 2**-8), ("float16", 2**-11), ("q8_0", 1 / 254 + 2**-11)]
+    ("dtype", "share"),
+    [
+        ("float32", 0),
+        ("bfloat16", 2**-8),
+        ("float16", 2**-11),
+        ("q8_0", 1 / 254 + 2**-11),
+        ("q4_0", 1 / 8 + 2**-11),  # 16 steps from -8 to 7: one of the two signs ends a step early
+    ],
 )
 def test_every_weight_is_there_once_and_as_close_as_its_type_allows(
     tmp_path: Path, students: dict[str, Path], dtype: str, share: float
@@ -141,21 +149,33 @@ def test_every_weight_is_there_once_and_as_close_as_its_type_allows(
         "blk.1.attn_k": "layers.1.self_attn.k_proj",
         "blk.0.ffn_up": "layers.0.mlp.up_proj",
     }
-    wanted = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}[dtype]
     for theirs, ours in pairs.items():
         written, weight = found[f"{theirs}.weight"], state[f"{ours}.weight"]
         blocks = weight.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1)
         assert ((written - weight).abs() <= share * 1.01 * blocks + 1e-7).all()
-        assert types[f"{theirs}.weight"] == wanted
+        eight = (theirs, dtype) == ("token_embd", "q4_0")
+        assert types[f"{theirs}.weight"] == ("Q8_0" if eight else KINDS[dtype])
     torch.testing.assert_close(found["blk.1.attn_norm.weight"], state["layers.1.input_layernorm.weight"])
     assert types["blk.1.attn_norm.weight"] == "F32"
 
 
-def test_q8_0_leaves_rows_that_are_no_blocks_and_says_so(tmp_path: Path, students: dict[str, Path]) -> None:
-    notes = export_gguf(students["qwen2"], tmp_path / "out", dtype="q8_0")  # its MLP is 48 wide
+def test_four_bits_are_the_language_models_layers_alone(tmp_path: Path, students: dict[str, Path]) -> None:
+    """The tower and its projector are in the eight bits of q8_0, number by number."""
+    for dtype in ("q4_0", "q8_0"):
+        export_gguf(students["llama"], tmp_path / dtype, dtype=dtype)
+    assert set(by_hand.types(tmp_path / "q4_0" / LANGUAGE).values()) == {"Q4_0", "Q8_0", "F16", "F32"}
+    assert by_hand.settings(tmp_path / "q4_0" / LANGUAGE)["general.file_type"] == 2  # MOSTLY_Q4_0
+    assert (tmp_path / "q4_0" / VISION).read_bytes() == (tmp_path / "q8_0" / VISION).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
+def test_rows_that_are_no_blocks_are_left_and_it_says_so(
+    tmp_path: Path, students: dict[str, Path], dtype: str
+) -> None:
+    notes = export_gguf(students["qwen2"], tmp_path / "out", dtype=dtype)  # its MLP is 48 wide
     types = by_hand.types(tmp_path / "out" / LANGUAGE)
     assert types["blk.0.ffn_down.weight"] == "F16"
-    assert any("stay in float16" in note and "[48]" in note for note in notes)
+    assert any("stay in float16" in note and f"[48] wide, and {dtype} cuts" in note for note in notes)
     assert "stay in float16" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -317,7 +337,7 @@ print(time.monotonic() - start[0], time.process_time() - start[1], int(peak) / 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "q8_0", "q4_0"])
 def test_half_a_billion_weights_in_a_minute_and_two_gigabytes(tmp_path: Path, dtype: str) -> None:
     """A random student of the sizes of Qwen2.5-0.5B, in a program of its own; a minute of one processor."""
     more = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "vocab_size": 151936}

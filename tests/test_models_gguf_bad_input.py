@@ -139,10 +139,11 @@ def test_numbers_that_a_type_cannot_hold(
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
-def test_q8_0_of_rows_that_are_no_blocks(tmp_path: Path) -> None:
-    source = make_tiny_llava(tmp_path / "narrow", hidden=48, layers=1)
-    with pytest.raises(ValueError, match=r"multiples of 32 numbers, as q8_0 needs .* width is 48"):
-        export_gguf(_narrow(source), tmp_path / "out", dtype="q8_0")
+def test_few_bits_of_rows_that_are_no_blocks(tmp_path: Path) -> None:
+    source = _narrow(make_tiny_llava(tmp_path / "narrow", hidden=48, layers=1))
+    for dtype in ("q8_0", "q4_0"):
+        with pytest.raises(ValueError, match=rf"multiples of 32 numbers, as {dtype} needs .* width is 48"):
+            export_gguf(source, tmp_path / "out", dtype=dtype)
 
 
 def _narrow(source: Path) -> Path:

@@ -25,8 +25,9 @@ def add(commands: Commands) -> None:
     export.add_argument("--out", required=True)
     layout = "hf: stock transformers; gguf: llama.cpp and Ollama, which needs the extra gguf"
     export.add_argument("--format", choices=["hf", "gguf"], default="hf", help=layout)
-    kinds = ["float32", "bfloat16", "float16", "q8_0"]
-    export.add_argument("--dtype", choices=kinds, help="of the weights (default: as they are); q8_0 in GGUF")
+    kinds = ["float32", "bfloat16", "float16", "q8_0", "q4_0"]
+    types = "of the weights (default: as they are); q8_0 and q4_0, of 8 and 4 bits, in GGUF alone"
+    export.add_argument("--dtype", choices=kinds, help=types)
     export.add_argument("--scores", nargs="*", default=[], help="summary.json files of `llava-kd eval`")
 
     add_plugins(export, "the tower of the model")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from clients.protocol import last_error
 from environments import PINS, ROOT, NotRunError, python_of, run
 from questions import BATCHED, KINDS, OBLONG, ONE, expected, messages, records
 from students import make_all
@@ -34,6 +35,7 @@ BEGIN, END = "<!-- table of tools -->", "<!-- end of table -->"
 BATCH = 10
 AS_IT_IS = "oblong as it is"
 ENOUGH = 58
+SECONDS = 5000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ TOOLS = {
     "llama_cpp": Tool(
         name="llama.cpp",
         form="gguf",
-        weights=("float32", "float16", "bfloat16", "q8_0"),
+        weights=("float32", "float16", "bfloat16", "q8_0", "q4_0"),
         sizes=True,
     ),
 }
@@ -96,9 +98,19 @@ class Reference:
     """What `llava-kd eval` answers, asked once for each student and kind."""
 
     def __init__(self, students: Mapping[str, Path], data: Path, root: Path) -> None:
-        self.students, self.root = students, root
+        self.students, self.data, self.root = students, data, root
         self.records = records(data, root / "square")
         self._found: dict[tuple[str, str], list[str]] = {}
+
+    def exported(self, student: str, form: str, weights: str) -> Path:
+        """An export of it, written once for all tools."""
+        out = self.root / "exports" / f"{student}-{form}-{weights}"
+        if not out.is_dir():
+            source = str(self.students[student])
+            words = ["export", source, "--out", str(out), "--format", form, "--dtype", weights]
+            if llava_kd(words):
+                raise RuntimeError(f"llava-kd {' '.join(words)} failed")
+        return out
 
     def answers(self, student: str, kind: str) -> list[str]:
         kind = ONE if kind == BATCHED else kind
@@ -114,27 +126,17 @@ class Reference:
 def rows(name: str, reference: Reference, root: Path) -> tuple[list[dict], dict[str, str]]:
     """One row a case; the versions that answered. NotRunError where the tool cannot be installed."""
     tool = TOOLS[name]
-    python = sys.executable if name == "transformers" else python_of(name)
-    program = CLIENTS / f"with_{'transformers' if name in ALIKE else name}.py"
     todo = cases(tool, list(reference.students))
     jobs = []
     for k, case in enumerate(todo):
-        directory = _exported(reference.students[case.student], tool.form, case.weights, root)
+        directory = reference.exported(case.student, tool.form, case.weights)
         size = reference.size(case.student) if case.sizes else None
         asked = messages(reference.records[case.asked], size, root / "sized" / case.student)
         batch = BATCH if case.kind == BATCHED else 1
         out = root / f"answers{k}.json"
         jobs.append({"directory": str(directory), "questions": asked, "batch": batch, "out": str(out)})
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    broken = {"versions": {}, "error": "it wrote no answer"}
-    try:
-        run(python, program, str(root / "jobs.json"), timeout=3000)
-    except (RuntimeError, subprocess.TimeoutExpired) as error:
-        broken["error"] = str(error)
     found, versions = [], {}
-    for case, job in zip(todo, jobs, strict=True):
-        out = Path(job["out"])
-        there = json.loads(out.read_text()) if out.is_file() else broken
+    for case, there in zip(todo, asked_of(name, jobs, root), strict=True):
         versions |= there["versions"]
         found.append(compared(case, there, reference.answers(case.student, case.asked)))
     return found, versions
@@ -143,13 +145,20 @@ def rows(name: str, reference: Reference, root: Path) -> tuple[list[dict], dict[
 ALIKE = ("transformers", "transformers_floor", "transformers_4")  # one client, several versions
 
 
-def _exported(student: Path, form: str, weights: str, root: Path) -> Path:
-    out = root / "exports" / f"{student.name}-{weights}"
-    if not out.is_dir():
-        words = ["export", str(student), "--out", str(out), "--format", form, "--dtype", weights]
-        if llava_kd(words):
-            raise RuntimeError(f"llava-kd {' '.join(words)} failed")
-    return out
+def asked_of(name: str, jobs: Sequence[dict], root: Path, *, client: str | None = None) -> list[dict]:
+    """What a tool's client wrote for each job; an error where it wrote nothing. NotRunError as above."""
+    python = sys.executable if name == "transformers" else python_of(name)
+    program = CLIENTS / f"with_{client or ('transformers' if name in ALIKE else name)}.py"
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    broken = {"versions": {}, "error": "it wrote no answer"}
+    try:
+        run(python, program, str(root / "jobs.json"), timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        broken["error"] = f"{program.name} did not end within {SECONDS} s"
+    except RuntimeError as error:
+        broken["error"] = f"{program.name}: {last_error(str(error))}"
+    outs = [Path(job["out"]) for job in jobs]
+    return [json.loads(out.read_text()) if out.is_file() else broken for out in outs]
 
 
 def compared(case: Case, there: dict, expected: list[str]) -> dict:
@@ -232,6 +241,11 @@ def _told(tool: Tool, result: dict | None) -> str:
     return f"- {tool.name}: {versions}; {result['date']}, {result['commit']}, `{result['command']}`."
 
 
+def write_result(folder: Path, result: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"tools_{result['tool']}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def read_results(folder: Path = RESULTS) -> dict[str, dict]:
     return {
         name: json.loads(path.read_text())
@@ -240,10 +254,11 @@ def read_results(folder: Path = RESULTS) -> dict[str, dict]:
     }
 
 
-def fill(page: str, results: Mapping[str, dict]) -> str:
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(results)}\n{END}{after}"
+def filled(page: str, begin: str, text: str, end: str) -> str:
+    """The page with `text` between two marks of it."""
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def main() -> None:
@@ -260,13 +275,13 @@ def main() -> None:
             reference = Reference(students, arguments.students / "data", Path(folder))
             for name in arguments.tools:
                 result = measured(name, reference, f"python tests/tools/conformance.py {name}")
-                (arguments.out / f"tools_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+                write_result(arguments.out, result)
                 shown = {(row["student"], row["weights"], row["questions"]): row for row in result["rows"]}
                 for key, row in shown.items():
                     print(name, *key, row.get("alike", row.get("error")), "of", row["of"], flush=True)
                 print(result.get("not_run", f"{name}: {result.get('versions')}"), flush=True)
     if arguments.out == RESULTS:
-        PAGE.write_text(fill(PAGE.read_text(), read_results()))
+        PAGE.write_text(filled(PAGE.read_text(), BEGIN, table(read_results()), END))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 `LLAVA_KD_<TOOL>` names a Python that has the tool; without it one is made below `LLAVA_KD_TOOLS` (by default
 `.tools` in the project) from `pins/<TOOL>.txt`, which names every package that is installed. Those of
 `SHARED` see this project's packages behind their own, so that torch is not installed once more. A tool that
-cannot be installed raises `NotRunError`: nothing is known of it then.
+cannot be installed raises `NotRunError`: nothing is known of it then. A pin with `===` keeps out a build of
+the same version with a suffix (`+cpu`), which pip may find elsewhere and torchvision does not load beside.
 """
 
 from __future__ import annotations

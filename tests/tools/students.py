@@ -245,13 +245,19 @@ def make(name: str, data: Path, folder: Path) -> Path:
     return folder / name
 
 
-def make_all(out: Path) -> dict[str, Path]:
-    """Directories by name; what is not below `out` yet is made, the data in its folder `data`."""
+def make_data(out: Path) -> Path:
+    """The shapes that all learn and are asked about, in the folder `data` below `out`."""
     data = out / "data"
     if not (data / "test.json").is_file():
         words = ["--num_train", "4000", "--num_validation", "1200", "--num_test", "1200", "--seed", "0"]
         if llava_kd(["data", "shapes", "--out", str(data), *words]):
             raise RuntimeError("llava-kd data shapes failed")
+    return data
+
+
+def make_all(out: Path) -> dict[str, Path]:
+    """Directories by name; what is not below `out` yet is made, the data too."""
+    data = make_data(out)
     made = {name: out / name if (out / name).is_dir() else make(name, data, out) for name in TRAINED}
     return {"siglip-qwen2": TEACHER, **made}
 

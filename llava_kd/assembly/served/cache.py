@@ -19,7 +19,7 @@ from llava_kd.assembly.parts.stored_teacher import identity, in_words
 from llava_kd.assembly.parts.teacher import teacher_template
 from llava_kd.assembly.runs.logs import speaker
 from llava_kd.assembly.runs.run_dir import locked
-from llava_kd.config import TrainConfig
+from llava_kd.config import TeacherConfig, TrainConfig
 from llava_kd.data.batches.bad_records import BadRecord, BadRecords
 from llava_kd.data.batches.model_side import Side
 from llava_kd.data.sources.conversation import Source
@@ -47,6 +47,7 @@ def cache_from_server(
     Raises ValueError for settings that no server serves, and for whatever it answers that does not fit.
     """
     one = one_teacher(config)
+    _refuse_second_reading(one)
     with peers(), ExitStack() as held:
         world = join(config.engine.device, timeout_minutes=config.engine.timeout_minutes)
         say = speaker(world)
@@ -217,6 +218,14 @@ class _Run:
         return (
             f"; serve the model of teacher.checkpoint, with --chat-template {self.directory / CHAT_TEMPLATE} "
             "--chat-template-content-format openai"
+        )
+
+
+def _refuse_second_reading(teacher: TeacherConfig) -> None:
+    if teacher.visual_dependency is not None:
+        raise ValueError(
+            "a server is asked with the picture alone, but `teacher.visual_dependency` asks without it; set "
+            "it to null, or cache the teacher without --server"
         )
 
 

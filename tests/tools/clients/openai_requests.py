@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from protocol import NEW_TOKENS, Answers, Question
+from protocol import NEW_TOKENS, Answers, Question, last_error
 
 
 def request_of(question: Question, model: str | None = None) -> dict:
@@ -97,8 +97,8 @@ def _wait(server: subprocess.Popen, url: str, seconds: float, log: Path) -> None
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if server.poll() is not None:
-            raise RuntimeError(f"the server ended with {server.returncode}: {log.read_text()[-1500:]}")
+            raise RuntimeError(f"the server ended with {server.returncode}: {last_error(log.read_text())}")
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
             return
         time.sleep(0.5)
-    raise RuntimeError(f"the server did not answer within {seconds:.0f} s: {log.read_text()[-1500:]}")
+    raise RuntimeError(f"the server did not answer within {seconds:.0f} s: {last_error(log.read_text())}")

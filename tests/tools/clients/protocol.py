@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -46,9 +47,17 @@ def _answered(answers: Answers, job: dict) -> dict:
 
 
 def _line(error: Exception) -> str:
-    """Without the lines of tracebacks, which name folders of the machine."""
-    said = " ".join(line for line in str(error).splitlines() if line.strip() and not line[0].isspace())
-    return f"{type(error).__name__}: {said}"[:2000]
+    return f"{type(error).__name__}: {last_error(str(error))}"
+
+
+def last_error(log: str) -> str:
+    """The last exception that a program's log names, or else its last line: 300 letters at most.
+
+    Lines of a traceback, which begin with spaces and name folders of the machine, are none of both.
+    """
+    lines = [line.strip() for line in log.splitlines() if line.strip() and not line[0].isspace()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
+    return (errors or lines or ["it said nothing"])[-1][:300]
 
 
 def _write(job: dict, versions: dict[str, str], found: dict) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
-from protocol import NEW_TOKENS, Answers, Question, work
+from protocol import NEW_TOKENS, Answers, Question, last_error, work
 
 TASK = """task: students
 dataset_path: {data}
@@ -74,7 +74,7 @@ def _run(directory: str, questions: Sequence[Question], root: Path) -> list[str]
     made = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
     found = list((root / "out").rglob("*samples*.jsonl"))
     if made.returncode or len(found) != 1:
-        raise RuntimeError(f"lmms_eval ended with {made.returncode}: {made.stderr.strip()[-1500:]}")
+        raise RuntimeError(f"lmms_eval ended with {made.returncode}: {last_error(made.stderr)}")
     lines = [json.loads(line) for line in found[0].read_text().splitlines()]
     lines.sort(key=lambda line: line["doc_id"])
     return [line["filtered_resps"] for line in lines]  # `resps` is left out where it is the same

@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from openai_requests import of_server, started
 from protocol import Answers, work
 
-COMMAND = "from transformers.cli.transformers import main; main()"  # the program is in another environment
+PROGRAM = "from transformers.cli.transformers import main; main()"  # the program is in another environment
+SERVED = ["serve", "OUT", "--port", "8000"]  # as docs/serving.md has it
+MORE = ["--device", "cpu", "--dtype", "float32"]
 
 
 @contextlib.contextmanager
 def opened(directory: str) -> Iterator[Answers]:
-    words = [sys.executable, "-c", COMMAND, "serve", directory, "--port", "{port}"]
-    with started([*words, "--device", "cpu", "--dtype", "float32"], "/health", 300) as url:
+    filled = {"OUT": directory, "8000": "{port}"}
+    words = [sys.executable, "-c", PROGRAM, *(filled.get(word, word) for word in SERVED), *MORE]
+    with started(words, "/health", 900) as url:
         yield of_server(url, directory)
 
 

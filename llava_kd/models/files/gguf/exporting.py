@@ -34,7 +34,7 @@ from llava_kd.models.files.gguf.tokens import (
 )
 from llava_kd.models.files.gguf.vision import ARCHITECTURE, check_vision, describe_vision, vision_entries
 from llava_kd.models.files.gguf.weights import StockWeights
-from llava_kd.models.files.gguf.writing import KINDS, Entry, unblocked, write_gguf
+from llava_kd.models.files.gguf.writing import BLOCKED, KINDS, Entry, unblocked, write_gguf
 from llava_kd.models.files.served import served_processor
 from llava_kd.models.reading import read_json
 from llava_kd.models.towers.vision_tower import text_config, vision_config
@@ -100,9 +100,9 @@ def _read(source: Path, dtype: str | None) -> _Student:
     vocabulary = read_vocabulary(processor.tokenizer, text.vocab_size, name)
     language = language_entries(weights, text, family, name)
     kind = KINDS[dtype or _OF_DTYPE.get(weights.dtype(), "float32")]
-    if kind == "Q8_0" and len(unblocked(language)) == sum(e.kind(kind) != "F32" for e in language):
+    if kind in BLOCKED and len(unblocked(language)) == sum(e.kind(kind) != "F32" for e in language):
         raise ValueError(
-            f"{name} has no weight of the language model whose rows are multiples of 32 numbers, as q8_0 "
+            f"{name} has no weight of the language model whose rows are multiples of 32 numbers, as {dtype} "
             f"needs them (its width is {text.hidden_size}); take --dtype float16"
         )
     vision = vision_entries(weights, config, picture_scale=picture_scale(text, family))
@@ -145,7 +145,8 @@ def _write(student: _Student, scratch: Path) -> None:
         writer.add_name(student.name)
 
     write_gguf(scratch / LANGUAGE, student.family.arch, student.language, language, kind=student.kind)
-    write_gguf(scratch / VISION, ARCHITECTURE, student.vision, vision, kind=student.kind)
+    pictures = "Q8_0" if student.kind == "Q4_0" else student.kind
+    write_gguf(scratch / VISION, ARCHITECTURE, student.vision, vision, kind=pictures)
     text = modelfile(student.processor, LANGUAGE, VISION)
     (scratch / MODELFILE).write_text(text, encoding="utf-8")
 

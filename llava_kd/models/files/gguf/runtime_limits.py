@@ -9,7 +9,7 @@ from transformers import LlavaConfig, LlavaProcessor
 from llava_kd.models.files.gguf.language import LanguageFamily, context_length, head_size
 from llava_kd.models.files.gguf.pictures import template_with_marks
 from llava_kd.models.files.gguf.tokens import UNKNOWN_RULE, Vocabulary
-from llava_kd.models.files.gguf.writing import BLOCK, Entry, unblocked
+from llava_kd.models.files.gguf.writing import BLOCK, BLOCKED, Entry, unblocked
 from llava_kd.models.towers.vision_tower import input_size, text_config, vision_config
 
 PADDING = (122, 116, 104)  # its colour for `mlp` (tools/mtmd/clip.cpp)
@@ -29,7 +29,7 @@ def limits(
         *_places(processor),
         *_words(vocabulary),
         *_computing(config, family),
-        *(_blocks(config, entries) if kind == "Q8_0" else []),
+        *(_blocks(entries, kind.lower()) if kind in BLOCKED else []),
     ]
 
 
@@ -93,12 +93,12 @@ def _computing(config: LlavaConfig, family: LanguageFamily) -> list[str]:
     return lines
 
 
-def _blocks(config: LlavaConfig, entries: Sequence[Entry]) -> list[str]:
+def _blocks(entries: Sequence[Entry], kind: str) -> list[str]:
     left = unblocked(entries)
     if not left:
         return []
     widths = sorted({entry.shape[-1] for entry in left})
     return [
-        f"{len(left)} weights stay in float16: their rows are {widths} wide, and q8_0 cuts rows into blocks "
-        f"of {BLOCK}"
+        f"{len(left)} weights stay in float16: their rows are {widths} wide, and {kind} cuts rows into "
+        f"blocks of {BLOCK}"
     ]

@@ -16,9 +16,9 @@ from torch import Tensor
 from llava_kd.models.files.gguf.package import gguf_package
 from llava_kd.tensor_files import writing
 
-BLOCK = 32  # numbers that share a scale in Q8_0
-KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-_FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
+BLOCK = 32  # numbers that share a scale in Q8_0 and Q4_0
+BLOCKED = ("Q8_0", "Q4_0")
+KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 _CHUNK = 1 << 22  # numbers
 
 
@@ -35,14 +35,19 @@ class Entry:
     whole: bool = False
 
     def kind(self, wanted: str) -> str:
-        """Its type in a file of type `wanted`: F16 where rows cannot be cut into blocks."""
+        """Its type in a file of type `wanted`: F16 where rows cannot be cut into blocks.
+
+        Only layers of the language model get four bits; words and head keep eight, and so does the tower.
+        """
         if self.whole or len(self.shape) == 1:
             return "F32"
-        return "F16" if wanted == "Q8_0" and self.shape[-1] % BLOCK else wanted
+        if wanted in BLOCKED and self.shape[-1] % BLOCK:
+            return "F16"
+        return "Q8_0" if wanted == "Q4_0" and not self.name.startswith("blk.") else wanted
 
 
 def unblocked(entries: Sequence[Entry]) -> list[Entry]:
-    """Those that Q8_0 leaves in F16."""
+    """Those that Q8_0 and Q4_0 leave in F16."""
     return [entry for entry in entries if entry.kind("Q8_0") == "F16"]
 
 
@@ -57,7 +62,7 @@ def write_gguf(
     with writing(path):
         writer = gguf.GGUFWriter(path, arch)
         describe(writer)
-        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[kind]])
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for entry in entries:
             own = gguf.GGMLQuantizationType[entry.kind(kind)]
