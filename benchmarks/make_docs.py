@@ -57,6 +57,26 @@ ERRORS = ("row_error", "dh_error", "dw_error")
 STEP = ("case", "impl", "seconds", "samples_per_s", "ratio_to_ours", "mfu", "peak_gb")
 
 
+HEAD = """Forward and backward of cross-entropy and KL from hidden states, beside the matrix products
+alone: the floor of all that computes each of them once. `less gradients` leaves out the dX and dW that every
+implementation returns. Errors are relative distances of the gradient from fp64, for bf16 inputs.
+
+The table of a CPU is older than what its profile led to. Where the time beside the products went (one
+thread, the same heads, 272 rows, CPU seconds, medians of three rounds in turn, load 10): products alone 5.67,
+ours in two chunks 6.85 (1.21 times), with the rows as they are now 6.51 (1.15), and in one chunk 6.16 (1.09).
+So most of it is the chunks, each of which reads both heads anew and reads and writes the whole dW: the rows of
+logits take 0.2 s. Tried:
+
+- chunks of 240 MB of logits in place of 160 (4 in place of 6 for 793 rows): 1.08 times the products, was 1.13
+  (400 rows, two rounds), with 253 MB less gradients, 0.117 of naive PyTorch's. Kept; the goal of 0.125 allows
+  no more. Chunks of 64 rows: 1.39 times.
+- rows of logits from softmaxes, one exponential a column in place of two: 0.56 ms a row, was 0.75. Kept.
+  Their sums are taken in pairs: over 151,936 columns the gradient is off by 9e-8 of itself, was 8e-6.
+- the same in place, over the logits: 0.56 ms, and a value off by 7e-5. Two log-softmaxes with exponentials in
+  place: 0.64 ms. `exp` of logits less their largest: 0.64 ms.
+- `torch.compile` of a row: 0.42 ms. Not kept: 0.04 s of 5.8 do not pay for a compiler at the start of a run.
+
+Compiled naive PyTorch holds all rows at once and so reads the heads once; ours in one chunk does as well."""
 LOADER = """Images and text for both models. The exact resize is a part in C, optional, with Pillow's
 weights in 16-bit halves that AVX2 multiplies and adds without a rounding; it is quicker than
 PyTorch's vectorised kernel for bytes, which is not exact, so `quick` is of use only where no
@@ -73,9 +93,7 @@ SECTIONS = (
     Section(
         script="loss_head",
         title="The loss head",
-        text="""Forward and backward of cross-entropy and KL from hidden states, beside the matrix products
-alone: the floor of all that computes each of them once. `less gradients` leaves out the dX and dW that every
-implementation returns. Errors are relative distances of the gradient from fp64, for bf16 inputs.""",
+        text=HEAD,
         tables=(
             Table(figure="seconds", columns=("case", "terms", "impl", "seconds", "ratio_to_gemms", *PEAKS)),
             Table(figure="dx_error", columns=("case", "impl", "kl", "dx_error", "dw_error")),

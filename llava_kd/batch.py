@@ -223,6 +223,7 @@ class TeacherRows:
     Either final hidden states, and the projector's output where it was kept; or, of each place, the largest
     logits, their columns, and the log of what exp(logit / temperature) sums to over the columns left out; at
     the temperature `std` also that temperature, the standard deviation of all the logits of the place.
+    `dependency_M`: how much it needs the picture at each place, in nats; of response targets alone.
     """
 
     places_M: Tensor
@@ -232,6 +233,7 @@ class TeacherRows:
     top_columns_MK: Tensor | None = None
     rest_M: Tensor | None = None
     std_M: Tensor | None = None
+    dependency_M: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TeacherRows:
         """The same with every tensor changed."""

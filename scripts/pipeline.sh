@@ -4,5 +4,7 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/launch.sh"
+trap 'stopped TERM 143' TERM # not 0 as of a stage: what waits for all stages must not begin
+trap 'stopped USR1 138' USR1
 use_environment
 exec python -m llava_kd.cli run "${PIPELINE:-$here/pipeline.yaml}" "$@"

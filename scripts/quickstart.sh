@@ -16,6 +16,7 @@ if [ -f "$run/report.html" ] && [ -f "$run/seed$((seeds - 1))/kd/eval/summary.js
 clock() { if [ "$is_counted" = yes ]; then "$python" scripts/quickstart/times.py "$run" "$@"; fi; }
 
 source scripts/setup_env.sh
+source scripts/both.sh
 doing="installing into .venv"
 trap 'status=$?; clock stop || true; ended_at "$status" "$doing"' EXIT
 clock first install
@@ -48,33 +49,6 @@ arm() {
     --student.checkpoint="$out/stage1/model"
   stage stage3_dft "$seed" "$arm" "$line" --output_dir="$out/stage3" --data.path="$run/data/instructions.json" \
     --student.checkpoint="$out/stage2/model" "$@"
-}
-
-# stop_both FIRST SECOND: end the two shells, so that neither begins anything new, and what they run, which saves first.
-# Ctrl-C alone does not reach it: commands in the background of a script are started without.
-stop_both() {
-  local tries
-  echo "stopping; the same command goes on from here" >&2
-  kill -TERM -- "-$1" "-$2" 2>/dev/null || true # each has a process group of its own
-  for ((tries = 0; tries < 300; tries++)); do
-    kill -0 -- "-$1" 2>/dev/null || kill -0 -- "-$2" 2>/dev/null || break
-    sleep 0.2
-  done
-  exit 130
-}
-
-# both FIRST SECOND: the two commands at once, one core each; fails if either does.
-both() {
-  local status=0
-  set -m # gives each its process group
-  $1 & local first=$!
-  $2 & local second=$!
-  set +m
-  trap 'stop_both "$first" "$second"' INT TERM
-  wait $first || status=$?
-  wait $second || status=$?
-  trap - INT TERM
-  return $status
 }
 
 score() {

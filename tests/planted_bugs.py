@@ -6,18 +6,23 @@ python tests/planted_bugs.py 7 17       some hazards only
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
+import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
-_CONTEXT = multiprocessing.get_context("forkserver")
-_PRELOAD = ["pytest", "torch", "transformers", "hypothesis", "safetensors.torch"]
+SECONDS_A_TEST = 900.0  # pytest itself ends most after 600
+_MARK = "PLANTED_BUG_RUN"  # in the environment of all that a run starts
 
 
 @dataclass(frozen=True)
@@ -256,38 +261,16 @@ def planted(bug: Bug) -> str:
     return text.replace(bug.old, bug.new)
 
 
-class _Calls:
-    """pytest plugin: how the test functions themselves ended, fixtures aside."""
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """`status`: 0 all passed, 1 some test function failed, 2 neither. `orphans`: processes left and ended."""
 
-    def __init__(self) -> None:
-        self.passed = self.failed = 0
-
-    def pytest_runtest_logreport(self, report) -> None:
-        if report.when == "call":
-            self.passed += report.passed
-            self.failed += report.failed
+    status: int
+    orphans: int = 0
 
 
-def _main(copy: Path, tests: Sequence[str], log: Path) -> None:
-    """Exit status: 0 all passed, 1 some test function failed, 2 neither."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.chdir(copy)
-    os.environ["PYTHONPATH"] = str(copy)
-    sys.path.insert(0, str(copy))
-    import pytest
-
-    calls = _Calls()
-    words = [f"tests/{test}" for test in tests]
-    code = pytest.main(["-m", "", "-p", "no:cacheprovider", "--tb=short", *words], plugins=[calls])
-    if calls.failed:
-        sys.exit(1)
-    sys.exit(0 if code == 0 and calls.passed else 2)
-
-
-def ends(tests: Sequence[str], bug: Bug | None, log: Path) -> int:
-    """How `tests` end in a copy of the project with `bug`: see `_main`."""
+def ends(tests: Sequence[str], bug: Bug | None, log: Path) -> Ended:
+    """How `tests` end in a copy of the project with `bug`, run by a Python that writes into `log`."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
         for name in ("llava_kd", "tests", "pyproject.toml"):
@@ -298,11 +281,69 @@ def ends(tests: Sequence[str], bug: Bug | None, log: Path) -> int:
                 shutil.copy(source, copy / name)
         if bug is not None:
             (copy / "llava_kd" / bug.file).write_text(planted(bug))
-        _CONTEXT.set_forkserver_preload(_PRELOAD)
-        process = _CONTEXT.Process(target=_main, args=(copy, tests, log))
-        process.start()
-        process.join()
-        return process.exitcode if process.exitcode is not None else 2
+        # Every Python reads it after the .pth files, which may put another copy before PYTHONPATH.
+        (copy / "sitecustomize.py").write_text(f"import sys\nsys.path.insert(0, {str(copy)!r})\n")
+        mark = f"{_MARK}={uuid.uuid4().hex}"
+        paths = os.pathsep.join([str(copy), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        environment = os.environ | dict([mark.split("=")], PYTHONPATH=paths)
+        _check_import(copy, environment)
+        return _run(tests, copy, environment, log, mark)
+
+
+def _check_import(copy: Path, environment: Mapping[str, str]) -> None:
+    command = [sys.executable, "-c", "import llava_kd; print(llava_kd.__file__)"]
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=True)
+    if copy.resolve() not in Path(done.stdout.strip()).resolve().parents:
+        raise ValueError(f"the tests must read the copy {copy}, but Python reads {done.stdout.strip()}")
+
+
+def _run(tests: Sequence[str], copy: Path, environment: Mapping[str, str], log: Path, mark: str) -> Ended:
+    results = copy / "results.xml"
+    command = [sys.executable, "-m", "pytest", "-m", "", "-p", "no:cacheprovider", "--tb=short"]
+    command += [f"--junitxml={results}", *(f"tests/{test}" for test in tests)]
+    with log.open("ab") as said:
+        process = subprocess.Popen(
+            command, cwd=copy, env=environment, stdin=subprocess.DEVNULL, stdout=said,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS_A_TEST * len(tests))
+            is_late = process.poll() is None
+        finally:
+            orphans = _end_all(mark, grace=0 if process.poll() is None else 5)
+            process.kill()  # where there is no /proc; else it has ended
+            process.wait()
+    if is_late or not results.exists():
+        return Ended(status=2, orphans=orphans)
+    suites = ElementTree.parse(results).getroot()
+    if suites.find(".//testcase/failure") is not None:  # an error of a fixture is <error>
+        return Ended(status=1, orphans=orphans)
+    return Ended(status=0 if process.returncode == 0 else 2, orphans=orphans)
+
+
+def _end_all(mark: str, *, grace: float) -> int:
+    """Kill every process whose environment has `mark`, and say how many there were after `grace` seconds."""
+    deadline = time.monotonic() + grace
+    while (left := _marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found = set(left)
+    while left:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+        found.update(left := _marked(mark))
+    return len(found)
+
+
+def _marked(mark: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it ended, or is another user's
+            if mark.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
 
 
 def main(words: Sequence[str]) -> int:
@@ -316,12 +357,14 @@ def try_all(bugs: Mapping[str, Bug]) -> int:
     logs = Path(tempfile.mkdtemp(prefix="planted-bugs-"))
     print(f"logs: {logs}")
     tests = sorted({bug.test for bug in bugs.values()})
-    problems = int(ends(tests, None, logs / "no-bug.log") != 0)
+    problems = int(ends(tests, None, logs / "no-bug.log").status != 0)
     print("without a bug:", "some test fails" if problems else "every test passes", flush=True)
     for name, bug in bugs.items():
-        caught = ends([bug.test], bug, logs / f"{name.replace(' ', '-')}.log") == 1
-        problems += not caught
-        print(f"{name}  {'caught' if caught else 'MISSED'}  {bug.file}: {bug.test}", flush=True)
+        ended = ends([bug.test], bug, logs / f"{name.replace(' ', '-')}.log")
+        problems += ended.status != 1
+        verdict = "caught" if ended.status == 1 else "MISSED"
+        left = f" (processes left and ended: {ended.orphans})" if ended.orphans else ""
+        print(f"{name}  {verdict}{left}  {bug.file}: {bug.test}", flush=True)
     return int(problems > 0)
 
 

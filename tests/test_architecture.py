@@ -54,9 +54,10 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "attention": {""},
         "projectors": {"", "files", "towers"},
         "towers": {""},
-        "": {"attention", "projectors", "towers"},
+        "": {"attention", "heads", "projectors", "towers"},
         "files": {"", "projectors", "towers"},
-        "foreign": {"", "files", "towers"},
+        "foreign": {"", "files", "heads", "towers"},
+        "heads": set(),
         "words": set(),
     },
     "evaluation": {
@@ -112,6 +113,7 @@ MANY_PARAMETERS = {
     "losses/reference_top_k.py": {"top_k_head_loss"},
     "losses/relation.py": {"relation_rows"},
     "losses/top_k.py": {"top_k_head_loss"},
+    "losses/tuning/information.py": {"conditional_information_by_chunk"},
 }
 MAX_FILES = 12
 MAX_FILE_LINES = 400

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 from test_models_any_teacher import FAMILIES
-from tiny_teachers import TEACHERS, gemma3, paligemma, qwen2_vl, write_teacher
+from tiny_teachers import TEACHERS, paligemma, qwen2_vl, scale_and_cap, write_teacher
+from transformers import Gemma3ForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from llava_kd.cli import main
 
@@ -203,10 +204,34 @@ def test_a_template_that_drops_a_turn_is_refused(taught, teacher: Path, tmp_path
     assert "does not write each turn once and in order" in refusal(taught, capsys, path)
 
 
-def test_soft_capped_logits_are_refused_by_name(taught, tmp_path: Path, capsys) -> None:
-    path = write_teacher(tmp_path / "capped", lambda seed: gemma3(seed, final_logit_softcapping=5.0))
-    assert "does more than its final states and its head" in (said := refusal(taught, capsys, path))
-    assert "'final_logit_softcapping': 5.0" in said
+@pytest.mark.parametrize("teacher", ["gemma3"], indirect=True)
+def test_scaled_and_capped_logits_teach_alike_live_and_from_a_cache(
+    taught, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    config = taught("run")
+    words = ["--objective.visual_kl={weight: 1.0}", "--objective.relation={weight: 0.5}"]
+    words.append("--data.visual_alignment=resample")
+    plain = losses(config, "plain", *words, "--max_steps=1")
+    scale_and_cap(monkeypatch, Gemma3ForConditionalGeneration)
+    live = losses(config, "live", *words)
+    assert "its logits are multiplied by 0.4 and capped at 2, and so are" in capsys.readouterr().err
+    for term in ("response_kl", "visual_kl", "relation", "teacher_cross_entropy"):
+        assert live[0][term] != pytest.approx(plain[0][term], rel=5e-4), term
+    assert main(["cache-teacher", str(config), f"--out={tmp_path / 'cache'}", *words]) == 0
+    cached = losses(config, "cached", f"--teacher.cache={tmp_path / 'cache'}", *words)
+    same(live, cached, (*TERMS, "visual_kl", "relation"))
+
+
+@pytest.mark.parametrize("teacher", ["llava_next"], indirect=True)
+def test_the_largest_of_scaled_and_capped_logits_serve_as_a_cache(
+    taught, tmp_path: Path, monkeypatch
+) -> None:
+    config = taught("run")
+    scale_and_cap(monkeypatch, LlavaNextForConditionalGeneration)
+    words = ["--mode=topk", "--topk=259"]  # all but one: nothing is left out but a sum of one
+    assert main(["cache-teacher", str(config), f"--out={tmp_path / 'cache'}", *words]) == 0
+    found = losses(config, "cached", f"--teacher.cache={tmp_path / 'cache'}")
+    same(losses(config, "live"), found, TERMS[:3])
 
 
 def test_a_bad_picture_costs_its_record_alone(taught, shapes_dir: Path, tmp_path: Path) -> None:

@@ -53,6 +53,36 @@ def test_a_teacher_of_another_tokenizer_teaches(
     assert not (tmp_path / "run" / "bad_records.jsonl").exists()
 
 
+@pytest.mark.parametrize(("form", "spread"), [("onto_teacher", 0.1), ("onto_student", 0.0)])
+def test_a_vocabulary_carried_into_the_other_teaches_however_a_step_is_cut(
+    form: str, spread: float, stage, foreign: Path, tmp_path: Path
+) -> None:
+    """In one batch, in two, and with the formulas as they are written."""
+    asked = {"cross_entropy": {"weight": 1.0}, "response_cross": {"form": form, "spread": spread}}
+    path = stage("run", objective=asked, max_steps=2)
+    found = []
+    for name, words in {
+        "whole": [],
+        "split": ["--micro_batch_size=1"],
+        "plain": ["--objective.losses=reference"],
+    }.items():
+        told = [f"--teacher.checkpoint={foreign}", f"--output_dir={tmp_path / name}", *words]
+        assert train(load(path, told)) is None
+        found.append(lines(tmp_path / name))
+    for one, *others in zip(*found, strict=True):
+        mass = one["response_cross/projected_mass"]
+        assert 0.98 < mass < 1  # of all but control tokens
+        assert (one["response_cross/matched_mass"] == mass) == (form == "onto_student")
+        for name in ("loss", "grad_norm", "response_cross", "response_cross/matched_mass"):
+            assert [other[name] for other in others] == pytest.approx([one[name]] * 2, rel=2e-5), name
+
+
+def test_a_check_says_what_is_carried_where(stage, foreign: Path) -> None:
+    asked = ["--objective.response_cross.form=onto_student", f"--teacher.checkpoint={foreign}"]
+    said = check(load(stage("run", objective=CROSS), asked), ranks=1, num_records=4, num_pictures=0)
+    assert "teacher onto student: 258 tokens are projected onto the same token, " in said
+
+
 def test_a_check_says_what_is_compared(stage, foreign: Path) -> None:
     config = load(stage("run", objective=CROSS), [f"--teacher.checkpoint={foreign}"])
     said = check(config, ranks=1, num_records=4, num_pictures=0)

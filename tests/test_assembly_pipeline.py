@@ -69,11 +69,12 @@ def test_a_finished_stage_with_other_settings_is_not_skipped_in_silence(chain: P
     assert "is complete with other settings: seed: 0 -> 1" in capsys.readouterr().err
 
 
-def test_a_stage_that_was_stopped_stops_the_pipeline_without_failure(
+def test_a_stage_that_was_stopped_stops_the_pipeline_which_does_not_pass_for_done(
     chain: Path, monkeypatch, capsys
 ) -> None:
+    """Its stage alone was told, by SIGTERM say, and has saved: a script must not begin what waits for it."""
     monkeypatch.setattr(pipeline, "_run", lambda *_: 0)
-    assert main(["run", str(chain)]) == 0
+    assert main(["run", str(chain)]) == 143
     said = capsys.readouterr().out
     assert "stopped after a checkpoint" in said
     assert "stage 2" not in said
@@ -170,7 +171,7 @@ def stage_of(process: subprocess.Popen[str]) -> int:
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGTERM, 0), pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.slow), (signal.SIGINT, 130)],
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow), (signal.SIGINT, 130)],
 )
 def test_a_signal_stops_the_stage_that_runs_and_no_other_starts(
     started, number: signal.Signals, status: int

@@ -26,6 +26,8 @@ def test_a_finished_run_on_a_read_only_disk_is_complete(stage) -> None:
     config = stage("run", distilled=False, max_steps=1)
     assert main(["train", str(config)]) == 0
     output = config.with_suffix("")
+    left = output / "checkpoints" / ".step-00000000.retired"  # as a kill leaves it
+    left.mkdir()
     command = [sys.executable, "-c", TWICE, str(config)]
     if os.geteuid() == 0:
         command = ["unshare", "-m", "sh", "-c", READ_ONLY, "sh", str(output), *command]
@@ -36,6 +38,7 @@ def test_a_finished_run_on_a_read_only_disk_is_complete(stage) -> None:
     *_, complete, other = done.stderr.splitlines()
     assert complete.endswith(f"{output} is complete: nothing to do; its student is {output / 'model'}")
     assert "already holds another run: seed: 0 -> 1" in other
+    assert left.is_dir()
 
 
 def test_a_finished_run_goes_on_when_it_is_to_be_longer(stage, capsys) -> None:

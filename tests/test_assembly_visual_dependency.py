@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,7 +54,10 @@ def test_a_further_target_trains_alike_however_a_step_is_cut(stage) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--teacher.cache=x"], "`teacher.cache` (x) holds what the teacher says with the picture alone"),
+        (
+            ["--teacher.cache=x", "--teacher.visual_dependency.gamma=2"],
+            "`teacher.cache` (x) keeps of what the teacher says without the picture a number a token alone",
+        ),
         (
             ["--teacher.several={checkpoints: [/nowhere], weights: uniform}"],
             "`teacher.visual_dependency` asks one teacher about pictures",
@@ -79,9 +84,54 @@ def test_what_does_not_fit_is_refused(stage, capsys, words: list[str], message: 
     assert message in refused(config, capsys, DEPENDENCY, *words)
 
 
-def test_no_cache_is_written_of_a_teacher_that_is_asked_twice(stage, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("mode", [[], ["--mode=topk", "--topk=259"]], ids=["hidden", "topk"])
+def test_scores_from_a_cache_are_those_of_the_live_teacher(mode: list[str], stage, tmp_path: Path) -> None:
+    """Each record alone, packed, and with other shares than it was written with."""
+    config, out = stage("run", objective=KL, max_steps=2), tmp_path / "cache"
+    asked = "--teacher.visual_dependency={by: va, top: 0.3, mass: 0.8, picture: pixelated, cells: 2}"
+    assert main(["cache-teacher", str(config), f"--out={out}", asked, *mode]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["contents"]["dependency"] == "va, pixelated at 2 x 2"
+    packs = "--data.packing={max_tokens: 600, packs_per_step: 2}"
+    for words in (
+        ["--micro_batch_size=1"],
+        [packs, "--micro_batch_size=1"],
+        ["--teacher.visual_dependency.top=0.2", "--teacher.visual_dependency.mass=1"],
+    )[: 1 if mode else 3]:
+        live = metrics(config, "live", asked, *words)
+        cached = metrics(config, "cached", asked, *words, f"--teacher.cache={out}")
+        assert 0 < live[0]["visual_tokens_share"] < 0.6
+        for a, b in zip(live, cached, strict=True):
+            for name in ("loss", "response_kl", "grad_norm", "visual_dependency", "visual_tokens_share"):
+                assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-7), name
+        for run in ("live", "cached"):
+            shutil.rmtree(config.parent / run)
+
+
+def test_a_cache_of_no_scores_or_of_others_is_refused_by_name(stage, tmp_path: Path, capsys) -> None:
+    config, plain, other = stage("run", objective=KL, max_steps=1), tmp_path / "plain", tmp_path / "other"
+    assert main(["cache-teacher", str(config), f"--out={plain}"]) == 0
+    assert main(["cache-teacher", str(config), f"--out={other}", DEPENDENCY]) == 0
+    capsys.readouterr()
+    said = refused(config, capsys, f"--teacher.cache={plain}", DEPENDENCY)
+    assert "the scores that `teacher.visual_dependency` weighs by (vds, grey): it has none." in said
+    words = [DEPENDENCY, "--teacher.visual_dependency.picture=blurred"]
+    said = refused(config, capsys, f"--teacher.cache={other}", *words)
+    assert "weighs by (vds, blurred at 4 x 4): it has those of vds, grey." in said
+    assert main(["cache-teacher", str(config), f"--out={plain}", DEPENDENCY]) != 0
+    assert "holds a cache of another kind" in " ".join(capsys.readouterr().err.split())
+    same = [metrics(config, run, f"--teacher.cache={cache}") for run, cache in (("a", plain), ("b", other))]
+    assert same[0][0]["loss"] == same[1][0]["loss"]  # whoever does not ask for scores may use either
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--teacher.visual_dependency.gamma=2"], "`teacher.visual_dependency.gamma` 2 compares all of it"),
+        (["--mode=topk", "--topk=4", "--server=http://127.0.0.1:9"], "a server is asked with the picture"),
+    ],
+)
+def test_what_no_score_serves_is_not_cached(words: list[str], message: str, stage, tmp_path, capsys) -> None:
     config = stage("run", objective=KL)
-    assert main(["cache-teacher", str(config), f"--out={tmp_path / 'cache'}", DEPENDENCY]) != 0
-    assert "a cache holds what a teacher says with the picture alone" in " ".join(
-        capsys.readouterr().err.split()
-    )
+    assert main(["cache-teacher", str(config), f"--out={tmp_path / 'cache'}", DEPENDENCY, *words]) != 0
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -109,7 +109,7 @@ def test_what_was_cut_off_has_no_score() -> None:
 @pytest.mark.parametrize(
     ("span", "message"),
     [
-        ({"text": "Carol"}, r"\[0\]`\.text must stand in an answer; 'Carol' stands in none"),
+        ({"text": "Carol"}, r"\[0\]`\.text must occur in an answer; 'Carol' occurs in none"),
         ({"answer": 2, "start": 0, "stop": 1}, r"\[0\]`\.answer must be from 0 to 0; got 2"),
         ({"start": 3, "stop": 99}, r"must lie inside its answer of 12 characters; got 3 to 99"),
         ({"start": 5, "stop": 5}, "must lie inside its answer"),

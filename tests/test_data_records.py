@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -271,6 +272,16 @@ def test_missing_file_and_folder_are_errors(tmp_path: Path) -> None:
         LlavaJson(tmp_path / "d.json", tmp_path)
     with pytest.raises(ValueError, match="no image folder"):
         LlavaJson(tmp_path / "d.json", tmp_path / "images")
+
+
+def test_folder_and_packed_file_are_named_as_such(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path, [entry(0)])
+    with pytest.raises(ValueError, match=f"is a folder; give the one meant, of {path.name}"):
+        LlavaJson(tmp_path, tmp_path)
+    packed = tmp_path / "d.json.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"is compressed \(gzip\); unpack it"):
+        LlavaJson(packed, tmp_path)
 
 
 def test_missing_image_is_named(tmp_path: Path) -> None:

@@ -84,18 +84,24 @@ def test_a_stop_of_the_whole_group_does_not_reach_the_workers(tmp_path: Path) ->
     assert said == "runs\nall came\n"  # its status is that of a signal where one came after that
 
 
+@pytest.mark.timeout(120)  # a worker that stays holds the pipe open
 def test_a_killed_trainer_leaves_no_worker_and_its_pipe_closes(tmp_path: Path) -> None:
-    with trainer(tmp_path, "wait") as process:
+    process = trainer(tmp_path, "wait")
+    try:
         assert process.stdout is not None
         assert process.stdout.readline() == "begins\n"
         assert process.stdout.readline() == "runs\n"
         assert len(group(process.pid)) >= 4  # itself, fork server, two workers
         process.kill()
         process.stdout.read()  # until all have closed it, which each does before it is gone
-    deadline = time.monotonic() + 30
-    while left := [pid for pid in group(process.pid) if pid != process.pid]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.02)
+        deadline = time.monotonic() + 30
+        while left := [pid for pid in group(process.pid) if pid != process.pid]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.02)
+    finally:
+        for pid in group(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
 
 
 def group(pgid: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -55,9 +56,12 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_teacher, "load_stock", refuse)
 
 
+@pytest.mark.parametrize("refused", [False, True], ids=["", "it cannot be removed"])
 def test_a_kill_between_the_last_checkpoint_and_the_removal_of_the_one_before_leaves_no_orphan(
-    stage, monkeypatch: pytest.MonkeyPatch
+    stage, monkeypatch: pytest.MonkeyPatch, capsys, refused: bool
 ) -> None:
+    """One that the system does not let go of keeps nobody from the end of the run."""
+
     class Killed(BaseException):
         pass
 
@@ -71,8 +75,19 @@ def test_a_kill_between_the_last_checkpoint_and_the_removal_of_the_one_before_le
             main(["train", str(config), "--max_steps=3"])
     checkpoints = Checkpoints(config.with_suffix("") / "checkpoints", keep=2)
     assert checkpoints.steps() == [1, 2, 3]
+    rename = os.rename
+
+    def read_only(source: Path, target: Path, **more: object) -> None:
+        if refused and str(target).endswith(".retired"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(source))
+        rename(source, target, **more)
+
+    monkeypatch.setattr(os, "rename", read_only)
     assert main(["train", str(config), "--max_steps=3"]) == 0
-    assert checkpoints.steps() == [2, 3]
+    assert checkpoints.steps() == ([1, 2, 3] if refused else [2, 3])
+    said = capsys.readouterr().err
+    assert ("stays, for it cannot be removed: [Errno 30] Read-only file system" in said) == refused
+    assert "done: the student is" in said
 
 
 @pytest.mark.parametrize("what", ["cut", "flipped", "no state", "no json", "not a format"])

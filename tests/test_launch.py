@@ -99,14 +99,12 @@ def test_the_deepspeed_launcher_is_a_choice(bin_dir: Path, tmp_path: Path) -> No
     assert f"--hostfile {tmp_path / 'h'} --no_ssh --node_rank 1 --master_addr n0" in line
 
 
-def test_stopping_the_quickstart_stops_both_trainings_after_they_saved(tmp_path: Path) -> None:
-    text, log = (SCRIPTS / "quickstart.sh").read_text(), tmp_path / "log"
-    functions = [re.search(rf"^{name}\(\) {{\n.*?^}}\n", text, re.S | re.M) for name in ("stop_both", "both")]
-    assert all(functions)
+def test_stopping_a_script_of_two_students_stops_both_after_they_saved(tmp_path: Path) -> None:
+    log = tmp_path / "log"
     training = "trap 'sleep 0.5; echo saved; exit 0' TERM; echo runs; while :; do sleep 0.05; done"
     script = [
         "set -euo pipefail",
-        *(found[0] for found in functions if found),
+        f'source "{SCRIPTS}/both.sh"',
         f'work() {{ bash -c "{training}" >>{log}; echo next >>{log}; }}',
         "both work work",
     ]
@@ -115,7 +113,7 @@ def test_stopping_the_quickstart_stops_both_trainings_after_they_saved(tmp_path:
     until(lambda: log.read_text().count("runs") == 2)
     running.terminate()
     _, said_then = running.communicate(timeout=30)
-    assert running.returncode == 130
+    assert running.returncode == 143
     assert said_then.startswith("stopping; the same command goes on from here\n")  # then bash: Terminated
     assert sorted(log.read_text().split()) == ["runs", "runs", "saved", "saved"]
 
@@ -221,11 +219,16 @@ def test_a_signal_before_the_ranks_exist_ends_everything_at_once(
     until(lambda: is_gone(launcher))
 
 
-@stops
-def test_a_signal_in_the_first_lines_of_a_script_ends_it(bin_dir: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("script", "number", "status"),
+    [("train.sh", *end) for end in STATUS.items()] + [("pipeline.sh", signal.SIGTERM, 143)],
+)
+def test_a_signal_in_the_first_lines_of_a_script_ends_it(
+    bin_dir: Path, script: str, number: signal.Signals, status: int
+) -> None:
     """To the shell alone, while it waits for a command that ends well: it must not go on after it."""
     write(bin_dir / "python", f"#!/bin/sh\ntouch {bin_dir}/asked; sleep 1; echo ran $*\n")
-    command = ["bash", str(SCRIPTS / "train.sh"), "x.yaml"]
+    command = ["bash", str(SCRIPTS / script), "x.yaml"]
     with subprocess.Popen(
         command,
         env=environment(bin_dir, NPROC="2"),
@@ -236,7 +239,7 @@ def test_a_signal_in_the_first_lines_of_a_script_ends_it(bin_dir: Path, number: 
         until((bin_dir / "asked").exists)
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
-    assert process.returncode == STATUS[number]
+    assert process.returncode == status
     assert out == ""
     assert err == f"stopped by {number.name} before anything began; the same command goes on\n"
 

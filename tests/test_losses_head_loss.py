@@ -30,7 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llava_kd.losses import head_loss as fast
 from llava_kd.losses import reference
-from llava_kd.losses.divergence import KINDS, Divergence, Kind, Temperature
+from llava_kd.losses.divergence import FORWARD, KINDS, Divergence, Kind, Temperature
+from llava_kd.losses.kernels.row_torch import torch_rows
 from llava_kd.losses.kernels.rows import MAX_CHUNK_ROWS, chunk_size
 
 BOTH = pytest.mark.parametrize("path", [reference, fast], ids=["reference", "fast"])
@@ -48,6 +49,25 @@ def test_fast_equals_reference_for_every_dtype_size_and_chunk(
     expected = result_and_gradients(reference, inputs)
     actual = result_and_gradients(fast, inputs, chunk_rows=chunk_rows)
     assert_same(actual, expected, tolerance=TOLERANCE[dtype])
+
+
+def test_sums_over_a_whole_vocabulary_lose_nothing() -> None:
+    """PyTorch's softmaxes add 150 thousand exponentials one after the other, which moves them by 1e-5."""
+    generator = torch.Generator().manual_seed(0)
+    student_NV, teacher_NV = 3.2 * torch.randn(2, 3, 151936, generator=generator)
+    weight_N = torch.tensor([1.0, 0.5, 2.0])
+    gradient_NV = torch.empty_like(student_NV)
+    _, kl_N = torch_rows(
+        student_NV, teacher_NV, targets_C=torch.full((3,), -100), ce_weight_C=torch.zeros(3),
+        kl_weight_C=weight_N, student_bias_V=None, teacher_bias_U=None, temperature=1.0,
+        divergence=FORWARD, num_common=151936, gradient_CV=gradient_NV,
+    )  # fmt: skip
+    s_NV, t_NV = student_NV.double(), teacher_NV.double()
+    p_s_NV, p_t_NV = s_NV.softmax(1), t_NV.softmax(1)
+    exact_N = (p_t_NV * (t_NV.log_softmax(1) - s_NV.log_softmax(1))).sum(1)
+    exact_NV = weight_N.unsqueeze(1) * (p_s_NV - p_t_NV)
+    assert (kl_N - exact_N).abs().max() < 1e-5
+    assert (gradient_NV - exact_NV).norm() < 5e-7 * exact_NV.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_teachers import TEACHERS, write_teacher
+from tiny_teachers import TEACHERS, scale_and_cap, write_teacher
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -19,6 +19,7 @@ from llava_kd.batch import IGNORE_INDEX, Batch, Inputs
 from llava_kd.config import DataConfig, TeacherConfig
 from llava_kd.data.batches.collate import Item, collate_foreign
 from llava_kd.data.sources.conversation import Record, Turn
+from llava_kd.losses.reference import capped
 from llava_kd.models.foreign.grids import foreign_grid, is_visual
 from llava_kd.models.foreign.loading import ForeignParts, load_foreign
 from llava_kd.models.foreign.reading import ForeignModel
@@ -114,15 +115,16 @@ def inputs_of(parts: ForeignParts, names: list[str]) -> Inputs:
     )
 
 
+@pytest.mark.parametrize("placement", ["replicated", "cpu_offload"])
 @pytest.mark.parametrize("teacher", FAMILIES, indirect=True)
-def test_logits_at_answers_are_those_of_the_models_own_code(teacher: ForeignParts) -> None:
+def test_logits_at_answers_are_those_of_the_models_own_code(teacher: ForeignParts, placement: str) -> None:
     """One batch of records with one picture, two, none and a wide one, beside each record alone."""
     names = list(TALKS)
-    settings = TeacherConfig(checkpoint=teacher.name, dtype="float32")
+    settings = TeacherConfig(checkpoint=teacher.name, dtype="float32", placement=placement)
     predict = placed_foreign(settings, CPU, teacher, foreign_side(teacher, DataConfig(path="x")))
     inputs = inputs_of(teacher, names)
     said = predict(Batch(student=inputs))
-    logits_BTV = said.hidden_BTD @ said.head_VD.T
+    logits_BTV = capped(said.hidden_BTD @ said.head_VD.T, said.cap)
     for b, name in enumerate(names):
         ids, theirs_TV = own_words(teacher, name)
         length = len(ids)
@@ -130,6 +132,15 @@ def test_logits_at_answers_are_those_of_the_models_own_code(teacher: ForeignPart
         rows = (inputs.targets_BT[b] != IGNORE_INDEX).nonzero().squeeze(1)
         assert len(rows) > len(TALKS[name][1])
         torch.testing.assert_close(logits_BTV[b, rows], theirs_TV[rows], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("teacher", ["gemma3", "internvl"], indirect=True)
+def test_so_they_are_where_it_scales_and_caps_them(teacher: ForeignParts, monkeypatch) -> None:
+    scale_and_cap(monkeypatch, type(teacher.stock), cap=1.0)
+    model = ForeignModel(teacher.stock)
+    assert model.scaling.factor == pytest.approx(0.4)
+    assert model.cap == pytest.approx(1.0)
+    test_logits_at_answers_are_those_of_the_models_own_code(teacher, "replicated")
 
 
 @pytest.mark.parametrize("teacher", FAMILIES, indirect=True)

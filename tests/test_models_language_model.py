@@ -84,6 +84,40 @@ def test_a_picture_gets_the_logits_of_stock_llava_after_saving(parts: Parts, tmp
     torch.testing.assert_close(ours_BTV, stock(**encoded).logits, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_saved_student_answers_as_stock_generation_does(
+    parts: Parts, directory: Path, tmp_path: Path
+) -> None:
+    """And its language model by itself, whose factor of logits nobody applies twice."""
+    save_stock(parts, tmp_path / "student")
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "student").eval()
+    alone = AutoModelForCausalLM.from_pretrained(directory).eval()
+    ids_BT = torch.randint(0, 256, (1, 7), generator=torch.Generator().manual_seed(1))
+    how = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "output_scores": True}
+    given = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "return_dict_in_generate": True}
+    found, expected = (model.generate(**given, **how) for model in (stock, alone))
+    assert found.sequences.equal(expected.sequences)
+    for ours, theirs in zip(found.scores, expected.scores, strict=True):
+        is_there = theirs.isfinite()
+        torch.testing.assert_close(ours[is_there], theirs[is_there], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cap_is_dropped_where_that_is_asked_for(tower: str, tmp_path: Path) -> None:
+    directory = make_language_model("gemma2", tmp_path / "capped", head_dim=8, initializer_range=0.3)
+    alone = AutoModelForCausalLM.from_pretrained(directory).eval()
+    parts = compose(vision_tower=tower, language_model=str(directory), drops_logit_cap=True)
+    ids_BT = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(0))
+    ours_BTV = our_logits(parts, text_inputs(ids_BT), torch.zeros(0, 1, 32))
+    capped_BTV = alone(input_ids=ids_BT).logits
+    torch.testing.assert_close(30 * torch.tanh(ours_BTV / 30), capped_BTV, rtol=1e-5, atol=1e-5)
+    assert float((ours_BTV - capped_BTV).abs().max()) > 1e-3
+    save_stock(parts, tmp_path / "student")
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "student").eval()
+    assert stock.config.text_config.final_logit_softcapping is None  # or other readers would cap it again
+    torch.testing.assert_close(stock(input_ids=ids_BT).logits, ours_BTV, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("rows", [259, 260, 300], ids=["too few", "just enough", "padding rows"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_an_image_token_moves_no_row(rows: int, tied: bool, tmp_path: Path) -> None:
@@ -102,9 +136,11 @@ def test_an_image_token_moves_no_row(rows: int, tied: bool, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("model_type", "settings", "message"),
     [
-        ("gemma2", {"head_dim": 8}, "final_logit_softcapping': 30"),
-        ("granite", {"logits_scaling": 3.0}, "logits_scaling': 3"),
-        ("cohere", {}, "does more than its decoder and head"),
+        (
+            "gemma2",
+            {"head_dim": 8},
+            "caps its logits at 30, .* set drops_logit_cap beside language_model to true",
+        ),
         ("gpt2", {}, "embed_tokens and layers"),
         ("opt", {}, "embed_tokens and layers"),
     ],

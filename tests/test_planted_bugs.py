@@ -10,7 +10,7 @@ from pathlib import Path
 
 import planted_bugs
 import pytest
-from planted_bugs import BUGS, Bug, try_all
+from planted_bugs import BUGS, Bug, Ended, try_all
 from planted_field_bugs import FIELD_BUGS
 
 PAGE = (planted_bugs.ROOT / "docs" / "reliability.md").read_text()
@@ -34,6 +34,41 @@ def test_a_fault_from_the_field_still_has_its_place_and_its_test(name: str) -> N
     compile(planted_bugs.planted(bug), bug.file, "exec")
     file, _, test = bug.test.partition("::")
     assert f"def {test}(" in (Path(__file__).parent / file).read_text()
+
+
+LEAVES_A_PROCESS = """
+import subprocess, sys, time
+from llava_kd.few import few
+
+def test_few():
+    if few() != 2:
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    assert few() == 2
+
+def test_soon():
+    time.sleep(600 if few() == 4 else 0)
+"""
+
+
+def test_a_bug_that_leaves_a_process_or_does_not_end_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {
+        "llava_kd/__init__.py": "",
+        "llava_kd/few.py": "def few():\n    return 2\n",
+        "tests/test_few.py": LEAVES_A_PROCESS,
+        "pyproject.toml": "",
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(planted_bugs, "ROOT", tmp_path)
+    log, orphan = tmp_path / "log", Bug(0, "few.py", "return 2", "return 3", "test_few.py::test_few")
+    assert planted_bugs.ends([orphan.test], None, log) == Ended(status=0)
+    assert planted_bugs.ends([orphan.test], orphan, log) == Ended(status=1, orphans=1)
+    monkeypatch.setattr(planted_bugs, "SECONDS_A_TEST", 5.0)
+    late = Bug(0, "few.py", "return 2", "return 4", "test_few.py::test_soon")
+    assert planted_bugs.ends([late.test], late, log).status == 2
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from tiny_llava import SPECIAL_TOKENS, tiny_tokenizer
 from transformers import (
@@ -419,6 +420,18 @@ TEACHERS: Mapping[str, Callable[[int], tuple[PreTrainedModel, ProcessorMixin]]] 
     "gemma3": gemma3,
     "mistral3": mistral3,
 }
+
+
+def scale_and_cap(patch: pytest.MonkeyPatch, kind: type[PreTrainedModel], cap: float = 2.0) -> None:
+    """Let a family's own forward do what those of Gemma 4 and Granite do: 0.4 times its logits, capped."""
+    own = kind.forward
+
+    def forward(self: PreTrainedModel, *args: object, **given: object) -> object:
+        said = own(self, *args, **given)
+        said.logits = cap * torch.tanh(0.4 * said.logits / cap)
+        return said
+
+    patch.setattr(kind, "forward", forward)
 
 
 def write_teacher(

@@ -166,6 +166,14 @@ LANGUAGE_MODELS: dict[str, dict[str, object]] = {
     "gemma": {"model_type": "gemma", "head_dim": 8, "tie_word_embeddings": True},
     "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "tie_word_embeddings": True},
     "olmo2": {"model_type": "olmo2", "tie_word_embeddings": False},
+    # Their logits are multiplied, by 1/3 and by 1/16.
+    "granite": {
+        "model_type": "granite",
+        "logits_scaling": 3.0,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+    },
+    "cohere": {"model_type": "cohere", "initializer_range": 0.2, "tie_word_embeddings": True},
 }
 
 

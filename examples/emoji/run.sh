@@ -14,6 +14,7 @@ licences="${EMOJI_LICENCES:-permissive}"
 here=examples/emoji
 size=84 # pixels: 36 patches
 source scripts/setup_env.sh
+source scripts/both.sh
 doing="installing into .venv"
 trap 'status=$?; clock stop || true; ended_at "$status" "$doing"' EXIT
 clock() { python scripts/quickstart/times.py "$run" "$@"; }
@@ -54,39 +55,19 @@ fi
 python "$here/plan.py" --run "$run" --minutes "$minutes" --seed "$seed"
 clock next train
 
-# complete STAGE: a run that a signal stopped has saved and ended with status 0; what needs it must not begin.
-complete() { [ -f "$run/$1/run.json" ]; }
 doing="training the teacher"
 OMP_NUM_THREADS="${EMOJI_THREADS:-$cores}" llava-kd run "$run/recipes/teacher.yaml"
-complete teacher/stage2
 export OMP_NUM_THREADS="${EMOJI_THREADS:-$(((cores + 1) / 2))}"
 doing="healing the student"
 llava-kd run "$run/recipes/start$seed.yaml"
-complete "start$seed/heal"
 
-# both FIRST SECOND: the two commands at once; fails if either does. Ctrl-C ends both, which save first.
-both() {
-  local status=0
-  set -m # gives each its process group
-  $1 & local first=$!
-  $2 & local second=$!
-  set +m
-  trap 'kill -TERM -- "-$first" "-$second" 2>/dev/null || true; wait; exit 130' INT TERM
-  wait "$first" || status=$?
-  wait "$second" || status=$?
-  trap - INT TERM
-  return $status
-}
 undistilled() { llava-kd run "$run/recipes/seed$seed/undistilled.yaml" --log.progress_line=0; }
 distilled() { llava-kd run "$run/recipes/seed$seed/distilled.yaml" --log.progress_line=1; }
 doing="training both students of seed $seed"
 both undistilled distilled
-complete "seed$seed/sft/stage3"
-complete "seed$seed/kd/stage3"
 doing="training the undistilled student for as many operations as the distilled one took"
 python "$here/plan.py" --run "$run" --minutes "$minutes" --seed "$seed" --equal
 OMP_NUM_THREADS="${EMOJI_THREADS:-$cores}" llava-kd run "$run/recipes/seed$seed/equal.yaml"
-complete "equal/seed$seed/stage3"
 clock next eval
 
 # score MODEL OUT: the drawings of the artist that no training saw, and the things that none saw.

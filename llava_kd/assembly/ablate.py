@@ -16,7 +16,7 @@ from llava_kd.assembly.pipeline import command_words
 from llava_kd.assembly.runs.children import Children
 from llava_kd.assembly.runs.run_dir import locked
 from llava_kd.assembly.runs.slots import CLI, Slots, environments
-from llava_kd.assembly.runs.stopping import INTERRUPTED
+from llava_kd.assembly.runs.stopping import status_of_rest
 from llava_kd.assembly.settings import load
 from llava_kd.search.findings.grid_results import RESULTS, read_results
 from llava_kd.search.findings.grid_tables import score_lines
@@ -73,10 +73,10 @@ def ablate(path: str | Path, overrides: Sequence[str], choice: Choice, *, is_dry
 
 
 def _end(grid: Grid, plan: Plan, jobs: Sequence[Job], outcome: Outcome, children: Children) -> int:
-    if outcome.is_stopped or children.asked:
+    if (outcome.is_stopped or children.asked) and not all(job.is_done() for job in jobs):
         number = children.asked[0] if children.asked else signal.SIGTERM
         print(f"stopped by {signal.Signals(number).name}; the same command goes on", flush=True)
-        return INTERRUPTED if number == signal.SIGINT else 0
+        return status_of_rest(number)
     for line in score_lines(read_results(grid.output / RESULTS)):
         print(line)
     print(f"open {grid.output / 'results.html'}", flush=True)

@@ -26,6 +26,7 @@ from llava_kd.assembly.parts.stored_teacher import (
     temperatures,
 )
 from llava_kd.assembly.parts.teacher import load_teacher, placed_teacher, teacher_template
+from llava_kd.assembly.parts.teaching.visual_dependency import stored_form, weighing_of
 from llava_kd.assembly.record_pass import RecordPass
 from llava_kd.assembly.runs.logs import speaker
 from llava_kd.assembly.runs.run_dir import locked
@@ -47,9 +48,12 @@ from llava_kd.data.teacher_store.shards import (
 from llava_kd.data.teacher_store.store import INDEX, MANIFEST, SHARDS, Contents, Manifest, Mode, write_index
 from llava_kd.data.text.encoder import Encoded
 from llava_kd.distill.objective import beyond_top_k, places_read
+from llava_kd.distill.rows import response_rows
+from llava_kd.distill.teaching.visual_dependency import Weighing
 from llava_kd.durable import make_folder, replacing
 from llava_kd.losses.divergence import Temperature, deviation
 from llava_kd.losses.kernels import gemm
+from llava_kd.losses.kernels.capping import cap_
 from llava_kd.models.foreign.loading import AnyParts, ForeignParts
 from llava_kd.models.mllm import Prediction
 from llava_kd.parallel.world import World, join, peers
@@ -113,11 +117,6 @@ def one_teacher(config: TrainConfig) -> TeacherConfig:
             "a cache holds what one teacher says, but `teacher.several` is set; set it to null to cache "
             f"{config.teacher.checkpoint} alone"
         )
-    if config.teacher.visual_dependency is not None:
-        raise ValueError(
-            "a cache holds what a teacher says with the picture alone, but `teacher.visual_dependency` asks "
-            "it without; set it to null"
-        )
     return config.teacher
 
 
@@ -125,12 +124,14 @@ def contents_of(config: TrainConfig, mode: Mode, top_k: int | None, teacher: Any
     """What to keep for the terms of the settings. Raises ValueError where the mode cannot serve them."""
     terms = terms_of(config.objective)
     places = places_read(terms)
+    dependency = None if config.teacher is None else stored_form(config.teacher)
     if not config.objective.needs_teacher:
         raise ValueError("no term of `objective` reads the teacher: there is nothing to cache")
     if mode == "hidden":
         if top_k is not None:
             raise ValueError("--topk belongs to --mode topk")
-        return Contents(mode=mode, places=places, projected=bool(reads_projector(terms)))
+        projected = bool(reads_projector(terms))
+        return Contents(mode=mode, places=places, projected=projected, dependency=dependency)
     if names := beyond_top_k(terms):
         raise ValueError(
             f"{' and '.join(names)} compares more than the largest k logits give; use --mode hidden, or set "
@@ -143,7 +144,9 @@ def contents_of(config: TrainConfig, mode: Mode, top_k: int | None, teacher: Any
     columns = max(teacher.tokenizer.get_vocab().values()) + 1
     if top_k is None or not 1 <= top_k < columns:
         raise ValueError(f"--topk must lie in 1..{columns - 1}, below the vocabulary's size; got {top_k}")
-    return Contents(mode=mode, places=places, k=top_k, columns=columns, temperature=found[0])
+    return Contents(
+        mode=mode, places=places, k=top_k, columns=columns, temperature=found[0], dependency=dependency
+    )
 
 
 def begin(directory: Path, manifest: Manifest, head: nn.Linear | None, say: Callable[[str], None]) -> None:
@@ -250,8 +253,9 @@ class _Run:
             bad_records=self.directory / "bad_records.jsonl",
         )
         shards = ShardWriter(self.directory, self.shard_bytes)
+        weighing = weighing_of(self.config.teacher)
         for batch, numbers, own in records.batches(todo, source, reader):
-            for record in self._stored(batch, predict(batch), numbers):
+            for record in self._stored(batch, *asked(batch, predict, weighing), numbers):
                 if record.number in own:
                     shards.add(record)
         shards.flush()
@@ -264,8 +268,10 @@ class _Run:
             return placed_foreign(settings, self.world, self.teacher, reader)
         return placed_teacher(settings, self.world, self.teacher, shares_tower=False)
 
-    def _stored(self, batch: Batch, prediction: Prediction, numbers: Sequence[int]) -> Iterator[StoredRecord]:
-        """What to keep of each record that is not bad."""
+    def _stored(
+        self, batch: Batch, prediction: Prediction, dependency_P: Tensor | None, numbers: Sequence[int]
+    ) -> Iterator[StoredRecord]:
+        """What to keep of each record that is not bad; `dependency_P` is of the flat places of the batch."""
         inputs = batch.student.to("cpu")
         length = inputs.input_ids_BT.shape[1]
         per_image = _tokens_per_image(self.teacher)
@@ -281,6 +287,8 @@ class _Run:
         places_M = torch.cat([b * length + of_row.long() for b, of_row in enumerate(positions)])
         hidden_ME = prediction.hidden_BTD.flatten(0, 1)[places_M.to(prediction.hidden_BTD.device)]
         kept = {name: tensor.cpu() for name, tensor in self._kept(hidden_ME, prediction).items()}
+        if dependency_P is not None:
+            kept["dependency_M"] = dependency_P.cpu()[places_M]
         counts = [len(of_row) for of_row in positions]
         parts = {name: tensor.split(counts) for name, tensor in kept.items()}
         for b, number in enumerate(numbers):
@@ -320,10 +328,28 @@ class _Run:
                 None if bias_U is None else bias_U[: contents.columns],
                 k=contents.k,
                 temperature=contents.temperature,
+                cap=prediction.cap,
             )
             for hidden_CE in hidden_ME.split(_LOGIT_ROWS)
         ]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def asked(
+    batch: Batch, predict: Callable[[Batch], Prediction], weighing: Weighing | None
+) -> tuple[Prediction, Tensor | None]:
+    """What a teacher says of a batch, and, [P] of its flat places, how much it needs the picture there.
+
+    None without a weighing; else it is asked without the picture too, and its places between answers are 0.
+    """
+    if weighing is None:
+        return predict(batch), None
+    inputs = batch.student
+    unseen = predict(replace(batch, student=weighing.without_pictures(inputs)))
+    seen = predict(batch)
+    score_N = weighing.score(inputs, seen, unseen)
+    flat_P = score_N.new_zeros(inputs.input_ids_BT.numel())
+    return seen, flat_P.index_copy(0, response_rows(inputs), score_N)
 
 
 def _tokens_per_image(teacher: AnyParts) -> int:
@@ -334,7 +360,13 @@ def _tokens_per_image(teacher: AnyParts) -> int:
 
 
 def largest(
-    hidden_ME: Tensor, head_CE: Tensor, bias_C: Tensor | None, *, k: int, temperature: Temperature
+    hidden_ME: Tensor,
+    head_CE: Tensor,
+    bias_C: Tensor | None,
+    *,
+    k: int,
+    temperature: Temperature,
+    cap: float | None = None,
 ) -> dict[str, Tensor]:
     """The k largest fp32 logits of each row, their columns, and log of sum(exp(z / T)) over the others.
 
@@ -344,6 +376,7 @@ def largest(
     gemm.write_logits(hidden_ME, head_CE, logits_MC)
     if bias_C is not None:
         logits_MC = logits_MC + bias_C.float()
+    cap_(logits_MC, cap)
     top_MK, columns_MK = logits_MC.topk(k, dim=1)
     others_MC = logits_MC.scatter(1, columns_MK, -torch.inf)
     kept = {"top_logits_MK": top_MK, "top_columns_MK": columns_MK.to(torch.int32)}

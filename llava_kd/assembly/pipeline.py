@@ -13,7 +13,7 @@ import yaml
 
 from llava_kd.assembly.runs.children import Children
 from llava_kd.assembly.runs.run_dir import differences
-from llava_kd.assembly.runs.stopping import INTERRUPTED
+from llava_kd.assembly.runs.stopping import status_of_rest
 from llava_kd.assembly.settings import load
 from llava_kd.config import TrainConfig
 
@@ -99,7 +99,8 @@ def _text(value: object) -> str:
 
 
 def run_pipeline(pipeline: Pipeline, say: Callable[[str], None] = print) -> int:
-    """Run what is not complete, in order. 0, or 130 where Ctrl-C stopped it; the same call then goes on.
+    """Run what is not complete, in order. 0 if all are then, or 128 and the signal that stopped it (Ctrl-C:
+    130, SIGTERM: 143); the same call then goes on.
 
     Raises ValueError if a stage fails, or a complete one was run with other settings.
     """
@@ -117,14 +118,16 @@ def _run_stages(pipeline: Pipeline, say: Callable[[str], None], stops: Children)
             continue
         say(f"{name}: starts")
         status = _run([*pipeline.command, str(stage.path), *stage.overrides], stops)
+        if status == 0 and stage.is_complete and number == len(pipeline.stages):
+            return 0  # whatever came after its end stopped nothing
         if stop := stops.explained(status):
             say(f"{name}: stopped by {stop.name}; the same command goes on")
-            return INTERRUPTED if stop == signal.SIGINT else 0
+            return status_of_rest(stop)
         if status != 0:
             raise ValueError(f"{name} failed with status {status}; fix it, and the same command goes on")
         if not stage.is_complete:
             say(f"{name}: stopped after a checkpoint; the same command goes on")
-            return 0
+            return status_of_rest(signal.SIGTERM)  # it was sent to the stage alone
     return 0
 
 

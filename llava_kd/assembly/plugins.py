@@ -96,7 +96,7 @@ class _Kind:
 
 def _of_term(name: object, value: object) -> str:
     if not isinstance(name, str) or not name.isidentifier():
-        return "must have a name of letters, digits and underscores, for it stands in YAML and in the log"
+        return "must have a name of letters, digits and underscores, for it is written in YAML and in the log"
     if not isinstance(value, type) or not issubclass(value, Term):
         return f"must be a class of llava_kd.distill.terms.term.Term; got {value!r:.80}"
     if not dataclasses.is_dataclass(value) or "__dataclass_params__" not in vars(value):

@@ -80,4 +80,5 @@ def answer_rows(prediction: Prediction, batch: Batch) -> torch.Tensor:
             batch.student.targets_BT.flatten()[places_N],
             ce_weight_N=torch.ones(len(places_N), device=hidden_ND.device),
             student_bias_V=prediction.bias_V,
+            student_cap=prediction.cap,
         ).ce_N

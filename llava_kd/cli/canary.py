@@ -13,7 +13,7 @@ def add(commands: Commands) -> None:
     canary = commands.add_parser("canary", help=what, description=what).add_subparsers(
         dest="command", required=True
     )
-    insert = command(canary, "insert", _insert, "copy a data file with canaries behind its records")
+    insert = command(canary, "insert", _insert, "copy a data file with canaries added after its records")
     insert.add_argument("--data", required=True, help="LLaVA .json or .jsonl file")
     insert.add_argument("--out", required=True, help="file of the copy; NAME.canaries.json is put beside it")
     insert.add_argument("--canaries", type=count, default=10, help="how many codes")

@@ -78,7 +78,7 @@ def _add_rationale(data: Commands) -> None:
     rationale.add_argument("--ocr", help="JSON file: the words that are written in each record's picture")
     rationale.add_argument("--facts", help="CSV or JSON table of subject, relation, object (and record)")
     rationale.add_argument("--texts", help="folder of .txt and .md files, searched by BM25")
-    rounds = "how often the rest of an answer is written anew behind a wrong step; 0 drops the record"
+    rounds = "how often the rest of an answer is written again after a wrong step; 0 drops the record"
     rationale.add_argument("--rounds", type=partial(count, least=0), default=3, help=rounds)
     unread = "a step that no evidence can read is kept, and counted, or drops the record"
     rationale.add_argument("--unread", choices=["keep", "drop"], default="keep", help=unread)

@@ -40,7 +40,8 @@ def command(
 ) -> argparse.ArgumentParser:
     """`takes_settings`: words that it does not know are settings such as --optim.lr=1e-4."""
     parser = group.add_parser(name, help=what, description=what)
-    parser.set_defaults(run=run, command=name, takes_settings=takes_settings)
+    words = parser.prog.partition(" ")[2]  # with those of its group: `recipes list`
+    parser.set_defaults(run=run, command=words, takes_settings=takes_settings)
     loud = "show what libraries say; without it they write to the run's logs alone"
     parser.add_argument("--verbose", action="store_true", help=loud)
     return parser

@@ -35,6 +35,9 @@ class StudentConfig:
     vision_feature_select_strategy: Annotated[
         Literal["default", "full"], Doc("`default` drops the first token of the tower, `full` keeps all.")
     ] = "full"
+    drops_logit_cap: Annotated[
+        bool, Doc("Take the cap off the logits of a new student's language model, such as Gemma 2's.")
+    ] = False
     lora: Annotated[LoraConfig | None, Doc("Trains the language model through adapters alone.")] = None
     quantize: Annotated[Bits | None, Doc("Few bits for the weights of the language model, under `lora`.")] = (
         None
@@ -57,6 +60,11 @@ class StudentConfig:
             (self.checkpoint is not None) != any(parts) and (self.checkpoint is not None or all(parts)),
             f"`{self.where}` needs either `checkpoint`, or both `vision_tower` and `language_model`; got "
             f"checkpoint={self.checkpoint}, vision_tower={parts[0]}, language_model={parts[1]}",
+        )
+        require(
+            not self.drops_logit_cap or self.checkpoint is None,
+            f"`{self.where}.drops_logit_cap` is of a new student; one that goes on from "
+            f"`{self.where}.checkpoint` is a stock LLaVA, which has no cap: leave it out",
         )
         require(
             self.projector == "own" or self.checkpoint is None,

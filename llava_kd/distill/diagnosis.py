@@ -107,9 +107,8 @@ class Diagnosis:
 
         def said(side: Prediction, rows_N: Tensor, change: ChangeRows | None = None) -> RowFigures:
             states_ND = side.hidden_BTD.flatten(0, 1)[rows_N]
-            return row_figures(
-                states_ND, side.head_VD, side.bias_V, rows.targets_N, num_common=num_common, change=change
-            )
+            how = {"num_common": num_common, "cap": side.cap, "change": change}
+            return row_figures(states_ND, side.head_VD, side.bias_V, rows.targets_N, **how)
 
         ours = said(student, rows.student_N)
         found = {"rows": shared_N, "student_nll": ours.nll_N, "student_entropy": ours.entropy_N}

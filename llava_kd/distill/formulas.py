@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llava_kd.losses import dbild, head_loss, label, reference, reference_top_k, relation, top_k
-from llava_kd.losses.cross import stretches
+from llava_kd.losses.cross import projection, stretches
+from llava_kd.losses.cross.projection import Projection
 from llava_kd.losses.cross.stretches import StretchLoss, Words
 from llava_kd.losses.label import LabelRows
 from llava_kd.losses.reference import HeadLoss, RowsLoss
@@ -31,6 +32,7 @@ class Formulas:
     conditional_information: Callable[..., RowsLoss]
     smoothing: Callable[..., RowsLoss]
     stretch_loss: Callable[..., StretchLoss]
+    projected_loss: Callable[..., StretchLoss]
 
 
 REFERENCE = Formulas(
@@ -42,6 +44,7 @@ REFERENCE = Formulas(
     conditional_information=information.conditional_information,
     smoothing=smoothing.smoothing,
     stretch_loss=stretches.stretch_loss,
+    projected_loss=projection.projected_loss,
 )
 FAST = Formulas(
     head_loss=head_loss.head_loss,
@@ -52,6 +55,7 @@ FAST = Formulas(
     conditional_information=information.conditional_information_by_chunk,
     smoothing=smoothing.smoothing_without_logits,
     stretch_loss=stretches.stretch_loss_by_chunk,
+    projected_loss=projection.projected_loss_by_chunk,
 )
 FORMULAS: Mapping[str, Formulas] = {"fast": FAST, "reference": REFERENCE}
 
@@ -62,7 +66,7 @@ class Common:
     features of each image, [I, M, E], to the student's tokens, None where both have the same;
     `stage_align` does so with the states of a stage of the student's own tower. `centroids`:
     what the student said before it was tuned, by label. `words`: which columns are the same token, where the
-    heads share none by their number.
+    heads share none by their number; `projection`: where the tokens of one side go on the other.
     """
 
     num_common: int | None = None
@@ -70,4 +74,5 @@ class Common:
     stage_align: Align | None = None
     centroids: Centroids | None = None
     words: Words | None = None
+    projection: Projection | None = None
     formulas: Formulas = REFERENCE

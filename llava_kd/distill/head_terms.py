@@ -147,7 +147,7 @@ class HeadTerms:
                 for block, c in zip(listed, chosen, strict=True)
             ]
         )
-        common = {"student_bias_V": student.bias_V, "ce_weight_N": ce_N}
+        common = {"student_bias_V": student.bias_V, "student_cap": student.cap, "ce_weight_N": ce_N}
         if kind is None or teacher is None:
             active = (0, sum(len(r.targets_N) for block, r in pairs if self._counts(block.cross_entropy)))
             common["active_rows"] = active if is_counted else None
@@ -172,6 +172,7 @@ class HeadTerms:
             teacher_NE=torch.cat([self._teacher_rows(c, teacher) for c in chosen]),
             teacher_head_UE=teacher.head_VD,
             teacher_bias_U=teacher.bias_V,
+            teacher_cap=teacher.cap,
             active_rows=self._active_rows(pairs) if is_counted else None,
             **({} if change is None else {"teacher_change": change}),
         )

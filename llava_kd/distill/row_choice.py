@@ -149,9 +149,8 @@ def _choices(student: Prediction, rows: Rows, common: Common) -> Tensor:
     """The column that the student would say at each row."""
     hidden_ND = student.hidden_BTD.flatten(0, 1)[rows.student_N]
     targets_N = torch.zeros_like(rows.targets_N)
-    return row_figures(
-        hidden_ND, student.head_VD, student.bias_V, targets_N, num_common=common.num_common
-    ).choice_N
+    how = {"num_common": common.num_common, "cap": student.cap}
+    return row_figures(hidden_ND, student.head_VD, student.bias_V, targets_N, **how).choice_N
 
 
 def _label_rows(side: Prediction, rows_N: Tensor, rows: Rows, common: Common) -> LabelRows:
@@ -160,5 +159,6 @@ def _label_rows(side: Prediction, rows_N: Tensor, rows: Rows, common: Common) ->
         side.head_VD,
         rows.targets_N,
         bias_V=side.bias_V,
+        cap=side.cap,
         num_common=common.num_common,
     )

@@ -54,7 +54,8 @@ class MixedPrediction:
         """Of these flat places: what the first teacher's logits become; over the columns that all have."""
         return MixedTarget(
             others=tuple(
-                Voice(one.hidden_BTD.flatten(0, 1)[rows_N], one.head_VD, one.bias_V) for one in self.parts[1:]
+                Voice(one.hidden_BTD.flatten(0, 1)[rows_N], one.head_VD, one.bias_V, one.cap)
+                for one in self.parts[1:]
             ),
             log_weights_NM=self.log_weights_PM[rows_N],
             temperature=temperature,
@@ -74,7 +75,7 @@ class Dependency:
     score_N: Tensor
     weight_N: Tensor
     is_shown_N: Tensor
-    unseen: Voice
+    unseen: Voice | None = None
     own: Voice | None = None
     gamma: float = 0.0
     drops_rows: bool = False
@@ -94,9 +95,15 @@ class Dependency:
         if self.gamma == 0 or not starts:
             return None
         temperature, divergence = kind
-        if isinstance(temperature, str) or divergence.kind not in ("forward", "reverse") or self.own is None:
+        if (
+            isinstance(temperature, str)
+            or divergence.kind not in ("forward", "reverse")
+            or self.unseen is None
+            or self.own is None
+        ):
             raise ValueError(
-                "a further target needs the student's own reading, a number as temperature and the "
+                "a further target needs the student's own reading and the teacher's without the picture, a "
+                "number as temperature and the "
                 f"divergence `forward` or `reverse`; got {temperature}, {divergence.kind}"
             )
         number_N = torch.arange(len(self.is_shown_N), device=self.is_shown_N.device)

@@ -26,9 +26,12 @@ def check_head_inputs(
     kl_weight_N: Tensor | None,
     temperature: Temperature,
     num_common: int | None,
+    student_cap: float | None = None,
+    teacher_cap: float | None = None,
 ) -> int:
     """The number of common columns (0 without a teacher), or a ValueError that says which input is off."""
     num_rows = student_ND.shape[0]
+    check_caps(student_cap, teacher_cap)
     _check_head("student", student_ND, student_head_VD, student_bias_V)
     _check_rows(num_rows, targets_N=targets_N, ce_weight_N=ce_weight_N)
     check_temperature(temperature)
@@ -56,6 +59,13 @@ def check_head_inputs(
     if not 1 <= num_common <= min(vocabularies):
         raise ValueError(f"num_common must lie in 1..{min(vocabularies)}; got {num_common}")
     return num_common
+
+
+def check_caps(*caps: float | None) -> None:
+    """ValueError for a cap of logits that is not above 0 and finite; None is no cap."""
+    for cap in caps:
+        if cap is not None and not (cap > 0 and math.isfinite(cap)):
+            raise ValueError(f"the cap of a head's logits must be positive and finite; got {cap}")
 
 
 def check_targets(targets_N: Tensor, ce_weight_N: Tensor, num_classes: int) -> None:
@@ -164,8 +174,10 @@ def check_dbild_inputs(
     temperature: float,
     candidates: int,
     num_common: int | None,
+    caps: tuple[float | None, float | None] = (None, None),
 ) -> int:
     """The number of common columns, or a ValueError that says which input is off."""
+    check_caps(*caps)
     _check_head("student", student_ND, student_head_VD, None)
     _check_head("teacher", teacher_NE, teacher_head_UE, None)
     if student_ND.shape[0] != teacher_NE.shape[0]:

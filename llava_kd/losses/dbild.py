@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llava_kd.losses import reference
 from llava_kd.losses.checks import check_dbild_inputs
-from llava_kd.losses.kernels.summed import leading_logits, sum_of_rows
+from llava_kd.losses.kernels.summed import Side, leading_logits, sum_of_rows
 from llava_kd.losses.reference import RowsLoss
 
 _CHUNK_ROWS = 256
@@ -27,6 +27,8 @@ def dbild_loss(
     temperature: float = 3.0,
     candidates: int = 64,
     num_common: int | None = None,
+    student_cap: float | None = None,
+    teacher_cap: float | None = None,
     chunk_rows: int = _CHUNK_ROWS,
 ) -> RowsLoss:
     """What reference.dbild_loss returns."""
@@ -38,10 +40,11 @@ def dbild_loss(
         temperature=temperature,
         candidates=candidates,
         num_common=num_common,
+        caps=(student_cap, teacher_cap),
     )
 
     def rows_of(part: slice, student_CK: Tensor) -> Tensor:
-        teacher = (teacher_NE[part].detach(), teacher_head_UE.detach(), teacher_bias_U)
+        teacher = Side(teacher_NE[part].detach(), teacher_head_UE.detach(), teacher_bias_U, teacher_cap)
         return reference.dbild_rows(
             student_CK,
             leading_logits(teacher, num_common),
@@ -49,5 +52,5 @@ def dbild_loss(
             candidates=candidates,
         )
 
-    student = (student_ND, student_head_VD, student_bias_V)
+    student = Side(student_ND, student_head_VD, student_bias_V, student_cap)
     return sum_of_rows(student, rows_of, num_columns=num_common, chunk_rows=chunk_rows)

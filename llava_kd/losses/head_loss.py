@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from llava_kd.losses.checks import check_head_inputs, check_targets
+from llava_kd.losses.checks import check_caps, check_head_inputs, check_targets
 from llava_kd.losses.divergence import FORWARD, Divergence, Temperature
 from llava_kd.losses.kernels import gemm
+from llava_kd.losses.kernels.capping import cap_, through_cap_
 from llava_kd.losses.kernels.row_torch import torch_rows
 from llava_kd.losses.kernels.rows import HeadRows, chunk_size
 from llava_kd.losses.reference import ChangeRows, HeadLoss, accumulation_dtype
@@ -50,6 +51,8 @@ def head_loss(
     temperature: Temperature = 1.0,
     divergence: Divergence = FORWARD,
     num_common: int | None = None,
+    student_cap: float | None = None,
+    teacher_cap: float | None = None,
     logits_dtype: torch.dtype = torch.float32,
     chunk_rows: int | None = None,
     active_rows: tuple[int, int] | None = None,
@@ -86,12 +89,13 @@ def head_loss(
         chunk_rows=chunk_rows,
         active_rows=active_rows,
     )
-    student = _Side(student_ND, student_head_VD, student_bias_V, logits_dtype)
+    student = _Side(student_ND, student_head_VD, student_bias_V, logits_dtype, cap=student_cap)
     teacher = None
     if teacher_NE is not None and teacher_head_UE is not None:
-        teacher = _Side(teacher_NE, teacher_head_UE, teacher_bias_U, logits_dtype, teacher_change)
-    gradients = _Gradients.wanted_by(student_ND, student_head_VD, student_bias_V)
+        how = {"change": teacher_change, "cap": teacher_cap}
+        teacher = _Side(teacher_NE, teacher_head_UE, teacher_bias_U, logits_dtype, **how)
     inputs = (student_ND, student_head_VD, student_bias_V)
+    gradients = _Gradients.wanted_by(*inputs)
     return HeadLoss(*_HeadLoss.apply(*inputs, student, teacher, rows, gradients))
 
 
@@ -102,6 +106,7 @@ class _Side:
     """
 
     is_standard = False
+    cap: float | None = None
 
     def __init__(
         self,
@@ -109,15 +114,19 @@ class _Side:
         head_VD: Tensor,
         bias_V: Tensor | None,
         logits_dtype: torch.dtype,
+        *,
         change: ChangeRows | None = None,
+        cap: float | None = None,
     ) -> None:
-        """With a `change` of the logits the bias is in them before, and the kernels are told of none."""
+        """With a cap or a `change` of the logits the bias is in them, and the kernels are told of none."""
+        check_caps(cap)
         hidden_ND, head_VD = hidden_ND.detach(), head_VD.detach()
         wide = accumulation_dtype(hidden_ND)
         self.logits_dtype = torch.float16 if logits_dtype == torch.float16 else wide
         self.bias_V = None if bias_V is None else bias_V.detach().to(wide)
+        self.cap = cap
         self._change, self._bias_before_V = change, None
-        if change is not None:
+        if change is not None or cap is not None:
             self.bias_V, self._bias_before_V = None, self.bias_V
         self.gradient_dtype = wide
         self.inputs = self.logit_operands = (hidden_ND, head_VD)
@@ -153,9 +162,10 @@ class _Side:
         hidden_ND, head_VD = self.logit_operands
         logits_CV = buffer_CV[: len(index_C)]
         gemm.write_logits(hidden_ND[index_C], head_VD, logits_CV)
+        if self._bias_before_V is not None:
+            logits_CV += self._bias_before_V
+        cap_(logits_CV, self.cap)
         if self._change is not None:
-            if self._bias_before_V is not None:
-                logits_CV += self._bias_before_V
             self._change(index_C, logits_CV)
         return logits_CV
 
@@ -168,6 +178,7 @@ def by_chunk(
     bias_V: Tensor | None,
     of_chunk: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
     *,
+    cap: float | None = None,
     copies: int = 1,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, ...]:
@@ -176,7 +187,8 @@ def by_chunk(
     Logits are at least fp32, whatever autocast says. `copies` of a chunk's logits are in memory at once;
     `chunk_rows` overrides the chunk size, which otherwise depends on that, the sizes and the device alone.
     """
-    side = _Side(hidden_ND, head_VD, bias_V, torch.float32)  # outside: it reads what autocast would round to
+    # Outside: it reads what autocast would round to.
+    side = _Side(hidden_ND, head_VD, bias_V, torch.float32, cap=cap)
     index_N = torch.arange(len(hidden_ND), device=hidden_ND.device)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         if len(index_N) == 0:
@@ -291,7 +303,7 @@ def _run(
     per_row = student.bytes_per_row + (0 if teacher is None else teacher.bytes_per_row)
     chunks = list(rows.chunks(bytes_per_row=per_row))
     student_buffer_CV = student.buffer(max((len(index_C) for index_C, _ in chunks), default=0))
-    gradient_buffer_CV = _gradient_buffer(student_buffer_CV, student.gradient_dtype)
+    gradient_buffer_CV = _gradient_buffer(student_buffer_CV, student.gradient_dtype, student.cap)
     num_kl_rows = max((len(index_C) for index_C, has_kl in chunks if has_kl), default=0)
     teacher_buffer_CU = None if teacher is None else teacher.buffer(num_kl_rows)
     for index_C, has_kl in chunks:
@@ -311,6 +323,7 @@ def _run(
         ce_N.index_copy_(0, index_C, ce_C)
         kl_N.index_copy_(0, index_C, kl_C)
         if gradient_CV is not None:
+            through_cap_(gradient_CV, student_CV, student.cap)
             gradients.add(index_C, gradient_CV, operands)
     loss = (ce_weight_N * ce_N).sum()
     if kl_weight_N is not None:
@@ -318,8 +331,11 @@ def _run(
     return torch.where(rows.stated_counts_hold(), loss, torch.nan), ce_N, kl_N
 
 
-def _gradient_buffer(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for dz: over the logits where elements are as wide; each is read before it is written."""
-    if dtype.itemsize == logits_CV.dtype.itemsize:
+def _gradient_buffer(logits_CV: Tensor, dtype: torch.dtype, cap: float | None) -> Tensor:
+    """Room for dz: over the logits where elements are as wide; each is read before it is written.
+
+    Beside them where there is a cap, through which dz goes with the logits at hand.
+    """
+    if cap is None and dtype.itemsize == logits_CV.dtype.itemsize:
         return logits_CV.view(dtype)
     return torch.empty_like(logits_CV, dtype=dtype)

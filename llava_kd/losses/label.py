@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llava_kd.losses.head_loss import by_chunk
-from llava_kd.losses.reference import accumulation_dtype
+from llava_kd.losses.reference import head_logits
 from llava_kd.losses.reference_top_k import TopK
 
 
@@ -42,14 +42,12 @@ def label_rows(
     labels_N: Tensor,
     *,
     bias_V: Tensor | None = None,
+    cap: float | None = None,
     num_common: int | None = None,
 ) -> LabelRows:
     """The plain form: all logits at once, over the first `num_common` columns (default: all)."""
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        dtype = accumulation_dtype(hidden_ND)
-        logits_NV = hidden_ND.to(dtype) @ head_VD.to(dtype).T
-        if bias_V is not None:
-            logits_NV = logits_NV + bias_V.to(dtype)
+        logits_NV = head_logits(hidden_ND, head_VD, bias_V, cap)
         return _of_logits(logits_NV[:, :num_common], labels_N)
 
 
@@ -59,6 +57,7 @@ def label_rows_by_chunk(
     labels_N: Tensor,
     *,
     bias_V: Tensor | None = None,
+    cap: float | None = None,
     num_common: int | None = None,
     chunk_rows: int | None = None,
 ) -> LabelRows:
@@ -70,7 +69,7 @@ def label_rows_by_chunk(
     def of_chunk(index_C: Tensor, logits_CV: Tensor) -> LabelRows:
         return _of_logits(logits_CV[:, :num_common], labels_N[index_C])
 
-    return LabelRows(*by_chunk(hidden_ND, head_VD, bias_V, of_chunk, chunk_rows=chunk_rows))
+    return LabelRows(*by_chunk(hidden_ND, head_VD, bias_V, of_chunk, cap=cap, chunk_rows=chunk_rows))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Every loss formula in plain PyTorch: short, slow, and the oracle that the fast modules are tested against.
 
-Logits are z = hidden @ head.T (+ bias). A row's divergence is that of divergence.py, T^2 times a distance
+Logits are z = hidden @ head.T (+ bias), and c tanh(z / c) of a head with a cap c (Gemma 2, arXiv 2408.00118).
+A row's divergence is that of divergence.py, T^2 times a distance
 between the two softmaxes of z / T over the columns that both models share; its cross-entropy is
 -log softmax(z_s)[target], at temperature 1 over all of the student's columns.
 A relation row is 1 - cos(vec(Y_s Y_s^T), vec(Y_t Y_t^T)) over the N tokens of one image (LLaVA-KD, L_rel).
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from llava_kd.losses.checks import (
     check_attention_inputs,
+    check_caps,
     check_dbild_inputs,
     check_head_inputs,
     check_relation_inputs,
@@ -81,6 +83,8 @@ def head_loss(
     temperature: Temperature = 1.0,
     divergence: Divergence = FORWARD,
     num_common: int | None = None,
+    student_cap: float | None = None,
+    teacher_cap: float | None = None,
     active_rows: tuple[int, int] | None = None,
     teacher_change: ChangeRows | None = None,
 ) -> HeadLoss:
@@ -94,7 +98,8 @@ def head_loss(
     num_common = check_head_inputs(
         student_ND, student_head_VD, targets_N, ce_weight_N=ce_weight_N, student_bias_V=student_bias_V,
         teacher_NE=teacher_NE, teacher_head_UE=teacher_head_UE, teacher_bias_U=teacher_bias_U,
-        kl_weight_N=kl_weight_N, temperature=temperature, num_common=num_common,
+        kl_weight_N=kl_weight_N, temperature=temperature, num_common=num_common, student_cap=student_cap,
+        teacher_cap=teacher_cap,
     )  # fmt: skip
     check_targets(targets_N, ce_weight_N, student_head_VD.shape[0])
     with torch.autocast(student_ND.device.type, enabled=False):
@@ -103,15 +108,15 @@ def head_loss(
         student_ND, student_head_VD = student_ND.to(dtype), student_head_VD.to(dtype)
         student_bias_V = None if student_bias_V is None else student_bias_V.to(dtype)
         rows = ce_weight_N.nonzero().squeeze(1)
-        logits_NV = _logits(student_ND[rows], student_head_VD, student_bias_V)
+        logits_NV = head_logits(student_ND[rows], student_head_VD, student_bias_V, student_cap)
         ce = -logits_NV.log_softmax(1).gather(1, targets_N[rows].unsqueeze(1)).squeeze(1)
         ce_N = _spread(ce, rows, ce_weight_N)
         loss = (ce_weight_N * ce_N).sum()
         kl_N = torch.zeros_like(ce_N)
         if teacher_NE is not None and teacher_head_UE is not None and kl_weight_N is not None:
             rows = kl_weight_N.nonzero().squeeze(1)
-            student_NV = _logits(student_ND[rows], student_head_VD, student_bias_V)
-            teacher_NU = _logits(teacher_NE[rows], teacher_head_UE, teacher_bias_U).detach()
+            student_NV = head_logits(student_ND[rows], student_head_VD, student_bias_V, student_cap)
+            teacher_NU = head_logits(teacher_NE[rows], teacher_head_UE, teacher_bias_U, teacher_cap).detach()
             if teacher_change is not None:
                 teacher_change(rows, teacher_NU)
             kl = divergence_rows(
@@ -135,6 +140,8 @@ def dbild_loss(
     temperature: float = 3.0,
     candidates: int = 64,
     num_common: int | None = None,
+    student_cap: float | None = None,
+    teacher_cap: float | None = None,
 ) -> RowsLoss:
     """Sum of DBiLD rows over the first `num_common` columns. The teacher receives no gradient."""
     num_common = check_dbild_inputs(
@@ -145,10 +152,11 @@ def dbild_loss(
         temperature=temperature,
         candidates=candidates,
         num_common=num_common,
+        caps=(student_cap, teacher_cap),
     )
     with torch.autocast(student_ND.device.type, enabled=False):
-        student_NV = _logits(student_ND, student_head_VD, student_bias_V)
-        teacher_NU = _logits(teacher_NE, teacher_head_UE, teacher_bias_U).detach()
+        student_NV = head_logits(student_ND, student_head_VD, student_bias_V, student_cap)
+        teacher_NU = head_logits(teacher_NE, teacher_head_UE, teacher_bias_U, teacher_cap).detach()
         rows_N = dbild_rows(
             student_NV[:, :num_common],
             teacher_NU[:, :num_common],
@@ -233,6 +241,8 @@ def relation_rows(
     normalise_rows: bool = False,
     student_gram_DD: Tensor | None = None,
     teacher_gram_EE: Tensor | None = None,
+    student_cap: float | None = None,
+    teacher_cap: float | None = None,
 ) -> Tensor:
     """1 - cos between the two token-by-token relation matrices R = Y Y^T of each image.
 
@@ -244,23 +254,31 @@ def relation_rows(
     them, it forms the logits.
     """
     check_relation_inputs(student_IND, teacher_IME, student_head_VD, teacher_head_UE)
+    check_caps(student_cap, teacher_cap)
     del student_gram_DD, teacher_gram_EE
     dtype = accumulation_dtype(student_IND)
     with torch.autocast(student_IND.device.type, enabled=False):
-        student_INN = _relation(student_IND, student_head_VD, dtype, centre=centre, normalise=normalise)
+        how = {"centre": centre, "normalise": normalise}
+        student_INN = _relation(student_IND, student_head_VD, student_cap, dtype, **how)
         with torch.no_grad():
-            teacher_INN = _relation(teacher_IME, teacher_head_UE, dtype, centre=centre, normalise=normalise)
+            teacher_INN = _relation(teacher_IME, teacher_head_UE, teacher_cap, dtype, **how)
         if normalise_rows:
             student_INN, teacher_INN = unit_rows(student_INN), unit_rows(teacher_INN)
         return cosine_distance_rows(student_INN, teacher_INN)
 
 
 def _relation(
-    features_IND: Tensor, head_VD: Tensor | None, dtype: torch.dtype, *, centre: bool, normalise: bool
+    features_IND: Tensor,
+    head_VD: Tensor | None,
+    cap: float | None,
+    dtype: torch.dtype,
+    *,
+    centre: bool,
+    normalise: bool,
 ) -> Tensor:
     y_INV = features_IND.to(dtype)
     if head_VD is not None:
-        y_INV = y_INV @ head_VD.to(dtype).T
+        y_INV = capped(y_INV @ head_VD.to(dtype).T, cap)
     if centre:
         y_INV = y_INV - y_INV.mean(1, keepdim=True)
     if normalise:
@@ -295,10 +313,20 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _logits(hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+def head_logits(
+    hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None = None, cap: float | None = None
+) -> Tensor:
+    """[N, V], at least fp32: what a model says, bias and cap and all."""
     dtype = accumulation_dtype(hidden_ND)
     logits_NV = hidden_ND.to(dtype) @ head_VD.to(dtype).T
-    return logits_NV if bias_V is None else logits_NV + bias_V.to(dtype)
+    return capped(logits_NV if bias_V is None else logits_NV + bias_V.to(dtype), cap)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap tanh(logits / cap), NaN for what is not finite; as they are without a cap."""
+    if cap is None:
+        return logits
+    return cap * torch.tanh(logits / cap) + 0 * logits.detach()
 
 
 def _spread(values: Tensor, rows: Tensor, like_N: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from llava_kd.losses.divergence import (
     softened,
     squared,
 )
-from llava_kd.losses.reference import HeadLoss, accumulation_dtype, head_loss
+from llava_kd.losses.reference import HeadLoss, accumulation_dtype, head_logits, head_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,21 +74,21 @@ def top_k_head_loss(
     student_bias_V: Tensor | None = None,
     temperature: Temperature = 1.0,
     divergence: Divergence = FORWARD,
+    student_cap: float | None = None,
 ) -> HeadLoss:
     """`head_loss`, its divergence between k + 1 masses; `top` is of the first `num_common` columns."""
     check_top_k(student_ND, student_head_VD, top.logits_NK, top.columns_NK, top.rest_N, num_common)
     check_softening_of_top_k(temperature, divergence, top.std_N, len(student_ND))
     hard = head_loss(
-        student_ND, student_head_VD, targets_N, ce_weight_N=ce_weight_N, student_bias_V=student_bias_V
-    )
+        student_ND, student_head_VD, targets_N, ce_weight_N=ce_weight_N, student_bias_V=student_bias_V,
+        student_cap=student_cap,
+    )  # fmt: skip
     with torch.autocast(student_ND.device.type, enabled=False):
         dtype = accumulation_dtype(student_ND)
         rows = kl_weight_N.nonzero().squeeze(1)
         kept = top[rows]
         columns_NK = kept.columns_NK.long()
-        logits_NV = student_ND[rows].to(dtype) @ student_head_VD.to(dtype).T
-        if student_bias_V is not None:
-            logits_NV = logits_NV + student_bias_V.to(dtype)
+        logits_NV = head_logits(student_ND[rows], student_head_VD, student_bias_V, student_cap)
         logits_NC = softened(logits_NV[:, :num_common], temperature)
         rest_N = logits_NC.scatter(1, columns_NK, -torch.inf).logsumexp(1)
         kl = squared(temperature) * divergence_rows(

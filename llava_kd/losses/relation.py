@@ -3,7 +3,8 @@
 With Y = H W^T, Y Y^T = H (W^T W) H^T exactly, and W^T W is only as large as the width squared. A frozen
 head's is computed once by its owner and passed in; a moving head's is computed here and carries the head's
 gradient W (dG + dG^T). Centring over tokens commutes with the head, so it is done to H; normalising divides R
-by the roots of its diagonal. W^T W stays fp32: rounded to bf16 it would cost three digits.
+by the roots of its diagonal. W^T W stays fp32: rounded to bf16 it would cost three digits. Capped logits are
+no product: they are formed, some columns of the vocabulary at a time.
 
 Shape legend: I images, N student tokens of an image, M teacher tokens, D student width, E teacher width,
 V student vocabulary, U teacher vocabulary.
@@ -11,13 +12,24 @@ V student vocabulary, U teacher vocabulary.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from llava_kd.losses.checks import check_relation_inputs
+from llava_kd.losses.checks import check_caps, check_relation_inputs
 from llava_kd.losses.kernels import gemm
-from llava_kd.losses.reference import accumulation_dtype, cosine_distance_rows, root_or_one, unit_rows
+from llava_kd.losses.reference import (
+    accumulation_dtype,
+    capped,
+    cosine_distance_rows,
+    root_or_one,
+    unit_rows,
+)
+
+_CAPPED_COLUMNS = 8192  # of 729 tokens, 24 MB of fp32
 
 
 @gemm.not_compiled
@@ -32,28 +44,35 @@ def relation_rows(
     normalise_rows: bool = False,
     student_gram_DD: Tensor | None = None,
     teacher_gram_EE: Tensor | None = None,
+    student_cap: float | None = None,
+    teacher_cap: float | None = None,
 ) -> Tensor:
     """What reference.relation_rows returns, one image at a time through the heads' Gram matrices.
 
-    `head_gram` of a frozen head, passed in, saves computing it; the head itself is then not needed. Logits
-    are compared where each side has a head or its Gram matrix, the features themselves where neither has.
+    `head_gram` of a frozen head, passed in, saves computing it; the head itself is then not needed, but
+    for capped logits, of which the Gram matrix says nothing. Logits are compared where each side has a head
+    or its Gram matrix, the features themselves where neither has.
     """
     if student_gram_DD is not None and student_head_VD is not None and student_head_VD.requires_grad:
         raise ValueError("student_gram_DD carries no gradient to a trainable head; leave it out")
+    check_caps(student_cap, teacher_cap)
     student_tap = student_gram_DD if student_gram_DD is not None else student_head_VD
     teacher_tap = teacher_gram_EE if teacher_gram_EE is not None else teacher_head_UE
     check_relation_inputs(student_IND, teacher_IME, student_tap, teacher_tap)
     read_as = gemm.product_dtype(student_IND.device)
     with torch.autocast(student_IND.device.type, enabled=False):
-        if student_gram_DD is None and student_head_VD is not None:
+        if student_gram_DD is None and student_head_VD is not None and student_cap is None:
             student_gram_DD = head_gram(student_head_VD, read_as=read_as)
-        if teacher_gram_EE is None and teacher_head_UE is not None:
+        if teacher_gram_EE is None and teacher_head_UE is not None and teacher_cap is None:
             teacher_gram_EE = head_gram(teacher_head_UE.detach())
+        student = _Tap(student_head_VD, student_gram_DD, student_cap)
+        teacher = _Tap(teacher_head_UE, teacher_gram_EE, teacher_cap)
+        _refuse_grams_under_a_cap(student, teacher)
         how = {"centre": centre, "normalise": normalise, "normalise_rows": normalise_rows}
         rows = [
             cosine_distance_rows(
-                _relation(student_ND, student_gram_DD, **how),
-                _relation(teacher_ME.detach(), teacher_gram_EE, **how),
+                _relation(student_ND, student, **how),
+                _relation(teacher_ME, teacher, **how).detach(),
             )
             for student_ND, teacher_ME in zip(student_IND, teacher_IME, strict=True)
         ]
@@ -71,15 +90,33 @@ def head_gram(head_VD: Tensor, *, read_as: torch.dtype | None = None) -> Tensor:
     return _Gram.apply(head_VD, read_as or head_VD.dtype)
 
 
+class _Tap(NamedTuple):
+    """Between features and what is compared: nothing, a head by its Gram matrix, or a capped head."""
+
+    head_VD: Tensor | None
+    gram_DD: Tensor | None
+    cap: float | None
+
+
+def _refuse_grams_under_a_cap(*taps: _Tap) -> None:
+    for tap in taps:
+        if tap.cap is not None and tap.gram_DD is not None and tap.head_VD is None:
+            raise ValueError("capped logits are no product of a Gram matrix: give the head beside its cap")
+
+
 def _relation(
-    features_ND: Tensor, gram_DD: Tensor | None, *, centre: bool, normalise: bool, normalise_rows: bool
+    features_ND: Tensor, tap: _Tap, *, centre: bool, normalise: bool, normalise_rows: bool
 ) -> Tensor:
     """R of one image, as a batch of one."""
     dtype = accumulation_dtype(features_ND)
-    if centre:
+    head_VD, gram_DD, cap = tap
+    is_capped = head_VD is not None and cap is not None
+    if centre and not is_capped:
         features_ND = features_ND.to(dtype)
         features_ND = features_ND - features_ND.mean(0)
-    if gram_DD is None:
+    if head_VD is not None and cap is not None:
+        relation_NN = _of_capped(features_ND.to(dtype), head_VD, cap, centre=centre)
+    elif gram_DD is None:
         features_ND = features_ND.to(dtype)
         relation_NN = features_ND @ features_ND.T
     else:
@@ -89,6 +126,22 @@ def _relation(
         relation_NN = relation_NN / length_N / length_N.unsqueeze(1)
     relation_1NN = relation_NN.unsqueeze(0)
     return unit_rows(relation_1NN) if normalise_rows else relation_1NN
+
+
+def _of_capped(features_ND: Tensor, head_VD: Tensor, cap: float, *, centre: bool) -> Tensor:
+    """Y Y^T of capped logits, a sum over columns: some are there at a time, and again for a gradient."""
+
+    def of_columns(features_ND: Tensor, head_WD: Tensor) -> Tensor:
+        y_NW = capped(features_ND @ head_WD.to(features_ND.dtype).T, cap)
+        if centre:
+            y_NW = y_NW - y_NW.mean(0)
+        return y_NW @ y_NW.T
+
+    parts = (
+        checkpoint(of_columns, features_ND, head_WD, use_reentrant=False)
+        for head_WD in head_VD.split(_CAPPED_COLUMNS)
+    )
+    return sum(parts, features_ND.new_zeros(()))
 
 
 class _Context(FunctionCtx):

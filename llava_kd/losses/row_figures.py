@@ -50,10 +50,11 @@ def row_figures(
     targets_N: Tensor,
     *,
     num_common: int | None = None,
+    cap: float | None = None,
     chunk_rows: int | None = None,
     change: ChangeRows | None = None,
 ) -> RowFigures:
-    """`of_logits` of hidden @ head.T (+ bias), a chunk of rows at a time: [N, V] logits never exist.
+    """`of_logits` of hidden @ head.T (+ bias), under a cap, a chunk of rows at a time: [N, V] never exists.
 
     `chunk_rows` overrides the chunk size, which otherwise depends on sizes and the device alone. `change`
     makes the logits others first.
@@ -64,4 +65,5 @@ def row_figures(
             change(index_C, logits_CV)
         return of_logits(logits_CV, targets_N[index_C], num_common)
 
-    return RowFigures(*by_chunk(hidden_ND, head_VD, bias_V, of_chunk, copies=_COPIES, chunk_rows=chunk_rows))
+    how = {"cap": cap, "copies": _COPIES, "chunk_rows": chunk_rows}
+    return RowFigures(*by_chunk(hidden_ND, head_VD, bias_V, of_chunk, **how))

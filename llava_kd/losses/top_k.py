@@ -43,6 +43,7 @@ def top_k_head_loss(
     student_bias_V: Tensor | None = None,
     temperature: Temperature = 1.0,
     divergence: Divergence = FORWARD,
+    student_cap: float | None = None,
     chunk_rows: int | None = None,
 ) -> HeadLoss:
     """What reference_top_k.top_k_head_loss returns, in memory that does not grow with rows times vocabulary.
@@ -68,7 +69,7 @@ def top_k_head_loss(
         chunk_rows=chunk_rows,
         active_rows=None,
     )
-    student = _Side(student_ND, student_head_VD, student_bias_V, torch.float32)
+    student = _Side(student_ND, student_head_VD, student_bias_V, torch.float32, cap=student_cap)
     teacher = _TopKSide(top, student, num_common, temperature)
     gradients = _Gradients.wanted_by(student_ND, student_head_VD, student_bias_V)
     inputs = (student_ND, student_head_VD, student_bias_V)

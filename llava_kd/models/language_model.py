@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from llava_kd.models.heads.folding import fold_scaling
+from llava_kd.models.heads.scaling import says_of_logits
 from llava_kd.models.reading import existing, read_config, read_pretrained, read_tokenizer
 
 IMAGE_TOKEN = "<image>"
@@ -22,11 +24,14 @@ _PROBE_IDS = (1, 2, 3, 5, 8)
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
-def load_language_model(name: str, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_language_model(
+    name: str, *, dtype: torch.dtype, drops_logit_cap: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer, with an image token and rows for it.
 
-    An image token and rows are added only where there is none; existing rows never move. Raises ValueError
-    for a model that would compute something else inside a stock LLaVA.
+    An image token and rows are added only where there is none; existing rows never move. A factor of its
+    logits moves into its final norm; `drops_logit_cap` takes a cap off. Raises ValueError for a model that
+    would compute something else inside a stock LLaVA.
     """
     name = existing(name, "the language model")
     if type(text := read_config(name)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -35,14 +40,24 @@ def load_language_model(name: str, *, dtype: torch.dtype) -> tuple[PreTrainedMod
         )
     tokenizer = read_tokenizer(name)
     causal = read_pretrained(AutoModelForCausalLM, name, dtype)
-    prepare_language_model(causal, tokenizer, name)
+    prepare_language_model(causal, tokenizer, name, drops_logit_cap=drops_logit_cap)
     return causal, tokenizer
 
 
-def prepare_language_model(causal: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def prepare_language_model(
+    causal: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    *,
+    drops_logit_cap: bool = False,
+) -> None:
     """Check a loaded model and give both an image token; see `load_language_model`."""
     causal.eval()
     _check_structure(causal, name)
+    try:
+        fold_scaling(causal, drops_cap=drops_logit_cap)
+    except ValueError as error:
+        raise ValueError(f"the language model {name}: {error}") from error
     _check_computation(causal, name)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
@@ -65,12 +80,12 @@ def _check_structure(causal: PreTrainedModel, name: str) -> None:
             expected = type(AutoModel.from_config(causal.config))
     except ValueError as error:
         raise ValueError(
-            f"the language model {name} ({kind!r}) cannot stand in a stock LLaVA: transformers has no "
+            f"the language model {name} ({kind!r}) cannot be part of a stock LLaVA: transformers has no "
             "decoder of its own for it; take another model"
         ) from error
     if type(decoder) is not expected or not {"embed_tokens", "layers"} <= set(dict(decoder.named_children())):
         raise ValueError(
-            f"the language model {name} ({kind!r}) cannot stand in a stock LLaVA, which builds a "
+            f"the language model {name} ({kind!r}) cannot be part of a stock LLaVA, which builds a "
             f"{expected.__name__} with embed_tokens and layers; this one is a {type(decoder).__name__} of "
             f"{sorted(dict(decoder.named_children()))}"
         )
@@ -92,8 +107,8 @@ def _check_structure(causal: PreTrainedModel, name: str) -> None:
 def _check_computation(causal: PreTrainedModel, name: str) -> None:
     """ValueError where the head's own input times the head is not what the model predicts.
 
-    Stock LLaVA, and our losses, apply the head and nothing after it: soft-capping, scaled logits, or a
-    decoder that reads ids beside embeddings would be lost in silence.
+    Stock LLaVA applies the head and nothing after it: what is left of scaled logits, or a decoder that reads
+    ids beside embeddings, would be lost in silence.
     """
     ids_BT = torch.tensor([_PROBE_IDS]) % causal.config.get_text_config().vocab_size
     ids_BT = ids_BT.to(causal.device)
@@ -111,17 +126,11 @@ def _check_computation(causal: PreTrainedModel, name: str) -> None:
     ours_BTV = head(hidden_BTD).float()
     theirs_BTV = causal(input_ids=ids_BT, use_cache=False).logits.float()
     difference = float((ours_BTV - theirs_BTV).abs().max())
-    text = causal.config.get_text_config().to_dict()
-    capped = text.get("final_logit_softcapping") is not None
-    if capped or difference > _TOLERANCE[causal.dtype] * max(1.0, float(theirs_BTV.abs().max())):
-        settings = {
-            key: value
-            for key, value in text.items()
-            if any(word in key for word in ("softcap", "logit", "multiplier")) and value is not None
-        }
+    if not difference <= _TOLERANCE[causal.dtype] * max(1.0, float(theirs_BTV.abs().max())):
         raise ValueError(
             f"the language model {name} ({causal.config.model_type!r}) does more than its decoder and head, "
-            f"which is all that stock LLaVA keeps: logits differ by {difference:.3g}; look at {settings}"
+            f"which is all that stock LLaVA keeps: logits differ by {difference:.3g}; look at "
+            f"{says_of_logits(causal)}"
         )
 
 

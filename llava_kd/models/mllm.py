@@ -25,8 +25,10 @@ from llava_kd.models.trained import PARTS, trained_of
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What the losses read. Logits are `hidden_BTD @ head_VD.T (+ bias_V)`; they are never formed here.
+    """What the losses read. Logits are z = `hidden_BTD @ head_VD.T (+ bias_V)`; they are never formed here.
 
+    With a `cap` they are cap tanh(z / cap), as of some teachers; a stock LLaVA has none. A factor of logits
+    is in the hidden states.
     `head_gram_DD` is `head_VD.T @ head_VD` where it is known already, as for a head that never moves.
     `attention_LINN` is how the visual tokens of each image attend to each other, in watched layers.
     `attended_IN` is how much the answers, or questions, of their record attend to each visual token, too.
@@ -37,6 +39,7 @@ class Prediction:
     projected_IND: Tensor
     head_VD: Tensor
     bias_V: Tensor | None
+    cap: float | None = None
     head_gram_DD: Tensor | None = None
     attention_LINN: Tensor | None = None
     attended_IN: Tensor | None = None

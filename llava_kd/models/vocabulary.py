@@ -18,7 +18,7 @@ def num_common_columns(
 ) -> int:
     """Leading columns of both heads that stand for the same token; rows beyond them are left out.
 
-    Tokens that were added behind a family's own, such as <pad>, may differ: they are left out as well, and
+    Tokens that were added after a family's own, such as <pad>, may differ: they are left out as well, and
     `left_out` names them. Raises ValueError naming the first tokens of other differences, or a head narrower
     than its tokenizer.
     """
@@ -35,7 +35,7 @@ def num_common_columns(
         if len(before) < len(shared):
             raise ValueError(
                 f"{_refusal(ours, theirs, differing)}. They are added tokens, which are left out where they "
-                f"are the last, but both have {ours[max(shared)]!r} behind them (id {max(shared)}): add what "
+                f"are the last, but both have {ours[max(shared)]!r} after them (id {max(shared)}): add what "
                 "one side lacks to its tokenizer at the same id, or give both sides one tokenizer"
             )
         columns = max(before) + 1

@@ -271,7 +271,10 @@ class Trainer:
             self._metrics.resume(saved.step)
         with world.together():
             if world.is_main:
-                self._checkpoints.drop_older(saved.step)  # after the last step no save follows
+                try:
+                    self._checkpoints.drop_older(saved.step)  # after the last step no save follows
+                except OSError as error:
+                    self._say(f"a checkpoint that is kept no longer stays, for it cannot be removed: {error}")
         self._say(f"going on from step {saved.step}")
         return saved.step
 

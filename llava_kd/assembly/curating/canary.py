@@ -38,6 +38,7 @@ from llava_kd.data.sources.entries import read_entries
 from llava_kd.data.sources.llava_json import read_confined
 from llava_kd.distill.teaching.live import Teacher
 from llava_kd.durable import make_folder, write_whole
+from llava_kd.losses.reference import head_logits
 from llava_kd.models.files.checkpoint import load_config, load_processor, load_stock
 from llava_kd.models.mllm import Prediction
 from llava_kd.parallel.world import World, join, peers
@@ -201,9 +202,8 @@ def _endings(
         length = len(groups[number][0])
         state_D = hidden_D[rows_N[own[length]]]
         with torch.no_grad():
-            logits_V = state_D.float() @ prediction.head_VD.float().T
-            if prediction.bias_V is not None:
-                logits_V = logits_V + prediction.bias_V.float()
+            said = prediction.head_VD, prediction.bias_V, prediction.cap
+            (logits_V,) = head_logits(state_D.unsqueeze(0), *said)
         yield -float(ce_N[own[:length]].sum()), logits_V.double().log_softmax(0).cpu()
 
 

@@ -159,6 +159,7 @@ def _pass(
             row_of_N,
             temperature=temperature,
             bias_V=prediction.bias_V,
+            cap=prediction.cap,
         )
         sums.rows_K += torch.bincount(row_of_N[row_of_N != NONE], minlength=len(tokens_K))
         sums.entropy += entropy_M.double().sum()

@@ -99,13 +99,17 @@ def divergences(
         teacher_NE=teacher_NE,
         teacher_head_UE=teacher.head_VD,
         teacher_bias_U=teacher.bias_V,
+        student_cap=student.cap,
+        teacher_cap=teacher.cap,
         kl_weight_N=ones_N,
         divergence=Divergence("jsd", 0.5),
         num_common=num_common,
         active_rows=(len(student_ND), 0),
     )
     choice_N, other_N = (
-        row_figures(hidden_NX, one.head_VD, one.bias_V, rows.targets_N, num_common=num_common).choice_N
+        row_figures(
+            hidden_NX, one.head_VD, one.bias_V, rows.targets_N, num_common=num_common, cap=one.cap
+        ).choice_N
         for hidden_NX, one in ((student_ND, student), (teacher_NE, teacher))
     )
     return found.kl_N.clamp_min(0), (choice_N != other_N).float(), rows

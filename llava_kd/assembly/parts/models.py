@@ -57,6 +57,7 @@ def student_parts(
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             seed=seed,
             families=tables.towers,
+            drops_logit_cap=config.drops_logit_cap,
         )
         if config.projector == "conv_attention":
             parts = with_conv_attention(parts, seed=seed)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 from llava_kd.assembly.parts.objective import terms_of, token_policy
+from llava_kd.assembly.parts.teaching.visual_dependency import stored_form
 from llava_kd.config import TeacherConfig, TrainConfig
 from llava_kd.data.batches.model_side import AnySide
 from llava_kd.data.foreign.side import ForeignSide
@@ -38,7 +39,16 @@ def open_cache(config: TrainConfig, reader: AnySide, source: Source) -> TeacherC
     refuse_other(there, here, f"the teacher cache {config.teacher.cache}")
     policy = token_policy(config)
     is_beyond = policy is not None and policy.changes_targets
-    _refuse_missing(cache.manifest.contents, terms, config.teacher.cache, has_own_targets=is_beyond)
+    contents = cache.manifest.contents
+    _refuse_missing(contents, terms, config.teacher.cache, has_own_targets=is_beyond)
+    asked = stored_form(config.teacher)
+    if asked is not None and asked != contents.dependency:
+        held = "none" if contents.dependency is None else f"those of {contents.dependency}"
+        raise ValueError(
+            f"the teacher cache {config.teacher.cache} does not hold the scores that "
+            f"`teacher.visual_dependency` weighs by ({asked}): it has {held}. Write one with these settings, "
+            "with `llava-kd cache-teacher` into a new directory, or set teacher.visual_dependency to null"
+        )
     return cache
 
 

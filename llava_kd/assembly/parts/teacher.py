@@ -17,7 +17,7 @@ from llava_kd.assembly.parts.models import DTYPES, choose_attention, place
 from llava_kd.assembly.parts.objective import wants_head_gram
 from llava_kd.assembly.parts.several.teachers import Others
 from llava_kd.assembly.parts.stored_teacher import HEAD, served_as
-from llava_kd.assembly.parts.teaching.visual_dependency import visually_weighed
+from llava_kd.assembly.parts.teaching.visual_dependency import visually_weighed, weighing_of
 from llava_kd.assembly.settings import tables_of
 from llava_kd.config import TeacherConfig, TrainConfig
 from llava_kd.data.foreign.talks import Talks
@@ -28,6 +28,7 @@ from llava_kd.distill.teaching.cached import CachedTeacher
 from llava_kd.distill.teaching.door import Teaching
 from llava_kd.distill.teaching.from_teacher import FromTeacher
 from llava_kd.distill.teaching.live import Teacher
+from llava_kd.distill.teaching.visual_dependency import StoredWeighing
 from llava_kd.models.files.checkpoint import Parts, load_stock
 from llava_kd.models.files.teacher_head import load_head_only, load_shapes
 from llava_kd.models.foreign.grids import foreign_grid
@@ -40,6 +41,7 @@ from llava_kd.models.foreign.loading import (
     load_foreign_head,
     load_foreign_processor,
 )
+from llava_kd.models.heads.scaling import Scaling, scaling_of
 from llava_kd.models.mllm import MLLM, PARTS
 from llava_kd.models.towers.vision_tower import text_config
 from llava_kd.models.vocabulary import left_out
@@ -126,15 +128,21 @@ def teaching_of(
     To be called before an engine shards the student, and after its kernel of attention is chosen.
     """
     formula = FORMULAS[config.objective.losses].head_loss
+    assert config.teacher is not None
+    weighing = weighing_of(config.teacher)
     if is_cached(config):
         stored = cached_teacher(config, teacher, world.device, say)
-        return FromTeacher(stored, head_loss=formula)
-    assert config.teacher is not None
+        if weighing is None:
+            return FromTeacher(stored, head_loss=formula)
+        say("how much the teacher needs the picture for each token comes from there too")
+        return StoredWeighing(weighing, stored, head_loss=formula)
     if isinstance(teacher, ForeignParts):
         say(f"the teacher is a {type(teacher.stock).__name__}, read by its own processor")
         side = foreign_side(teacher, config.data)
         keeps_head_gram = wants_head_gram(config.objective)
         alone = placed_foreign(config.teacher, world, teacher, side, keeps_head_gram=keeps_head_gram)
+        if not alone.model.scaling.is_plain:
+            say(f"its logits are {alone.model.scaling}, and so are those that the student is compared with")
         return FromTeacher(alone, head_loss=formula)
     is_packed = config.data.packing is not None
     frozen = placed_teacher(
@@ -155,7 +163,7 @@ def teaching_of(
 
         return FromTeacher(others.join(frozen, placed, beta=several.beta), head_loss=formula)
     switch = lend(config, student[0], teacher, student[1], frozen.mllm)
-    if config.teacher.visual_dependency is not None:
+    if weighing is not None:
         say("the teacher is asked twice, with the picture and without it")
         return visually_weighed(config.teacher, frozen, switch, student[1], formula)
     return FromTeacher(frozen, switch, head_loss=formula)
@@ -175,9 +183,11 @@ def cached_teacher(
     head = teacher.head
     if head.weight.is_meta:
         return CachedTeacher(None, None)
-    bias_U = None if head.bias is None else head.bias.to(device)
+    # Its hidden states were stored with the factor of its logits in them; a LLaVA has neither that nor a cap.
+    scaling = scaling_of(teacher.stock) if isinstance(teacher, ForeignParts) else Scaling()
+    bias_U = None if head.bias is None else scaling.bias(head.bias.to(device))
     keeps_head_gram = wants_head_gram(config.objective)
-    return CachedTeacher(head.weight.to(device), bias_U, keeps_head_gram=keeps_head_gram)
+    return CachedTeacher(head.weight.to(device), bias_U, cap=scaling.cap, keeps_head_gram=keeps_head_gram)
 
 
 def say_left_out(

@@ -25,6 +25,14 @@ def status_after(number: int) -> int:
     return INTERRUPTED if number == signal.SIGINT and not _told_by_supervisor else 0
 
 
+def status_of_rest(number: int) -> int:
+    """Of a command of several runs that a signal stopped before the last: what a shell reports for it.
+
+    What stands behind it in a script waits for all of them, so it must not pass for done.
+    """
+    return 128 + number
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Outside the loop, which saves first, a signal that asks for a stop ends the process with one line.

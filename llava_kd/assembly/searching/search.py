@@ -14,7 +14,7 @@ import yaml
 from llava_kd.assembly.runs.children import Children
 from llava_kd.assembly.runs.run_dir import locked
 from llava_kd.assembly.runs.slots import CLI, Slots, environments
-from llava_kd.assembly.runs.stopping import INTERRUPTED
+from llava_kd.assembly.runs.stopping import status_of_rest
 from llava_kd.assembly.searching.entering import Describer, enter
 from llava_kd.assembly.settings import load
 from llava_kd.config import TrainConfig
@@ -45,7 +45,7 @@ class Choice:
 
 
 def search(path: str | Path, overrides: Sequence[str], choice: Choice) -> int:
-    """Try recipes until the budget is spent; go on with what is there. 0, or 130 where Ctrl-C stopped it.
+    """Try recipes until the budget is spent; go on from what is there. 0, or 128 and the signal of a stop.
 
     Raises ValueError for a file that does not fit itself, its recipe or what has run, for a store that cannot
     be used, and where no trial has come to a score.
@@ -65,7 +65,7 @@ def search(path: str | Path, overrides: Sequence[str], choice: Choice) -> int:
         if is_stopped and children.asked:
             number = children.asked[0]
             print(f"stopped by {signal.Signals(number).name}; the same command goes on", flush=True)
-            return INTERRUPTED if number == signal.SIGINT else 0
+            return status_of_rest(number)
         for line in terminal(results(space, trials, similar)):
             print(line)
         print(f"open {space.output / 'results.md'}", flush=True)

@@ -20,7 +20,7 @@ from llava_kd.assembly.runs.run_dir import locked
 from llava_kd.assembly.served.answers import Wanted, rows
 from llava_kd.assembly.served.client import RefusedError, Server, ServerSettings
 from llava_kd.assembly.served.questions import messages, pictures_of
-from llava_kd.config import TrainConfig
+from llava_kd.config import TeacherConfig, TrainConfig
 from llava_kd.data.batches.bad_records import BadRecord, BadRecords
 from llava_kd.data.batches.model_side import Side
 from llava_kd.data.sources.conversation import Source
@@ -49,6 +49,7 @@ def cache_from_server(
     Raises ValueError for settings that no server serves, and for whatever it answers that does not fit.
     """
     one = one_teacher(config)
+    _refuse_second_reading(one)
     with peers(), ExitStack() as held:
         world = join(config.engine.device, timeout_minutes=config.engine.timeout_minutes)
         say = speaker(world)
@@ -265,6 +266,14 @@ def _model(server: Server, name: str | None, max_length: int, say: Callable[[str
         )
     say(f"the teacher is {name} on {server.address}")
     return name
+
+
+def _refuse_second_reading(teacher: TeacherConfig) -> None:
+    if teacher.visual_dependency is not None:
+        raise ValueError(
+            "a server is asked with the picture alone, but `teacher.visual_dependency` asks without it; set "
+            "it to null, or cache the teacher without --server"
+        )
 
 
 def _refuse_unrenderable(reader: Side) -> None:

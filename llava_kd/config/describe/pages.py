@@ -11,7 +11,7 @@ from llava_kd.config.ranges import MOST
 _INTRODUCTION = f"""# Settings
 
 Made by `python benchmarks/make_docs.py` from the types of the settings; `llava-kd config` prints the same,
-`llava-kd config FILE.yaml` those of a stage, with a comment where one is not the default. A key stands in a
+`llava-kd config FILE.yaml` those of a stage, with a comment where one is not the default. A key is in a
 stage's YAML file, or after the file on the command line as `--optim.lr=1e-4`. Where the default is "none", a
 value must be given. `[]` is any item of a list, `NAME` any name. A number without another end is at most
 {MOST:g}.

@@ -47,9 +47,10 @@ class VisualDependencyConfig:
     def check_beside(self, *, cache: str | None, is_several: bool) -> None:
         """ValueError where no one teacher could be asked again."""
         require(
-            cache is None,
-            f"`teacher.cache` ({cache}) holds what the teacher says with the picture alone, but "
-            "`teacher.visual_dependency` asks it without: set one of them to null",
+            cache is None or self.gamma == 0,
+            f"`teacher.cache` ({cache}) keeps of what the teacher says without the picture a number a token "
+            f"alone, but `teacher.visual_dependency.gamma` {self.gamma:g} compares all of it: set gamma to "
+            "0, or teacher.cache to null",
         )
         require(
             not is_several,

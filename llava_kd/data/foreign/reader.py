@@ -146,7 +146,7 @@ def _moved(record: Record, rendered: Rendered, given: Mapping, num_images: int) 
     if len(replaced) != num_images:
         raise ValueError(
             f"record {record.id!r}: the teacher's processor does not say where its {num_images} pictures "
-            f"stand in the text (it says {len(replaced)}): transformers 5.23 or a processor of its own kind "
+            f"are in the text (it says {len(replaced)}): transformers 5.23 or a processor of its own kind "
             "does"
         )
     ends = [one["span"][1] for one in replaced]

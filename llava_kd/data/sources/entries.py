@@ -9,6 +9,13 @@ from pathlib import Path
 from llava_kd.data.sources.conversation import TALKS, Broken
 
 _BOM = b"\xef\xbb\xbf"
+_COMPRESSED = {
+    "gzip": b"\x1f\x8b",
+    "zip": b"PK\x03\x04",
+    "bzip2": b"BZh",
+    "xz": b"\xfd7zX",
+    "zstd": b"\x28\xb5\x2f\xfd",
+}
 
 
 def loads(data: bytes) -> object:
@@ -25,13 +32,27 @@ def loads(data: bytes) -> object:
         raise ValueError(f"is not JSON: {error}; write it again, or fix it there") from None
 
 
+def check_data_file(path: Path) -> None:
+    """ValueError unless there is a regular file that is not compressed."""
+    if path.is_dir():
+        inside = sorted(part.name for part in path.iterdir() if part.suffix in (".json", ".jsonl"))
+        which = f"the one meant, of {', '.join(inside[:5])}" if inside else "a LLaVA .json or .jsonl file"
+        raise ValueError(f"{path} is a folder; give {which}")
+    if not path.is_file():
+        raise ValueError(f"no data file {path}; give a LLaVA .json or .jsonl file")
+    with path.open("rb") as stream:
+        start = stream.read(4)
+    for name, magic in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path} is compressed ({name}); unpack it, and give the file that is in it")
+
+
 def read_entries(path: Path) -> Iterator[object]:
     """Entries of a JSON list, or of JSON Lines, where a line that cannot be read is a `Broken` one.
 
     A list is one by its first character. JSON Lines may be named .json, and a lone record is read too.
     """
-    if not path.is_file():
-        raise ValueError(f"no data file {path}; give a LLaVA .json or .jsonl file")
+    check_data_file(path)
     with path.open("rb") as stream:
         is_list = stream.read(1024).removeprefix(_BOM).lstrip()[:1] == b"["
     if path.suffix == ".jsonl" and not is_list:

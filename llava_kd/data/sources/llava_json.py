@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llava_kd.data.sources.cache import build_once, default_cache
 from llava_kd.data.sources.conversation import Record, Source, Turn, canonical, parse_record, read_records
-from llava_kd.data.sources.entries import read_entries
+from llava_kd.data.sources.entries import check_data_file, read_entries
 from llava_kd.data.sources.image_paths import read_regular
 from llava_kd.data.sources.packed import PackedRecords
 
@@ -82,8 +82,7 @@ class LlavaJson:
         path, root = Path(path), Path(image_root)
         if not root.is_dir():
             raise ValueError(f"no image folder {root}")
-        if not path.is_file():
-            raise ValueError(f"no data file {path}; give a LLaVA .json or .jsonl file")
+        check_data_file(path)
         self._name = path.name
         self._root = root.absolute()
         self._follow_symlinks = follow_symlinks

@@ -105,7 +105,7 @@ class _ArrowFile:
             is_file = stream.read(len(_ARROW_FILE)) == _ARROW_FILE
             stream.seek(-len(_STREAM_END), os.SEEK_END)
             if not is_file and stream.read() != _STREAM_END:
-                raise pa.ArrowInvalid("it has no end mark, so records behind it may be lost")
+                raise pa.ArrowInvalid("it has no end mark, so records after it may be lost")
         opened = pa.ipc.open_file if is_file else pa.ipc.open_stream
         table = opened(pa.memory_map(str(path))).read_all()
         self._batches = table.to_batches()

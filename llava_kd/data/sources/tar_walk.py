@@ -49,4 +49,4 @@ def _check_end(descriptor: int, start: int, size: int) -> None:
         if any(os.pread(descriptor, _CHUNK_BYTES, place)):
             raise tarfile.ReadError(f"the header at byte {start} is damaged, or another archive follows")
     if size - start < _END_BYTES:
-        raise tarfile.ReadError(f"it is cut: no {_END_BYTES} zeros stand at its end")
+        raise tarfile.ReadError(f"it is cut: no {_END_BYTES} zeros are at its end")

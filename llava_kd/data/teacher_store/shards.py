@@ -24,7 +24,7 @@ from llava_kd.durable import replacing
 from llava_kd.tensor_files import write_tensors
 
 SUFFIX = ".safetensors"
-ROW_TENSORS = ("hidden_ME", "top_logits_MK", "top_columns_MK", "rest_M", "std_M")
+ROW_TENSORS = ("hidden_ME", "top_logits_MK", "top_columns_MK", "rest_M", "std_M", "dependency_M")
 IMAGE_TENSORS = ("projected_INE",)
 _TABLE = ("number_R", "rows_R", "images_R", "crc_R", "text_crc_R")
 _TABLE_CRC = "table_crc"  # shards of older versions have none, and are trusted

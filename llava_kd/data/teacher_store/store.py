@@ -33,7 +33,7 @@ from llava_kd.data.text.encoder import Encoded
 from llava_kd.durable import replacing, write_text
 from llava_kd.tensor_files import write_tensors
 
-FORMAT_VERSION = 3  # 1 had no checksums, 2 no standard deviations
+FORMAT_VERSION = 4  # 1 had no checksums, 2 no standard deviations, 3 no dependency on pictures
 MANIFEST = "manifest.json"
 INDEX = "index.safetensors"
 SHARDS = "shards"
@@ -49,7 +49,8 @@ class Contents:
 
     `hidden` keeps final hidden states, and the projector's output where `projected`; `topk` the `k` largest
     of the first `columns` logits, and what the others sum to at `temperature`; at `std` also their standard
-    deviation.
+    deviation. `dependency`: how it was found how much the teacher needs the picture at each response token,
+    in words; None where that was not asked.
     """
 
     mode: Mode
@@ -58,6 +59,7 @@ class Contents:
     k: int | None = None
     columns: int | None = None
     temperature: float | Literal["std"] | None = None
+    dependency: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,10 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Equal for caches that hold the same predictions."""
-        text = json.dumps([dict(self.identity), asdict(self.contents), self.num_records], sort_keys=True)
+        contents = asdict(self.contents)
+        if self.contents.dependency is None:
+            del contents["dependency"]  # so that caches of older versions keep their digest
+        text = json.dumps([dict(self.identity), contents, self.num_records], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def write(self, directory: Path) -> None:

@@ -111,7 +111,7 @@ def _of_text(text: object, answers: list[str], score: float, where: str) -> Iter
         raise ValueError(f"{where}.text must be words of an answer; got {text!r:.80}")
     found = list(_places(text, answers))
     if not found:
-        raise ValueError(f"{where}.text must stand in an answer; {text[:80]!r} stands in none")
+        raise ValueError(f"{where}.text must occur in an answer; {text[:80]!r} occurs in none")
     yield from ((*place, score) for place in found)
 
 

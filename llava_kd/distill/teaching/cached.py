@@ -19,13 +19,19 @@ class CachedTeacher:
     """Predictions out of the stored rows that a batch brings. Places without a stored row are zero."""
 
     def __init__(
-        self, head_UE: Tensor | None, bias_U: Tensor | None, *, keeps_head_gram: bool = False
+        self,
+        head_UE: Tensor | None,
+        bias_U: Tensor | None,
+        *,
+        cap: float | None = None,
+        keeps_head_gram: bool = False,
     ) -> None:
         """`head_UE` may be None where the largest logits are stored, which need no head."""
         self._head_UE = None if head_UE is None else head_UE.detach()
         self._bias_U = None if bias_U is None else bias_U.detach()
+        self._cap = cap
         self._head_gram_EE: Tensor | None = None
-        if keeps_head_gram and self._head_UE is not None:
+        if keeps_head_gram and self._head_UE is not None and cap is None:  # else they are no product of it
             with torch.no_grad():
                 self._head_gram_EE = head_gram(self._head_UE)
 
@@ -51,6 +57,7 @@ class CachedTeacher:
                 projected_IND=projected_INE,
                 head_VD=self._head_UE,
                 bias_V=self._bias_U,
+                cap=self._cap,
                 head_gram_DD=self._head_gram_EE,
             )
         assert rows.top_logits_MK is not None

@@ -23,7 +23,7 @@ class ForeignTeacher:
         """`keeps_head_gram` computes the head's Gram matrix once, for the relation term at the logits."""
         self._model = model
         self._head_gram_EE: Tensor | None = None
-        if keeps_head_gram:
+        if keeps_head_gram and model.cap is None:  # capped logits are no product of it
             with torch.no_grad():
                 self._head_gram_EE = head_gram(model.head.weight)
 

@@ -101,6 +101,7 @@ def mixture_figures(teachers: MixedPrediction, batch: Batch, counts: Counts) -> 
         first.head_VD,
         first.bias_V,
         targets_of_rows(inputs, rows_N),
+        cap=first.cap,
         change=teachers.target(rows_N),
     ).nll_N
     share = 1 / counts["response_tokens"].clamp_min(1).float()
@@ -121,6 +122,7 @@ def teacher_cross_entropy(
         teacher.head_VD,
         targets_of_rows(inputs, rows_N),
         student_bias_V=teacher.bias_V,
+        student_cap=teacher.cap,
         ce_weight_N=torch.ones(len(rows_N), device=rows_N.device),
         active_rows=(0, len(rows_N)),
     )

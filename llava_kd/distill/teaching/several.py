@@ -54,7 +54,7 @@ def agreement(parts: Sequence[Prediction], batch: Batch, *, beta: float) -> Tens
     targets_N = targets_of_rows(inputs, rows_N)
     likelihood_NM = torch.stack(
         [
-            -row_figures(p.hidden_BTD.flatten(0, 1)[rows_N], p.head_VD, p.bias_V, targets_N).nll_N
+            -row_figures(p.hidden_BTD.flatten(0, 1)[rows_N], p.head_VD, p.bias_V, targets_N, cap=p.cap).nll_N
             for p in parts
         ],
         dim=1,

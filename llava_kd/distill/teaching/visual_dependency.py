@@ -1,5 +1,7 @@
 """A teacher that is asked twice, with the picture and without it, so that tokens that need it weigh more.
 
+Or it was asked so before, and a cache holds how much it needs the picture for each token.
+
 Shape legend: I images, N response rows, P places of the flattened rows; in features: I images, N tokens of an
 image, E tower width.
 """
@@ -54,15 +56,26 @@ class Weighing:
                 f"got top={self.top}, mass={self.mass}"
             )
 
-    @torch.no_grad()
     def of(self, batch: Batch, seen: Prediction, unseen: Prediction) -> Dependency:
         """Of the response rows of a micro-batch, in their order."""
         inputs = batch.teacher_inputs
+        found = self.weighed(batch, self.score(inputs, seen, unseen))
+        return replace(found, unseen=_voice(unseen, response_rows(inputs)), gamma=self.gamma)
+
+    @torch.no_grad()
+    def score(self, inputs: Inputs, seen: Prediction, unseen: Prediction) -> Tensor:
+        """[N] of the response rows: what both readings of the teacher's own inputs tell."""
         rows_N = response_rows(inputs)
-        without = _voice(unseen, rows_N)
-        found = scores(_voice(seen, rows_N), without, targets_of_rows(inputs, rows_N))
+        found = scores(_voice(seen, rows_N), _voice(unseen, rows_N), targets_of_rows(inputs, rows_N))
+        return found.vds_N if self.by == "vds" else found.va_N
+
+    @torch.no_grad()
+    def weighed(self, batch: Batch, score_N: Tensor) -> Dependency:
+        """Of these scores of the response rows, of which those beside pictures count; no further target."""
+        inputs = batch.teacher_inputs
+        rows_N = response_rows(inputs)
         is_shown_N = beside_pictures(inputs, rows_N)
-        score_N = torch.where(is_shown_N, found.vds_N if self.by == "vds" else found.va_N, 0)
+        score_N = torch.where(is_shown_N, score_N, 0)
         is_shared_N = Rows.select("response", batch, with_teacher=True).is_shared_N > 0
         weight_N = weights(
             score_N,
@@ -76,8 +89,6 @@ class Weighing:
             score_N=score_N,
             weight_N=weight_N,
             is_shown_N=is_shown_N,
-            unseen=without,
-            gamma=self.gamma,
             drops_rows=self.mass == 1,
         )
 
@@ -92,7 +103,44 @@ def beside_pictures(inputs: Inputs, rows_N: Tensor) -> Tensor:
     return has_picture_R[record_P[rows_N]] > 0
 
 
-class VisuallyWeighed(FromTeacher):
+class _Weighed(FromTeacher):
+    """With figures of what the response rows weigh."""
+
+    def figures(self, batch: Batch, taught: Taught, counts: Counts) -> Mapping[str, Tensor]:
+        """With the mean score of a response token, in nats, and the share of those that weigh more than 1."""
+        assert taught.dependency is not None
+        share = 1 / counts["response_tokens"].clamp_min(1).float()
+        return {
+            **super().figures(batch, taught, counts),
+            SCORE: taught.dependency.score_N.sum() * share,
+            SHARE: (taught.dependency.weight_N > 1).sum() * share,
+        }
+
+
+class StoredWeighing(_Weighed):
+    """Says what a cache says; the response rows weigh by the scores that the cache brings."""
+
+    def __init__(
+        self, weighing: Weighing, predict: Predicts, *, head_loss: Callable[..., HeadLoss] = head_loss
+    ) -> None:
+        super().__init__(predict, head_loss=head_loss)
+        if weighing.gamma > 0:
+            raise ValueError("gamma needs all that a teacher says without the picture, and a cache has none")
+        self._weighing = weighing
+
+    def outside(self, batch: Batch, features_INE: Tensor | None) -> Taught:
+        taught = super().outside(batch, features_INE)
+        stored, inputs = batch.teacher_rows, batch.teacher_inputs
+        if stored is None or stored.dependency_M is None:
+            raise ValueError(
+                "the batch brings no scores of tokens that need the picture; give it a cache of them"
+            )
+        flat_P = stored.dependency_M.new_zeros(inputs.input_ids_BT.numel())
+        flat_P = flat_P.index_copy(0, stored.places_M, stored.dependency_M)
+        return replace(taught, dependency=self._weighing.weighed(batch, flat_P[response_rows(inputs)]))
+
+
+class VisuallyWeighed(_Weighed):
     """Says what the teacher says; the response rows weigh by how much it needs the picture for them."""
 
     def __init__(
@@ -129,16 +177,6 @@ class VisuallyWeighed(FromTeacher):
             voice = _voice(own, response_rows(inputs))
         return replace(taught, dependency=replace(taught.dependency, own=voice))
 
-    def figures(self, batch: Batch, taught: Taught, counts: Counts) -> Mapping[str, Tensor]:
-        """With the mean score of a response token, in nats, and the share of those that weigh more than 1."""
-        assert taught.dependency is not None
-        share = 1 / counts["response_tokens"].clamp_min(1).float()
-        return {
-            **super().figures(batch, taught, counts),
-            SCORE: taught.dependency.score_N.sum() * share,
-            SHARE: (taught.dependency.weight_N > 1).sum() * share,
-        }
-
     def _without_pictures(self, batch: Batch) -> Batch:
         inputs = self._weighing.without_pictures(batch.teacher_inputs)
         if batch.teacher is None:
@@ -152,4 +190,5 @@ def _voice(prediction: Prediction, rows_N: Tensor) -> Voice:
         prediction.hidden_BTD.flatten(0, 1)[rows_N],
         prediction.head_VD.detach(),
         None if bias_V is None else bias_V.detach(),
+        prediction.cap,
     )

@@ -37,5 +37,7 @@ class DBiLD(Term):
             temperature=self.temperature,
             candidates=self.candidates,
             num_common=seen.num_common,
+            student_cap=student.cap,
+            teacher_cap=teacher.cap,
         )
         return result.loss

@@ -57,6 +57,7 @@ class Relation(Term):
         if self.tap == "logits":
             student, teacher = seen.heads()
             heads = {"student_head_VD": student.head_VD, "teacher_head_UE": teacher.head_VD}
+            heads |= {"student_cap": student.cap, "teacher_cap": teacher.cap}
             if teacher.gram_DD is not None:
                 heads["teacher_gram_EE"] = teacher.gram_DD
         rows_I = seen.formulas.relation_rows(

@@ -15,6 +15,7 @@ from llava_kd.batch import IGNORE_INDEX, Batch, Inputs, StretchRows
 from llava_kd.distill.formulas import Align, Common, Formulas
 from llava_kd.distill.rows import Place, Rows, VisualTap, of_images, targets_of_rows, visual_features
 from llava_kd.distill.terms.term import Need, Reads
+from llava_kd.losses.cross.projection import Projection
 from llava_kd.losses.cross.stretches import Stretched, Words
 from llava_kd.losses.tuning.information import Centroids
 from llava_kd.models.mllm import Prediction
@@ -25,10 +26,14 @@ PROJECTOR = "multi_modal_projector"  # where taps show images, not the places of
 
 
 class Head(NamedTuple):
-    """Logits are `hidden @ head_VD.T (+ bias_V)`; the Gram matrix is that of a frozen head, if declared."""
+    """Logits are z = `hidden @ head_VD.T (+ bias_V)`, with a cap `cap tanh(z / cap)`.
+
+    The Gram matrix is that of a frozen head, if declared.
+    """
 
     head_VD: Tensor
     bias_V: Tensor | None
+    cap: float | None
     gram_DD: Tensor | None
 
 
@@ -78,6 +83,14 @@ class Seen:
         return self._common.words
 
     @property
+    def projection(self) -> Projection:
+        """Of the tokens of one side onto the other's. ValueError where nobody has given it."""
+        self._declared(self._reads.stretches, "stretches=True")
+        if self._common.projection is None:
+            raise ValueError(f"the term {self._name} got no projection of one vocabulary onto the other")
+        return self._common.projection
+
+    @property
     def module(self) -> nn.Module:
         if self._module is None:
             raise ValueError(f"the term {self._name} has no module of its own; its `module` must make one")
@@ -109,7 +122,7 @@ class Seen:
 
     @property
     def student_head(self) -> Head:
-        return Head(self._student.head_VD, self._student.bias_V, None)
+        return _head(self._student, None)
 
     @property
     def centroids(self) -> Centroids:
@@ -262,7 +275,7 @@ class Seen:
         """Of the student and of the teacher."""
         teacher = self._of_teacher("states")
         gram_DD = teacher.head_gram_DD if self._reads.head_gram else None
-        return self.student_head, Head(teacher.head_VD, teacher.bias_V, gram_DD)
+        return self.student_head, _head(teacher, gram_DD)
 
     def _answered_alike(self, place: Place) -> Rows:
         """Rows but those of response tokens that differ: they have no common place in two vocabularies."""
@@ -299,6 +312,10 @@ class Seen:
             )
 
 
+def _head(said: Prediction, gram_DD: Tensor | None) -> Head:
+    return Head(said.head_VD, said.bias_V, said.cap, gram_DD)
+
+
 def _of_images(states: Tensor, inputs: Inputs, tap: str | None) -> Tensor:
     """[I, N, D]: what a projector gives, but for its stand-in without images, and rows of visual tokens."""
     if tap is not None and tap.startswith(PROJECTOR):
@@ -322,6 +339,7 @@ def _stretched(prediction: Prediction, inputs: Inputs, rows: StretchRows | None)
         stretch_R=rows.stretch_R,
         head_VD=prediction.head_VD,
         bias_V=prediction.bias_V,
+        cap=prediction.cap,
     )
 
 

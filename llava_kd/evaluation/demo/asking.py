@@ -195,8 +195,10 @@ def _inputs(prompt_BT: Tensor, new_BN: Tensor, pixels_ICHW: Tensor, image_token_
 def _log_probs(prediction: Prediction, inputs: Inputs) -> Tensor:
     """[N, V] at the places that predict the answer, fp32."""
     hidden_ND = prediction.hidden_BTD.flatten(0, 1)[inputs.places.response_N]
-    logits_NV = torch.nn.functional.linear(hidden_ND, prediction.head_VD, prediction.bias_V)
-    return logits_NV.float().log_softmax(-1)
+    logits_NV = torch.nn.functional.linear(hidden_ND, prediction.head_VD, prediction.bias_V).float()
+    if prediction.cap is not None:
+        logits_NV = prediction.cap * torch.tanh(logits_NV / prediction.cap)
+    return logits_NV.log_softmax(-1)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, new_N: Tensor, log_probs_NV: Tensor) -> tuple[Token, ...]:

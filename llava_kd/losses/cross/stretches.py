@@ -40,9 +40,9 @@ from torch.nn.functional import pad
 from llava_kd.losses.divergence import FORWARD, Divergence, divergence_rows
 from llava_kd.losses.kernels.rows import chunk_size
 from llava_kd.losses.kernels.summed import Side, leading_logits, sum_of_rows
-from llava_kd.losses.reference import accumulation_dtype
+from llava_kd.losses.reference import accumulation_dtype, head_logits
 
-_COPIES = 8  # of a chunk's logits on each side: as they come, chosen, their softmax, sorted, gradients
+COPIES = 8  # of a chunk's logits on each side: as they come, chosen, their softmax, sorted, gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +73,23 @@ class Stretched(NamedTuple):
     stretch_R: Tensor
     head_VD: Tensor
     bias_V: Tensor | None = None
+    cap: float | None = None
+
+    def side(self, states_CD: Tensor) -> Side:
+        """Its head, to be read at some states."""
+        return Side(states_CD, self.head_VD, self.bias_V, self.cap)
 
 
 class StretchLoss(NamedTuple):
-    """`loss` = sum of the stretches, differentiable; they, and the teacher's share of p in pairs, are not."""
+    """`loss` = sum of the stretches, differentiable; they, and the teacher's share of p in pairs, are not.
+
+    `ruled_S`: where one side is projected, the share of its p that has a rule.
+    """
 
     loss: Tensor
     rows_S: Tensor
     paired_S: Tensor
+    ruled_S: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +108,17 @@ class Distance:
                 f"stretches are compared by forward, reverse or jsd; got {self.divergence.kind!r}"
             )
 
+    def masses(self, student_CK: Tensor, teacher_CK: Tensor) -> Tensor:
+        """[C]: D, of the logarithms of masses in the same columns, without T^2."""
+        rows_C = divergence_rows(student_CK, teacher_CK, self.divergence)
+        if self.divergence.kind == "jsd":  # whose masses cancel
+            return rows_C
+        sign = 1 if self.divergence.kind == "forward" else -1
+        return rows_C + sign * (student_CK.exp().sum(1) - teacher_CK.exp().sum(1))
+
     def rows(self, student_CW: Tensor, teacher_CW: Tensor, num_pairs: int) -> Tensor:
         """[C], of log q of both sides, pairs first."""
-        s_CK, t_CK = student_CW[:, :num_pairs], teacher_CW[:, :num_pairs]
-        rows_C = divergence_rows(s_CK, t_CK, self.divergence)
-        if self.divergence.kind != "jsd":  # whose masses cancel
-            sign = 1 if self.divergence.kind == "forward" else -1
-            rows_C = rows_C + sign * (s_CK.exp().sum(1) - t_CK.exp().sum(1))
+        rows_C = self.masses(student_CW[:, :num_pairs], teacher_CW[:, :num_pairs])
         sorted_ = [
             log_q_CW[:, num_pairs:].exp().sort(dim=1, descending=True).values
             for log_q_CW in (student_CW, teacher_CW)
@@ -120,12 +133,12 @@ def stretch_loss(student: Stretched, teacher: Stretched, words: Words, distance:
     check(student, teacher, words)
     with torch.autocast(student.first_SD.device.type, enabled=False):
         temperature, (mine_W, theirs_W) = distance.temperature, words.sides
-        student_SW = _log_p(_logits(student.first_SD, student), mine_W, temperature)
-        further_R = _log_p(_logits(student.further_RD, student), mine_W, temperature, student.tokens_R)
+        student_SW = log_p(logits(student.first_SD, student), mine_W, temperature)
+        further_R = log_p(logits(student.further_RD, student), mine_W, temperature, student.tokens_R)
         student_SW = student_SW + _sums(further_R, student).unsqueeze(1)
         with torch.no_grad():
-            first_SW = _log_p(_logits(teacher.first_SD, teacher), theirs_W, temperature)
-            further_R = _log_p(_logits(teacher.further_RD, teacher), theirs_W, temperature, teacher.tokens_R)
+            first_SW = log_p(logits(teacher.first_SD, teacher), theirs_W, temperature)
+            further_R = log_p(logits(teacher.further_RD, teacher), theirs_W, temperature, teacher.tokens_R)
             teacher_SW = first_SW + _sums(further_R, teacher).unsqueeze(1)
         rows_S = distance.rows(student_SW, teacher_SW.to(student_SW.dtype), words.num_pairs)
         paired_S = first_SW[:, : words.num_pairs].exp().sum(1)
@@ -149,7 +162,7 @@ def stretch_loss_by_chunk(
     mine_W, theirs_W = words.sides
     widest = student.head_VD.shape[0] + teacher.head_VD.shape[0]
     size = chunk_rows or chunk_size(
-        max(1, len(student.first_SD)), bytes_per_row=4 * _COPIES * widest, device=mine_W.device
+        max(1, len(student.first_SD)), bytes_per_row=4 * COPIES * widest, device=mine_W.device
     )
     log_c_S, theirs_S = (
         _sums(_further(side, columns_W, distance.temperature, size), side)
@@ -160,30 +173,26 @@ def stretch_loss_by_chunk(
 
     def first_rows(part: slice, logits_CV: Tensor) -> Tensor:
         with torch.no_grad():
-            side = (teacher.first_SD[part], teacher.head_VD, teacher.bias_V)
-            logits_CU = leading_logits(side, teacher.head_VD.shape[0])
-            first_CW = _log_p(logits_CU, theirs_W, distance.temperature)
+            logits_CU = leading_logits(teacher.side(teacher.first_SD[part]), teacher.head_VD.shape[0])
+            first_CW = log_p(logits_CU, theirs_W, distance.temperature)
             paired_S[part] = first_CW[:, : words.num_pairs].exp().sum(1)
             teacher_CW = (first_CW + theirs_S[part].unsqueeze(1)).to(logits_CV.dtype)
         log_c_C = log_c_S[part].requires_grad_(wants_slope)
-        student_CW = _log_p(logits_CV, mine_W, distance.temperature) + log_c_C.unsqueeze(1)
+        student_CW = log_p(logits_CV, mine_W, distance.temperature) + log_c_C.unsqueeze(1)
         rows_C = distance.rows(student_CW, teacher_CW, words.num_pairs)
         if wants_slope:
             (slope_S[part],) = torch.autograd.grad(rows_C.sum(), log_c_C, retain_graph=True)
         return rows_C
 
     def further_rows(part: slice, logits_CV: Tensor) -> Tensor:
-        log_p_C = _log_p(logits_CV, mine_W, distance.temperature, student.tokens_R[part])
+        log_p_C = log_p(logits_CV, mine_W, distance.temperature, student.tokens_R[part])
         return slope_S[student.stretch_R[part]] * log_p_C
 
     num_columns = student.head_VD.shape[0]
-    found = sum_of_rows(
-        (student.first_SD, student.head_VD, student.bias_V), first_rows,
-        num_columns=num_columns, chunk_rows=size,
-    )  # fmt: skip
+    found = sum_of_rows(student.side(student.first_SD), first_rows, num_columns=num_columns, chunk_rows=size)
     loss = found.loss
     if wants_slope:
-        side = (student.further_RD, student.head_VD, student.bias_V)
+        side = student.side(student.further_RD)
         through_c = sum_of_rows(side, further_rows, num_columns=num_columns, chunk_rows=size).loss
         loss = loss + (through_c - through_c.detach())  # of no value: its gradient is what c adds
     return StretchLoss(loss=loss, rows_S=found.rows_N.detach(), paired_S=paired_S)
@@ -203,9 +212,7 @@ def check(student: Stretched, teacher: Stretched, words: Words) -> None:
         )
 
 
-def _log_p(
-    logits_CV: Tensor, columns_W: Tensor, temperature: float, tokens_C: Tensor | None = None
-) -> Tensor:
+def log_p(logits_CV: Tensor, columns_W: Tensor, temperature: float, tokens_C: Tensor | None = None) -> Tensor:
     """Log-softmax over these columns: [C, W], or [C] at a token of each row."""
     logits_CW = logits_CV.index_select(1, columns_W) / temperature
     if tokens_C is None:
@@ -220,9 +227,8 @@ def _further(side: Stretched, columns_W: Tensor, temperature: float, size: int) 
     with torch.no_grad(), torch.autocast(side.further_RD.device.type, enabled=False):
         for begin in range(0, len(side.tokens_R), size):
             part = slice(begin, begin + size)
-            rows: Side = (side.further_RD[part], side.head_VD, side.bias_V)
-            logits_CV = leading_logits(rows, side.head_VD.shape[0])
-            found.append(_log_p(logits_CV, columns_W, temperature, side.tokens_R[part]))
+            logits_CV = leading_logits(side.side(side.further_RD[part]), side.head_VD.shape[0])
+            found.append(log_p(logits_CV, columns_W, temperature, side.tokens_R[part]))
     return torch.cat(found)
 
 
@@ -232,7 +238,5 @@ def _sums(further_R: Tensor, side: Stretched) -> Tensor:
     return zeros_S.index_add(0, side.stretch_R, further_R)
 
 
-def _logits(states_CD: Tensor, side: Stretched) -> Tensor:
-    dtype = accumulation_dtype(states_CD)
-    logits_CV = states_CD.to(dtype) @ side.head_VD.to(dtype).T
-    return logits_CV if side.bias_V is None else logits_CV + side.bias_V.to(dtype)
+def logits(states_CD: Tensor, side: Stretched) -> Tensor:
+    return head_logits(*side.side(states_CD))

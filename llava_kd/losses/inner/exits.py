@@ -52,6 +52,7 @@ def enhanced(
     gamma: float,
     form: Form,
     bias_U: Tensor | None = None,
+    cap: float | None = None,
     num_common: int | None = None,
 ) -> Enhanced:
     """The rows as the head loss takes them, over the first `num_common` columns (default: all).
@@ -67,7 +68,7 @@ def enhanced(
         mass_C = (gamma * logp_CU).logsumexp(1).exp() if form == "code" else torch.ones_like(logp_C)
         return (logp_C.exp() * is_common_C).float(), mass_C.float()
 
-    p_N, mass_N = by_chunk(teacher_NE, head_UE, bias_U, of_chunk, copies=3)
+    p_N, mass_N = by_chunk(teacher_NE, head_UE, bias_U, of_chunk, cap=cap, copies=3)
     if form == "code":
         ce_weight_N = (1 + p_N) ** gamma - 1 - p_N**gamma
     else:

@@ -74,20 +74,46 @@ def torch_rows(
             continue
         weight_R = kl_weight_C[rows]
         teacher_RU = _as_logits(teacher_CU[rows], teacher_bias_U, dtype)
-        if log_p_RV is None or temperature != 1 or num_common != num_classes:
-            log_p_RV = _softened(logits_RV[:, :num_common], temperature)
-        teacher_heat = 1.0 if is_std and is_teacher_standard else temperature
-        log_q_RV = _softened(teacher_RU[:, :num_common], teacher_heat)
-        kl_R, kl_slope_RV = _divergence(log_p_RV, log_q_RV, divergence)
-        kl_C[rows] = _nan_unless_finite(kl_R * squared(temperature))
-        if gradient_RV is not None:
-            if isinstance(temperature, str):
+        if divergence.kind == "forward" and not isinstance(temperature, str):
+            common = logits_RV[:, :num_common], teacher_RU[:, :num_common]
+            kl_R, kl_slope_RV = _forward(*common, temperature, weight_R * temperature)
+        else:
+            if log_p_RV is None or temperature != 1 or num_common != num_classes:
+                log_p_RV = _softened(logits_RV[:, :num_common], temperature)
+            teacher_heat = 1.0 if is_std and is_teacher_standard else temperature
+            log_q_RV = _softened(teacher_RU[:, :num_common], teacher_heat)
+            kl_R, kl_slope_RV = _divergence(log_p_RV, log_q_RV, divergence)
+            if isinstance(temperature, str) and gradient_RV is not None:
                 _through_deviation(kl_slope_RV, logits_RV[:, :num_common])
-                kl_slope_RV *= weight_R.unsqueeze(1)
-            else:
-                kl_slope_RV *= (weight_R * temperature).unsqueeze(1)
-            _store(gradient_RV, slope_RV, kl_slope_RV)
+            kl_slope_RV *= (weight_R if isinstance(temperature, str) else weight_R * temperature).unsqueeze(1)
+        kl_C[rows] = _nan_unless_finite(kl_R * squared(temperature))
+        _store(gradient_RV, slope_RV, kl_slope_RV)
     return ce_C, kl_C
+
+
+def _forward(
+    student_RC: Tensor, teacher_RC: Tensor, temperature: float, weight_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Forward divergence of each row of logits, and `weight_R` times its gradient with respect to z / T.
+
+    From two softmaxes, which take their exponentials three times as fast as `exp` does, and once a column
+    where log-softmaxes need two. A softmax adds them one after the other: over a vocabulary it is off by up
+    to 1e-5, which its own sum, taken in pairs, mends.
+    """
+    if temperature != 1:
+        student_RC, teacher_RC = student_RC / temperature, teacher_RC / temperature
+    p_s_RC, p_t_RC = student_RC.softmax(1), teacher_RC.softmax(1)
+    sum_s_R1, sum_t_R1 = p_s_RC.sum(1, keepdim=True), p_t_RC.sum(1, keepdim=True)
+    mean_R1 = (teacher_RC - student_RC).mul_(p_t_RC).sum(1, keepdim=True) / sum_t_R1
+    log_ratio_R1 = _lse(teacher_RC, p_t_RC, sum_t_R1) - _lse(student_RC, p_s_RC, sum_s_R1)
+    weight_R1 = weight_R.unsqueeze(1)
+    slope_RC = p_s_RC.mul_(weight_R1 / sum_s_R1).sub_(p_t_RC.mul_(weight_R1 / sum_t_R1))  # 0 of equal ones
+    return (mean_R1 - log_ratio_R1).squeeze(1), slope_RC
+
+
+def _lse(logits_RC: Tensor, p_RC: Tensor, sum_R1: Tensor) -> Tensor:
+    """Log of the sum of exponentials [R, 1], from a softmax whose own sum is `sum_R1`."""
+    return logits_RC.amax(1, keepdim=True) - (p_RC.amax(1, keepdim=True) / sum_R1).log()
 
 
 def _as_logits(logits_RV: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -135,7 +161,7 @@ def _divergence(s_RV: Tensor, t_RV: Tensor, divergence: Divergence) -> tuple[Ten
     mix = divergence.mix
     p_s_RV = s_RV.exp()
     match divergence.kind:
-        case "forward":
+        case "forward":  # at the temperature `std`; at a number see `_forward`
             p_t_RV = t_RV.exp()
             value_R = _dot(p_t_RV, t_RV - s_RV)
             return value_R, p_s_RV.sub_(p_t_RV)

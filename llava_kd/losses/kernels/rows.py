@@ -18,7 +18,7 @@ CUDA_TILE_ROWS = 128
 CUDA_MEMORY_SHARE = 1 / 16
 MAX_CHUNK_ROWS = 4224  # 33 tiles: with 1024 columns of dX, a tile for each of an H200's 132 multiprocessors
 CPU_TILE_ROWS = 8
-CPU_CHUNK_BYTES = 160 * 2**20
+CPU_CHUNK_BYTES = 240 * 2**20  # of logits: each chunk reads both heads anew, and the head's gradient twice
 
 
 @dataclass(frozen=True, kw_only=True)

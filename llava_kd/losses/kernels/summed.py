@@ -9,16 +9,26 @@ Shape legend: N rows, V vocabulary, D width, C rows of a chunk, K leading column
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from llava_kd.losses.kernels import gemm
+from llava_kd.losses.kernels.capping import cap_, through_cap_
 from llava_kd.losses.reference import RowsLoss, accumulation_dtype
 
 RowsOf = Callable[[slice, Tensor], Tensor]  # of the rows of a slice, their logits [C, K]: values [C]
-Side = tuple[Tensor, Tensor, Tensor | None]  # rows, head and bias of a model
+
+
+class Side(NamedTuple):
+    """Rows, head, bias and cap of a model."""
+
+    hidden_ND: Tensor
+    head_VD: Tensor
+    bias_V: Tensor | None = None
+    cap: float | None = None
 
 
 @gemm.not_compiled
@@ -27,19 +37,25 @@ def sum_of_rows(side: Side, rows_of: RowsOf, *, num_columns: int, chunk_rows: in
 
     `rows_of` is shown the first `num_columns` logits of some rows, and must be differentiable by them.
     """
-    hidden_ND, head_VD, bias_V = side
-    loss, rows_N = _Chunked.apply(
-        hidden_ND, head_VD, bias_V, rows_of, num_columns, chunk_rows, torch.is_grad_enabled()
-    )
+    how = _How(side.cap, rows_of, num_columns, chunk_rows, torch.is_grad_enabled())
+    loss, rows_N = _Chunked.apply(*side[:3], how)
     return RowsLoss(loss=loss, rows_N=rows_N)
 
 
 def leading_logits(side: Side, num_columns: int) -> Tensor:
     """[C, K], at least fp32, without gradient: the head is read block by block, and no farther."""
-    hidden_CD, head_VD, bias_V = side
+    hidden_CD, head_VD, bias_V, cap = side
     with torch.no_grad():
         logits_CK = gemm.wide_logits(hidden_CD, head_VD[:num_columns], accumulation_dtype(hidden_CD))
-        return logits_CK if bias_V is None else logits_CK.add_(bias_V[:num_columns])
+        return cap_(logits_CK if bias_V is None else logits_CK.add_(bias_V[:num_columns]), cap)
+
+
+class _How(NamedTuple):
+    cap: float | None
+    rows_of: RowsOf
+    num_columns: int
+    chunk_rows: int
+    wants_gradient: bool
 
 
 class _Context(FunctionCtx):
@@ -57,11 +73,9 @@ class _Chunked(torch.autograd.Function):
         hidden_ND: Tensor,
         head_VD: Tensor,
         bias_V: Tensor | None,
-        rows_of: RowsOf,
-        num_columns: int,
-        chunk_rows: int,
-        wants_gradient: bool,
+        how: _How,
     ) -> tuple[Tensor, Tensor]:
+        cap, rows_of, num_columns, chunk_rows, wants_gradient = how
         dtype = accumulation_dtype(hidden_ND)
         is_16_bit = gemm.product_dtype(hidden_ND.device) is not None or gemm.is_half(head_VD.dtype)
         sources = (hidden_ND, head_VD, bias_V)
@@ -73,7 +87,7 @@ class _Chunked(torch.autograd.Function):
         rows = [hidden_ND.new_zeros(0, dtype=dtype)]
         for first in range(0, hidden_ND.shape[0], chunk_rows):
             part = slice(first, first + chunk_rows)
-            side = (hidden_ND[part].detach(), head_VD.detach(), bias_V)
+            side = Side(hidden_ND[part].detach(), head_VD.detach(), bias_V, cap)
             with gemm.tf32_on_cuda(hidden_ND.device, is_16_bit):
                 rows_C, gradient_CK = _of_chunk(side, rows_of, part, num_columns, gradients)
                 rows.append(rows_C)
@@ -98,24 +112,26 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         scaled = [next(saved) * grad if present else None for present in ctx.present]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None)
 
 
 def _of_chunk(
     side: Side, rows_of: RowsOf, part: slice, num_columns: int, gradients: list[Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
-    """Values of the rows, and the gradient of their leading logits where one is wanted."""
+    """Values of the rows, and the gradient of their leading logits, before a cap, where one is wanted."""
     wants_gradient = any(gradient is not None for gradient in gradients)
     with torch.autocast(side[0].device.type, enabled=False), torch.enable_grad():
         logits_CK = leading_logits(side, num_columns).requires_grad_(wants_gradient)
         rows_C = rows_of(part, logits_CK)
         gradient_CK = torch.autograd.grad(rows_C.sum(), logits_CK)[0] if wants_gradient else None
+        if gradient_CK is not None and side.cap is not None:
+            gradient_CK = through_cap_(gradient_CK.clone(), logits_CK.detach(), side.cap)
     return rows_C.detach(), gradient_CK
 
 
 def _add(gradients: list[Tensor | None], part: slice, gradient_CK: Tensor, side: Side) -> None:
     """What the gradient of some rows' logits gives those rows, the head and its bias."""
-    hidden_CD, head_VD, _ = side
+    hidden_CD, head_VD, *_ = side
     num_columns = gradient_CK.shape[1]
     dX_ND, dW_VD, db_V = gradients
     if dX_ND is not None:

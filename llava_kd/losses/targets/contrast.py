@@ -24,7 +24,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llava_kd.losses.head_loss import by_chunk
 from llava_kd.losses.reference import accumulation_dtype
 from llava_kd.losses.targets.mixture import Voice
 
@@ -61,7 +60,7 @@ class ContrastTarget:
                 other_RV[index_P] += sign * logits_PU[:, : self.num_common]
                 return (index_P,)
 
-            by_chunk(voice.hidden_NE[row_R], voice.head_UE, voice.bias_U, add, copies=_COPIES)
+            voice.by_chunk(row_R, add, copies=_COPIES)
         logits_CU[place_R, : self.num_common] = self._together(seen_RV, other_RV).to(logits_CU.dtype)
         logits_CU[place_R, self.num_common :] = -torch.inf
 

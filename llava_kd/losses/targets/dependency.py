@@ -51,7 +51,8 @@ def scores(seen: Voice, unseen: Voice, labels_N: Tensor, *, chunk_rows: int | No
         return Scores(*rows_of(Voice(unseen.hidden_NE[index_C], *unseen[1:]), of_part))
 
     def rows_of(voice: Voice, ask: Callable[[Tensor, Tensor], Scores]) -> tuple[Tensor, ...]:
-        return by_chunk(*voice, ask, copies=_COPIES, chunk_rows=chunk_rows)
+        hidden_NE, head_UE, bias_U, cap = voice
+        return by_chunk(hidden_NE, head_UE, bias_U, ask, cap=cap, copies=_COPIES, chunk_rows=chunk_rows)
 
     return Scores(*rows_of(seen, of_chunk))
 

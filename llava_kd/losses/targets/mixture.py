@@ -19,7 +19,7 @@ width, M teachers, K types, R records.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,11 +33,19 @@ _COPIES = 4  # of a chunk's logits: as they come, softened, their softmax, the s
 
 
 class Voice(NamedTuple):
-    """A teacher's final hidden states and head; widths, and rows of the heads, may differ between them."""
+    """A teacher's final hidden states, head and its cap; widths, and rows of the heads, may differ."""
 
     hidden_NE: Tensor
     head_UE: Tensor
     bias_U: Tensor | None = None
+    cap: float | None = None
+
+    def by_chunk(
+        self, rows_N: Tensor, of_chunk: Callable[[Tensor, Tensor], tuple[Tensor, ...]], *, copies: int
+    ) -> tuple[Tensor, ...]:
+        """`by_chunk` of some of its rows."""
+        hidden_NE, head_UE, bias_U, cap = self
+        return by_chunk(hidden_NE[rows_N], head_UE, bias_U, of_chunk, cap=cap, copies=copies)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +79,7 @@ class MixedTarget:
                 mixed_CV[index_P] = torch.logaddexp(mixed_CV[index_P], share_PV)
                 return (index_P,)
 
-            by_chunk(voice.hidden_NE[index_C], voice.head_UE, voice.bias_U, join, copies=_COPIES)
+            voice.by_chunk(index_C, join, copies=_COPIES)
         logits_CU[:, : self.num_common] = mixed_CV.mul_(self.temperature)
         logits_CU[:, self.num_common :] = -torch.inf
 

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from llava_kd.losses.head_loss import by_chunk
-from llava_kd.losses.kernels.summed import sum_of_rows
-from llava_kd.losses.reference import RowsLoss, accumulation_dtype
+from llava_kd.losses.kernels.summed import Side, sum_of_rows
+from llava_kd.losses.reference import RowsLoss, accumulation_dtype, head_logits
 
 _CHUNK_ROWS = 64
 _COPIES = 3  # of a chunk's logits: as they come, widened, their softmax
@@ -73,6 +73,7 @@ def conditional_information(
     temperature: float,
     clamp: float,
     bias_V: Tensor | None = None,
+    cap: float | None = None,
 ) -> RowsLoss:
     """The sum of the rows, to be subtracted, and the rows: the plain form, all logits at once.
 
@@ -83,9 +84,7 @@ def conditional_information(
         dtype = accumulation_dtype(hidden_ND)
         row_of_N = centroids.row_of_V[labels_N]
         has_centroid_N = row_of_N != NONE
-        logits_NV = hidden_ND.to(dtype) @ head_VD.to(dtype).T
-        if bias_V is not None:
-            logits_NV = logits_NV + bias_V.to(dtype)
+        logits_NV = head_logits(hidden_ND, head_VD, bias_V, cap)
         log_q_MV = centroids.log_q_KV[row_of_N[has_centroid_N]].to(dtype)
         rows_M = information_rows(logits_NV[has_centroid_N], log_q_MV, temperature=temperature, clamp=clamp)
         rows_N = logits_NV.new_zeros(len(labels_N)).index_put((has_centroid_N,), rows_M)
@@ -101,6 +100,7 @@ def conditional_information_by_chunk(
     temperature: float,
     clamp: float,
     bias_V: Tensor | None = None,
+    cap: float | None = None,
     chunk_rows: int = _CHUNK_ROWS,
 ) -> RowsLoss:
     """What `conditional_information` returns; only rows that count go through the head, some at a time."""
@@ -113,7 +113,7 @@ def conditional_information_by_chunk(
         log_q_CV = centroids.log_q_KV[row_of_M[part]].to(logits_CV.dtype)
         return information_rows(logits_CV, log_q_CV, temperature=temperature, clamp=clamp)
 
-    side = (hidden_ND[has_centroid_N], head_VD, bias_V)
+    side = Side(hidden_ND[has_centroid_N], head_VD, bias_V, cap)
     found = sum_of_rows(side, rows_of, num_columns=head_VD.shape[0], chunk_rows=chunk_rows)
     rows_N = found.rows_N.new_zeros(len(labels_N)).index_put((has_centroid_N,), found.rows_N)
     return RowsLoss(loss=found.loss, rows_N=rows_N)
@@ -127,6 +127,7 @@ def add_softmaxes(
     *,
     temperature: float,
     bias_V: Tensor | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Add softmax(z / T) of each row to its label's row of the total; `row_of_N` is -1 for what has none.
 
@@ -141,7 +142,8 @@ def add_softmaxes(
         total_KV.index_add_(0, row_of_M[index_C], p_CV.to(total_KV.dtype))
         return (torch.special.entr(p_CV).sum(1),)
 
-    (entropy_M,) = by_chunk(hidden_ND[has_centroid_N], head_VD, bias_V, of_chunk, copies=_COPIES)
+    hidden_MD = hidden_ND[has_centroid_N]
+    (entropy_M,) = by_chunk(hidden_MD, head_VD, bias_V, of_chunk, cap=cap, copies=_COPIES)
     return entropy_M
 
 

@@ -15,27 +15,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava_kd.losses.reference import RowsLoss, accumulation_dtype
+from llava_kd.losses.kernels.summed import Side, sum_of_rows
+from llava_kd.losses.reference import RowsLoss, accumulation_dtype, head_logits
+
+_CHUNK_ROWS = 64
 
 
 def smoothing(
-    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, bias_V: Tensor | None = None
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    cap: float | None = None,
 ) -> RowsLoss:
     """mean_v(-log p(v)) + log p(label), from all log-probabilities."""
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        dtype = accumulation_dtype(hidden_ND)
-        logits_NV = hidden_ND.to(dtype) @ head_VD.to(dtype).T
-        if bias_V is not None:
-            logits_NV = logits_NV + bias_V.to(dtype)
-        log_p_NV = logits_NV.log_softmax(1)
+        log_p_NV = head_logits(hidden_ND, head_VD, bias_V, cap).log_softmax(1)
         rows_N = log_p_NV.gather(1, labels_N.unsqueeze(1)).squeeze(1) - log_p_NV.mean(1)
     return RowsLoss(loss=rows_N.sum(), rows_N=rows_N.detach())
 
 
 def smoothing_without_logits(
-    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *, bias_V: Tensor | None = None
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    cap: float | None = None,
 ) -> RowsLoss:
-    """The same as hidden . (head(label) - mean of the head): no logits of a vocabulary are made."""
+    """The same as hidden . (head(label) - mean of the head): no logits of a vocabulary are made.
+
+    A mean of capped logits is no product: those of a few rows at a time are.
+    """
+    if cap is not None:
+        side = Side(hidden_ND, head_VD, bias_V, cap)
+
+        def rows_of(part: slice, logits_CV: Tensor) -> Tensor:
+            return logits_CV.gather(1, labels_N[part].unsqueeze(1)).squeeze(1) - logits_CV.mean(1)
+
+        return sum_of_rows(side, rows_of, num_columns=head_VD.shape[0], chunk_rows=_CHUNK_ROWS)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         dtype = accumulation_dtype(hidden_ND)
         above_ND = head_VD[labels_N].to(dtype) - head_VD.mean(0, dtype=dtype)

@@ -151,16 +151,17 @@ def compose(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     families: Mapping[str, Family] = FAMILIES,
+    drops_logit_cap: bool = False,
 ) -> Parts:
     """A new student: pretrained tower and language model, and a random two-layer GELU projector.
 
     The tower may be of any of the `families`. The tokenizer gets an image token only if it has none, and the
-    embeddings grow only if it has no row.
+    embeddings grow only if it has no row. `drops_logit_cap`: as of `load_language_model`.
     """
     loaded = load_tower(
         vision_tower, feature_layer=vision_feature_layer, dtype=dtype, seed=seed, families=families
     )
-    causal, tokenizer = load_language_model(language_model, dtype=dtype)
+    causal, tokenizer = load_language_model(language_model, dtype=dtype, drops_logit_cap=drops_logit_cap)
     return compose_loaded(
         loaded,
         causal,

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from llava_kd.batch import Inputs
 from llava_kd.models.foreign.loading import head_of
+from llava_kd.models.heads.scaling import says_of_logits, scaling_of
 from llava_kd.models.mllm import Prediction
 
 
@@ -22,7 +23,12 @@ class ForeignModel:
     def __init__(self, stock: PreTrainedModel) -> None:
         self.stock = stock.eval().requires_grad_(False)
         self.head = head_of(stock)
-        self._scale = logits_scale(stock)
+        self.scaling = scaling_of(stock)
+
+    @property
+    def cap(self) -> float | None:
+        """Of its logits."""
+        return self.scaling.cap
 
     @property
     def decoder(self) -> nn.Module:
@@ -55,30 +61,24 @@ class ForeignModel:
             hidden_BTD=hidden_BTD,
             projected_IND=hidden_BTD.new_zeros(0, 1, hidden_BTD.shape[2]),
             head_VD=self.head.weight,
-            bias_V=self.head.bias,
+            bias_V=self.scaling.bias(self.head.bias),
+            cap=self.cap,
         )
 
     def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, own: Mapping[str, Tensor]) -> Tensor:
-        """Final states that the head reads, [B, T, D], in the scale of the logits."""
+        """Final states that the head reads, [B, T, D], times what its logits are multiplied by."""
         dtype = self.stock.dtype
         own = {name: t.to(dtype) if t.is_floating_point() else t for name, t in own.items()}
         output = self.stock.base_model(
             input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False, return_dict=True, **own
         )
         states_BTD = output.last_hidden_state
-        return states_BTD if self._scale == 1.0 else states_BTD * self._scale
-
-
-def logits_scale(stock: PreTrainedModel) -> float:
-    """What logits are multiplied by after the head; a linear head lets the states carry it."""
-    text = stock.config.get_text_config().to_dict()
-    times, over = text.get("logit_scale"), text.get("logits_scaling")
-    return float(1.0 if times is None else times) / float(1.0 if over is None else over)
+        return states_BTD if self.scaling.factor == 1.0 else states_BTD * self.scaling.factor
 
 
 @torch.no_grad()
 def refuse_other_logits(model: ForeignModel) -> None:
-    """ValueError where the model's own logits are more than its final states times its head.
+    """ValueError where the model's own logits are other than its states, head, factor and cap make them.
 
     A few tokens are read once; what goes into the head and what comes out at the end is compared.
     """
@@ -87,14 +87,16 @@ def refuse_other_logits(model: ForeignModel) -> None:
     ids_BT = torch.tensor([[number % vocabulary for number in (1, 2, 3, 5, 8)]], device=stock.device)
     mask_BT = torch.ones_like(ids_BT)
     theirs_BTV = stock(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits.float()
-    ours_BTV = model.head(model.hidden(ids_BT, mask_BT, {})).float()
-    text = stock.config.get_text_config().to_dict()
+    states_BTD = model.hidden(ids_BT, mask_BT, {})
+    bias_V = model.scaling.bias(model.head.bias)
+    ours_BTV = nn.functional.linear(states_BTD, model.head.weight, bias_V).float()
+    if model.cap is not None:
+        ours_BTV = model.cap * torch.tanh(ours_BTV / model.cap)
     largest = float((ours_BTV - theirs_BTV).abs().max())
     bound = (1e-4 if stock.dtype == torch.float32 else 0.05) * max(1.0, float(theirs_BTV.abs().max()))
-    if text.get("final_logit_softcapping") is not None or not largest <= bound:
-        words = ("softcap", "logit", "multiplier")
-        settings = {k: v for k, v in text.items() if any(w in k for w in words) and v is not None}
+    if not largest <= bound:
         raise ValueError(
             f"a {type(stock).__name__} does more than its final states and its head, which is all that the "
-            f"losses read: logits differ by {largest:.3g}; look at {settings}. Take another teacher"
+            f"losses read: logits differ by {largest:.3g}; look at {says_of_logits(stock)}. Take another "
+            "teacher"
         )

@@ -45,7 +45,7 @@ def pairs_of(
                 f"the {side}'s head has {rows} rows but its tokenizer needs {needed}; resize its embeddings"
             )
     found = {ends[0]: ends[1]}
-    keys = [_keys(tokenizer, end) for tokenizer, end in zip((student, teacher), ends, strict=True)]
+    keys = [keys_of(tokenizer, end) for tokenizer, end in zip((student, teacher), ends, strict=True)]
     for key, number in keys[0].items():
         if key in keys[1]:
             found[number] = keys[1][key]
@@ -63,8 +63,10 @@ def pairs_of(
     )
 
 
-def _keys(tokenizer: PreTrainedTokenizerFast, end: int) -> dict[bytes | str, int]:
+def keys_of(tokenizer: PreTrainedTokenizerFast, end: int | None = None) -> dict[bytes | str, int]:
     """Ids by what a token spells, or by its name where it spells nothing; the plainest name comes first.
+
+    `end` is left out.
 
     SentencePiece has a token for each byte beside those of the letters: the letter is what its models write.
     """

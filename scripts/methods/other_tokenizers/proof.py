@@ -1,15 +1,15 @@
 """A teacher that writes words, a student that writes letters: answers compared as text, against no teacher.
 
-    python scripts/methods/other_tokenizers/proof.py [--seeds 3] [--out DIR]
+    python scripts/methods/other_tokenizers/proof.py [--seeds 3] [--forms onto_student] [--out DIR]
 
 Pictures of 12 x 12 belong to one of sixteen smooth patterns, moved, scaled in contrast, covered with noise;
 the answer is the pattern's name, such as "large green star". A teacher (convolutions, and a GRU that writes
 tokens of a byte-level tokenizer with merges) learns 2,000 pictures; a student (a perceptron, and a GRU that
 writes single bytes) gets 80 others. The arms of a seed differ in what is beside the student's cross-entropy:
 nothing, the term response_cross by llava_kd's own stretches, pairs and loss, the same without its sorted
-part, and, as what there is to reach, the forward divergence from a teacher that writes bytes too. Reported:
-names of 2,000 further pictures of which every token, after those before it, is the likeliest, and the paired
-differences to no teacher.
+part, the other forms of the term that --forms names, and, as what there is to reach, the forward divergence
+from a teacher that writes bytes too. Reported: names of 2,000 further pictures of which every token, after
+those before it, is the likeliest, and the paired differences to no teacher.
 
 Shape legend: N pictures, T tokens, B pictures of a step, D width, V vocabulary, S stretches.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,8 +31,10 @@ from transformers import PreTrainedTokenizerFast
 from llava_kd.data.sources.conversation import Record
 from llava_kd.data.text.encoder import Encoded
 from llava_kd.data.text.stretches import Speller, stretched
+from llava_kd.losses.cross.projection import Onto, Projection, projected_loss_by_chunk
 from llava_kd.losses.cross.stretches import Distance, Stretched, Words, stretch_loss_by_chunk
-from llava_kd.models.words.pairs import pairs_of
+from llava_kd.models.words.pairs import Pairs, pairs_of
+from llava_kd.models.words.projection import rules_of
 from llava_kd.models.words.spelling import spelled
 from llava_kd.search.findings.statistics import as_text, estimate, paired
 
@@ -47,6 +50,7 @@ NONE, CROSS, PAIRED, SAME = (
     "no teacher", "response_cross", "response_cross, unpaired 0", "a teacher of the student's tokenizer"
 )  # fmt: skip
 ARMS = (NONE, CROSS, PAIRED, SAME)
+FORMS = ("onto_teacher", "onto_student")  # further arms, where asked for
 WEIGHT = 1.0  # of the divergence beside 1 of cross-entropy
 
 
@@ -178,7 +182,7 @@ def stretches_of(
 def train_student(
     names: list[Encoded],
     data: tuple[Tensor, Tensor],
-    teacher: tuple[Writer, list[Encoded], Words] | None,
+    teacher: tuple[Writer, list[Encoded], Words | Projection] | None,
     distance: Distance,
     seed: int,
 ) -> Writer:
@@ -199,21 +203,41 @@ def train_student(
                 said = writer(images[rows], classes_N[rows])
                 mine = stretches_of(student, states_BTD, targets_BT, names, classes_N[rows])
                 other = stretches_of(writer, *said, theirs, classes_N[rows])
-                loss = loss + WEIGHT * stretch_loss_by_chunk(mine, other, words, distance).loss / len(
-                    mine.first_SD
-                )
+                if isinstance(words, Projection):
+                    term = projected_loss_by_chunk(mine, other, words, distance)
+                else:
+                    term = stretch_loss_by_chunk(mine, other, words, distance)
+                loss = loss + WEIGHT * term.loss / len(mine.first_SD)
             loss.backward()
             optimiser.step()
     return student
 
 
-def one_seed(seed: int) -> dict[str, float]:
+def carried(
+    form: Onto,
+    pairs: Pairs,
+    words: Words,
+    letters: PreTrainedTokenizerFast,
+    merged: PreTrainedTokenizerFast,
+) -> Projection:
+    """As the term carries one vocabulary into the other, each token to the first of its pieces."""
+    same = dict(zip(pairs.student, pairs.teacher, strict=True))
+    if form == "onto_teacher":
+        rules = rules_of(letters, merged, same)
+    else:
+        rules = rules_of(merged, letters, {theirs: mine for mine, theirs in same.items()})
+    return Projection(form, words, *map(torch.tensor, (rules.source, rules.target, rules.weight)))
+
+
+def one_seed(seed: int, forms: Sequence[Onto] = ()) -> dict[str, float]:
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     patterns = smooth_patterns(generator)
     many, few, test = (pictures(number, patterns, generator) for number in (MANY, FEW, TESTED))
     letters, merged = tokenizer(257), tokenizer(300)
-    found, teachers, own = {}, {}, {}
+    found: dict[str, float] = {}
+    teachers: dict[str, tuple[Writer, list[Encoded], Words | Projection]] = {}
+    own: dict[str, list[Encoded]] = {}
     for arm, theirs in ((CROSS, merged), (SAME, letters)):
         spellers = [Speller(spelled(one), frozenset({one.get_vocab()[END]})) for one in (letters, theirs)]
         both = [
@@ -231,9 +255,11 @@ def one_seed(seed: int) -> dict[str, float]:
         kinds = ("student_K", "teacher_K", "student_A", "teacher_B")
         words = Words(**{k: torch.tensor(c, dtype=torch.long) for k, c in zip(kinds, columns, strict=True)})
         teachers[arm] = writer, names, words
+        for form in forms if arm == CROSS else ():
+            teachers[form] = writer, names, carried(form, made, words, letters, merged)
         found[f"names right, teacher of {arm}"] = writer.writes(*test)
     teachers[PAIRED], own[PAIRED] = teachers[CROSS], own[CROSS]
-    for arm in ARMS:
+    for arm in (*ARMS, *forms):
         distance = Distance(unpaired=0.0 if arm == PAIRED else 1.0)
         names = own.get(arm, own[CROSS])
         found[arm] = train_student(names, few, teachers.get(arm), distance, seed).writes(*test)
@@ -243,17 +269,19 @@ def one_seed(seed: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+    parser.add_argument("--forms", nargs="*", choices=FORMS, default=[], help="further forms of the term")
     parser.add_argument("--out", type=Path, help="folder for results.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()
-    runs = {seed: one_seed(seed) for seed in range(arguments.seeds)}
+    arms = (*ARMS, *arguments.forms)
+    runs = {seed: one_seed(seed, arguments.forms) for seed in range(arguments.seeds)}
     values = {name: {seed: run[name] for seed, run in runs.items()} for name in runs[0]}
     print(f"{len(runs)} seeds; mean +- half the 95 % interval over them; per cent\n")
-    for name in list(values)[: -len(ARMS)]:
+    for name in list(values)[: -len(arms)]:
         print(f"{name}: {as_text(estimate(list(values[name].values())))}")
     print("\n| arm | names right, % | against no teacher, paired |\n|---|---|---|")
-    for arm in ARMS:
+    for arm in arms:
         gap = None if arm == NONE else paired(values[arm], values[NONE])
         print(f"| {arm} | {as_text(estimate(list(values[arm].values())))} | {as_text(gap, sign='+')} |")
     print(f"\n{time.perf_counter() - began:.0f} s")

@@ -6,15 +6,19 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from llava_kd.assembly.parts.cross.tokenizers import are_other, spellers_of
 from llava_kd.assembly.parts.data import side_in
 from llava_kd.config import TrainConfig
 from llava_kd.distill.objective import Objective
+from llava_kd.distill.terms.cross.response_cross import ResponseCross
+from llava_kd.losses.cross.projection import Projection
 from llava_kd.losses.cross.stretches import Words
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.foreign.loading import AnyParts, as_llava
-from llava_kd.models.words.pairs import pairs_of
+from llava_kd.models.words.pairs import Pairs, pairs_of
+from llava_kd.models.words.projection import rules_of
 
 
 def with_words(
@@ -49,4 +53,37 @@ def with_words(
         student_A=torch.tensor(pairs.student_alone, dtype=torch.long, device=device),
         teacher_B=torch.tensor(pairs.teacher_alone, dtype=torch.long, device=device),
     )
-    return replace(terms, common=replace(terms.common, words=words))
+    sides = (mine.tokenizer, theirs.tokenizer)
+    projection = _projection(_projected(terms), sides, pairs, words, say)
+    return replace(terms, common=replace(terms.common, words=words, projection=projection))
+
+
+def _projected(terms: Objective) -> ResponseCross | None:
+    """The term that projects. ValueError where two do so, and not alike."""
+    asked = [term for term in terms.terms.values() if isinstance(term, ResponseCross)]
+    asked = [term for term in asked if term.form != "pairs"]
+    if len({(term.form, term.spread) for term in asked}) > 1:
+        raise ValueError("terms that project one vocabulary onto another must share `form` and `spread`")
+    return asked[0] if asked else None
+
+
+def _projection(
+    term: ResponseCross | None,
+    sides: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+    pairs: Pairs,
+    words: Words,
+    say: Callable[[str], None],
+) -> Projection | None:
+    """`sides`: student and teacher."""
+    if term is None or term.form == "pairs":
+        return None
+    same = dict(zip(pairs.student, pairs.teacher, strict=True))
+    if term.form == "onto_teacher":
+        rules = rules_of(*sides, same, spread=term.spread)
+    else:
+        student, teacher = sides
+        rules = rules_of(teacher, student, {b: a for a, b in same.items()}, spread=term.spread)
+    say(f"{'student onto teacher' if term.form == 'onto_teacher' else 'teacher onto student'}: {rules}")
+    entries = (torch.tensor(column, device=words.student_K.device) for column in
+               (rules.source, rules.target, rules.weight))  # fmt: skip
+    return Projection(term.form, words, *entries)

@@ -22,9 +22,18 @@ def visually_weighed(
     head_loss: Callable[..., HeadLoss],
 ) -> VisuallyWeighed:
     """The teacher whose settings ask for it, behind the door; `student` as it is placed."""
+    weighing = weighing_of(teacher)
+    assert weighing is not None
+    asked = student if weighing.gamma > 0 else None
+    return VisuallyWeighed(weighing, frozen, switch, student=asked, head_loss=head_loss)
+
+
+def weighing_of(teacher: TeacherConfig) -> Weighing | None:
+    """None where all response tokens weigh alike."""
     settings = teacher.visual_dependency
-    assert settings is not None
-    weighing = Weighing(
+    if settings is None:
+        return None
+    return Weighing(
         by=settings.by,
         picture=settings.picture,
         cells=settings.cells,
@@ -32,8 +41,23 @@ def visually_weighed(
         mass=settings.mass,
         gamma=settings.gamma,
     )
-    asked = student if settings.gamma > 0 else None
-    return VisuallyWeighed(weighing, frozen, switch, student=asked, head_loss=head_loss)
+
+
+def stored_form(teacher: TeacherConfig) -> str | None:
+    """How a cache finds the scores that these settings weigh by, in words: what they depend on.
+
+    How much a token then weighs is no part of it, and is free to change. ValueError for what no score gives.
+    """
+    settings = teacher.visual_dependency
+    if settings is None:
+        return None
+    if settings.gamma > 0:
+        raise ValueError(
+            "a cache keeps a number a token of what a teacher says without the picture, but "
+            f"`teacher.visual_dependency.gamma` {settings.gamma:g} compares all of it; set gamma to 0"
+        )
+    cells = "" if settings.picture == "grey" else f" at {settings.cells} x {settings.cells}"
+    return f"{settings.by}, {settings.picture}{cells}"
 
 
 def check_visual_dependency(config: TrainConfig) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llava_kd.losses.divergence import FORWARD, Divergence, Temperature, divergence_rows, softened, squared
+from llava_kd.losses.reference import capped
 from llava_kd.models.mllm import Prediction
 
 _CHUNK = 1 << 24  # logits of one side that are held at once
@@ -64,4 +65,5 @@ class Compared:
         dtype = torch.promote_types(states_RD.dtype, torch.float32)
         bias_V = None if side.bias_V is None else side.bias_V.detach().to(dtype)
         logits_RV = torch.nn.functional.linear(states_RD.to(dtype), side.head_VD.detach().to(dtype), bias_V)
-        return softened(logits_RV[:, : self.num_common], self.temperature).log_softmax(1)
+        logits_RV = capped(logits_RV[:, : self.num_common], side.cap)
+        return softened(logits_RV, self.temperature).log_softmax(1)

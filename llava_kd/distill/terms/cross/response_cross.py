@@ -16,6 +16,8 @@ from llava_kd.distill.terms.term import Denominator, Reads, Term
 from llava_kd.losses.cross.stretches import Distance
 from llava_kd.losses.divergence import Divergence
 
+Form = Literal["pairs", "onto_teacher", "onto_student"]
+
 
 def _number(batch: Batch) -> Tensor:
     """Of the stretches; where both sides have one tokenizer each response token is one."""
@@ -35,12 +37,22 @@ class ResponseCross(Term):
         Literal["forward", "reverse", "jsd"], Doc("Distance over the tokens that both sides have.")
     ] = "forward"
     mix: Annotated[float, Interval(gt=0, lt=1), Doc("Beta of `jsd`.")] = 0.5
+    form: Annotated[
+        Form, Doc("Tokens that are the same, or all of one side's carried into the other's vocabulary.")
+    ] = "pairs"
     unpaired: Annotated[
-        float, Ge(0), Doc("Factor of the distance of sorted probabilities of tokens that one side lacks.")
+        float,
+        Ge(0),
+        Doc("Factor of the distance of sorted probabilities of tokens that one side lacks; for `pairs`."),
     ] = 1.0
+    spread: Annotated[
+        float,
+        Interval(ge=0, lt=1),
+        Doc("What each piece of a carried token weighs of the one before; 0: the first alone. Not `pairs`."),
+    ] = 0.0
 
     label: ClassVar[str] = "stretches of the responses, against a teacher of any tokenizer; nats a stretch"
-    paper: ClassVar[str] = "GOLD (TRL); ULD, arXiv 2402.12030"
+    paper: ClassVar[str] = "GOLD (TRL); ULD, arXiv 2402.12030; X-Token, arXiv 2605.21699"
     denominator: ClassVar[Denominator] = STRETCHES
 
     @property
@@ -51,13 +63,14 @@ class ResponseCross(Term):
         if seen.words is None:
             return self._of_equal_tokens(seen)
         student, teacher = seen.stretches()
-        found = seen.formulas.stretch_loss(
-            student,
-            teacher,
-            seen.words,
-            Distance(temperature=self.temperature, divergence=self._kind, unpaired=self.unpaired),
-        )
+        distance = Distance(temperature=self.temperature, divergence=self._kind, unpaired=self.unpaired)
+        if self.form == "pairs":
+            found = seen.formulas.stretch_loss(student, teacher, seen.words, distance)
+        else:
+            found = seen.formulas.projected_loss(student, teacher, seen.projection, distance)
         seen.figures["matched_mass"] = found.paired_S.sum()
+        if found.ruled_S is not None:
+            seen.figures["projected_mass"] = found.ruled_S.sum()
         return found.loss
 
     @property
@@ -78,6 +91,8 @@ class ResponseCross(Term):
             teacher_NE=teacher_NE,
             teacher_head_UE=teacher.head_VD,
             teacher_bias_U=teacher.bias_V,
+            student_cap=student.cap,
+            teacher_cap=teacher.cap,
             temperature=self.temperature,
             divergence=self._kind,
             num_common=seen.num_common,

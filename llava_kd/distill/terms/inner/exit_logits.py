@@ -97,7 +97,9 @@ class ExitLogits(Term):
             if len(set(places)) < len(places):
                 raise ValueError(f"`{name}` of exits must differ; got {', '.join(map(str, places))}")
         if not (self.layers or self.stages):
-            raise ValueError("exits stand behind `layers` or `stages`, and both are empty; name at least one")
+            raise ValueError(
+                "exits are placed after `layers` or `stages`, and both are empty; name at least one"
+            )
 
     @property
     def _layer_taps(self) -> tuple[str, ...]:
@@ -146,9 +148,12 @@ class ExitLogits(Term):
             gamma=self.gamma,
             form=self.form,
             bias_U=teacher.bias_V,
+            cap=teacher.cap,
             num_common=seen.num_common,
         )
+        # g c tanh(z / c) is the logit g z under the cap g c.
         bias_U = None if teacher.bias_V is None else asked.sharpness * teacher.bias_V
+        cap = None if teacher.cap is None else asked.sharpness * teacher.cap
         total = []
         for states_ND, is_taught_N in self._read(seen):
             result = seen.formulas.head_loss(
@@ -161,6 +166,8 @@ class ExitLogits(Term):
                 teacher_NE=asked.sharpness * teacher_NE,
                 teacher_head_UE=teacher.head_VD,
                 teacher_bias_U=bias_U,
+                student_cap=student.cap,
+                teacher_cap=cap,
                 num_common=seen.num_common,
                 active_rows=(len(targets_N), 0),
             )

@@ -61,7 +61,8 @@ class VisualRegions(VisualHint):
         for states_IND, head in zip(seen.features("hidden"), seen.heads(), strict=True):
             rows_ND = states_IND.flatten(0, 1)
             targets_N = torch.zeros(len(rows_ND), dtype=torch.long, device=rows_ND.device)
-            said = row_figures(rows_ND, head.head_VD, head.bias_V, targets_N, num_common=seen.num_common)
+            how = {"num_common": seen.num_common, "cap": head.cap}
+            said = row_figures(rows_ND, head.head_VD, head.bias_V, targets_N, **how)
             entropy_IN = said.entropy_N.view(states_IND.shape[:2])
             found.append(window_means(entropy_IN.float(), self.window))
         return found[0], found[1]
@@ -79,6 +80,7 @@ class VisualRegions(VisualHint):
                 head.head_VD,
                 targets_IP.flatten(),
                 bias_V=head.bias_V,
+                cap=head.cap,
                 num_common=seen.num_common,
             )
             loss_IP = said.nll_N.view(targets_IP.shape).masked_fill(~is_there_IP, 0.0)

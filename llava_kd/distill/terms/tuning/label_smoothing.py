@@ -30,4 +30,5 @@ class LabelSmoothing(Term):
     def total(self, seen: Seen) -> Tensor:
         states_ND, labels_N = seen.labelled_states()
         head = seen.student_head
-        return seen.formulas.smoothing(states_ND, head.head_VD, labels_N, bias_V=head.bias_V).loss
+        how = {"bias_V": head.bias_V, "cap": head.cap}
+        return seen.formulas.smoothing(states_ND, head.head_VD, labels_N, **how).loss

@@ -50,5 +50,6 @@ class MCMI(Term):
             temperature=self.temperature,
             clamp=self.clamp,
             bias_V=head.bias_V,
+            cap=head.cap,
         )
         return -found.loss
