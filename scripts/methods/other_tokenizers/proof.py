@@ -39,8 +39,7 @@ from llava_kd.models.words.spelling import spelled
 from llava_kd.search.findings.statistics import as_text, estimate, paired
 
 SIDE, FEW, MANY, TESTED = 12, 80, 2000, 2000
-# After 15 rounds the teachers knew a tenth of the names, after 60 most of them: nothing to learn from before.
-TEACHER_EPOCHS, STUDENT_EPOCHS = 100, 600
+TEACHER_EPOCHS, STUDENT_EPOCHS = 30, 600
 NAMES = [
     f"{size} {colour} {shape}"
     for size in ("small", "large")
@@ -87,7 +86,7 @@ def encoded(name: str, by: PreTrainedTokenizerFast) -> Encoded:
 
 
 class Writer(nn.Module):
-    """Pictures to names: states that a head reads, at the picture and after each token."""
+    """Pictures to names: states that a head reads, at the picture and after each token, the picture in all."""
 
     def __init__(self, body: nn.Module, width: int, names: list[Encoded], vocabulary: int) -> None:
         super().__init__()
@@ -101,8 +100,8 @@ class Writer(nn.Module):
     def forward(self, images: Tensor, classes_B: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T, D] states and [B, T] what follows each."""
         labels_BT = self.names_CT[classes_B]
-        begun_1BD = self.body(images).tanh().unsqueeze(0)
-        states_BTD, _ = self.cell(self.embed(labels_BT[:, :-1].clamp_min(0)), begun_1BD)
+        words_BTD = self.embed(labels_BT[:, :-1].clamp_min(0))
+        states_BTD, _ = self.cell(words_BTD + self.body(images).unsqueeze(1))
         return states_BTD, labels_BT[:, 1:]
 
     def loss(self, states_BTD: Tensor, targets_BT: Tensor) -> Tensor:
