@@ -104,7 +104,7 @@ def stretched(form: Callable) -> Loss:
 
     def loss(*sides: Side) -> Tensor:
         ours, theirs = (
-            Stretched(s[0][:7], s[0][7:], TARGETS[7:], torch.arange(5), s[1], s[2], s[3]) for s in sides
+            Stretched(s[0][:7], TARGETS[:7], s[0][7:], TARGETS[7:], torch.arange(5), *s[1:]) for s in sides
         )
         return form(ours, theirs, words, Distance(temperature=2.0)).loss
 
@@ -122,7 +122,7 @@ def projected(form: Callable) -> Loss:
 
     def loss(*sides: Side) -> Tensor:
         ours, theirs = (
-            Stretched(s[0][:7], s[0][7:], TARGETS[7:], torch.arange(5), s[1], s[2], s[3]) for s in sides
+            Stretched(s[0][:7], TARGETS[:7], s[0][7:], TARGETS[7:], torch.arange(5), *s[1:]) for s in sides
         )
         return form(ours, theirs, carried, Distance(temperature=2.0)).loss
 

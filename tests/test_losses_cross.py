@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llava_kd.losses.cross.standing import Standing
 from llava_kd.losses.cross.stretches import (
     Distance,
     Stretched,
@@ -31,6 +32,7 @@ WORDS = Words(
     student_A=torch.tensor([1, 3, 5]),
     teacher_B=torch.tensor([2, 4]),
 )
+MINE, THEIRS = (side_W.tolist() for side_W in WORDS.sides)
 KINDS: tuple[Kind, ...] = ("forward", "reverse", "jsd")
 DISTANCES = [
     Distance(temperature=heat, divergence=Divergence(kind, 0.3), unpaired=0.7)
@@ -38,26 +40,28 @@ DISTANCES = [
 ]
 
 
-def side(seed: int, rows: int, width: int, columns: list[int], stretches: list[int]) -> Stretched:
-    """fp64; `stretches`: of each further token the number of its own."""
+def side(seed: int, rows: int, width: int, firsts: list[int], stretches: list[int]) -> Stretched:
+    """fp64; `firsts`: what stands first in each stretch; `stretches`: of each further token its own."""
     drawn = torch.Generator().manual_seed(seed)
 
     def randn(*size: int) -> Tensor:
         return torch.randn(*size, generator=drawn, dtype=torch.float64)
 
-    chosen = torch.randint(len(columns), (len(stretches),), generator=drawn)
+    chosen = torch.randint(len(firsts), (len(stretches),), generator=drawn)
     return Stretched(
-        first_SD=randn(4, width),
+        first_SD=randn(len(firsts), width),
+        first_tokens_S=torch.tensor(firsts),
         further_RD=randn(len(stretches), width),
-        tokens_R=torch.tensor(columns)[chosen],
+        tokens_R=torch.tensor(firsts)[chosen],
         stretch_R=torch.tensor(stretches, dtype=torch.long),
         head_VD=randn(rows, width),
         bias_V=randn(rows),
     )
 
 
-STUDENT = side(0, 7, 5, [0, 1, 2, 3, 4, 5], [0, 0, 2])
-TEACHER = side(1, 6, 3, [0, 2, 3, 4, 5], [1, 2, 2, 2])
+# What stands first is a pair already, of two pairs, of none and one, of one and none, of none.
+STUDENT = side(0, 7, 5, [4, 4, 1, 2, 5], [1, 1, 2, 4])
+TEACHER = side(1, 6, 3, [3, 5, 0, 4, 2], [2, 3, 3, 3])
 
 
 def said(one: Stretched, state_D: Tensor, columns: list[int], heat: float) -> dict[int, float]:
@@ -85,25 +89,31 @@ def masses(p: float, q: float) -> float:
     return p * math.log(p / q) - p + q
 
 
+def pairs_there(number: int) -> dict[int, int]:
+    """The student's tokens and their partners in a stretch, where what stands first has no other."""
+    pairs = dict(zip(WORDS.student_K.tolist(), WORDS.teacher_K.tolist(), strict=True))
+    mine, theirs = int(STUDENT.first_tokens_S[number]), int(TEACHER.first_tokens_S[number])
+    return {**{v: u for v, u in pairs.items() if v != mine and u != theirs}, mine: theirs}
+
+
 def by_hand(distance: Distance) -> list[float]:
     """Every stretch, token by token."""
-    mine = WORDS.student_K.tolist() + WORDS.student_A.tolist()
-    theirs = WORDS.teacher_K.tolist() + WORDS.teacher_B.tolist()
     heat, b = distance.temperature, distance.divergence.mix
     rows = []
-    for s, t in zip(merged(STUDENT, mine, heat), merged(TEACHER, theirs, heat), strict=True):
-        paired = 0.0
-        for v, u in zip(WORDS.student_K.tolist(), WORDS.teacher_K.tolist(), strict=True):
+    both = zip(merged(STUDENT, MINE, heat), merged(TEACHER, THEIRS, heat), strict=True)
+    for number, (s, t) in enumerate(both):
+        pairs, paired = pairs_there(number), 0.0
+        for v, u in pairs.items():
             m = b * t[u] + (1 - b) * s[v]
             paired += {
                 "forward": masses(t[u], s[v]),
                 "reverse": masses(s[v], t[u]),
                 "jsd": b * masses(t[u], m) + (1 - b) * masses(s[v], m),
             }[distance.divergence.kind]
-        alone_s = sorted((s[v] for v in WORDS.student_A.tolist()), reverse=True)
-        alone_t = sorted((t[u] for u in WORDS.teacher_B.tolist()), reverse=True)
-        pairs = itertools.zip_longest(alone_s, alone_t, fillvalue=0.0)
-        rows.append(heat**2 * paired + distance.unpaired * sum(abs(x - y) for x, y in pairs))
+        alone_s = sorted((s[v] for v in MINE if v not in pairs), reverse=True)
+        alone_t = sorted((t[u] for u in THEIRS if u not in pairs.values()), reverse=True)
+        ranks = itertools.zip_longest(alone_s, alone_t, fillvalue=0.0)
+        rows.append(heat**2 * paired + distance.unpaired * sum(abs(x - y) for x, y in ranks))
     return rows
 
 
@@ -123,9 +133,11 @@ def test_both_forms_are_the_sums_written_out(distance: Distance, form: str) -> N
     torch.testing.assert_close(found.rows_S, wanted, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found.loss, wanted.sum(), rtol=1e-10, atol=1e-12)
     assert bool((wanted >= 0).all())
-    theirs = [said(TEACHER, state, [3, 5, 0, 2, 4], distance.temperature) for state in TEACHER.first_SD]
-    shares = torch.tensor([p[3] + p[5] + p[0] for p in theirs], dtype=torch.float64)
-    torch.testing.assert_close(found.paired_S, shares)
+    shares = [
+        sum(said(TEACHER, state, THEIRS, distance.temperature)[u] for u in pairs_there(number).values())
+        for number, state in enumerate(TEACHER.first_SD)
+    ]
+    torch.testing.assert_close(found.paired_S, torch.tensor(shares, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("form", ["plain", "2"])
@@ -168,8 +180,9 @@ def test_equal_vocabularies_give_what_response_kl_gives(form: str, heat: float, 
     for is_cross in (True, False):
         moved = [states_ND.clone().requires_grad_(), head_VD.clone().requires_grad_()]
         if is_cross:
-            student = Stretched(moved[0], moved[0][:0], none, none, moved[1])
-            teacher = Stretched(teacher_NE, teacher_NE[:0], none, none, head_UE)
+            tokens_N = torch.arange(6)
+            student = Stretched(moved[0], tokens_N, moved[0][:0], none, none, moved[1])
+            teacher = Stretched(teacher_NE, tokens_N, teacher_NE[:0], none, none, head_UE)
             distance = Distance(temperature=heat, divergence=divergence)
             loss = run(form, student, teacher, distance, words).loss
         else:
@@ -195,7 +208,7 @@ def test_a_stretch_is_as_likely_as_its_tokens_one_after_the_other() -> None:
     for first, second in itertools.product(range(3), repeat=2):
         after = states[[0, 1, 2][first]][None]
         none = torch.zeros(1, dtype=torch.long)
-        one = Stretched(states[:1], after, torch.tensor([second]), none, head_VD)
+        one = Stretched(states[:1], torch.tensor([first]), after, torch.tensor([second]), none, head_VD)
         # Compared with itself in everything but `first`: what is left is q of the stretch.
         words = Words(
             student_K=torch.tensor([], dtype=torch.long),
@@ -210,11 +223,47 @@ def test_a_stretch_is_as_likely_as_its_tokens_one_after_the_other() -> None:
     assert total == pytest.approx(1)
 
 
+def spelled_out(form: str, distance: Distance) -> float:
+    """How log q of the student's stretch moves as its logits follow the loss: a slope.
+
+    It writes l, a, r, g, e; the teacher has these and a sixth token `large`, of which it is sure.
+    """
+    letters_K, large = torch.arange(5), 5
+    words = Words(
+        student_K=letters_K, teacher_K=letters_K, student_A=letters_K[:0], teacher_B=torch.tensor([large])
+    )
+    none, sure = torch.zeros(0, dtype=torch.long), torch.zeros(1, 6, dtype=torch.float64)
+    sure[0, large] = 30.0
+    z_55 = (2 * torch.eye(5, dtype=torch.float64)).requires_grad_()  # rather likely to write it
+    head_VD = torch.eye(6, dtype=torch.float64)
+    student = Stretched(
+        z_55[:1], letters_K[:1], z_55[1:], letters_K[1:], torch.zeros(4, dtype=torch.long), head_VD[:5, :5]
+    )
+    teacher = Stretched(sure, torch.tensor([large]), sure[:0], none, none, head_VD)
+    found = run(form, student, teacher, distance, words)
+    log_q = z_55.log_softmax(1).diagonal().sum()
+    slopes = [torch.autograd.grad(value, z_55)[0] for value in (found.loss, log_q)]
+    return -float((slopes[0] * slopes[1]).sum())
+
+
+@pytest.mark.parametrize("form", ["plain", "1"])
+@pytest.mark.parametrize("unpaired", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["forward", "jsd"])
+def test_a_teacher_sure_of_a_word_raises_the_letters_that_spell_it(
+    kind: Kind, unpaired: float, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And by the tables alone it would lower them."""
+    distance = Distance(divergence=Divergence(kind), unpaired=unpaired)
+    assert spelled_out(form, distance) > 0
+    monkeypatch.setattr(Standing, "is_apart_C", property(lambda self: torch.zeros_like(self.own_C).bool()))
+    assert spelled_out(form, distance) < 0
+
+
 @pytest.mark.parametrize("form", ["plain", "2"])
 def test_nothing_to_compare_is_zero_with_a_gradient(form: str) -> None:
     empty = [
-        one._replace(first_SD=one.first_SD[:0], further_RD=one.further_RD[:0],
-                     tokens_R=one.tokens_R[:0], stretch_R=one.stretch_R[:0])
+        one._replace(first_SD=one.first_SD[:0], first_tokens_S=one.first_tokens_S[:0],
+                     further_RD=one.further_RD[:0], tokens_R=one.tokens_R[:0], stretch_R=one.stretch_R[:0])
         for one in (STUDENT, TEACHER)
     ]  # fmt: skip
     head_VD = STUDENT.head_VD.clone().requires_grad_()
@@ -226,8 +275,15 @@ def test_nothing_to_compare_is_zero_with_a_gradient(form: str) -> None:
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(ValueError, match="the same stretches; the student has 4, the teacher 3"):
+    with pytest.raises(ValueError, match="the same stretches; the student has 5, the teacher 3"):
         stretch_loss(STUDENT, TEACHER._replace(first_SD=TEACHER.first_SD[:3]), WORDS, Distance())
+    with pytest.raises(ValueError, match="stands first in it; the teacher has 5 stretches and 4 such"):
+        stretch_loss(STUDENT, TEACHER._replace(first_tokens_S=torch.arange(2, 6)), WORDS, Distance())
+    fewer = replace(WORDS, student_K=torch.tensor([4, 3, 2]), student_A=torch.tensor([1, 5]))
+    for token in (0, 6):  # before all that are left, and after
+        student = STUDENT._replace(first_tokens_S=torch.tensor([4, 4, 1, token, 5]))
+        with pytest.raises(ValueError, match=f"a token of its side; the student has {token}"):
+            stretch_loss(student, TEACHER, fewer, Distance())
     with pytest.raises(ValueError, match="in pairs; got 3 of the student and 2"):
         stretch_loss(STUDENT, TEACHER, replace(WORDS, teacher_K=WORDS.teacher_K[:2]), Distance())
     with pytest.raises(ValueError, match="above 0; got 0"):

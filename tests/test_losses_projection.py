@@ -119,8 +119,9 @@ def test_onto_the_same_vocabulary_it_is_response_kl(onto: Onto, form: str, kind:
     for is_cross in (True, False):
         moved = [states_ND.clone().requires_grad_(), head_VD.clone().requires_grad_()]
         if is_cross:
-            student = Stretched(moved[0], moved[0][:0], none, none, moved[1])
-            teacher = Stretched(teacher_NE, teacher_NE[:0], none, none, head_UE)
+            tokens_N = torch.arange(6)
+            student = Stretched(moved[0], tokens_N, moved[0][:0], none, none, moved[1])
+            teacher = Stretched(teacher_NE, tokens_N, teacher_NE[:0], none, none, head_UE)
             distance = Distance(temperature=2.0, divergence=Divergence(kind, 0.3))
             loss = run(form, student, teacher, carried, distance).loss
         else:
@@ -141,7 +142,7 @@ def test_a_text_that_is_as_likely_on_both_sides_costs_nothing() -> None:
     p = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)  # of 11, 12, 21, 22
     one = torch.ones(1, 1, dtype=torch.float64)
     none = torch.zeros(0, dtype=torch.long)
-    empty = {"further_RD": one[:0], "tokens_R": none, "stretch_R": none}
+    empty = {"first_tokens_S": none.new_zeros(1), "further_RD": one[:0], "tokens_R": none, "stretch_R": none}
     student = Stretched(first_SD=one, head_VD=p.log()[:, None], **empty)
     digits = torch.tensor([p[:2].sum(), p[2:].sum()], dtype=torch.float64)
     teacher = Stretched(first_SD=one, head_VD=digits.log()[:, None], **empty)
@@ -155,9 +156,11 @@ def test_a_text_that_is_as_likely_on_both_sides_costs_nothing() -> None:
 @pytest.mark.parametrize("form", ["plain", "2"])
 def test_nothing_to_compare_is_zero_with_a_gradient(form: str) -> None:
     head_VD = STUDENT.head_VD.clone().requires_grad_()
-    student = STUDENT._replace(first_SD=STUDENT.first_SD[:0], head_VD=head_VD)
-    found = run(form, student, TEACHER._replace(first_SD=TEACHER.first_SD[:0]),
-                projection("onto_teacher"), Distance())  # fmt: skip
+    student, teacher = (
+        one._replace(first_SD=one.first_SD[:0], first_tokens_S=one.first_tokens_S[:0])
+        for one in (STUDENT._replace(head_VD=head_VD), TEACHER)
+    )
+    found = run(form, student, teacher, projection("onto_teacher"), Distance())
     found.loss.backward()
     assert found.loss.item() == 0
     assert head_VD.grad is not None
@@ -169,7 +172,7 @@ def test_a_logit_that_is_no_number_stays_none() -> None:
     bad[1] = math.inf
     for form in ("plain", "2"):
         found = run(form, STUDENT._replace(first_SD=bad), TEACHER, projection("onto_teacher"), Distance())
-        assert found.rows_S.isnan().tolist() == [False, True, False, False]
+        assert found.rows_S.isnan().tolist() == [False, True, False, False, False]
 
 
 def test_bad_input_is_named() -> None:

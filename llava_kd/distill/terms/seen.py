@@ -334,6 +334,7 @@ def _stretched(prediction: Prediction, inputs: Inputs, rows: StretchRows | None)
         rows = StretchRows(first_S=none, further_R=none, stretch_R=none)
     return Stretched(
         first_SD=_at(prediction, rows.first_S),
+        first_tokens_S=targets_of_rows(inputs, rows.first_S),
         further_RD=_at(prediction, rows.further_R),
         tokens_R=targets_of_rows(inputs, rows.further_R),
         stretch_R=rows.stretch_R,

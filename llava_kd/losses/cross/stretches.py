@@ -9,7 +9,7 @@ them (`trl.experimental.gold`, 2026: the distribution at the first position, tim
 
 so that q of the token that does stand there is the probability of the whole stretch. It sums to c: what
 is not said to follow another first token is taken to follow it as likely. With M the pairs of tokens that
-spell the same bytes, a stretch is
+spell the same bytes, but for the two that stand there, which are always a pair (below), a stretch is
 
     T^2 D(q_t || q_s over M) + w sum_k |sort(q_t outside M)_k - sort(q_s outside M)_k|
 
@@ -21,6 +21,12 @@ that need not sum to 1, at least 0, and 0 for equal ones alone:
 
 Over all of two equal vocabularies that is the divergence of `divergence.py`. GOLD leaves the masses out of D,
 which may then fall below 0, and weighs both parts by the matched share of the vocabulary.
+
+The first tokens that stand in a stretch spell its text on both sides, with the tokens after them: q of both
+is of one event. M has them as a pair in that row, and what the tables pair with either of them is outside it
+there (`standing.py`). Ours, where GOLD asks the tables alone: with `large` the teacher's token, and `l` and
+four more letters the student's, they compare q_s(l), the student's probability of the whole stretch, with
+what the teacher gives its own token `l`, about 0, and the masses of D would draw the right stretch to 0.
 
 Arithmetic is fp32 (fp64 for fp64 inputs). The teacher receives no gradient.
 
@@ -37,12 +43,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from llava_kd.losses.cross.standing import Grouped, Standing, standing_of
 from llava_kd.losses.divergence import FORWARD, Divergence, divergence_rows
 from llava_kd.losses.kernels.rows import chunk_size
 from llava_kd.losses.kernels.summed import Side, leading_logits, sum_of_rows
 from llava_kd.losses.reference import accumulation_dtype, head_logits
 
-COPIES = 8  # of a chunk's logits on each side: as they come, chosen, their softmax, sorted, gradients
+COPIES = (
+    9  # of a chunk's logits on each side: as they come, chosen, their softmax, grouped, sorted, gradients
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +74,10 @@ class Words:
 
 
 class Stretched(NamedTuple):
-    """One side: states of the first tokens; of further ones states, tokens, and the number of the stretch."""
+    """One side: states and tokens of the first rows; of further ones the number of their stretch too."""
 
     first_SD: Tensor
+    first_tokens_S: Tensor
     further_RD: Tensor
     tokens_R: Tensor
     stretch_R: Tensor
@@ -116,13 +126,10 @@ class Distance:
         sign = 1 if self.divergence.kind == "forward" else -1
         return rows_C + sign * (student_CK.exp().sum(1) - teacher_CK.exp().sum(1))
 
-    def rows(self, student_CW: Tensor, teacher_CW: Tensor, num_pairs: int) -> Tensor:
-        """[C], of log q of both sides, pairs first."""
-        rows_C = self.masses(student_CW[:, :num_pairs], teacher_CW[:, :num_pairs])
-        sorted_ = [
-            log_q_CW[:, num_pairs:].exp().sort(dim=1, descending=True).values
-            for log_q_CW in (student_CW, teacher_CW)
-        ]
+    def rows(self, student: Grouped, teacher: Grouped) -> Tensor:
+        """[C], of log q of both sides."""
+        rows_C = self.masses(student.pairs_CK, teacher.pairs_CK)
+        sorted_ = [side.alone_CA.exp().sort(dim=1, descending=True).values for side in (student, teacher)]
         longest = max(q_C.shape[1] for q_C in sorted_)
         s, t = (pad(q_C, (0, longest - q_C.shape[1])) for q_C in sorted_)
         return self.temperature**2 * rows_C + self.unpaired * (s - t).abs().sum(1)
@@ -133,6 +140,7 @@ def stretch_loss(student: Stretched, teacher: Stretched, words: Words, distance:
     check(student, teacher, words)
     with torch.autocast(student.first_SD.device.type, enabled=False):
         temperature, (mine_W, theirs_W) = distance.temperature, words.sides
+        mine, theirs = _standing(student, teacher, words)
         student_SW = log_p(logits(student.first_SD, student), mine_W, temperature)
         further_R = log_p(logits(student.further_RD, student), mine_W, temperature, student.tokens_R)
         student_SW = student_SW + _sums(further_R, student).unsqueeze(1)
@@ -140,8 +148,9 @@ def stretch_loss(student: Stretched, teacher: Stretched, words: Words, distance:
             first_SW = log_p(logits(teacher.first_SD, teacher), theirs_W, temperature)
             further_R = log_p(logits(teacher.further_RD, teacher), theirs_W, temperature, teacher.tokens_R)
             teacher_SW = first_SW + _sums(further_R, teacher).unsqueeze(1)
-        rows_S = distance.rows(student_SW, teacher_SW.to(student_SW.dtype), words.num_pairs)
-        paired_S = first_SW[:, : words.num_pairs].exp().sum(1)
+        grouped = mine.grouped(student_SW), theirs.grouped(teacher_SW.to(student_SW.dtype))
+        rows_S = distance.rows(*grouped)
+        paired_S = theirs.pairs(first_SW).exp().sum(1)
     return StretchLoss(loss=rows_S.sum(), rows_S=rows_S.detach(), paired_S=paired_S)
 
 
@@ -160,6 +169,7 @@ def stretch_loss_by_chunk(
     """
     check(student, teacher, words)
     mine_W, theirs_W = words.sides
+    mine, theirs = _standing(student, teacher, words)
     widest = student.head_VD.shape[0] + teacher.head_VD.shape[0]
     size = chunk_rows or chunk_size(
         max(1, len(student.first_SD)), bytes_per_row=4 * COPIES * widest, device=mine_W.device
@@ -175,11 +185,12 @@ def stretch_loss_by_chunk(
         with torch.no_grad():
             logits_CU = leading_logits(teacher.side(teacher.first_SD[part]), teacher.head_VD.shape[0])
             first_CW = log_p(logits_CU, theirs_W, distance.temperature)
-            paired_S[part] = first_CW[:, : words.num_pairs].exp().sum(1)
+            paired_S[part] = theirs.of(part).pairs(first_CW).exp().sum(1)
             teacher_CW = (first_CW + theirs_S[part].unsqueeze(1)).to(logits_CV.dtype)
+            said = theirs.of(part).grouped(teacher_CW)
         log_c_C = log_c_S[part].requires_grad_(wants_slope)
         student_CW = log_p(logits_CV, mine_W, distance.temperature) + log_c_C.unsqueeze(1)
-        rows_C = distance.rows(student_CW, teacher_CW, words.num_pairs)
+        rows_C = distance.rows(mine.of(part).grouped(student_CW), said)
         if wants_slope:
             (slope_S[part],) = torch.autograd.grad(rows_C.sum(), log_c_C, retain_graph=True)
         return rows_C
@@ -205,6 +216,12 @@ def check(student: Stretched, teacher: Stretched, words: Words) -> None:
             f"both sides must have the same stretches; the student has {len(student.first_SD)}, the teacher "
             f"{len(teacher.first_SD)}"
         )
+    for name, side in (("student", student), ("teacher", teacher)):
+        if len(side.first_tokens_S) != len(side.first_SD):
+            raise ValueError(
+                f"each stretch needs the token that stands first in it; the {name} has {len(side.first_SD)} "
+                f"stretches and {len(side.first_tokens_S)} such tokens"
+            )
     if len(words.student_K) != len(words.teacher_K):
         raise ValueError(
             f"tokens must be in pairs; got {len(words.student_K)} of the student and "
@@ -219,6 +236,10 @@ def log_p(logits_CV: Tensor, columns_W: Tensor, temperature: float, tokens_C: Te
         return logits_CW.log_softmax(1)
     at_C = logits_CV.gather(1, tokens_C.unsqueeze(1)).squeeze(1) / temperature
     return at_C - logits_CW.logsumexp(1)
+
+
+def _standing(student: Stretched, teacher: Stretched, words: Words) -> tuple[Standing, Standing]:
+    return standing_of(student.first_tokens_S, teacher.first_tokens_S, words.sides, words.num_pairs)
 
 
 def _further(side: Stretched, columns_W: Tensor, temperature: float, size: int) -> Tensor:

@@ -172,6 +172,7 @@ def stretches_of(
     flat_D, rows_R = states_BTD.flatten(0, 1), torch.tensor(further, dtype=torch.long)
     return Stretched(
         first_SD=flat_D[torch.tensor(first)],
+        first_tokens_S=targets_BT.flatten()[torch.tensor(first)],
         further_RD=flat_D[rows_R],
         tokens_R=targets_BT.flatten()[rows_R],
         stretch_R=torch.tensor(of, dtype=torch.long),
