@@ -25,6 +25,7 @@ from llava_kd.data.text.stretches import Speller, stretched
 from llava_kd.data.text.template_table import TEMPLATES
 from llava_kd.distill.taught import Taught
 from llava_kd.distill.terms.cross.response_cross import ResponseCross
+from llava_kd.distill.terms.seen import Seen
 from llava_kd.losses.cross.stretches import Words
 from llava_kd.models.mllm import Prediction
 from llava_kd.models.words.pairs import pairs_of
@@ -273,10 +274,15 @@ def batches(folder: Path, **told) -> list[Batch]:
 
 def texts(inputs: Inputs, rows: StretchRows, names: tuple[bytes | None, ...]) -> list[list[bytes | None]]:
     """What the tokens of each stretch spell, from the ids where they are predicted."""
-    found = [[names[i]] for i in inputs.targets_BT.flatten()[rows.first_S].tolist()]
-    for token, stretch in zip(
-        inputs.targets_BT.flatten()[rows.further_R].tolist(), rows.stretch_R.tolist(), strict=True
-    ):
+    targets_N = inputs.targets_BT.flatten()
+    return in_order(targets_N[rows.first_S], targets_N[rows.further_R], rows.stretch_R, names)
+
+
+def in_order(
+    firsts_S: Tensor, further_R: Tensor, stretch_R: Tensor, names: tuple[bytes | None, ...]
+) -> list[list[bytes | None]]:
+    found = [[names[i]] for i in firsts_S.tolist()]
+    for token, stretch in zip(further_R.tolist(), stretch_R.tolist(), strict=True):
         found[stretch].append(names[token])
     return found
 
@@ -297,6 +303,23 @@ def test_both_sides_of_a_batch_spell_the_same_stretches(layout: str, tmp_path: P
         assert batch.stretches is not None
         mine = texts(batch.student, batch.stretches.student, spelled(QWEN))
         theirs = texts(batch.teacher, batch.stretches.teacher, spelled(LLAMA))
+        assert len(mine) > 2
+        for a, b in zip(mine, theirs, strict=True):
+            assert (a == b == [None]) or b"".join(x or b"?" for x in a) == b"".join(x or b"?" for x in b)
+
+
+def test_a_term_is_shown_the_tokens_that_stand_there(tmp_path: Path) -> None:
+    common = replace(objective_of(losses="fast", response_cross=ResponseCross()).common, words=words())
+    table_VD = torch.zeros(900, 8)
+    for batch in batches(tmp_path, **LAYOUTS["packed"]):
+        student, teacher = (
+            said(inputs, table_VD, table_VD) for inputs in (batch.student, batch.teacher_inputs)
+        )
+        seen = Seen("response_cross", ResponseCross().reads, batch, common, student=student, teacher=teacher)
+        mine, theirs = (
+            in_order(one.first_tokens_S, one.tokens_R, one.stretch_R, spelled(tokenizer))
+            for one, tokenizer in zip(seen.stretches(), (QWEN, LLAMA), strict=True)
+        )
         assert len(mine) > 2
         for a, b in zip(mine, theirs, strict=True):
             assert (a == b == [None]) or b"".join(x or b"?" for x in a) == b"".join(x or b"?" for x in b)

@@ -59,8 +59,8 @@ def side(seed: int, rows: int, width: int, firsts: list[int], stretches: list[in
     )
 
 
-# What stands first is a pair already, of two pairs, of none and one, of one and none, of none.
-STUDENT = side(0, 7, 5, [4, 4, 1, 2, 5], [1, 1, 2, 4])
+# What stands first is a pair already, of two pairs, of none and one, of one and none, of none (at one place).
+STUDENT = side(0, 7, 5, [4, 4, 3, 2, 1], [1, 1, 2, 4])
 TEACHER = side(1, 6, 3, [3, 5, 0, 4, 2], [2, 3, 3, 3])
 
 
