@@ -86,7 +86,7 @@ def encoded(name: str, by: PreTrainedTokenizerFast) -> Encoded:
 
 
 class Writer(nn.Module):
-    """Pictures to names: states that a head reads, at the picture and after each token, the picture in all."""
+    """Pictures to names: states that a head reads, one a token, of the picture and the tokens before."""
 
     def __init__(self, body: nn.Module, width: int, names: list[Encoded], vocabulary: int) -> None:
         super().__init__()
