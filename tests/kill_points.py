@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llava_kd import tensor_files
-from llava_kd.assembly import train as build_train
+from llava_kd.assembly.parts import adapters
 from llava_kd.distill import student
 from llava_kd.training import trainer
 
@@ -24,7 +24,7 @@ _POINTS = (
     (pathlib.Path, "write_text"),
     (shutil, "rmtree"),
     (tensor_files, "save_file"),
-    (build_train, "save_stock"),
+    (adapters, "save_stock"),
     (trainer.Trainer, "_resume"),
     (student.Student, "losses"),
     (trainer.Trainer, "step"),

@@ -39,6 +39,9 @@ COMMON = 260
 SMALL, LARGE = VisualGrid(rows=4, columns=4), VisualGrid(rows=5, columns=5)
 
 
+BESIDE = {"looked_at_by": {"weighed": True}}  # what a setting is refused without
+
+
 def options(kind: type[Term]) -> Iterator[tuple[str, Term]]:
     """A term of the table with each choice that one setting gives, the others as they are by default.
 
@@ -48,7 +51,7 @@ def options(kind: type[Term]) -> Iterator[tuple[str, Term]]:
     choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
     choices |= {name: (False, True) for name, hint in hints.items() if hint is bool}
     heat = {"temperature": 2.0} if "temperature" in hints else {}
-    alone = [{name: value} for name, values in choices.items() for value in values]
+    alone = [{name: value} | BESIDE.get(name, {}) for name, values in choices.items() for value in values]
     together = [{name: True for name, hint in hints.items() if hint is bool}]
     for named in [{}, *alone, *together]:
         term = kind(**named, **heat)

@@ -103,7 +103,9 @@ def choices(kind: type[Term]) -> list[Term]:
     hints = {f.name: get_type_hints(kind)[f.name] for f in fields(kind)}
     options = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
     options |= {name: (False, True) for name, hint in hints.items() if hint is bool}
-    return [kind(**dict(zip(options, chosen, strict=True))) for chosen in product(*options.values())]
+    named = [dict(zip(options, chosen, strict=True)) for chosen in product(*options.values())]
+    # Whose attention weighs is refused where nothing is weighed.
+    return [kind(**one) for one in named if one.get("looked_at_by") != "questions" or one["weighed"]]
 
 
 SERVED = [

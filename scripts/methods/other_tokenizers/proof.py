@@ -5,7 +5,7 @@
 Pictures of 12 x 12 belong to one of sixteen smooth patterns, moved, scaled in contrast, covered with noise;
 the answer is the pattern's name, such as "large green star". A teacher (convolutions, and a GRU that writes
 tokens of a byte-level tokenizer with merges) learns 2,000 pictures; a student (a perceptron, and a GRU that
-writes single bytes) gets 80 others. The arms of a seed differ in what is beside the student's cross-entropy:
+writes single bytes) gets 400 others. The arms of a seed differ in what is beside the student's cross-entropy:
 nothing, the term response_cross by llava_kd's own stretches, pairs and loss, the same without its sorted
 part, the other forms of the term that --forms names, and, as what there is to reach, the forward divergence
 from a teacher that writes bytes too. Reported: names of 2,000 further pictures of which every token, after
@@ -38,8 +38,8 @@ from llava_kd.models.words.projection import rules_of
 from llava_kd.models.words.spelling import spelled
 from llava_kd.search.findings.statistics import as_text, estimate, paired
 
-SIDE, FEW, MANY, TESTED = 12, 80, 2000, 2000
-TEACHER_EPOCHS, STUDENT_EPOCHS = 30, 600
+SIDE, FEW, MANY, TESTED = 12, 400, 2000, 2000
+TEACHER_EPOCHS, STUDENT_EPOCHS = 30, 150
 NAMES = [
     f"{size} {colour} {shape}"
     for size in ("small", "large")
@@ -86,7 +86,7 @@ def encoded(name: str, by: PreTrainedTokenizerFast) -> Encoded:
 
 
 class Writer(nn.Module):
-    """Pictures to names: states that a head reads, at the picture and after each token, the picture in all."""
+    """Pictures to names: states that a head reads, one a token, of the picture and the tokens before."""
 
     def __init__(self, body: nn.Module, width: int, names: list[Encoded], vocabulary: int) -> None:
         super().__init__()
