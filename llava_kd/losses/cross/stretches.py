@@ -49,9 +49,7 @@ from llava_kd.losses.kernels.rows import chunk_size
 from llava_kd.losses.kernels.summed import Side, leading_logits, sum_of_rows
 from llava_kd.losses.reference import accumulation_dtype, head_logits
 
-COPIES = (
-    9  # of a chunk's logits on each side: as they come, chosen, their softmax, grouped, sorted, gradients
-)
+COPIES = 9  # of a chunk's logits, a side: as they come, chosen, their softmax, grouped, sorted, gradients
 
 
 @dataclass(frozen=True, kw_only=True)
