@@ -20,6 +20,15 @@ def logged(output: Path) -> list[dict[str, float]]:
     return [{name: line[name] for name in names} for line in lines]
 
 
+def same_lines(folder: Path) -> list[dict[str, float]]:
+    """What `one` logged, which is what `two` logged."""
+    expected, got = logged(folder / "one"), logged(folder / "two")
+    assert len(got) == len(expected) == 4
+    for a, b in zip(expected, got, strict=True):
+        assert b == pytest.approx(a, rel=2e-3, abs=1e-5)
+    return expected
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_two_ranks_learn_from_the_answers_of_one_device(
     tmp_path: Path, shapes_dir: Path, student_dir: Path, teacher_dir: Path, kind: str
@@ -37,11 +46,8 @@ def test_two_ranks_learn_from_the_answers_of_one_device(
     )
     ranks.train(config, tmp_path / "one")
     ranks.train(config, tmp_path / "two", *ranks.ENGINES[kind], ranks=2)
-    expected, got = logged(tmp_path / "one"), logged(tmp_path / "two")
+    expected = same_lines(tmp_path)
     assert {line["own_answers"] for line in expected} == {0.0, 1.0}
-    assert len(got) == len(expected) == 4
-    for a, b in zip(expected, got, strict=True):
-        assert b == pytest.approx(a, rel=2e-3, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -62,8 +68,5 @@ def test_two_sharded_ranks_learn_from_a_server_what_one_device_learns_alone(
     with running(ServedStudent(student_dir), WritingHandler) as served:
         words = [*ranks.ENGINES["fsdp2"], f"--on_policy.server={{url: {served.url}}}"]
         ranks.train(config, tmp_path / "two", *words, ranks=2)
-    expected, got = logged(tmp_path / "one"), logged(tmp_path / "two")
-    assert len(got) == len(expected) == 4
-    for a, b in zip(expected, got, strict=True):
-        assert b == pytest.approx(a, rel=2e-3, abs=1e-5)
-    assert len(served.read) == sum(line["own_answers"] for line in got)  # one rank gives it weights
+    lines = same_lines(tmp_path)
+    assert len(served.read) == sum(line["own_answers"] for line in lines)  # one rank gives it weights
