@@ -378,3 +378,38 @@ def test_a_script_neither_dies_of_a_pipe_nor_needs_pgrep(script: Path) -> None:
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)
 def test_a_script_is_sound_bash(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+LATE_RANK = """
+import os, signal, socket, sys
+from pathlib import Path
+from llava_kd.assembly.runs import supervise
+
+end_group = os.killpg
+
+def as_a_rank_comes(group, number):
+    variables = Path(f"/proc/{group}/environ").read_bytes().split(b"\\0")
+    path = next(v.partition(b"=")[2] for v in variables if v.startswith(supervise.SUPERVISOR.encode()))
+    rank = socket.socket(socket.AF_UNIX)
+    rank.connect(path)
+    print("told", rank.recv(1)[0], flush=True)
+    rank.close()
+    end_group(group, number)
+
+os.killpg = as_a_rank_comes
+waits = "import time; print('ready', flush=True); time.sleep(60)"
+sys.exit(supervise.supervise([sys.executable, "-c", waits]))
+"""
+
+
+def test_a_rank_that_comes_while_its_launcher_is_ended_changes_no_status() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LATE_RANK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    said, complaint = process.communicate(timeout=30)
+    assert said == f"told {int(signal.SIGTERM)}\n"
+    assert process.returncode == 0, complaint
+    assert "stopped by SIGTERM before any rank began; the same command goes on" in complaint

@@ -105,9 +105,12 @@ def supervise(command: Sequence[str]) -> int:
     asked: list[int] = []
     launcher: subprocess.Popen | None = None
     overseer = Overseer()
+    nobody_came = False
 
     def stop(number: int) -> None:
+        nonlocal nobody_came
         if launcher is not None and not overseer.tell(number):
+            nobody_came = True  # then; one that comes before the launcher is gone is told to stop as it comes
             with suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGKILL)  # no rank has come, so there is nothing to save
 
@@ -132,7 +135,7 @@ def supervise(command: Sequence[str]) -> int:
     if not asked:
         return status if status >= 0 else 128 - status
     name = signal.Signals(asked[0]).name
-    if status == -signal.SIGKILL and not overseer.tell(asked[0]):
+    if status == -signal.SIGKILL and nobody_came:
         print(
             f"stopped by {name} before any rank began; the same command goes on", file=sys.stderr, flush=True
         )
