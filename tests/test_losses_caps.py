@@ -6,6 +6,7 @@ Shape legend: N rows, I images, V and U rows of the heads, D and E widths of stu
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -96,35 +97,22 @@ def related(module, **how: bool) -> Loss:
     return loss
 
 
-def stretched(form: Callable) -> Loss:
-    words = Words(
-        student_K=torch.arange(20), teacher_K=torch.arange(20).flip(0), student_A=torch.arange(20, V),
-        teacher_B=torch.arange(20, U),
-    )  # fmt: skip
+WORDS = Words(
+    student_K=torch.arange(20), teacher_K=torch.arange(20).flip(0), student_A=torch.arange(20, V),
+    teacher_B=torch.arange(20, U),
+)  # fmt: skip
+# Tokens that are spelt otherwise on the other side are carried there by a fixed map.
+CARRIED = Projection(
+    "onto_teacher", WORDS, torch.arange(V), (torch.arange(V) * 5) % U, torch.ones(V, dtype=HIDDEN.dtype)
+)
 
+
+def stretched(form: Callable, by: Words | Projection) -> Loss:
     def loss(*sides: Side) -> Tensor:
         ours, theirs = (
             Stretched(s[0][:7], TARGETS[:7], s[0][7:], TARGETS[7:], torch.arange(5), *s[1:]) for s in sides
         )
-        return form(ours, theirs, words, Distance(temperature=2.0)).loss
-
-    return loss
-
-
-def projected(form: Callable) -> Loss:
-    """Stretches whose tokens, spelt otherwise on the other side, are carried there by a fixed map."""
-    words = Words(
-        student_K=torch.arange(20), teacher_K=torch.arange(20).flip(0), student_A=torch.arange(20, V),
-        teacher_B=torch.arange(20, U),
-    )  # fmt: skip
-    from_E = torch.arange(V)
-    carried = Projection("onto_teacher", words, from_E, (from_E * 5) % U, torch.ones(V, dtype=HIDDEN.dtype))
-
-    def loss(*sides: Side) -> Tensor:
-        ours, theirs = (
-            Stretched(s[0][:7], TARGETS[:7], s[0][7:], TARGETS[7:], torch.arange(5), *s[1:]) for s in sides
-        )
-        return form(ours, theirs, carried, Distance(temperature=2.0)).loss
+        return form(ours, theirs, by, Distance(temperature=2.0)).loss
 
     return loss
 
@@ -171,10 +159,10 @@ for form, (head, top, bild, relate) in BOTH.items():
         f"{form} relation centred, unit": related(relate, centre=True, normalise=True),
     }
 LOSSES |= {
-    "reference stretches": stretched(stretches.stretch_loss),
-    "fast stretches": stretched(lambda *a: stretches.stretch_loss_by_chunk(*a, chunk_rows=3)),
-    "reference projection": projected(projected_loss),
-    "fast projection": projected(lambda *a: projected_loss_by_chunk(*a, chunk_rows=3)),
+    "reference stretches": stretched(stretches.stretch_loss, WORDS),
+    "fast stretches": stretched(partial(stretches.stretch_loss_by_chunk, chunk_rows=3), WORDS),
+    "reference projection": stretched(projected_loss, CARRIED),
+    "fast projection": stretched(partial(projected_loss_by_chunk, chunk_rows=3), CARRIED),
     "reference smoothing": smoothed(smoothing.smoothing),
     "fast smoothing": smoothed(smoothing.smoothing_without_logits),
     "reference information": informed(information.conditional_information),

@@ -20,6 +20,13 @@ def logged(output: Path) -> list[dict[str, float]]:
     return [{name: line[name] for name in names} for line in lines]
 
 
+def one_device(folder: Path, parts: dict[str, Path], **asked: float) -> Path:
+    """Settings of a stage with own answers, trained into `one`."""
+    config = write_stage(folder / "run", **parts, on_policy={"share": 0.6, **asked}, max_steps=4)
+    ranks.train(config, folder / "one")
+    return config
+
+
 def same_lines(folder: Path) -> list[dict[str, float]]:
     """What `one` logged, which is what `two` logged."""
     expected, got = logged(folder / "one"), logged(folder / "two")
@@ -35,16 +42,8 @@ def test_two_ranks_learn_from_the_answers_of_one_device(
 ) -> None:
     if kind.startswith("zero"):
         pytest.importorskip("deepspeed")
-    asked = {"share": 0.6, "max_new_tokens": 5}
-    config = write_stage(
-        tmp_path / "run",
-        data=shapes_dir,
-        student=student_dir,
-        teacher=teacher_dir,
-        on_policy=asked,
-        max_steps=4,
-    )
-    ranks.train(config, tmp_path / "one")
+    parts = {"data": shapes_dir, "student": student_dir, "teacher": teacher_dir}
+    config = one_device(tmp_path, parts, max_new_tokens=5)
     ranks.train(config, tmp_path / "two", *ranks.ENGINES[kind], ranks=2)
     expected = same_lines(tmp_path)
     assert {line["own_answers"] for line in expected} == {0.0, 1.0}
@@ -55,16 +54,8 @@ def test_two_sharded_ranks_learn_from_a_server_what_one_device_learns_alone(
     tmp_path: Path, shapes_dir: Path, student_dir: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("no_proxy", "*")
-    asked = {"share": 0.6, "temperature": 0.0, "max_new_tokens": 5}
-    config = write_stage(
-        tmp_path / "run",
-        data=shapes_dir,
-        student=student_dir,
-        teacher=teacher_dir,
-        on_policy=asked,
-        max_steps=4,
-    )
-    ranks.train(config, tmp_path / "one")
+    parts = {"data": shapes_dir, "student": student_dir, "teacher": teacher_dir}
+    config = one_device(tmp_path, parts, max_new_tokens=5, temperature=0.0)
     with running(ServedStudent(student_dir), WritingHandler) as served:
         words = [*ranks.ENGINES["fsdp2"], f"--on_policy.server={{url: {served.url}}}"]
         ranks.train(config, tmp_path / "two", *words, ranks=2)

@@ -6,8 +6,8 @@ are grey and not valid, it is counted, and it is named in a file. `BadRecords` s
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import pickle
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -39,8 +39,7 @@ class StepRecords:
     """Which records a rank reads at a step, and their source, for a reader beside the loader's thread."""
 
     def __init__(self, source: Source, plan: Plan | Listing, rank: int) -> None:
-        # Its own: neither is made for several threads. A source is made to travel to other processes.
-        self.source, self._plan = pickle.loads(pickle.dumps((source, plan)))
+        self.source, self._plan = copy.deepcopy((source, plan))  # neither is made for several threads
         self._rank = rank
 
     def numbers(self, step: int) -> list[int]:

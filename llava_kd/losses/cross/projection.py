@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llava_kd.losses.cross.standing import places_among
 from llava_kd.losses.cross.stretches import (
     COPIES,
     Distance,
@@ -148,9 +149,8 @@ def projected_loss_by_chunk(
 
 
 def _places(columns_E: Tensor, side_W: Tensor) -> Tensor:
-    """[E]: where these columns stand among a side's tokens. ValueError for one that is no token of it."""
-    sorted_W, order_W = side_W.sort()
-    found_E = torch.searchsorted(sorted_W, columns_E).clamp_max(len(side_W) - 1)
-    if bool((sorted_W[found_E] != columns_E).any()):
+    """[E]: where these columns are among a side's tokens. ValueError for one that is no token of it."""
+    places_E, is_other_E = places_among(columns_E, side_W)
+    if bool(is_other_E.any()):
         raise ValueError("a projection must go from tokens of one side to tokens of the other")
-    return order_W[found_E]
+    return places_E

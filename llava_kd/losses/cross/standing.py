@@ -80,15 +80,20 @@ def standing_of(
 
 
 def _places(tokens_S: Tensor, side_W: Tensor, name: str) -> Tensor:
-    sorted_W, order_W = side_W.sort()
-    found_S = torch.searchsorted(sorted_W, tokens_S).clamp_max(len(side_W) - 1)
-    is_other_S = sorted_W[found_S] != tokens_S
+    places_S, is_other_S = places_among(tokens_S, side_W)
     if bool(is_other_S.any()):
         raise ValueError(
             f"what stands first in a stretch must be a token of its side; the {name} has "
             f"{int(tokens_S[is_other_S][0])}: give the columns of all tokens of its tokenizer"
         )
-    return order_W[found_S]
+    return places_S
+
+
+def places_among(columns_S: Tensor, side_W: Tensor) -> tuple[Tensor, Tensor]:
+    """[S]: where these columns are among a side's tokens, and which are no token of it."""
+    sorted_W, order_W = side_W.sort()
+    found_S = torch.searchsorted(sorted_W, columns_S).clamp_max(len(side_W) - 1)
+    return order_W[found_S], sorted_W[found_S] != columns_S
 
 
 def _changed(log_q_CW: Tensor, gone: Tensor, added_C1: Tensor) -> Tensor:

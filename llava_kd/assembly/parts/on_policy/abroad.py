@@ -79,7 +79,7 @@ class Abroad:
                 ]
                 for done in waiting:
                     done.result()
-            except BaseException:
+            except BaseException:  # Ctrl-C too waits for no answer that nobody wants any more
                 self.place.server.stop()
                 pool.shutdown(cancel_futures=True)
                 raise
