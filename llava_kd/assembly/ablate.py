@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 import signal
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,14 @@ from llava_kd.assembly.runs.run_dir import locked
 from llava_kd.assembly.runs.slots import CLI, Slots, environments
 from llava_kd.assembly.runs.stopping import status_of_rest
 from llava_kd.assembly.settings import load
+from llava_kd.search.findings.elsewhere import keep_files, kept_files, read_elsewhere
 from llava_kd.search.findings.grid_results import RESULTS, read_results
 from llava_kd.search.findings.grid_tables import score_lines
 from llava_kd.search.findings.words import duration
 from llava_kd.search.findings.writing import write_results
 from llava_kd.search.grids.grid import Grid, read_grid
 from llava_kd.search.grids.manifest import keep_manifest, refuse_changes
-from llava_kd.search.grids.sharing import Plan, StageRun, check_arms, make_plan
+from llava_kd.search.grids.sharing import ArmRun, Plan, StageRun, check_arms, make_plan
 from llava_kd.search.running.pricing import Clock, price_text
 from llava_kd.search.running.schedule import Job, Outcome, run_jobs
 from llava_kd.search.running.work import faults, make_jobs, write_work
@@ -32,12 +33,16 @@ from llava_kd.search.running.work import faults, make_jobs, write_work
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What of the file this call runs; None: all of it, on all cores or GPUs."""
+    """What of the file this call runs; None: all of it, on all cores or GPUs.
+
+    `elsewhere`: results files of the same grid from other machines; what they hold is not trained here.
+    """
 
     output: str | None = None
     arms: Sequence[str] | None = None
     seeds: Sequence[int] | None = None
     num_jobs: int | None = None
+    elsewhere: Sequence[Path] = ()
 
 
 def ablate(path: str | Path, overrides: Sequence[str], choice: Choice, *, is_dry: bool = False) -> int:
@@ -50,25 +55,30 @@ def ablate(path: str | Path, overrides: Sequence[str], choice: Choice, *, is_dry
     plan = make_plan(grid)
     check_arms(grid, plan, _settings)
     refuse_changes(grid, plan)
-    arms, seeds = _chosen(grid, choice)
+    elsewhere = read_elsewhere(grid, plan, [*choice.elsewhere, *kept_files(grid)])
+    runs = _chosen(grid, plan, choice, {(one.arm, one.seed) for one in elsewhere})
     trees = [stage.tree for stage in plan.stages.values()]
     slots = environments(trees, choice.num_jobs, is_whole=grid.command is not None)
     results = grid.output / RESULTS
     if results.is_file():
         read_results(results)
     if is_dry:
-        print(price_text(plan, arms, seeds, num_slots=len(slots)))
+        print(price_text(plan, runs, num_slots=len(slots)))
         return 0
     with locked(grid.output, "output"), Children() as children:
         keep_manifest(grid, plan)
+        keep_files(grid, choice.elsewhere)
         write_work(grid, plan)
-        runs = [run for run in plan.runs if run.arm in arms and run.seed in seeds]
         train = (*CLI, "train") if grid.command is None else command_words(grid.command, grid.path)
         jobs = make_jobs(grid, plan, runs, train=train, evaluate=(*CLI, "eval"))
         if any(not job.is_done() for job in jobs):
             _prepare(grid, children)
-        outcome = _run(grid, plan, jobs, Slots(children, slots))
-        write_results(grid, plan, faults(plan, jobs, outcome))
+
+        def write(outcome: Outcome) -> None:
+            write_results(grid, plan, elsewhere, faults(plan, jobs, outcome))
+
+        outcome = _run(plan, jobs, Slots(children, slots), write)
+        write(outcome)
         return _end(grid, plan, jobs, outcome, children)
 
 
@@ -104,14 +114,16 @@ def _settings(stage: StageRun) -> Mapping[str, object]:
             raise ValueError(f"stage {stage.label}: {said}") from error
 
 
-def _chosen(grid: Grid, choice: Choice) -> tuple[list[str], list[int]]:
-    """The arms and seeds of this call, in the order of the file."""
+def _chosen(grid: Grid, plan: Plan, choice: Choice, elsewhere: Set[tuple[str, int]]) -> list[ArmRun]:
+    """The arms and seeds of this call in the order of the file, without those that are finished elsewhere."""
     for what, asked, known in (("arm", choice.arms, grid.arms), ("seed", choice.seeds, grid.seeds)):
         if unknown := [one for one in asked or () if one not in known]:
             listed = ", ".join(map(str, known))
             raise ValueError(f"{grid.path} has no {what} {unknown[0]}; there are {listed}")
-    arms = [arm for arm in grid.arms if choice.arms is None or arm in choice.arms]
-    return arms, [seed for seed in grid.seeds if choice.seeds is None or seed in choice.seeds]
+    arms = grid.arms if choice.arms is None else choice.arms
+    seeds = grid.seeds if choice.seeds is None else choice.seeds
+    asked = (run for run in plan.runs if run.arm in arms and run.seed in seeds)
+    return [run for run in asked if (run.arm, run.seed) not in elsewhere]
 
 
 def _prepare(grid: Grid, children: Children) -> None:
@@ -127,7 +139,7 @@ def _prepare(grid: Grid, children: Children) -> None:
                 raise ValueError(f"{grid.path}: test {test.name}: there is no file {test.data}")
 
 
-def _run(grid: Grid, plan: Plan, jobs: Sequence[Job], slots: Slots) -> Outcome:
+def _run(plan: Plan, jobs: Sequence[Job], slots: Slots, write: Callable[[Outcome], None]) -> Outcome:
     """A line for each job that ends; the results as they are then."""
     clock = Clock(plan, jobs, num_slots=len(slots.environments))
 
@@ -136,7 +148,7 @@ def _run(grid: Grid, plan: Plan, jobs: Sequence[Job], slots: Slots) -> Outcome:
         rest = clock.left(outcome.settled())
         print(f"[{len(outcome.done)} of {len(jobs)}] {job.name}: {duration(seconds)}; {rest}", flush=True)
         if job.key not in plan.stages:
-            write_results(grid, plan, faults(plan, jobs, outcome))
+            write(outcome)
 
     def failed(job: Job, why: str) -> None:
         print(f"{job.name} {why}; what does not need it goes on", flush=True)

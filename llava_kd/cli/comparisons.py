@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from llava_kd.assembly.early import look_at_file
 from llava_kd.cli.words import Commands, command, count, show
@@ -18,6 +19,15 @@ def add(commands: Commands) -> None:
     ablate.add_argument("--arms", type=_names, help="names joined by commas (default: all)")
     ablate.add_argument(
         "--seeds", type=_numbers, help="of those of the file, joined by commas (default: all)"
+    )
+    ablate.add_argument(
+        "--with",
+        dest="elsewhere",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="RESULTS.json",
+        help="results of other arms or seeds of this file from another machine; may be given several times",
     )
     ablate.add_argument("--jobs", type=count, help="how many at once (default: one a GPU, or one a core)")
     ablate.add_argument(
@@ -60,7 +70,13 @@ def _ablate(arguments: argparse.Namespace) -> int:
     look_at_file(arguments.file, "ablation", "examples are in ablations/")
     from llava_kd.assembly.ablate import Choice, ablate
 
-    choice = Choice(output=arguments.out, arms=arguments.arms, seeds=arguments.seeds, num_jobs=arguments.jobs)
+    choice = Choice(
+        output=arguments.out,
+        arms=arguments.arms,
+        seeds=arguments.seeds,
+        num_jobs=arguments.jobs,
+        elsewhere=arguments.elsewhere,
+    )
     return ablate(arguments.file, arguments.overrides, choice, is_dry=arguments.dry_run)
 
 

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-from llava_kd.evaluation.report.results import Evaluated, read_evaluated
-from llava_kd.search.findings.curves import (
-    Curve,
-    chain_curve,
-    last_diagnosis,
-    run_record,
-    stage_log,
-    value_at,
-)
+from llava_kd.search.findings.curves import run_record, stage_log, value_at
 from llava_kd.search.findings.sameness import mixtures
+from llava_kd.search.findings.scored import Scored, scored_here
 from llava_kd.search.findings.statistics import estimate, paired, spearman
 from llava_kd.search.findings.words import EQUALS, WAITING
 from llava_kd.search.grids.grid import Arm, Grid
+from llava_kd.search.grids.models import model_prints
 from llava_kd.search.grids.sharing import ArmRun, Plan
 
 VERSION = 1
 RESULTS = "results.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """An arm with one seed, to its end: its scores by test, and the curve of its stages."""
-
-    seed: int
-    scores: Mapping[str, Evaluated]
-    curve: Curve
 
 
 def read_results(path: Path) -> dict:
@@ -53,11 +39,17 @@ def read_results(path: Path) -> dict:
     return results
 
 
-def collect(grid: Grid, plan: Plan, faults: Mapping[str, str] | None = None) -> dict:
-    """Everything that is finished. `faults` by the key of an arm and seed (`fault_key`): why it is not."""
+def collect(
+    grid: Grid, plan: Plan, elsewhere: Sequence[Scored] = (), faults: Mapping[str, str] | None = None
+) -> dict:
+    """Everything that is finished, here or `elsewhere`.
+
+    `faults` by `fault_key`: why an arm and seed is not finished.
+    """
     faults = faults or {}
-    scored = {name: _scored(grid, plan, name) for name in grid.arms}
+    scored = all_scored(grid, plan, elsewhere)
     arms = {name: _arm(grid, plan, arm, scored, faults) for name, arm in grid.arms.items()}
+    finished = [one for side in scored.values() for one in side]
     return {
         "version": VERSION,
         "name": grid.name,
@@ -65,31 +57,41 @@ def collect(grid: Grid, plan: Plan, faults: Mapping[str, str] | None = None) -> 
         "seeds": list(grid.seeds),
         "baseline": grid.baseline,
         "tests": {
-            name: {"data": test.data, "questions": _questions(scored, name)}
+            name: {
+                "data": test.data,
+                "questions": _questions(finished, name),
+                "sha256": file_print(test.data),
+            }
             for name, test in grid.tests.items()
         },
         "curve": grid.curve,
+        "models": model_prints(plan),
         "arms": arms,
-        "cost": _cost(plan),
+        "cost": _cost(plan, finished),
         "rank": _rank(grid, scored),
-        "commits": _recorded(plan, "commit"),
+        "commits": _commits(plan, finished),
         "warnings": mixtures(plan),
+        "finished": [asdict(one) for one in finished],
     }
+
+
+def file_print(path: str) -> str | None:
+    """SHA-256 of a test file; None where it is not there yet."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
 
 
 def fault_key(run: ArmRun) -> str:
     return f"{run.arm} seed {run.seed}"
 
 
-def _scored(grid: Grid, plan: Plan, arm: str) -> list[Scored]:
-    """The seeds of an arm that have an answer to every test."""
-    found = []
-    for run in plan.of(arm):
-        where = {name: run.directory / "eval" / name for name in grid.tests}
-        if all((path / "summary.json").is_file() for path in where.values()):
-            curve = chain_curve([plan.stages[key].directory for key in run.chain], grid.curve)
-            scores = {name: read_evaluated(path) for name, path in where.items()}
-            found.append(Scored(seed=run.seed, scores=scores, curve=curve))
+def all_scored(grid: Grid, plan: Plan, elsewhere: Sequence[Scored]) -> dict[str, list[Scored]]:
+    """By arm, in the order of the seeds. What was trained here counts before the same from elsewhere."""
+    others = {(one.arm, one.seed): one for one in elsewhere}
+    found: dict[str, list[Scored]] = {name: [] for name in grid.arms}
+    for run in plan.runs:
+        one = scored_here(plan, run, list(grid.tests), grid.curve) or others.get((run.arm, run.seed))
+        if one is not None:
+            found[run.arm].append(one)
     return found
 
 
@@ -110,7 +112,7 @@ def _arm(
         "runs": {str(run.seed): list(run.chain) for run in runs.values()},
         "steps": steps[0] if len(steps) == 1 else None,
         "seconds": estimate([one.curve.seconds for one in own]) if own else None,
-        "diagnostics": _diagnostics(plan, [runs[one.seed] for one in own]),
+        "diagnostics": _diagnostics(own),
         "tests": {name: _test(name, own, base, is_baseline=arm.name == grid.baseline) for name in grid.tests},
     }
     if arm.name != grid.baseline:
@@ -118,13 +120,14 @@ def _arm(
     return entry
 
 
-def _diagnostics(plan: Plan, runs: Sequence[ArmRun]) -> list[dict[str, float]]:
+def _diagnostics(own: Sequence[Scored]) -> list[dict[str, float]]:
     """Of each stage in order: the figures of its last diagnosis, a mean over the seeds that have them."""
     stages = []
-    for keys in zip(*(run.chain for run in runs), strict=True):
-        found = [last_diagnosis(plan.stages[key].directory) for key in keys]
-        names = sorted(set().union(*found))
-        stages.append({n: statistics.fmean(one[n] for one in found if n in one) for n in names})
+    for trained in zip(*(one.stages for one in own), strict=True):
+        names = sorted(set().union(*(stage.diagnosis for stage in trained)))
+        stages.append(
+            {n: statistics.fmean(one.diagnosis[n] for one in trained if n in one.diagnosis) for n in names}
+        )
     return stages
 
 
@@ -183,18 +186,18 @@ def _none(why: str) -> dict:
     return {"gain": None, "figure": None, "not_measured": why}
 
 
-def _cost(plan: Plan) -> dict:
+def _cost(plan: Plan, finished: Sequence[Scored]) -> dict:
     """Training seconds of what is finished: each stage once, and what arms saved by sharing some."""
-    seconds = {
-        key: lines[-1].seconds
-        for key, stage in plan.stages.items()
-        if stage.is_complete and (lines := stage_log(stage.directory))
-    }
+    seconds = {stage.key: stage.seconds for one in finished for stage in one.stages}
+    complete = {key for key, stage in plan.stages.items() if stage.is_complete}
+    for key in complete:
+        if lines := stage_log(plan.stages[key].directory):
+            seconds[key] = lines[-1].seconds
     whole = [run for run in plan.runs if seconds.keys() >= set(run.chain)]
     each = [seconds[key] for run in whole for key in run.chain]
     return {
         "stages": len(plan.stages),
-        "finished": sum(stage.is_complete for stage in plan.stages.values()),
+        "finished": len(complete | {key for one in finished for key in one.chain}),
         "seconds": sum(seconds.values()),
         "saved_by_sharing": sum(each) - sum(seconds[key] for key in {k for run in whole for k in run.chain}),
     }
@@ -223,11 +226,12 @@ def _rank(grid: Grid, scored: Mapping[str, Sequence[Scored]]) -> dict | None:
     }
 
 
-def _questions(scored: Mapping[str, Sequence[Scored]], test: str) -> int | None:
-    return next((one.scores[test].count for side in scored.values() for one in side), None)
+def _questions(finished: Sequence[Scored], test: str) -> int | None:
+    return next((one.scores[test].count for one in finished), None)
 
 
-def _recorded(plan: Plan, what: str) -> list[str]:
-    """What the finished stages say of themselves, each once."""
+def _commits(plan: Plan, finished: Sequence[Scored]) -> list[str]:
+    """Of all finished stages, each once."""
     records = [run_record(stage.directory) for stage in plan.stages.values()]
-    return sorted({str(record[what]) for record in records if record and record.get(what)})
+    here = {str(record["commit"]) for record in records if record and record.get("commit")}
+    return sorted(here | {stage.commit for one in finished for stage in one.stages if stage.commit})

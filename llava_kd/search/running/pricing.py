@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llava_kd.search.findings.curves import stage_log
 from llava_kd.search.findings.words import duration
-from llava_kd.search.grids.sharing import Plan, StageRun
+from llava_kd.search.grids.sharing import ArmRun, Plan, StageRun
 from llava_kd.search.running.schedule import Job
 
 
@@ -66,16 +66,20 @@ def price(stage: StageRun, rates: Rates) -> Price:
     return Price(stage=stage, steps=left, seconds=None if rate is None else left * rate)
 
 
-def price_text(plan: Plan, arms: Sequence[str], seeds: Sequence[int], *, num_slots: int) -> str:
+def price_text(plan: Plan, wanted: Sequence[ArmRun], *, num_slots: int) -> str:
     """What `--dry_run` says: every stage of one seed, then the whole."""
+    if not wanted:
+        return "nothing to train: all of it is finished"
     rates = Rates(plan)
-    wanted = [run for run in plan.runs if run.arm in arms and run.seed in seeds]
+    arms, seeds = (list(dict.fromkeys(getattr(run, what) for run in wanted)) for what in ("arm", "seed"))
     keys = list(dict.fromkeys(key for run in wanted for key in run.chain))
     prices = {key: price(plan.stages[key], rates) for key in keys}
+    whole = len(wanted) == len(arms) * len(seeds)
+    what = f"{len(arms)} arms x {len(seeds)} seeds" if whole else f"{len(wanted)} pairs of an arm and a seed"
     alone = sum(len(run.chain) for run in wanted)
-    first = [key for key in keys if plan.stages[key].seed == seeds[0]]
+    first = {plan.line_of(key, "kind"): key for key in reversed(keys)}
     rows = [["stage", "after", "steps", "arms", "state of its seeds", "seconds a step"]]
-    for key in first:
+    for key in reversed(first.values()):
         rows.append(_row(plan, plan.stages[key], keys, arms, rates))
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -83,7 +87,7 @@ def price_text(plan: Plan, arms: Sequence[str], seeds: Sequence[int], *, num_slo
     begun = sum(price.stage.has_begun for price in left)
     lines += [
         "",
-        f"{len(arms)} arms x {len(seeds)} seeds: {len(keys)} stages ({alone} if no arm shared any); "
+        f"{what}: {len(keys)} stages ({alone} if no arm shared any); "
         f"{len(keys) - len(left)} finished, {begun} begun, {len(left) - begun} new",
         f"to train: {_steps_text(left)}; {_seconds_text(left, num_slots)}",
     ]
