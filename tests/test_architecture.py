@@ -33,6 +33,7 @@ ROOMS = {
         *("batch", "config", "data", "distill", "evaluation", "losses", "models", "parallel", "training"),
         *("checksums", "curation", "durable", "plugin_file", "search", "tensor_files"),
     },
+    "__main__": {"cli"},
     "cli": {"assembly", "config", "curation", "data", "evaluation", "search"},
     "api": {"assembly", "config", "evaluation"},
 }

@@ -338,8 +338,9 @@ def test_usage_is_shown_for_a_command_line_that_is_none(
     assert "usage: llava-kd" in capsys.readouterr().err
 
 
-def test_a_reader_may_leave_before_the_end() -> None:
-    line = f'set -o pipefail; "{sys.executable}" -m llava_kd.cli config --markdown | head -n 1'
+@pytest.mark.parametrize("module", ["llava_kd", "llava_kd.cli"])
+def test_a_reader_may_leave_before_the_end(module: str) -> None:
+    line = f'set -o pipefail; "{sys.executable}" -m {module} config --markdown | head -n 1'
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "# Settings\n")
     assert "Broken" not in done.stderr
