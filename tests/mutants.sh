@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Mutants of one file that its tests let live, by mutmut, in a copy of the project:
 #   bash tests/mutants.sh llava_kd/training/checkpoint.py tests/test_training_checkpoint.py [more tests]
+# MUTANTS_SECONDS=N stops trying after N seconds; those that were not tried are counted as such.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 file="$1"
@@ -20,8 +21,11 @@ cd "$folder/copy"
   printf '    %s\n' "$@"
 } >setup.cfg
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu PYTHONPATH="$folder/site"
-"$python" -m mutmut run --max-children "${MUTANTS_AT_ONCE:-1}" | tail -c 400
+status=0
+timeout "${MUTANTS_SECONDS:-0}" "$python" -m mutmut run --max-children "${MUTANTS_AT_ONCE:-1}" >"$folder/said" || status=$?
+tail -c 400 "$folder/said"
 echo
+if [ "$status" -ne 0 ] && [ "$status" -ne 124 ]; then exit "$status"; fi
 "$python" -m mutmut results --all true | awk '{count[$NF]++} END {for (s in count) print count[s], s}'
 for name in $("$python" -m mutmut results | awk '/survived|no tests/ {sub(":", "", $1); print $1}'); do
   echo "$name"
