@@ -17,7 +17,7 @@ cd "$folder/copy"
 {
   printf '[mutmut]\nsource_paths=llava_kd\nonly_mutate=%s\nalso_copy=\n' "$file"
   printf '    %s\n' tests scripts docs constraints.txt README.md
-  printf 'process_isolation=forkserver\npytest_add_cli_args_test_selection=\n'
+  printf 'process_isolation=forkserver\ntimeout_multiplier=3\npytest_add_cli_args_test_selection=\n'
   printf '    %s\n' "$@"
 } >setup.cfg
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu PYTHONPATH="$folder/site"
