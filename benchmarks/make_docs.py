@@ -57,38 +57,44 @@ ERRORS = ("row_error", "dh_error", "dw_error")
 STEP = ("case", "impl", "seconds", "samples_per_s", "ratio_to_ours", "mfu", "peak_gb")
 
 
-HEAD = """Forward and backward of cross-entropy and KL from hidden states, beside the matrix products
-alone: the floor of all that computes each of them once. `less gradients` leaves out the dX and dW that every
-implementation returns. Errors are relative distances of the gradient from fp64, for bf16 inputs.
+HEAD = """The time of forward and backward of cross-entropy and KL from hidden states, compared with the
+matrix products alone. The products are the lower limit for every implementation that computes
+each of them once. `less gradients` does not count the dX and dW that every implementation
+returns. Errors are relative distances of the gradient from fp64, for bf16 inputs.
 
-The table of a CPU is older than what its profile led to. Where the time beside the products went (one
-thread, the same heads, 272 rows, CPU seconds, medians of three rounds in turn, load 10): products alone 5.67,
-ours in two chunks 6.85 (1.21 times), with the rows as they are now 6.51 (1.15), and in one chunk 6.16 (1.09).
-So most of it is the chunks, each of which reads both heads anew and reads and writes the whole dW: the rows
-of logits take 0.2 s. Tried:
+The CPU table is older than the changes that followed from its profile. The profile shows the time
+outside the products (one thread, the same heads, 272 rows, CPU seconds, medians of three rounds
+in turn, load 10): products alone 5.67, ours in two chunks 6.85 (1.21 times), with the rows as
+they are now 6.51 (1.15), and in one chunk 6.16 (1.09). So most of it comes from the chunks: each
+reads both heads again, and reads and writes the whole dW. The rows of logits take 0.2 s. Tried:
 
-- chunks of 240 MB of logits in place of 160 (4 in place of 6 for 793 rows): 1.08 times the products, was 1.13
-  (400 rows, two rounds), with 253 MB less gradients, 0.117 of naive PyTorch's. Kept; the goal of 0.125 allows
-  no more. Chunks of 64 rows: 1.39 times.
-- rows of logits from softmaxes, one exponential a column in place of two: 0.56 ms a row, was 0.75. Kept.
-  Their sums are taken in pairs: over 151,936 columns the gradient is off by 9e-8 of itself, was 8e-6.
-- the same in place, over the logits: 0.56 ms, and a value off by 7e-5. Two log-softmaxes with exponentials in
-  place: 0.64 ms. `exp` of logits less their largest: 0.64 ms.
-- `torch.compile` of a row: 0.42 ms. Not kept: 0.04 s of 5.8 do not pay for a compiler at the start of a run.
+- chunks of 240 MB of logits in place of 160 (4 in place of 6 for 793 rows): 1.08 times the
+  products, was 1.13 (400 rows, two rounds), with 253 MB less gradients, 0.117 of naive PyTorch's.
+  Kept; the goal of 0.125 allows no more. Chunks of 64 rows: 1.39 times.
+- rows of logits from softmaxes, one exponential a column in place of two: 0.56 ms a row, was
+  0.75. Kept. Their sums are taken in pairs: over 151,936 columns the gradient is off by 9e-8 of
+  itself, was 8e-6.
+- the same in place, over the logits: 0.56 ms, and a value off by 7e-5. Two log-softmaxes with
+  exponentials in place: 0.64 ms. `exp` of logits less their largest: 0.64 ms.
+- `torch.compile` of a row: 0.42 ms. Not kept: 0.04 s of 5.8 are too little gain for a compiler at
+  the start of a run.
 
-Compiled naive PyTorch holds all rows at once and so reads the heads once; ours in one chunk does as well."""
-LOADER = """Images and text for both models. The exact resize is a part in C, optional, with Pillow's
-weights in 16-bit halves that AVX2 multiplies and adds without a rounding; it is quicker than
-PyTorch's vectorised kernel for bytes, which is not exact, so `quick` is of use only where no
-compiler was. Four times the rate of transformers' processor was to be reached, and with it is,
-all on the CPU and with pixels equal to Pillow's; half of what is left is the JPEG decoder's.
-Pillow's own loops beat the same sums as matrix products, banded or dense, and the JPEG decoder's
-own scaling is slower than decoding whole. `worker`: the same from files through one worker
-process, whose CPU counts, ours with the text of the records and with the hand-over through shared
-memory; `beside a GPU` without what the trainer's process then does. There the largest single cost
-was fetching fresh pages for the normalised pixels, which are kept now. A worker as a thread of the
-trainer saves the hand-over, and is the bound of what a ring of shared memory could save; it is not
-used, since text and collation would hold the interpreter that starts the GPU's kernels."""
+Compiled naive PyTorch holds all rows at once and so reads the heads once; ours in one chunk does
+as well."""
+LOADER = """Images and text for both models. The exact resize is an optional part in C. It uses Pillow's
+weights as 16-bit halves, which AVX2 multiplies and adds without rounding. It is faster than
+PyTorch's vectorised kernel for bytes, which is not exact, so `quick` is useful only if there was
+no compiler. The goal was four times the rate of transformers' processor. With this part it is
+reached, all on the CPU and with pixels equal to Pillow's. Half of the remaining time is the JPEG
+decoder's. Pillow's own loops are faster than the same sums as matrix products, banded or dense,
+and the JPEG decoder's own scaling is slower than decoding whole.
+
+`worker` is the same from files through one worker process, whose CPU time counts; ours includes
+the text of the records and the transfer through shared memory. `beside a GPU` does not count the
+work of the trainer's process after that. There the largest single cost was new memory pages for
+the normalised pixels; these pages are now reused. A worker as a thread of the trainer saves the
+transfer, and shows the most that a ring of shared memory could save. It is not used, because text
+and collation would hold the interpreter that starts the GPU's kernels."""
 SECTIONS = (
     Section(
         script="loss_head",
@@ -102,7 +108,7 @@ SECTIONS = (
     Section(
         script="relation",
         title="The relation loss",
-        text="""Forward and backward through the heads' Gram matrices, beside forming the logits of visual
+        text="""Forward and backward with the heads' Gram matrices, compared with forming the logits of visual
 tokens. A frozen head's Gram matrix is computed once; a moving head's at every step, with its gradient.""",
         tables=(Table(figure="seconds", columns=("case", "impl", "seconds", "speedup", PEAKS[0], *ERRORS)),),
     ),
@@ -110,17 +116,17 @@ tokens. A frozen head's Gram matrix is computed once; a moving head's at every s
         script="step",
         title="A whole distillation step",
         text="""Tower once, teacher forward, student forward and backward, losses, optimiser; random weights.
-Each switch of ours turned off in turn, and the plain loop over two transformers models, one sample at a time,
-that materialises logits.""",
+The table compares it with each switch of ours turned off in turn, and with the plain loop over two
+transformers models, which runs one sample at a time and materialises logits.""",
         tables=(Table(figure="seconds", columns=STEP),),
     ),
     Section(
         script="teacher_cache",
         title="The teacher from a cache",
-        text="""A step of the quickstart's stage 3 that reads the teacher's predictions, beside the step that
-runs the teacher, in CPU seconds of one thread. The floor, its batch at hand, has no teacher at all: where the
-student takes most of the step, no cache can halve it. `loss_difference` is relative; the k largest logits are
-a lower bound of the divergence, so theirs is not an error.""",
+        text="""A step of the quickstart's stage 3 that reads the teacher's predictions, compared with the
+step that runs the teacher, in CPU seconds of one thread. The floor has no teacher and its batch is already
+loaded: if the student takes most of the step, no cache can halve it. `loss_difference` is relative. The k
+largest logits give a lower bound of the divergence, so their difference is not an error.""",
         on_gpu=False,
     ),
     Section(
@@ -130,32 +136,33 @@ a lower bound of the divergence, so theirs is not an error.""",
         tables=(Table(figure="value", columns=("part", "what", "value", "unit", "ratio")),),
         on_gpu=False,
     ),
-    Section(script="generation", title="Answering", text="Greedy answers in batches, beside one at a time."),
+    Section(script="generation", title="Answering", text="Greedy answers in batches, and one at a time."),
     Section(
         script="on_policy",
         title="Answers of the student's own",
-        text="""What it costs a step of the quickstart's stage 3 that the student answers the questions of
-its 32 records first: at once, one by one (each prompt read from its beginning), and a record at a time
-with what was read kept (`alone`), beside the step that then learns from the answers, in CPU seconds of
-one thread.""",
+        text="""The cost for a step of the quickstart's stage 3 if the student first answers the questions of
+its 32 records: at once, one by one (each prompt read from its beginning), and one record at a time with its
+keys and values kept (`alone`). It is compared with the step that then learns from the answers, in CPU seconds
+of one thread.""",
         on_gpu=False,
     ),
     Section(script="scoring", title="Scoring", text="The VQA rules over many answers.", on_gpu=False),
 )
 INTRODUCTION = """# Performance
 
-Made by `python benchmarks/make_docs.py` from the JSON in `benchmarks/results/`, which hold date, commit (`+`:
-with changes not yet committed), hardware, load and versions. What was not measured is called so, with the
-command that measures it; nothing is estimated.
+This page shows speed and memory measurements of the package's parts. `python benchmarks/make_docs.py` makes
+it from the JSON in `benchmarks/results/`. Each measurement has its date, commit (`+`: with changes not yet
+committed), hardware, load and versions. What was not measured is marked "not measured", with the command that
+measures it; nothing is estimated.
 """
 FP16 = """## fp16 logits
 
 `head_loss(..., logits_dtype=torch.float16)` stores the logits of a chunk in 16 bits: half the memory, and an
 eighth of the rounding error of bf16. fp32 is the default and what training uses. A logit beyond 65,504 does
-not fit. Nothing falls back, for finding out would cost a host synchronisation in every step: the call
-**refuses** the row. Its loss, and with it the total and the gradient, become NaN, also where only a negative
-logit overflowed, which a softmax would hide. The trainer stops on a NaN loss and names the records of the
-batch.
+not fit. There is no fallback, because the check would cost a host synchronisation in every step: the call
+**refuses** the row. Its loss, and with it the total and the gradient, become NaN. This also holds if only a
+negative logit overflowed, which a softmax would hide. The trainer stops on a NaN loss and names the records
+of the batch.
 """
 TARGETS = """## Figures to reach
 
