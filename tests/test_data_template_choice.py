@@ -185,7 +185,7 @@ def test_auto_takes_the_directorys_own_then_the_family() -> None:
     assert chosen({"tool_use": TEMPLATES["vicuna"].chat_template}).template.name == "chatml"
     first_stage = chosen(TEMPLATES["plain"].chat_template)  # is not gone on with
     assert first_stage.template.name == "chatml"
-    assert "loses the question" in first_stage.reason
+    assert "drops the question" in first_stage.reason
     assert chosen("{{ messages[0]['content'][0]['text'] }}").template.name == "chatml"
     assert chosen(TEMPLATES["vicuna"].chat_template, "plain").template.name == "plain"
     with pytest.raises(

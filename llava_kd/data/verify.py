@@ -63,8 +63,8 @@ class Report:
             ("records with structural errors", self.structural_errors),
             ("records with missing or unreadable images", self.bad_images),
             ("records that cannot be encoded", self.unencodable or ()),
-            ("records are mended in reading", self.mended),
-            ("records hold words of control tokens, read as text", self.control_words or ()),
+            ("records are repaired while they are read", self.mended),
+            ("records contain words of control tokens, which are read as text", self.control_words or ()),
         ):
             lines.append(f"{len(found)} {what}")
             lines += [f"  {line}" for line in found[:_SHOWN]]

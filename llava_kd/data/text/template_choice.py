@@ -58,12 +58,12 @@ def choose(
         return own
     family = family_template(tokenizer, model_type)
     if reading is None:
-        return Choice(template=family, reason="that of its family, for its directory has none")
+        return Choice(template=family, reason="that of its family, because its directory has none")
     if is_trained:
         _refuse_loss(reading, family, where, templates)
     start = before_question(reading)
     if start is None:
-        why = "for that of its directory loses the question, as a first stage's does"
+        why = "because that of its directory drops the question, as after a first stage"
         return Choice(template=family, reason=f"that of its family, {why}")
     return Choice(template=family, reason=f"that of its family, without its directory's {_short(start)!r}")
 

@@ -109,7 +109,7 @@ def _llava(
             f"choose the one it was trained on of {', '.join(TEMPLATES)} with --template"
         )
     if chat_template is None:
-        return Choice(template=TEMPLATES["llava_v1"], reason="LLaVA's v1, for its tokenizer has none")
+        return Choice(template=TEMPLATES["llava_v1"], reason="LLaVA's v1, because its tokenizer has none")
     return choose(
         AUTO,
         tokenizer=tokenizer,
