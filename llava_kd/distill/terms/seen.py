@@ -199,7 +199,7 @@ class Seen:
         states_IMD = self.tapped(tap)[: self.batch.student.num_images]
         align = self._common.stage_align
         if align is None:
-            raise ValueError(f"the term {self._name} got no grid to carry the stage {tap} to")
+            raise ValueError(f"the term {self._name} got no grid to resample the stage {tap} to")
         return align(states_IMD)
 
     def stage_rows(self, tap: str) -> Tensor:
@@ -267,7 +267,7 @@ class Seen:
         student_LINN = self._student.attention_LINN
         teacher_LIMM = self._of_teacher("model").attention_LINN
         if student_LINN is None or teacher_LIMM is None:
-            raise ValueError("the attention term needs predictions of models whose attention is watched")
+            raise ValueError("the attention term needs predictions of models whose attention is recorded")
         align = self._common.align
         return student_LINN, teacher_LIMM if align is None else _aligned(teacher_LIMM, align)
 

@@ -70,7 +70,7 @@ class Reads:
             )
         if stages := [tap for tap in self.teacher_taps if tap.startswith(STAGE)]:
             raise ValueError(
-                f"stages are read of the student's tower alone, not {stages[0]!r} of the teacher's"
+                f"stages can be read from the student's tower only, not {stages[0]!r} from the teacher's"
             )
         if self.attended is not None and self.teacher != "model":
             raise ValueError(
@@ -195,6 +195,6 @@ class Term:
         stages = [tap for tap in self.reads.student_taps if tap.startswith(STAGE)]
         if stages and "vision_tower" not in trainable:
             raise ValueError(
-                f"{stages[0]} is of a frozen tower, so what is taught there would move nothing; add "
+                f"{stages[0]} belongs to a frozen tower, so the term would train nothing there; add "
                 "vision_tower to `trainable`, or leave the stages out"
             )
