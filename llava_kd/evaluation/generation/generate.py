@@ -205,7 +205,7 @@ def check_processor(processor: LlavaProcessor, directory: Path) -> LlavaProcesso
     if processor.chat_template is None:
         raise ValueError(f"{directory} has no chat template; save the training template with the processor")
     if processor.tokenizer.eos_token_id is None:
-        raise ValueError(f"{directory}: the tokenizer has no end-of-text token, so no answer would end")
+        raise ValueError(f"{directory}: the tokenizer has no end-of-text token, so no answer would stop")
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor
