@@ -97,8 +97,8 @@ def _check_structure(causal: PreTrainedModel, name: str) -> None:
         if largest > 0:
             raise ValueError(
                 f"the language model {name} ({kind!r}) has a bias on its head (lm_head.bias, up to "
-                f"{largest:.3g}), for which stock LLaVA has no place: its logits would "
-                "change. Take a model without one, such as Phi-3 instead of Phi-2"
+                f"{largest:.3g}), which stock LLaVA does not support: its logits would change. Take a model "
+                "without one, such as Phi-3 instead of Phi-2"
             )
         head.register_parameter("bias", None)
 

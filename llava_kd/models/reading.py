@@ -96,8 +96,8 @@ def read_config(name: str) -> PreTrainedConfig:
         if _is_out_of_reach(error):
             raise ValueError(
                 f"{name} is no directory here, is not in the cache of the hub ({HF_HUB_CACHE}), and the hub "
-                f"cannot be reached from here{hint}; where it can: `hf download {name} --local-dir DIR`, "
-                "then give DIR"
+                f"cannot be reached{hint}; on a machine that reaches it: `hf download {name} --local-dir "
+                "DIR`, then give DIR"
             ) from error
         raise ValueError(f"{name} is no directory here, and as an id of the hub {error}{hint}") from error
 

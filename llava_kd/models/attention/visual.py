@@ -182,8 +182,8 @@ class VisualMaps:
         maps, self._maps = self._maps, None
         if maps is None or sorted(maps) != sorted(self._layers):
             raise ValueError(
-                "`objective.attention` cannot see the attention of this language model: its layers "
-                f"{sorted(set(self._layers) - set(maps or ()))} showed none; drop the term"
+                "`objective.attention` needs the attention of this language model, but its layers "
+                f"{sorted(set(self._layers) - set(maps or ()))} report none; drop the term"
             )
         return torch.stack([maps[layer] for layer in sorted(maps)])
 

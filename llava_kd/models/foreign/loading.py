@@ -69,7 +69,7 @@ class ForeignParts:
         """ValueError where it is not known."""
         if self.grid is None:
             raise ValueError(
-                f"{type(self.stock).__name__} makes visual tokens of its own, in no grid that is known"
+                f"{type(self.stock).__name__} makes visual tokens of its own, in an unknown grid"
             )
         return self.grid
 
@@ -105,7 +105,8 @@ def foreign_config(name: str) -> PreTrainedConfig:
         )
     if kind in _SEES_AHEAD:
         raise ValueError(
-            f"{name} is a {kind!r} model, which cannot teach here: {_SEES_AHEAD[kind]}; take another teacher"
+            f"{name} is a {kind!r} model, which cannot be a teacher here: {_SEES_AHEAD[kind]}; take another "
+            "teacher"
         )
     return config
 
