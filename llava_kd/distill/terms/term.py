@@ -192,7 +192,7 @@ class Term:
         return self
 
     def fits(self, trainable: Sequence[str], placement: str) -> None:
-        """ValueError if the term trains none of `trainable`, or cannot run the teacher with this placement."""
+        """ValueError if it trains nothing of `trainable`, or cannot run the teacher with this placement."""
         stages = [tap for tap in self.reads.student_taps if tap.startswith(STAGE)]
         if stages and "vision_tower" not in trainable:
             raise ValueError(
