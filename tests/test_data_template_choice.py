@@ -306,7 +306,7 @@ def test_stock_llavas_template_asks_as_vicuna_does() -> None:
     )
     choice = chosen(own, tokenizer=llama_like())
     assert choice.template.name == "vicuna"
-    assert "asks as its directory's own does" in choice.reason
+    assert "with the prompt of its directory's own" in choice.reason
 
 
 def test_a_llama_without_turn_tokens_gets_vicuna() -> None:
