@@ -136,7 +136,7 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     index = tmp_path / "model" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
-    with pytest.raises(ValueError, match=r"lists '../secret.safetensors', which is not a file beside it"):
+    with pytest.raises(ValueError, match=r"lists '../secret.safetensors', which is not a file in its folder"):
         read_state(tmp_path / "model")
 
 

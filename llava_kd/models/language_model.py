@@ -128,9 +128,9 @@ def _check_computation(causal: PreTrainedModel, name: str) -> None:
     difference = float((ours_BTV - theirs_BTV).abs().max())
     if not difference <= _TOLERANCE[causal.dtype] * max(1.0, float(theirs_BTV.abs().max())):
         raise ValueError(
-            f"the language model {name} ({causal.config.model_type!r}) does more than its decoder and head, "
-            f"which is all that stock LLaVA keeps: logits differ by {difference:.3g}; look at "
-            f"{says_of_logits(causal)}"
+            f"the language model {name} ({causal.config.model_type!r}) computes logits from more than its "
+            f"decoder and head, which are all that stock LLaVA keeps: logits differ by {difference:.3g}; "
+            f"look at {says_of_logits(causal)}"
         )
 
 

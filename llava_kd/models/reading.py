@@ -171,6 +171,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     ids = tokenizer.encode("What is it?", add_special_tokens=False)
     if all(token == tokenizer.unk_token_id for token in ids):
         raise ValueError(
-            f"{name} comes without a tokenizer; put tokenizer.json and tokenizer_config.json beside it "
-            f"(transformers made one of {len(tokenizer)} tokens that reads no word)"
+            f"{name} comes without a tokenizer; put tokenizer.json and tokenizer_config.json into its "
+            f"directory (transformers made one of {len(tokenizer)} tokens that reads no word)"
         )

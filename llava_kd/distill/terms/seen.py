@@ -129,7 +129,7 @@ class Seen:
         """Centroids of the student before this stage. ValueError if none were given."""
         self._declared(self._reads.centroids, "centroids=True")
         if self._common.centroids is None:
-            raise ValueError(f"the term {self._name} got no centroids of the model as it was")
+            raise ValueError(f"the term {self._name} got no centroids of the model before this stage")
         return self._common.centroids
 
     def stretches(self) -> tuple[Stretched, Stretched]:

@@ -51,7 +51,7 @@ def watchable(language_model: nn.Module, *, setting: str = _SETTING) -> None:
     name, kernels = language_model.config._attn_implementation, AttentionInterface()
     if name is None or name not in kernels:
         raise ValueError(
-            f"`{setting}` reads the maps beside a registered kernel such as sdpa; this "
+            f"`{setting}` reads attention maps next to a registered kernel such as sdpa; this "
             f"{language_model.config.model_type!r} model uses {name!r}: take another model or drop the term"
         )
     if not isinstance(kernels[name], _Watched):

@@ -127,7 +127,7 @@ def load_foreign_processor(name: str) -> ProcessorMixin:
     if not isinstance(processor, ProcessorMixin) or getattr(processor, "image_processor", None) is None:
         raise ValueError(
             f"{name} comes without a processor of pictures and text ({type(processor).__name__} alone); put "
-            "its processor_config.json or preprocessor_config.json beside it"
+            "its processor_config.json or preprocessor_config.json into its directory"
         )
     check_vocabulary(tokenizer_in(processor), name)
     return processor

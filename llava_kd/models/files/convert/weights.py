@@ -34,7 +34,7 @@ def weight_files(folder: Path) -> list[str]:
                 raise ValueError(f"the file {folder / index} must map weights to files under weight_map")
             files = sorted(set(names.values()))
             if outside := [name for name in files if Path(name).name != name]:
-                raise ValueError(f"{folder / index} lists {outside[0]!r}, which is not a file beside it")
+                raise ValueError(f"{folder / index} lists {outside[0]!r}, which is not a file in its folder")
             if absent := [name for name in files if not (folder / name).is_file()]:
                 raise ValueError(
                     f"{folder} is an incomplete download: its index lists {absent[0]}, which is not there"

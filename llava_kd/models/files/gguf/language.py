@@ -191,7 +191,7 @@ def language_entries(
         found = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ValueError(
-                f"{name} has the weight {ours}, which llama.cpp's {family.arch!r} has no place for; take "
+                f"{name} has the weight {ours}, which llama.cpp's {family.arch!r} does not support; take "
                 "--format hf"
             )
         entries.append(Entry(name=found, shape=shape, read=_reader(weights, ours, config, family)))
