@@ -1,6 +1,6 @@
 """The project from Python, in a script or a notebook: what the commands do, as functions (docs/python.md).
 
-`import llava_kd` alone reads nothing heavy: these names are brought when they are first used.
+`import llava_kd` alone loads nothing heavy: these names are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def load(recipe: str | Path, settings: Mapping[str, object] | None = None) -> Tr
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A stage that was trained: its directory, and the signal that stopped it; None where it is done."""
+    """A stage that was trained: its directory, and the signal that stopped it; None if it is finished."""
 
     directory: Path
     stopped: str | None = None
@@ -49,16 +49,16 @@ class Run:
         return path
 
     def metrics(self) -> list[dict[str, float]]:
-        """The logged figures, a dictionary a step, as far as they are written."""
+        """The figures logged so far, one dictionary for each logged step."""
         return list(_lines(self.directory / "metrics.jsonl"))
 
 
 def train(settings: TrainConfig) -> Run:
-    """Train a stage to its end, or go on with it, in this process; the same again does nothing.
+    """Train a stage to its end in this process, or resume it. For a finished stage it does nothing.
 
-    An interrupt (Ctrl-C, or a notebook's stop button) ends the step, saves, and returns a `Run` that says so;
-    before the first step it is a KeyboardInterrupt. Under torchrun every rank calls it. Raises ValueError for
-    settings that do not fit the models, the data or the machine.
+    An interrupt (Ctrl-C, or a notebook's stop button) finishes the step, saves a checkpoint, and returns a
+    `Run` with `stopped` set; before the first step it raises KeyboardInterrupt. Under torchrun every rank
+    calls it. Raises ValueError for settings that do not fit the models, the data or the machine.
     """
     from llava_kd.assembly.train import train as run
 
@@ -76,11 +76,11 @@ def evaluate(
     limit: int | None = None,
     noise: Sequence[float] = (),
 ) -> Summary:
-    """Ask a model every question of a LLaVA JSON file and score it; answers and summary are kept in `out`.
+    """Evaluate a model on every question of a LLaVA JSON file; `out` keeps the answers and the summary.
 
-    `images` is the image root (None: the folder of the file), `max_new_tokens` None is 32, `noise` are levels
-    at which noisy pictures are asked about too (docs/methods/noise.md). A broken-off call goes on; ValueError
-    for an `out` that holds the answers of another model, file or setting.
+    `images` is the image root (None: the folder of the file), `max_new_tokens` None is 32, `noise` lists
+    levels of picture noise that are evaluated too (docs/methods/noise.md). After an interruption, the same
+    call continues. Raises ValueError if `out` holds the answers of another model, file or setting.
     """
     from llava_kd.evaluation.runner import Asking
     from llava_kd.evaluation.runner import evaluate as ask
@@ -90,7 +90,7 @@ def evaluate(
 
 
 class Chat:
-    """A conversation about images; each question sees the turns before it."""
+    """A conversation about images; the turns before a question are its context."""
 
     def __init__(
         self, model: str | Path, images: str | Path | Sequence[str | Path] = (), *, max_new_tokens: int = 256
@@ -106,19 +106,19 @@ class Chat:
         return "".join(self.stream(question)).strip()
 
     def stream(self, question: str) -> Iterator[str]:
-        """The same piece by piece, as it is made."""
+        """The same answer piece by piece, as it is generated."""
         return self._talk.stream(question)
 
     @property
     def turns(self) -> list[dict[str, str]]:
-        """Messages of role and content so far."""
+        """The messages so far, each with role and content."""
         return list(self._talk.turns)
 
 
 def report(*directories: str | Path, out: str | Path | None = None) -> Path:
-    """Write a page of runs, finished or not, or of a comparison as the quickstart makes; its path.
+    """Write a page about runs, finished or not, or about a comparison like the quickstart's; return its path.
 
-    Each directory is a run's, or holds runs; `out` None is report.html in the first.
+    Each directory is a run directory, or holds some; `out` None is report.html in the first.
     """
     from llava_kd.assembly.settings import labels
     from llava_kd.evaluation.report.entry import report_on

@@ -195,14 +195,14 @@ class Counts(dict[str, Tensor]):
 
     def __missing__(self, name: str) -> Tensor:
         raise ValueError(
-            f"no denominator is named {name!r}; there are {sorted(self)}: a term that brings one gives its "
-            "count of every batch"
+            f"no denominator is named {name!r}; there are {sorted(self)}: a term with its own denominator "
+            "must give its count of every batch"
         )
 
     def __add__(self, other: Counts) -> Counts:
         """Of two parts of a step. Raises ValueError where they do not count the same."""
         if different := self.keys() ^ other.keys():
-            raise ValueError(f"every batch must be counted alike; only some have {sorted(different)}")
+            raise ValueError(f"every batch must have the same counts; only some have {sorted(different)}")
         return Counts({name: value + other[name] for name, value in self.items()})
 
     def positive(self, name: str) -> Tensor:

@@ -33,7 +33,7 @@ class PluginFile:
         """The module, imported once a process. ValueError where it cannot be, or is no longer what it was."""
         if _sha256(self.where, self.name) != self.sha256:
             raise ValueError(
-                f"plug-in {self.name} changed while the run uses it; give back what it was, or start again"
+                f"plug-in {self.name} changed while the run uses it; restore the file, or start again"
             )
         if not _is_file(self.where):
             return _imported(self.name, lambda: importlib.import_module(self.where))

@@ -13,6 +13,7 @@ from llava_kd.moved import MOVED
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_kd"
 ROOMS = {
+    "bar": set(),
     "batch": set(),
     "checksums": set(),
     "config": set(),
@@ -22,11 +23,11 @@ ROOMS = {
     "plugin_file": set(),
     "tensor_files": {"durable"},
     "models": {"batch", "durable", "tensor_files"},
-    "data": {"batch", "checksums", "durable", "plugin_file", "tensor_files"},
+    "data": {"bar", "batch", "checksums", "durable", "plugin_file", "tensor_files"},
     "parallel": {"batch", "models"},
     "distill": {"batch", "losses", "models"},
     "training": {"batch", "checksums", "distill", "durable", "parallel", "tensor_files"},
-    "evaluation": {"batch", "data", "durable", "models"},
+    "evaluation": {"bar", "batch", "data", "durable", "models"},
     "curation": {"batch", "data", "durable", "evaluation", "models"},
     "search": {"config", "durable", "evaluation"},
     "assembly": {

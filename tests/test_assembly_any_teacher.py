@@ -124,7 +124,7 @@ def test_check_shows_class_template_and_tokens(taught, capsys) -> None:
     assert main(["check", str(taught("run"))]) == 0
     shown = capsys.readouterr().out
     assert "Qwen2VLForConditionalGeneration, read by its Qwen2VLProcessor" in shown
-    assert "its own, of its Qwen2VLProcessor: it asks '<|im_start|>user\\n<|vision_start|>" in shown
+    assert "its own, of its Qwen2VLProcessor: its prompt is '<|im_start|>user\\n<|vision_start|>" in shown
     assert re.search(r"visual tokens    student 16, teacher 18 for 336 x 336, \d+ for 640 x 480", shown)
     assert main(["train", str(taught("run")), "--dry_run"]) == 0
 
@@ -154,7 +154,7 @@ def refusal(taught, capsys, teacher: Path) -> str:
 
 def test_paligemma_is_refused_by_name(taught, tmp_path: Path, capsys) -> None:
     path = write_teacher(tmp_path / "p", paligemma)
-    assert "is a 'paligemma' model, which cannot teach here" in refusal(taught, capsys, path)
+    assert "is a 'paligemma' model, which cannot be a teacher here" in refusal(taught, capsys, path)
 
 
 def test_a_processor_that_takes_no_talk_is_refused(taught, teacher: Path, tmp_path: Path, capsys) -> None:
@@ -195,7 +195,9 @@ def test_a_template_that_changes_an_answer_makes_the_record_bad(
     path = Path(shutil.copytree(teacher, tmp_path / "copy"))
     template = path / "chat_template.jinja"
     template.write_text(template.read_text().replace("part['text']", "part['text']|replace('o', '0')"))
-    assert "changes its words, so no token of its answers can be found" in refusal(taught, capsys, path)
+    assert "changes its words, so the tokens of its answers cannot be located" in refusal(
+        taught, capsys, path
+    )
 
 
 def test_a_template_that_drops_a_turn_is_refused(taught, teacher: Path, tmp_path: Path, capsys) -> None:

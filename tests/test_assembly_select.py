@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_refused_with_what_to_do(
     refused(ANY, f"--data.path={data}", reference=teacher_dir, say="teacher: data:")
     refused(ANY, "--data.template=plain", reference=teacher_dir, say="teacher: data.template")
     refused(ANY, "--data.records=some.json", say="set it to null")
-    refused(ANY, "--quota", "coco=0.5", out="quota", say="names no group ['coco']")
+    refused(ANY, "--quota", "coco=0.5", out="quota", say="must name groups that exist; got ['coco']")
     refused(ANY, "--group=nothing", out="group", say="no record has that field")
     alone = ["--teacher=null", "--objective={cross_entropy: {weight: 1.0}}"]
     refused(ANY, *alone, out="alone", say="this stage has no teacher")
@@ -291,7 +291,7 @@ def test_what_a_comparison_cannot_tell_is_refused(
         assert say in capsys.readouterr().err
 
     same = ["--with_student", str(teacher_dir)]
-    refused("teacher and student say the same of every record", *same, out="same")
+    refused("teacher and student predict the same for every record", *same, out="same")
     assert "| 100% |" in (tmp_path / "same" / TABLE).read_text()
     assert not (tmp_path / "same" / CHOSEN).exists()
     new = "--student={vision_tower: a, language_model: b}"

@@ -373,7 +373,7 @@ def test_a_student_that_reads_other_tokens_than_the_teacher_did_is_refused(
     path.write_text(json.dumps(tree))
     config = stage("run", max_steps=6)
     assert main(["train", str(config), f"--student.checkpoint={student}", f"--teacher.cache={hidden}"]) == 2
-    assert "has other tokens now than the teacher read" in capsys.readouterr().err
+    assert "now has other tokens than the teacher read" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_from_a_cache_that_moved_but_not_without_it(stage, hidden, copied, capsys) -> None:

@@ -40,8 +40,8 @@ def test_check_and_train_name_the_template_of_each_side(
     teacher = with_template(teacher_dir, tmp_path / "teacher", OWN)
     config = load(str(stage("run", template="auto", max_steps=1)), [f"--teacher.checkpoint={teacher}"])
     said = lines(check(config, ranks=1, num_records=2))
-    assert said["student"].startswith("chatml, its directory's own: it asks '<|im_start|>user")
-    assert said["teacher"].startswith("own, its directory's own: it asks '<|im_start|>system")
+    assert said["student"].startswith("chatml, its directory's own: its prompt is '<|im_start|>user")
+    assert said["teacher"].startswith("own, its directory's own: its prompt is '<|im_start|>system")
     assert "Zoo rules are here." in said["teacher"]
     assert train(config) is None
     captured = capsys.readouterr()
@@ -52,7 +52,9 @@ def test_a_prompt_that_a_teacher_never_saw_is_named(stage: Stage, teacher_dir: P
     teacher = with_template(teacher_dir, tmp_path / "teacher", OWN)
     config = load(str(stage("run", template="vicuna")), [f"--teacher.checkpoint={teacher}"])
     said = lines(check(config, ranks=1, num_records=2))
-    assert said["teacher"].startswith("vicuna, as set, not its directory's own, which asks '<|im_start|>sys")
+    assert said["teacher"].startswith(
+        "vicuna, as set, not its directory's own, whose prompt is '<|im_start|>sys"
+    )
 
 
 def test_a_teacher_whose_system_sentence_would_be_lost_is_refused(

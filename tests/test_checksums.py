@@ -73,7 +73,7 @@ def test_of_a_damaged_manifest_nothing_is_advised_to_be_removed(cache: Path, sta
     ):
         assert main(words) == 2
         said = capsys.readouterr().err.splitlines()[-1]
-        assert f"{cache / MANIFEST} is no manifest that can be read" in said
+        assert f"{cache / MANIFEST} is not a readable manifest" in said
         assert "write the cache into a new directory" in said
         assert "; remove" not in said
     new = cache.with_name("new")

@@ -39,7 +39,7 @@ def test_exposure_counts_how_many_are_likelier() -> None:
     assert exposure([-1.0, -2.0, -3.0, -4.0]) == (1, 2.0)
     assert exposure([-3.0, -2.0, -1.0, -4.0]) == (3, pytest.approx(2 - math.log2(3)))
     assert exposure([-1.0] * 4) == (2.5, pytest.approx(2 - math.log2(2.5)))  # all alike: the middle rank
-    with pytest.raises(ValueError, match="likelihoods are not numbers"):
+    with pytest.raises(ValueError, match="likelihoods must be finite numbers"):
         exposure([0.0, math.nan])
 
 
@@ -193,7 +193,7 @@ def test_fewer_candidates_are_said_to_be_drawn(shapes_dir: Path, student_dir: Pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "writes them beside its data"),
+        (None, "writes it next to its data"),
         ("[]", "format must be 1"),
         ('{"format": 1, "digits": 4, "canaries": []}', "it needs canaries"),
         ('{"format": 1, "digits": 4, "canaries": [{"id": "a"}]}', "holds no canaries"),

@@ -110,14 +110,14 @@ def test_a_reference_as_good_as_the_teacher_is_named_or_refused() -> None:
 def test_a_share_beyond_its_ends_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match="above 0 and at most 1"):
         Share(keep=share)
-    with pytest.raises(ValueError, match="--quota coco is a share"):
+    with pytest.raises(ValueError, match="--quota coco must be a share"):
         Share(keep=0.5, quotas={"coco": share})
 
 
 def test_a_group_without_a_score_and_a_quota_of_no_group_are_refused() -> None:
     with pytest.raises(ValueError, match="b has no record with a score"):
         kept(np.array([1.0, NAN]), ["a", "b"], Share(keep=0.5))
-    with pytest.raises(ValueError, match="names no group"):
+    with pytest.raises(ValueError, match="must name groups that exist"):
         kept(np.array([1.0]), ["a"], Share(keep=0.5, quotas={"c": 0.5}))
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="give only one of them"):
         Share(keep=0.5, quotas={"c": 0.5}, pooled=True)

@@ -255,5 +255,5 @@ def test_what_cannot_be_asked_is_named(shapes_dir: Path, tmp_path: Path) -> None
     assert [one.record.id for one in asked] == ["open"]
     assert asked[0].record.turns[-1].text == OPEN
     assert [one.id for one in left] == ["out", "none", "3", "done"]
-    with pytest.raises(ValueError, match="no record that can be asked"):
+    with pytest.raises(ValueError, match="no usable record"):
         read_asked(written(data, entries[1:4]), image_root=tmp_path, follow_symlinks=False, which="open")

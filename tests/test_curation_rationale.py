@@ -184,9 +184,9 @@ def test_a_step_that_no_evidence_reads_is_kept_and_counted_or_drops_the_record(c
     assert text(kept) == said
     assert (told(kept)["verified"], told(kept)["unverified"]) == (2, 1)
     (dropped,) = made(Script(said), checks, unread="drop").dropped
-    assert dropped.reason == "no evidence can read its step 2: 'Red is a warm colour.'"
+    assert dropped.reason == "no evidence can check its step 2: 'Red is a warm colour.'"
     (dropped,) = made(Script("Red is warm.\nAnswer: circle"), checks).dropped
-    assert dropped.reason == "no evidence can read any of its 1 steps"
+    assert dropped.reason == "no evidence can check any of its 1 steps"
 
 
 def test_a_model_that_writes_nothing_or_does_not_end_gives_no_record(checks: Checks) -> None:

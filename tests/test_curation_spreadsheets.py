@@ -126,7 +126,7 @@ def test_a_row_that_lacks_a_cell_is_named(tmp_path: Path) -> None:
             ["image", "answer"],
             {"caption": "x"},
             None,
-            "--columns knows image, question, answer; got caption=x",
+            "--columns takes image, question, answer; got caption=x",
         ),
         (NAMES, {}, "Q?", "has the questions in its column question, and --question gives one for all"),
     ],

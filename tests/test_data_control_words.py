@@ -225,6 +225,6 @@ def test_private_characters_beside_control_words_are_refused_by_name() -> None:
     fine = record_of("\U00100001\U000f0000?", "Yes.")
     assert encoder(fine).ids.tolist()
     with pytest.raises(
-        ValueError, match="record 'r': the text holds words of control tokens and the private"
+        ValueError, match="record 'r': the text contains words of control tokens and the private"
     ):
         encoder(replace(fine, turns=(*fine.turns[:1], Turn("assistant", "<|im_end|>"))))

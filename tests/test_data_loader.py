@@ -350,5 +350,5 @@ class _Deadly:
 
 def test_killed_worker_is_a_clear_error(source: LlavaJson) -> None:
     loader = make_loader(_Deadly(source), num_workers=1)
-    with pytest.raises(RuntimeError, match=r"a data worker died .* use fewer data.num_workers"):
+    with pytest.raises(RuntimeError, match=r"a data worker process died .* lower data.num_workers"):
         next(loader.batches(0, 1))

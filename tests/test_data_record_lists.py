@@ -81,7 +81,7 @@ def test_a_list_of_other_data_is_refused_by_name(data: Path, tmp_path: Path) -> 
 def test_a_list_of_more_sources_than_the_data_is_refused(data: Path, tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "other", [entry(number) for number in range(3)])
     write_lists(tmp_path / "list.json", [listed(data, (0,)), listed(other, (0,))])
-    with pytest.raises(ValueError, match=r"also chooses from data\.json"):
+    with pytest.raises(ValueError, match=r"also selects from data\.json"):
         make_source(DataConfig(path=str(data), records=str(tmp_path / "list.json")))
 
 
@@ -104,7 +104,7 @@ def test_a_damaged_list_is_refused_and_never_half_read(data: Path, tmp_path: Pat
     assert read_lists(path)[0].records == (0, 3)
     for text in spoilt(json.loads(path.read_text())):
         path.write_text(text)
-        with pytest.raises(ValueError, match="no record list that can be read"):
+        with pytest.raises(ValueError, match="not a readable record list"):
             read_lists(path)
     with pytest.raises(ValueError, match="no record list"):
         read_lists(tmp_path / "none.json")

@@ -85,12 +85,15 @@ BAD = {
         _turn(0, value=[{"type": "video"}]),
         "part 0 must be of type text or image, got 'video'",
     ),
-    "text part without text": (_turn(0, value=[{"type": "text"}]), "part 0 is of type text and holds none"),
+    "text part without text": (_turn(0, value=[{"type": "text"}]), "part 0 is of type text but has no text"),
     "half an emoji": (_turn(1, value="good \ud83d"), "turn 1 holds half of a surrogate pair, '\\ud83d'"),
     "path upwards": (lambda raw: raw.update(image="a/../../b.jpg"), "must stay below the image root"),
     "windows path upwards": (lambda raw: raw.update(image="..\\b.jpg"), "must stay below the image root"),
-    "drive": (lambda raw: raw.update(image="C:\\img\\b.jpg"), "has a drive; give it from the image root on"),
-    "address": (lambda raw: raw.update(image="https://a.b/c.jpg"), "is an address and no file; download it"),
+    "drive": (
+        lambda raw: raw.update(image="C:\\img\\b.jpg"),
+        "has a drive letter; give it relative to the image root",
+    ),
+    "address": (lambda raw: raw.update(image="https://a.b/c.jpg"), "is a URL, not a file; download it"),
     "data in the text": (
         lambda raw: raw.update(image="data:image/png;base64,AA"),
         "is written into the text",
@@ -147,7 +150,7 @@ def test_an_answer_before_any_question_is_left_out_as_llava_does() -> None:
     greeting = {"from": "gpt", "value": "Hello, how can I help?"}
     record = parse_record(raw | {"conversations": [greeting, *raw["conversations"]]}, 0)
     assert record.turns == expected
-    assert "its first turn, an answer to nothing, is left out" in record.note
+    assert "its first turn is an answer without a question and is skipped" in record.note
 
 
 def test_system_turn_comes_first() -> None:

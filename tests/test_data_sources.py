@@ -185,7 +185,7 @@ def test_bad_records_of_a_shard_keep_their_places(tmp_path: Path) -> None:
         (0, "record 'r': of a.tar has no .json and no .txt"),
         (1, "record 's': of a.tar has a .json that is not JSON"),
         (3, "record 'u': of a.tar has no conversations and no caption"),
-        (4, "record 'v': of a.tar has a caption and no image"),
+        (4, "record 'v': of a.tar has a caption but no image"),
     ):
         assert reason in source.record(i).fault
     assert source.record(2) == LlavaJson(write_dataset(tmp_path, [entry(0, images=0)]), tmp_path).record(0)

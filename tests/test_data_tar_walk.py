@@ -44,7 +44,7 @@ def test_every_flipped_bit_of_a_header_is_named(shard: Path) -> None:
         damaged = bytearray(whole)
         damaged[place] ^= 1 << number % 8
         shard.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"whole\.tar is not a whole.* behind byte \d+: "):
+        with pytest.raises(ValueError, match=r"whole\.tar is not a whole.* after byte \d+: "):
             places(shard)
 
 
@@ -56,5 +56,5 @@ def test_every_cut_is_named_or_loses_nothing(shard: Path) -> None:
         if stop >= end + 2 * tarfile.BLOCKSIZE:  # cut within the padding behind the end
             assert places(shard) == expected
             continue
-        with pytest.raises(ValueError, match=r"whole\.tar is not a whole.* behind byte \d+: "):
+        with pytest.raises(ValueError, match=r"whole\.tar is not a whole.* after byte \d+: "):
             places(shard)

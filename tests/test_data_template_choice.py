@@ -185,7 +185,7 @@ def test_auto_takes_the_directorys_own_then_the_family() -> None:
     assert chosen({"tool_use": TEMPLATES["vicuna"].chat_template}).template.name == "chatml"
     first_stage = chosen(TEMPLATES["plain"].chat_template)  # is not gone on with
     assert first_stage.template.name == "chatml"
-    assert "loses the question" in first_stage.reason
+    assert "drops the question" in first_stage.reason
     assert chosen("{{ messages[0]['content'][0]['text'] }}").template.name == "chatml"
     assert chosen(TEMPLATES["vicuna"].chat_template, "plain").template.name == "plain"
     with pytest.raises(
@@ -306,7 +306,7 @@ def test_stock_llavas_template_asks_as_vicuna_does() -> None:
     )
     choice = chosen(own, tokenizer=llama_like())
     assert choice.template.name == "vicuna"
-    assert "asks as its directory's own does" in choice.reason
+    assert "with the prompt of its directory's own" in choice.reason
 
 
 def test_a_llama_without_turn_tokens_gets_vicuna() -> None:

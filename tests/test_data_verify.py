@@ -50,7 +50,7 @@ def test_every_fault_is_found_and_named(spoilt: Path) -> None:
         "record 'r5': no turn has <image>: its images are put before the first question",
     )
     for words in (
-        "1 records are mended in reading",
+        "1 records are repaired while they are read",
         "is missing",
         "damaged",
         "is empty",
@@ -196,7 +196,8 @@ def test_words_of_control_tokens_are_counted(
     status, said = run(capsys, *words)
     assert status == 0
     assert (
-        "1 records hold words of control tokens, read as text\n  record 'r1': '<|im_end|>', '<image>'" in said
+        "1 records contain words of control tokens, which are read as text\n  "
+        "record 'r1': '<|im_end|>', '<image>'" in said
     )
 
 

@@ -332,7 +332,7 @@ def test_many_answers_are_looked_at_a_part_at_a_time(
 
 
 def test_layers_that_show_nothing_are_named(records: list[TinyRecord]) -> None:
-    with pytest.raises(ValueError, match=r"visual_kl.share` cannot see .* its layers \[4\] showed none"):
+    with pytest.raises(ValueError, match=r"visual_kl.share` needs .* its layers \[4\] report none"):
         AnswerAttention([4], inputs(records[0])).take()
 
 
@@ -400,7 +400,9 @@ def test_a_teacher_that_shows_nothing_is_named(student: MLLM, teacher: Teacher, 
     (batch,) = cut(records[:1], [1])
     own = student(batch.student, student.image_features(batch.student))
     blind = replace(teacher(batch), attended_IN=None)
-    with pytest.raises(ValueError, match=r"a share of the visual tokens, or weights, .* that is watched"):
+    with pytest.raises(
+        ValueError, match=r"a share of the visual tokens, or weights, .* whose attention is recorded"
+    ):
         among(ALL, "visual_kl")(own, Taught(prediction=blind), batch, batch.counts())
     with pytest.raises(
         ValueError, match="what the teacher attends to is not stored: declare teacher='model'"
@@ -408,7 +410,7 @@ def test_a_teacher_that_shows_nothing_is_named(student: MLLM, teacher: Teacher, 
         Reads(teacher="states", attended=(0.3, 0.7, "answers"))
     with pytest.raises(ValueError, match=r"visual_kl.first` \(0.7\) must be less than `last` \(0.3\)"):
         VisualKL(first=0.7, last=0.3)
-    with pytest.raises(ValueError, match=r"visual_kl.looked_at_by` questions says whose .* neither is asked"):
+    with pytest.raises(ValueError, match=r"visual_kl.looked_at_by` questions says whose .* neither is set"):
         VisualKL(looked_at_by="questions")
     assert VisualKL(looked_at_by="questions", share=0.5).reads.attended == (0.3, 0.7, "questions")
 

@@ -411,7 +411,7 @@ def test_predictions_that_are_missing_are_named(pair, teacher: Teacher, director
     with pytest.raises(ValueError, match="no prediction over the student's visual output"):
         ALL(own, Taught(prediction=teacher(batch)), batch, batch.counts())
     blind = replace(own, attention_LINN=None)
-    with pytest.raises(ValueError, match="whose attention is watched"):
+    with pytest.raises(ValueError, match="whose attention is recorded"):
         objective_of(attention=Attention())(blind, Taught(prediction=teacher(batch)), batch, batch.counts())
     with pytest.raises(ValueError, match="got no teacher prediction"):
         objective_of(attention=Attention())(own, Taught(), batch, batch.counts())

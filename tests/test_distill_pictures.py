@@ -166,7 +166,7 @@ def test_noise_is_that_of_the_record_the_step_and_the_seed() -> None:
         assert not torch.equal(other, together[1:2])
     assert abs(float(together.mean())) < 0.1
     assert float(together.std()) == pytest.approx(1.0, abs=0.1)
-    with pytest.raises(ValueError, match=r"this batch has none; fill in Batch\.record_ids"):
+    with pytest.raises(ValueError, match=r"this batch has no ids; fill in Batch\.record_ids"):
         drawn(())
 
 

@@ -239,7 +239,7 @@ def test_stages_of_other_features_than_the_last_are_refused(student: MLLM) -> No
     with pytest.raises(ValueError, match="call image_features before each forward"):
         student(BATCH.student, features_INE)
     student.image_features(BATCH.student)
-    with pytest.raises(ValueError, match="and these are others"):
+    with pytest.raises(ValueError, match="and these features are others"):
         student(BATCH.student, features_INE)
 
 
@@ -269,7 +269,7 @@ def test_maps_of_other_proportions_prefix_tokens_and_a_teachers_stages_are_refus
     assert on_visual_tokens(torch.zeros(1, 17, 8), prefix=1, target=grid).shape == (1, 16, 8)
     with pytest.raises(ValueError, match="begin with 1 prefix tokens"):
         check_tokens(replace(grid, prefix=1))
-    with pytest.raises(ValueError, match="of the student's tower alone"):
+    with pytest.raises(ValueError, match="from the student's tower only"):
         Reads(teacher="model", teacher_taps=("vision_tower.hidden_states.0",))
 
 
@@ -278,7 +278,7 @@ def test_maps_of_other_proportions_prefix_tokens_and_a_teachers_stages_are_refus
     [
         (["--objective.exit_logits={layers: [], stages: [9]}"], "exit_logits reads the student: stage 9 is "
          "deeper than the tower"),
-        (["--objective.exit_logits={stages: [0]}", "--trainable=[language_model]"], "is of a frozen tower"),
+        (["--objective.exit_logits={stages: [0]}", "--trainable=[language_model]"], "to a frozen tower"),
         (["--objective.exit_logits={layers: []}"], "both are empty; name at least one"),
         (["--objective.visual_exit_logits={stages: [1, 1]}"], "`stages` of exits must differ; got 1, 1"),
     ],

@@ -237,10 +237,10 @@ def test_withheld_pictures_keep_their_mean_and_lose_their_detail(kind) -> None:
 
 def test_shares_that_make_no_sense_and_several_teachers_are_refused() -> None:
     for more in ({"top": 0.0}, {"top": 0.6, "mass": 0.5}, {"mass": 1.5}, {"top": math.nan}):
-        with pytest.raises(ValueError, match="at most the mass that they take"):
+        with pytest.raises(ValueError, match="top must be above 0 and at most mass"):
             Weighing(**more)  # type: ignore[arg-type]
     mixture = SeveralTeachers((looks, looks), torch.zeros(2))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="found by one teacher that is live"):
+    with pytest.raises(ValueError, match="takes one teacher, and a live one"):
         VisuallyWeighed(WEIGHING, mixture).outside(batch_of((0,)), None)
 
 

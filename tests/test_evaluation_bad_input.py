@@ -225,7 +225,10 @@ def test_answers_cut_in_the_middle_of_a_line(
     answers.write_bytes(b"".join(lines[:-1]) + lines[-1][:25])
     assert run(model, root, out, "gqa") == 0
     assert answers.read_bytes() == whole
-    assert f"{answers} ends in the middle of a line (25 bytes): dropped, it is asked again" in caplog.text
+    assert (
+        f"{answers} ends in the middle of a line (25 bytes): the line is dropped, "
+        "its question is answered again" in caplog.text
+    )
 
 
 def test_an_unknown_benchmark_lists_the_ten(

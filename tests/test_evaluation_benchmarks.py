@@ -102,7 +102,7 @@ def test_vqav2_counts_the_questions_that_identical_humans_decide(root: Path) -> 
     assert official.parts["yes/no"] == 0
     assert kind.parts["yes/no"] == 100
     assert any(
-        "1 questions with ten like answers are not normalised" in n and "decides 1" in n
+        "1 questions with ten equal answers are not normalised" in n and "decides 1" in n
         for n in official.notes
     )
 

@@ -176,7 +176,7 @@ def test_what_one_model_alone_cannot_be_asked_stands_in_its_column(
     assert answers[0].tokens
     assert "positions: ask a shorter question" in answers[1].fault
     twice = ask_all(respondents, png(), "Is <image> like <image>?")
-    assert all("several places <image>" in answer.fault for answer in twice)
+    assert all("several placeholders <image>" in answer.fault for answer in twice)
 
 
 def test_models_are_named_as_a_person_calls_them(

@@ -87,7 +87,7 @@ def test_one_run_is_a_page_of_what_it_reached(tmp_path: Path, capsys) -> None:
         "last loss": "0.075",
         "samples/s": "100",
     }
-    assert "what another picture costs" in text
+    assert "rise of the loss with another picture" in text
     assert "slice/val" in text
     assert "loss/seconds" not in text
     assert "Settings that differ" not in text

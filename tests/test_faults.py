@@ -86,7 +86,7 @@ def test_a_kill_between_the_last_checkpoint_and_the_removal_of_the_one_before_le
     assert main(["train", str(config), "--max_steps=3"]) == 0
     assert checkpoints.steps() == ([1, 2, 3] if refused else [2, 3])
     said = capsys.readouterr().err
-    assert ("stays, for it cannot be removed: [Errno 30] Read-only file system" in said) == refused
+    assert ("stays, because it cannot be removed: [Errno 30] Read-only file system" in said) == refused
     assert "done: the student is" in said
 
 
@@ -106,7 +106,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_by_name(stopped: Path, capsy
         (newest / "trainer.json").write_text("{" if what == "no json" else "{}")
     assert main(["train", str(stopped)]) == 0
     text = capsys.readouterr().err
-    assert f"{newest} cannot be read and is passed over" in text
+    assert f"{newest} cannot be read and is skipped" in text
     assert "going on from step 1" in text
 
 

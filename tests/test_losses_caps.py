@@ -231,5 +231,5 @@ def test_an_infinite_logit_is_not_hidden_by_its_cap() -> None:
 
 def test_a_gram_matrix_alone_says_nothing_of_capped_logits() -> None:
     sides = {"student_head_VD": HEAD, "teacher_gram_EE": relation.head_gram(THEIR_HEAD), "teacher_cap": 2.0}
-    with pytest.raises(ValueError, match="give the head beside its cap"):
+    with pytest.raises(ValueError, match="give the head together with its cap"):
         relation.relation_rows(HIDDEN.view(3, 4, D), THEIRS.view(3, 4, E), **sides)

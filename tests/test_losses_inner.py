@@ -160,7 +160,7 @@ def test_a_pair_alone_has_nothing_to_be_told_apart_from(pairs: int) -> None:
 
 
 def test_what_is_no_square_of_scores_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\[pairs, pairs\] beside a baseline \[pairs\]; got \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"\[pairs, pairs\] with a baseline \[pairs\]; got \[3, 4\]"):
         information_rows(torch.zeros(3, 4), torch.zeros(4), alpha=0.5)
     with pytest.raises(ValueError, match=r"alpha must be from 0 .* got 1.5"):
         information_rows(torch.zeros(3, 3), torch.zeros(3), alpha=1.5)

@@ -109,7 +109,7 @@ def test_sides_that_do_not_match_are_refused() -> None:
         text_relation_rows(student, (teacher[0], teacher[1][:, :4]), is_there_IP)
     with pytest.raises(ValueError, match=r"response states .* student \[3, 4, 6\], teacher \[3, 3, 7\]"):
         text_relation_rows(student, (teacher[0][:, :3], teacher[1]), is_there_IP)
-    with pytest.raises(ValueError, match=r"response tokens that are there .* got \[3, 3\]"):
+    with pytest.raises(ValueError, match=r"mask of response tokens .* got \[3, 3\]"):
         text_relation_rows(student, teacher, is_there_IP[:, :3])
 
 

@@ -119,7 +119,7 @@ def test_a_projector_that_cannot_be_a_map_is_refused(make, message: str) -> None
 
 
 def test_one_picture_is_no_map() -> None:
-    with pytest.raises(ValueError, match="two pictures with words at least; got 1"):
+    with pytest.raises(ValueError, match="at least two pictures with words; got 1"):
         ridge(torch.ones(1, E), torch.ones(1, D))
 
 

@@ -371,7 +371,7 @@ def test_a_checkpoint_that_lacks_a_weight_or_fits_no_more_is_refused(tmp_path: P
 
 
 def test_a_teachers_own_is_not_lent(own: Path) -> None:
-    with pytest.raises(ValueError, match="teacher's is conv_attention, which is not lent"):
+    with pytest.raises(ValueError, match="teacher's is conv_attention, which cannot be reused"):
         with_teacher_projector(load_stock(str(own)), student(own), seed=0)
 
 

@@ -104,10 +104,10 @@ def test_a_half_download_is_refused_by_name(original: tuple[Parts, Path], tmp_pa
     source = tiny_llava_layout(original, tmp_path / "source")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (source / "language_model" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"half a download: .*model-00001-of-00002"):
+    with pytest.raises(ValueError, match=r"incomplete download: .*model-00001-of-00002"):
         convert(source)
     (source / "connector").rename(source / "elsewhere")
-    with pytest.raises(ValueError, match=r"half a download: .*no connector"):
+    with pytest.raises(ValueError, match=r"incomplete download: .*no connector"):
         convert(source)
     with pytest.raises(ValueError, match=r"has no config.json"):
         convert(tmp_path / "nothing")

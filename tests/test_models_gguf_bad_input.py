@@ -88,7 +88,7 @@ def test_a_rule_of_words_that_nobody_knows_is_written_as_default_and_told(tmp_pa
     assert not any("rule by which" in note for note in export_gguf(tiny, tmp_path / "known"))
     notes = export_gguf(change(tiny, "tokenizer.json", edit), tmp_path / "out")
     (note,) = [note for note in notes if "rule by which" in note]
-    assert "load with a warning, cut some words and numbers otherwise" in note
+    assert "load with a warning, split some words and numbers differently" in note
     assert note.removeprefix("llama.cpp: ") in (tmp_path / "out" / "README.md").read_text()
     assert by_hand.settings(tmp_path / "out" / LANGUAGE)["tokenizer.ggml.pre"] == "default"
 

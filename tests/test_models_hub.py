@@ -80,7 +80,7 @@ def test_nothing_is_sent_without_scores_an_export_or_a_token(
     exported: Path, student_dir: Path, hub: Hub, refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(student_dir, tmp_path / "unscored")
-    assert "has no scores, so nobody knows" in refused(tmp_path / "unscored", REPO)
+    assert "has no scores, so its quality is unknown" in refused(tmp_path / "unscored", REPO)
     assert "is no export; write one first" in refused(student_dir, REPO)
     assert "is no export; write one first" in refused(tmp_path / "none", REPO)
     assert "Repo id must" in refused(exported, "a/b/c")
@@ -89,7 +89,7 @@ def test_nothing_is_sent_without_scores_an_export_or_a_token(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    assert "wants a token that may write" in refused(exported, REPO)
+    assert "needs a token with write permission" in refused(exported, REPO)
     assert hub.sent == []
 
 

@@ -139,7 +139,7 @@ def test_an_image_token_moves_no_row(rows: int, tied: bool, tmp_path: Path) -> N
         (
             "gemma2",
             {"head_dim": 8},
-            "caps its logits at 30, .* set drops_logit_cap beside language_model to true",
+            "caps its logits at 30, .* set drops_logit_cap next to language_model to true",
         ),
         ("gpt2", {}, "embed_tokens and layers"),
         ("opt", {}, "embed_tokens and layers"),

@@ -63,7 +63,7 @@ def test_a_model_that_drops_keywords_does_without_the_kernel(monkeypatch: pytest
         )
     assert choose(model, is_packed=True) == MASKED_SDPA
     model.base_model.set_attn_implementation(BY_RECORD)
-    with pytest.raises(ValueError, match="drops what it should hand on to its attention"):
+    with pytest.raises(ValueError, match="does not pass them on to its attention"):
         read_rows(model.base_model, batch := rows_of([[[1, 2]]], CPU), embedded(model.base_model, batch))
 
 

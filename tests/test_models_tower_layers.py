@@ -72,7 +72,7 @@ def one_step(parts: Parts, last: int | None) -> MLLM:
 
 def test_the_last_layer_moves_and_what_lies_below_does_not(family: str, parts: Parts) -> None:
     if family in NO_LIST:
-        with pytest.raises(ValueError, match=r"are in no list that is known; set it to null"):
+        with pytest.raises(ValueError, match=r"are in no known list; set it to null"):
             MLLM(parts.stock, trainable=("vision_tower",), tower_last_layers=1)
         return
     before = states(parts)

@@ -140,7 +140,7 @@ def test_a_model_without_sdpa_is_refused(directory: Path) -> None:
 
 
 def test_layers_that_show_nothing_are_named(model: MLLM) -> None:
-    with pytest.raises(ValueError, match=r"its layers \[4, 5\] showed none"):
+    with pytest.raises(ValueError, match=r"its layers \[4, 5\] report none"):
         model.watch_attention(range(3, 6))  # of four
 
 

@@ -119,7 +119,7 @@ def test_a_damaged_newest_one_is_passed_over_with_a_line(root: Path, damage: Cal
     assert newest is not None
     assert newest.step == 2
     assert len(problems) == 1
-    assert "step-00000004 cannot be read and is passed over" in problems[0]
+    assert "step-00000004 cannot be read and is skipped" in problems[0]
     assert DAMAGES[damage] in problems[0]
 
 
@@ -232,9 +232,9 @@ def test_the_best_is_sought_behind_one_that_cannot_be_read_and_up_to_a_step(tmp_
 @pytest.mark.parametrize(
     ("then", "now", "said"),
     [
-        ({"tower": "a"}, {"tower": "b"}, "was trained with another tower: fingerprint a, now b. Give back"),
-        ({}, {"peer": "b"}, "was trained without a peer, and this run is with. Give back"),
-        ({"peer": "a"}, {}, "was trained with a peer, and this run is without. Give back"),
+        ({"tower": "a"}, {"tower": "b"}, "was trained with another tower: fingerprint a, now b. Restore"),
+        ({}, {"peer": "b"}, "was trained without a peer, and this run is with. Restore"),
+        ({"peer": "a"}, {}, "was trained with a peer, and this run is without. Restore"),
     ],
 )
 def test_another_identity_is_refused_in_words(tmp_path: Path, then: dict, now: dict, said: str) -> None:

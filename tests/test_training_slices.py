@@ -183,7 +183,7 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(tmp_path: Path) ->
     saved, problems = checkpoints.load_best()
     assert saved is not None
     assert saved.step == 3
-    assert "step-00000001 cannot be read and is passed over" in problems[0]
+    assert "step-00000001 cannot be read and is skipped" in problems[0]
     checkpoints.save(Saved(step=4, state={"w": torch.ones(3)}))
     assert checkpoints.steps() == [1, 3, 4]
     assert checkpoints.best(up_to=0) is None

@@ -247,7 +247,7 @@ def test_a_corrupt_newest_checkpoint_is_passed_over_with_a_message(run: Run, und
     weights = run.directory / "checkpoints" / "step-00000004" / "state.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     assert run.fit() is None
-    assert "step-00000004 cannot be read and is passed over" in run.said[0]
+    assert "step-00000004 cannot be read and is skipped" in run.said[0]
     assert run.said[1] == "going on from step 2"
     assert_ends_like(run, undisturbed)
 

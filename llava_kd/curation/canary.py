@@ -76,7 +76,7 @@ class Planted:
     def read(path: Path) -> Planted:
         """ValueError for a file that is none of `llava-kd canary insert`."""
         if not path.is_file():
-            raise ValueError(f"no canaries {path}; `llava-kd canary insert` writes them beside its data")
+            raise ValueError(f"no canary file {path}; `llava-kd canary insert` writes it next to its data")
         try:
             tree = loads(path.read_bytes())
             if not isinstance(tree, dict) or tree.get("format") != FORMAT:
@@ -102,7 +102,7 @@ def make(count: int, *, digits: int, seed: int) -> Planted:
         raise ValueError(f"--digits must be from 1 to {MOST_DIGITS}; got {digits}")
     if count > 10**digits:
         raise ValueError(
-            f"--canaries ({count}) must be at most the number of codes, {10**digits}; more --digits"
+            f"--canaries ({count}) must be at most the number of codes, {10**digits}; raise --digits"
         )
     codes = random.Random(f"canaries {seed}").sample(range(10**digits), count)
     return Planted(
@@ -169,7 +169,7 @@ def exposure(log_p: Sequence[float]) -> tuple[float, float]:
     """Rank of the first of all candidates, and its exposure in bits. ValueError for what is not a number."""
     values = torch.tensor(log_p, dtype=torch.float64)
     if bool(values.isnan().any()):
-        raise ValueError("the model's likelihoods are not numbers; try --dtype float32")
+        raise ValueError("the model's likelihoods must be finite numbers; they are not. Try --dtype float32")
     ahead, alike = int((values > values[0]).sum()), int((values == values[0]).sum())
     rank = 1 + ahead + (alike - 1) / 2
     return rank, math.log2(len(values)) - math.log2(rank)

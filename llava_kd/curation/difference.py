@@ -38,10 +38,11 @@ class Share:
             **{f"--quota {k}": v for k, v in self.quotas.items()},
         }.items():
             if not 0 < share <= 1:
-                raise ValueError(f"{name} is a share of the records, above 0 and at most 1; got {share}")
+                raise ValueError(f"{name} must be a share of the records, above 0 and at most 1; got {share}")
         if self.pooled and self.quotas:
             raise ValueError(
-                "--pool takes the best of all groups together, --quota of each; give one of them"
+                "--pool takes the best of all groups together, --quota the best of each group; give only one "
+                "of them"
             )
 
 
@@ -50,7 +51,8 @@ def check_quotas(groups: Sequence[str], share: Share) -> None:
     names = list(dict.fromkeys(groups))
     if unknown := sorted(set(share.quotas) - set(names)):
         raise ValueError(
-            f"--quota names no group {unknown}; groups are {names}; --group decides what they are"
+            f"--quota must name groups that exist; got {unknown}; groups are {names}; --group decides what "
+            "they are"
         )
 
 
@@ -111,7 +113,7 @@ class Differences:
     method = "difference sampling, arXiv 2410.17215"
     legend = (
         "Most valued: the teacher knows the answer, the reference does not. Least valued: the reference",
-        "finds the answer likelier than the teacher does, as it does wrong ones.",
+        "finds the answer more likely than the teacher does, as with wrong answers.",
     )
 
     def __init__(
@@ -208,11 +210,11 @@ def doubts(rows: Sequence[GroupRow]) -> list[str]:
         raise ValueError(
             f"the reference must be clearly worse than the teacher; it is as good in every group ({listed}). "
             "Take a smaller reference, or one trained on less, or a better teacher; where more than half of "
-            "the answers are known to be wrong, go on with --any_reference"
+            "the answers are known to be wrong, add --any_reference"
         )
     return [
-        f"{told.format(row)}: a choice there is mostly chance; a smaller reference, or one trained on less, "
-        "would tell more"
+        f"{told.format(row)}: a selection there is mostly chance; use a smaller reference, or one trained on "
+        "less"
         for row in groups
         if row.better <= DOUBTFUL
     ]

@@ -40,7 +40,8 @@ class Disagreement(Scored):
         if not math.isfinite(self.divergence) or not 0 <= self.other <= self.tokens or self.tokens < 1:
             raise ValueError(
                 f"record {self.id!r}: its divergence must be finite, over one token or more; got "
-                f"{self.divergence} over {self.tokens}: a model computes nonsense here, try --dtype float32"
+                f"{self.divergence} over {self.tokens}: a model computes invalid numbers here; try --dtype "
+                "float32"
             )
 
 
@@ -64,8 +65,8 @@ class Disagreements:
     method = "disagreement of teacher and student, after arXiv 2605.15532"
     unit = "tokens"
     legend = (
-        "Most valued: teacher and student would go on otherwise. Least valued: they would say the same, and",
-        "nothing is to be learned of the teacher.",
+        "Most valued: teacher and student predict different tokens. Least valued: they predict the same, and",
+        "the student can learn nothing from the teacher.",
     )
 
     def __init__(self, found: Mapping[int, Disagreement], num_records: int) -> None:
@@ -126,12 +127,12 @@ class Disagreements:
         groups = [row for row in rows if row.name != "all"] or list(rows)
         if all(row.divergence < EQUAL for row in groups):
             raise ValueError(
-                "teacher and student say the same of every record, so there is nothing to choose by; is the "
-                "student a copy of the teacher? Name another one with --with_teacher or --with_student"
+                "teacher and student predict the same for every record, so there is nothing to select by; is "
+                "the student a copy of the teacher? Name another one with --with_teacher or --with_student"
             )
         return [
-            f"{row.name}: {row.kept_equal:.0%} of the records that stay are such that both say the same; a "
-            "smaller share (--keep) would leave them out"
+            f"{row.name}: {row.kept_equal:.0%} of the kept records have the same predictions on both sides; "
+            "a smaller share (--keep) would leave them out"
             for row in groups
             if row.kept_equal
         ]

@@ -30,7 +30,7 @@ class Likelihood(Scored):
         if not math.isfinite(self.nll) or self.tokens < 1 or self.number < 0:
             raise ValueError(
                 f"record {self.id!r}: its likelihood must be finite, over one token or more; got {self.nll} "
-                f"over {self.tokens}: the model computes nonsense here, try --dtype float32"
+                f"over {self.tokens}: the model computes invalid numbers here; try --dtype float32"
             )
 
     def mean(self, unit: str) -> float:

@@ -72,7 +72,7 @@ def choose_columns(
     came = ", ".join(names)
     for role, name in chosen.items():
         if role not in ALIASES:
-            raise ValueError(f"--columns knows {', '.join(ALIASES)}; got {role}={name}")
+            raise ValueError(f"--columns takes {', '.join(ALIASES)}; got {role}={name}")
         if name not in names:
             raise ValueError(f"{path} has no column {name!r} for the {role}; its columns are {came}")
     lowered = {name.strip().lower(): name for name in reversed(names)}

@@ -70,7 +70,7 @@ def read_lists(path: str | Path) -> tuple[RecordList, ...]:
             raise ValueError("it has another checksum than when it was written; write it again")
         return tuple(RecordList(**{**one, "records": tuple(one["records"])}) for one in tree["sources"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path} is no record list that can be read: {error}") from error
+        raise ValueError(f"{path} is not a readable record list: {error}") from error
 
 
 class Chosen:
@@ -116,14 +116,15 @@ def chosen(sources: Mapping[str, FileSource], path: str | Path) -> dict[str, Fil
         if own is None or own.num_records != len(source):
             known = ", ".join(one.name for one in read_lists(path))
             raise ValueError(
-                f"the record list {path} was written for other data than {name}: it knows {known} as they "
-                "were then; give those back, or choose from these records with `llava-kd data select`"
+                f"the record list {path} was written for other data than {name}: it lists {known} as they "
+                "were then; restore those files, or select from the present records with `llava-kd data "
+                "select`"
             )
         found[name] = Chosen(source, own.records)
     if lists:
         left = ", ".join(one.name for one in lists.values())
         raise ValueError(
-            f"the record list {path} also chooses from {left}, which `data` does not name; add it to "
-            "data.sources, or choose again"
+            f"the record list {path} also selects from {left}, which `data` does not name; add it to "
+            "data.sources, or select again"
         )
     return found

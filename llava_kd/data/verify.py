@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from llava_kd.bar import Bar
 from llava_kd.data.batches.model_side import Side
 from llava_kd.data.pixels.images import decode
 from llava_kd.data.sources.conversation import Record, Source, read_record, unique_ids
@@ -63,8 +63,8 @@ class Report:
             ("records with structural errors", self.structural_errors),
             ("records with missing or unreadable images", self.bad_images),
             ("records that cannot be encoded", self.unencodable or ()),
-            ("records are mended in reading", self.mended),
-            ("records hold words of control tokens, read as text", self.control_words or ()),
+            ("records are repaired while they are read", self.mended),
+            ("records contain words of control tokens, which are read as text", self.control_words or ()),
         ):
             lines.append(f"{len(found)} {what}")
             lines += [f"  {line}" for line in found[:_SHOWN]]
@@ -115,7 +115,7 @@ def _check(
     structural = {i: record.fault for i, record in enumerate(records) if record.fault}
     bad_images: dict[int, str] = {}
     with ThreadPoolExecutor(num_threads) as threads:
-        for chunk in _chunks(len(records), "images", progress):
+        for chunk in _chunks(len(records), "checking images", progress):
             faults = threads.map(lambda i: _image_fault(records[i], i, read), chunk)
             bad_images |= {i: fault for i, fault in zip(chunk, faults, strict=True) if fault}
     sound = [record for record in records if not record.fault]
@@ -149,7 +149,7 @@ class _Tokens:
 def _tokens(records: Sequence[Record], side: Side, progress: bool) -> _Tokens:
     """What a model reads of the records that can be used."""
     found, encoder = _Tokens(), side.encoder()
-    for chunk in _chunks(len(records), "tokens", progress):
+    for chunk in _chunks(len(records), "checking tokens", progress):
         for i in chunk:
             if records[i].fault:
                 continue
@@ -176,8 +176,8 @@ def _image_fault(record: Record, i: int, read: _ReadImage) -> str | None:
 
 
 def _chunks(count: int, what: str, progress: bool) -> Iterator[range]:
-    with tqdm(total=count, desc=what, unit=" records", disable=not progress) as bar:
+    with Bar(count, what, "records", is_shown=progress) as bar:
         for start in range(0, count, _CHUNK):
             chunk = range(start, min(start + _CHUNK, count))
             yield chunk
-            bar.update(len(chunk))
+            bar.advance(len(chunk))

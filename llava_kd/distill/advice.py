@@ -47,8 +47,8 @@ class Advice:
                 if self._is_saturated(name, saturation.below):
                     yield (
                         f"{name} is saturated from the start: {values[0][1]:.4f} at step {values[0][0]} and "
-                        f"{values[-1][1]:.4f} at step {done}, where 0 is alike, so it has little to teach. "
-                        f"In objective.{name}: {saturation.remedy}"
+                        f"{values[-1][1]:.4f} at step {done}, where 0 means equal, so it has little to "
+                        f"teach. In objective.{name}: {saturation.remedy}"
                     )
 
     def _is_small(self, name: str, done: int, share: float) -> bool:

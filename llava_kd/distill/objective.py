@@ -24,8 +24,8 @@ from llava_kd.models.mllm import Prediction
 # Where a teacher is always read: its own cross-entropy on the responses stands in the log.
 OWN_PLACES: tuple[Place, ...] = ("response",)
 NO_MIXTURE = (
-    "only response_kl, at a number as temperature and in full trust, compares the student with several "
-    "teachers: leave the others out, or teach with one"
+    "only response_kl, with a number as temperature and trust `all`, compares the student with several "
+    "teachers: remove the other terms, or use one teacher"
 )
 
 

@@ -96,7 +96,8 @@ def _attended(
     attended_IM = teacher.attended_IN if isinstance(teacher, Prediction) else None
     if attended_IM is None:
         raise ValueError(
-            "a share of the visual tokens, or weights, needs the prediction of a teacher that is watched"
+            "a share of the visual tokens, or weights, needs a prediction of a teacher whose attention is "
+            "recorded"
         )
     attended_IN = attended_IM if align is None else align(attended_IM.unsqueeze(2)).squeeze(2)
     attended_JN = attended_IN[batch.student.places.valid_images_N]
@@ -123,15 +124,15 @@ def _trust(
 ) -> Tensor:
     trust = request.trust
     if isinstance(teacher, MixedPrediction):
-        raise ValueError(f"trust in the first choice or probability is of one teacher; got {trust!r}")
+        raise ValueError(f"trust in the first choice or probability needs a single teacher; got {trust!r}")
     if trust == "choice_listed":
         rows = replace(rows, targets_N=_choices(student, rows, common))
     if isinstance(teacher, TopKPrediction):
         kept = teacher.logits_BTK.shape[2]
         if trust in LISTED and request.listed > kept:
             raise ValueError(
-                f"the {request.listed} largest logits of the teacher are asked for, and {kept} are kept; "
-                "lower response_kl.listed, or write a cache of more"
+                f"the {request.listed} largest logits of the teacher are needed, and {kept} are kept; lower "
+                "response_kl.listed, or write a cache with more"
             )
         found = top_k_label_rows(teacher.top_k(rows.teacher_N), rows.targets_N)
     else:

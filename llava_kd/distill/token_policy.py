@@ -23,9 +23,9 @@ from llava_kd.losses.targets.noise import mixed
 from llava_kd.losses.targets.swing import SwingTarget
 
 BEYOND_TOP_K = (
-    "token_policy.temperature or noise: of the logits left out they hold the sum at one temperature, and "
-    "another one, or noise, needs each of them; cache hidden states, or let the policy weigh alone (kl, "
-    "cross_entropy)"
+    "token_policy.temperature or noise: of the other logits they hold only the sum at one temperature, and "
+    "another temperature, or noise, needs each logit; cache hidden states, or use only the policy's weights "
+    "(kl, cross_entropy)"
 )
 
 
@@ -126,8 +126,8 @@ def refuse_beside(policy: TokenPolicy, terms: Mapping[str, tuple[bool, Temperatu
     """
     if past := [name for name, (is_past, _) in terms.items() if is_past]:
         raise ValueError(
-            f"`token_policy` does not reach {' and '.join(past)}, which would teach private tokens as all "
-            "others; leave them out, or set token_policy to null"
+            f"`token_policy` does not reach {' and '.join(past)}, which would train private tokens like all "
+            "others; remove them, or set token_policy to null"
         )
     for name, (_, base) in terms.items():
         if base is None or not policy.changes_targets:
@@ -140,5 +140,6 @@ def refuse_beside(policy: TokenPolicy, terms: Mapping[str, tuple[bool, Temperatu
         if policy.temperature is not None and policy.temperature < base:
             raise ValueError(
                 f"`token_policy.temperature` ({policy.temperature:g}) must be at least that of all tokens, "
-                f"`objective.{name}.temperature` ({base:g}): a lower one would say private words more plainly"
+                f"`objective.{name}.temperature` ({base:g}): a lower one would make the targets of private "
+                "words sharper"
             )

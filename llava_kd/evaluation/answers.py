@@ -41,7 +41,11 @@ def mend(path: Path) -> None:
     tail = data[end:]
     if not tail:
         return
-    logger.warning("%s ends in the middle of a line (%d bytes): dropped, it is asked again", path, len(tail))
+    logger.warning(
+        "%s ends in the middle of a line (%d bytes): the line is dropped, its question is answered again",
+        path,
+        len(tail),
+    )
     with path.open("r+b") as file:
         file.truncate(end)
 
@@ -98,7 +102,9 @@ def claim(directory: Path, identity: dict[str, str | int]) -> None:
             raise ValueError(f"{directory} holds the answers of another run ({lines}); give another --out")
         return
     if _all_files(directory):
-        raise ValueError(f"{directory} holds answers and no {RUN} to tell whose; give another --out")
+        raise ValueError(
+            f"{directory} holds answers but no {RUN} that says which run wrote them; give another --out"
+        )
     write_text(path, json.dumps(identity, indent=2) + "\n")
 
 

@@ -96,7 +96,7 @@ def evaluate(
     """
     levels = check_levels(asking.noise)
     if asking.limit is not None:
-        raise ValueError("a limit goes with a benchmark; of a LLaVA JSON file every question is asked")
+        raise ValueError("a limit needs a benchmark; of a LLaVA JSON file every question is evaluated")
     model_dir, out_dir = model_directory(model_dir), Path(out_dir)
     questions = read_llava_json(data_json, image_root=image_root, follow_symlinks=follow_symlinks)
     if levels and not any(question.images for question in questions):
@@ -260,8 +260,8 @@ def unreadable(answers: Sequence[Mapping[str, str]]) -> str:
     if not faults:
         return ""
     return (
-        f"{len(faults)} of {len(answers)} questions have no readable picture and count as wrong; once they "
-        f"are mended, the same command asks these again. The first: {faults[0]}"
+        f"{len(faults)} of {len(answers)} questions have no readable picture and count as wrong; once the "
+        f"pictures are repaired, the same command answers these again. The first: {faults[0]}"
     )
 
 

@@ -101,7 +101,9 @@ class _Tap(NamedTuple):
 def _refuse_grams_under_a_cap(*taps: _Tap) -> None:
     for tap in taps:
         if tap.cap is not None and tap.gram_DD is not None and tap.head_VD is None:
-            raise ValueError("capped logits are no product of a Gram matrix: give the head beside its cap")
+            raise ValueError(
+                "capped logits are no product of a Gram matrix: give the head together with its cap"
+            )
 
 
 def _relation(

@@ -70,7 +70,7 @@ def _check(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], is_th
             )
     if is_there_IP.shape != student[0].shape[:2] or len(is_there_IP) != len(student[1]):
         raise ValueError(
-            f"the response tokens that are there [images, tokens] must be of the response states "
-            f"{list(student[0].shape)} of as many images as the visual ones have, {len(student[1])}; got "
+            "the mask of response tokens [images, tokens] must fit the response states "
+            f"{list(student[0].shape)} and the number of images of the visual states, {len(student[1])}; got "
             f"{list(is_there_IP.shape)}"
         )

@@ -97,8 +97,8 @@ def _check_structure(causal: PreTrainedModel, name: str) -> None:
         if largest > 0:
             raise ValueError(
                 f"the language model {name} ({kind!r}) has a bias on its head (lm_head.bias, up to "
-                f"{largest:.3g}), for which stock LLaVA has no place: its logits would "
-                "change. Take a model without one, such as Phi-3 instead of Phi-2"
+                f"{largest:.3g}), which stock LLaVA does not support: its logits would change. Take a model "
+                "without one, such as Phi-3 instead of Phi-2"
             )
         head.register_parameter("bias", None)
 
@@ -128,9 +128,9 @@ def _check_computation(causal: PreTrainedModel, name: str) -> None:
     difference = float((ours_BTV - theirs_BTV).abs().max())
     if not difference <= _TOLERANCE[causal.dtype] * max(1.0, float(theirs_BTV.abs().max())):
         raise ValueError(
-            f"the language model {name} ({causal.config.model_type!r}) does more than its decoder and head, "
-            f"which is all that stock LLaVA keeps: logits differ by {difference:.3g}; look at "
-            f"{says_of_logits(causal)}"
+            f"the language model {name} ({causal.config.model_type!r}) computes logits from more than its "
+            f"decoder and head, which are all that stock LLaVA keeps: logits differ by {difference:.3g}; "
+            f"look at {says_of_logits(causal)}"
         )
 
 

@@ -193,8 +193,8 @@ class MLLM(nn.Module):
         # Engines may hand on the same numbers as another tensor, as ZeRO-3 does where a module's inputs pass.
         if made is None or made[0].data_ptr() != features_INE.data_ptr():
             raise ValueError(
-                "stages of the tower are those of the features made last, and these are others: call "
-                "image_features before each forward"
+                "stages of the tower belong to the features that were computed last, and these features are "
+                "others: call image_features before each forward"
             )
         return made[1]
 

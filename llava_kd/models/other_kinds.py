@@ -58,7 +58,7 @@ _KINDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     ),
     (("tf_model*.h5", "saved_model.pb"), "a model of TensorFlow", "give its version for PyTorch"),
     (("flax_model*.msgpack",), "a model of Flax", "give its version for PyTorch"),
-    (("trainer.json",), "a checkpoint of a run", "give the run's model/, which its end writes"),
+    (("trainer.json",), "a checkpoint of a run", "give the run's model/, which a finished run writes"),
     (
         ("*.distcp", "zero_to_fp32.py", "mp_rank_*"),
         "a training checkpoint of DeepSpeed or FSDP",
@@ -92,8 +92,8 @@ def refuse_other_kinds(name: str, what: str) -> None:
     quantised = [tree.get("quantization_config") for tree in (config, config.get("text_config")) if tree]
     if how := next((tree for tree in quantised if isinstance(tree, dict)), None):
         raise ValueError(
-            f"{what} {name} is quantised ({how.get('quant_method', 'unnamed')}), so neither trained nor "
-            f"scored as it is; {_UNQUANTISED} (teacher.quantize makes it small in memory)"
+            f"{what} {name} is quantised ({how.get('quant_method', 'unnamed')}), so it can be neither "
+            f"trained nor scored in this form; {_UNQUANTISED} (teacher.quantize makes it small in memory)"
         )
     if "quantization" in config or _is_mlx(path):
         raise ValueError(f"{what} {name} is a model of MLX; {_UNQUANTISED}")

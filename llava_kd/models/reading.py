@@ -96,8 +96,8 @@ def read_config(name: str) -> PreTrainedConfig:
         if _is_out_of_reach(error):
             raise ValueError(
                 f"{name} is no directory here, is not in the cache of the hub ({HF_HUB_CACHE}), and the hub "
-                f"cannot be reached from here{hint}; where it can: `hf download {name} --local-dir DIR`, "
-                "then give DIR"
+                f"cannot be reached{hint}; on a machine that reaches it: `hf download {name} --local-dir "
+                "DIR`, then give DIR"
             ) from error
         raise ValueError(f"{name} is no directory here, and as an id of the hub {error}{hint}") from error
 
@@ -171,6 +171,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     ids = tokenizer.encode("What is it?", add_special_tokens=False)
     if all(token == tokenizer.unk_token_id for token in ids):
         raise ValueError(
-            f"{name} comes without a tokenizer; put tokenizer.json and tokenizer_config.json beside it "
-            f"(transformers made one of {len(tokenizer)} tokens that reads no word)"
+            f"{name} comes without a tokenizer; put tokenizer.json and tokenizer_config.json into its "
+            f"directory (transformers made one of {len(tokenizer)} tokens that reads no word)"
         )

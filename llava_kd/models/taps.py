@@ -91,7 +91,7 @@ class Taps:
         def keep(tap: Tap, value: Any) -> None:
             if tap in seen:
                 raise ValueError(
-                    f"the module of the tap {str(tap)!r} ran twice in one forward, so it has no one value"
+                    f"the module of the tap {str(tap)!r} ran twice in one forward, so it has no single value"
                 )
             seen[tap] = _first_tensor(value, tap)
 

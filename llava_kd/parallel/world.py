@@ -70,7 +70,7 @@ class World:
         if error is not None:
             raise error
         if float(failed) > 0:
-            raise ValueError(f"rank {self.rank} stops since another rank did; that rank's message says why")
+            raise ValueError(f"rank {self.rank} stops because another rank did; that rank's message says why")
 
     def agreed(self, value: int, what: str) -> int:
         """`value`, the same on every rank. Raises ValueError on all of them if it is not."""
@@ -81,7 +81,7 @@ class World:
         highest, lowest = int(extremes[0]), -int(extremes[1])
         if highest != lowest:
             raise ValueError(
-                f"every rank must see the same {what}, got from {lowest} to {highest}; output_dir must be on "
+                f"every rank must get the same {what}, got from {lowest} to {highest}; output_dir must be on "
                 "a file system that all machines share"
             )
         return value

@@ -160,13 +160,13 @@ class Checkpoints:
             try:
                 saved = _read(directory)
             except (SafetensorError, OSError, _UnreadableError) as error:
-                problems.append(f"{directory} cannot be read and is passed over: {error}")
+                problems.append(f"{directory} cannot be read and is skipped: {error}")
                 continue
             meta = read_meta(directory)
             self._check_identity(directory, meta)
             if "checksum" not in meta:
                 problems.append(
-                    f"{directory} is of a version without a checksum of trainer.json, and is trusted"
+                    f"{directory} is of a version without a checksum of trainer.json, so it is not checked"
                 )
             return saved, problems
         return None, problems
@@ -204,7 +204,7 @@ class Checkpoints:
                 one, other = ("without", "with") if then is None else ("with", "without")
                 changed = f"{one} a {what}, and this run is {other}"
             raise ValueError(
-                f"{directory} was trained {changed}. Give back what it was, or start in a new output_dir"
+                f"{directory} was trained {changed}. Restore what it was, or start in a new output_dir"
             )
 
     def _directory(self, step: int) -> Path:

@@ -274,7 +274,7 @@ class Trainer:
                 try:
                     self._checkpoints.drop_older(saved.step)  # after the last step no save follows
                 except OSError as error:
-                    self._say(f"a checkpoint that is kept no longer stays, for it cannot be removed: {error}")
+                    self._say(f"an old checkpoint stays, because it cannot be removed: {error}")
         self._say(f"going on from step {saved.step}")
         return saved.step
 

@@ -74,7 +74,7 @@ def test_a_full_disk_stops_every_rank_and_leaves_the_last_good_checkpoint(stage)
     assert ended.codes == (2, 2), ended.log
     assert "the checkpoint of step 4 cannot be written" in ended.logs[0]
     assert "Free some space" in ended.logs[0]
-    assert "rank 1 stops since another rank did" in ended.logs[1]
+    assert "rank 1 stops because another rank did" in ended.logs[1]
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000002"]
     run, _ = start(config)
     ended = run.wait(SOON)
@@ -89,7 +89,7 @@ def test_the_death_of_a_data_worker_ends_every_rank_and_says_so(stage) -> None:
     os.kill(worker, signal.SIGKILL)
     ended = run.wait(SOON)
     assert all(code > 0 for code in ended.codes), ended.log
-    assert "a data worker died" in ended.logs[1]
+    assert "a data worker process died" in ended.logs[1]
     assert "another rank is gone" in ended.logs[0]
 
 

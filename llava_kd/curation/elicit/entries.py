@@ -94,7 +94,7 @@ def read_asked(
         asked.append(Asked(record=record, questions=tuple(questions), origin=origin))
     if not asked:
         first = dropped[0].reason if dropped else "it is empty"
-        raise ValueError(f"{path} has no record that can be asked: {first}")
+        raise ValueError(f"{path} has no usable record: {first}")
     check_questions([question for one in asked for question in one.questions], path)
     return asked, dropped
 
@@ -107,7 +107,7 @@ def _questions(record: Record, root: Path, follow_symlinks: bool, which: Which) 
     questions = questions_of(record, images, owner)
     is_open = record.turns[-1].text == OPEN
     if which == "open" and not is_open:
-        raise ValueError(f"{owner} is answered already; --relabel asks for its answers anew")
+        raise ValueError(f"{owner} is answered already; --relabel writes its answers again")
     if which == "all" and is_open:
         raise ValueError(f"{owner} ends with a question; let a model label it first")
     # What stands before an open question is its own; the true answers stay.

@@ -130,13 +130,13 @@ def read_prompts(path: str | Path) -> list[str]:
     """One a line. Raises ValueError for a file without any, and for an image placeholder, which is put."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no file of prompts {path}; give a text file with one a line")
+        raise ValueError(f"no prompt file {path}; give a text file with one prompt a line")
     if path.stat().st_size > _MAX_PROMPTS_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; prompts have at most {_MAX_PROMPTS_BYTES}")
     prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not prompts or any(IMAGE_PLACEHOLDER in prompt for prompt in prompts):
         raise ValueError(
-            f"{path} must hold prompts, one a line, without {IMAGE_PLACEHOLDER}, which comes first"
+            f"{path} must hold prompts, one a line, without {IMAGE_PLACEHOLDER}, which is put first"
         )
     return prompts
 

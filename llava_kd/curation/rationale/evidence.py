@@ -107,7 +107,7 @@ def read_by_key(path: str | Path, what: str) -> tuple[dict[str, object], str]:
     found: dict[str, object] = {}
     for key, value in _pairs(data, Path(path), what):
         if key in found:
-            raise ValueError(f"{path}: {key!r} comes twice; {what} are given once a record")
+            raise ValueError(f"{path}: {key!r} occurs twice; {what} must be given once a record")
         found[key] = value
     if not found:
         raise ValueError(f"{path} holds no {what}")

@@ -129,7 +129,7 @@ def _read(draft: Draft, answer: Mapping[str, str], checks: Checks, rules: Rules,
         found = check(step.claim)
         if found is None:
             if rules.unread == "drop" and not step.is_answer:
-                return f"no evidence can read its step {len(draft.steps) + 1}: {step.claim[:80]!r}"
+                return f"no evidence can check its step {len(draft.steps) + 1}: {step.claim[:80]!r}"
             draft.num_unread += not step.is_answer
         elif found.verdict.holds:
             draft.num_read += 1
@@ -171,7 +171,7 @@ def _corrected(
 
 def _finished(draft: Draft, rules: Rules) -> str:
     if not draft.num_read:
-        return f"no evidence can read any of its {len(draft.steps) - 1} steps"
+        return f"no evidence can check any of its {len(draft.steps) - 1} steps"
     answer, truth = draft.steps[-1].claim, draft.question.truth
     if rules.true_answers and not draft.asked.is_open and not is_correct(answer, truth):
         return f"its answer is {answer[:80]!r}, and that of the data is {truth[:80]!r}"

@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from llava_kd.bar import Bar
 from llava_kd.data.batches.model_side import Side
 from llava_kd.data.batches.packing import RecordSizes
 from llava_kd.data.sources.cache import build_once, default_cache
@@ -45,10 +45,11 @@ def _compute(source: Source, sides: tuple[Side, ...], progress: bool) -> np.ndar
     """[2, records]: places and images."""
     table = np.zeros((2, len(source)), dtype=np.int32)
     encoders = [side.encoder() for side in sides]
-    starts = range(0, len(source), _BATCH)
-    for start in tqdm(starts, desc="token lengths", unit="k records", disable=not progress):
-        records = [source.record(i) for i in range(start, min(start + _BATCH, len(source)))]
-        places = np.max([encoder.lengths(records) for encoder in encoders], axis=0)
-        table[0, start : start + len(records)] = places
-        table[1, start : start + len(records)] = [len(record.images) for record in records]
+    with Bar(len(source), "token lengths", "records", is_shown=progress) as bar:
+        for start in range(0, len(source), _BATCH):
+            records = [source.record(i) for i in range(start, min(start + _BATCH, len(source)))]
+            places = np.max([encoder.lengths(records) for encoder in encoders], axis=0)
+            table[0, start : start + len(records)] = places
+            table[1, start : start + len(records)] = [len(record.images) for record in records]
+            bar.advance(len(records))
     return table

@@ -137,7 +137,8 @@ class Loader:
             if "Caught" in str(error):  # raised by the worker, which lives
                 raise
             raise RuntimeError(
-                f"a data worker died ({error}); the machine may be out of memory: use fewer data.num_workers"
+                f"a data worker process died ({error}); the machine may be out of memory: lower "
+                "data.num_workers"
             ) from error
         if refusal is not None:
             raise refusal.error()
@@ -187,8 +188,7 @@ def _sizes(
     longest = max(side.max_length for side in sides)
     if packing.max_tokens < longest:
         raise ValueError(
-            f"a pack must have room for one record of max_length {longest}, got packing.max_tokens "
-            f"{packing.max_tokens}"
+            f"packing.max_tokens must be at least data.max_length, {longest}; got {packing.max_tokens}"
         )
     sizes = record_sizes(source, sides, cache=reading.cache, progress=reading.progress)
     if over := (sizes.images > packing.max_images).nonzero()[0].tolist():

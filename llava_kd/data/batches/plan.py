@@ -60,7 +60,9 @@ class Plan:
         sizes: RecordSizes | None = None,
     ) -> None:
         if (packing is None) != (sizes is None):
-            raise ValueError("packing and the sizes of the records come together; got one without the other")
+            raise ValueError(
+                "packing and the sizes of the records must be given together; got only one of them"
+            )
         self._num_records = num_records
         self._seed = seed
         self._world_size = world_size

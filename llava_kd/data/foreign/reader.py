@@ -72,8 +72,8 @@ class Reader:
         if self._max_tokens is not None and len(ids) > self._max_tokens:
             raise ValueError(
                 f"record {record.id!r}: its {len(ids)} tokens are more than the {self._max_tokens} that the "
-                "teacher has positions for; let its image processor make smaller pictures, or take the "
-                "record out"
+                "teacher has positions for; make its image processor give smaller pictures, or remove the "
+                "record"
             )
         spans = torch.zeros(len(ids), 4, dtype=torch.int32)
         labels = torch.full_like(ids, IGNORE_INDEX)
@@ -90,7 +90,8 @@ class Reader:
         if (found := int(is_visual.sum())) != num_images * self._tokens_per_image:
             raise ValueError(
                 f"record {record.id!r}: the teacher's processor makes {found} visual tokens of its "
-                f"{num_images} pictures, not {self._tokens_per_image} of each as of those that were tried"
+                f"{num_images} pictures; it must make {self._tokens_per_image} of each, as of the pictures "
+                "that were tried"
             )
         return is_visual
 
@@ -130,7 +131,7 @@ class Reader:
             if not isinstance(value, Tensor):
                 raise ValueError(
                     f"record {record.id!r}: the teacher's {type(self._processor).__name__} gives {name} as "
-                    f"{type(value).__name__}, not as one tensor: such a teacher is not supported"
+                    f"{type(value).__name__}, not as one tensor; use another teacher"
                 )
             if value.shape == written:
                 by_token[name] = torch.nn.functional.pad(value[0], (0, length - written[1]))
@@ -145,9 +146,9 @@ def _moved(record: Record, rendered: Rendered, given: Mapping, num_images: int) 
     replaced = [] if listed is None or not len(listed) else list(listed[0])
     if len(replaced) != num_images:
         raise ValueError(
-            f"record {record.id!r}: the teacher's processor does not say where its {num_images} pictures "
-            f"are in the text (it says {len(replaced)}): transformers 5.23 or a processor of its own kind "
-            "does"
+            f"record {record.id!r}: the teacher's processor does not report where its {num_images} pictures "
+            f"are in the text (it reports {len(replaced)}): use transformers 5.23, or a processor of the "
+            "model's own kind"
         )
     ends = [one["span"][1] for one in replaced]
     gained = [0, *(one["new_span"][1] - one["span"][1] for one in replaced)]

@@ -58,7 +58,7 @@ class Talks:
         if found := next((m for text in texts if (m := self._control.search(text))), None):
             raise ValueError(
                 f"its words {found[0]!r} are a control token of the teacher's {self._name}, which would read "
-                "them as such; take them out of the record"
+                "them as this token; remove them from the record"
             )
         shape = tuple((role, tuple(_IMAGE if p is None else "text" for p in parts)) for role, parts in turns)
         as_parts, between = self._pieces(shape)
@@ -75,8 +75,8 @@ class Talks:
         theirs = self._apply(_messages(shape, texts, as_parts=as_parts))
         if theirs != text:
             raise ValueError(
-                f"the chat template of the teacher's {self._name} changes its words, so no token of its "
-                f"answers can be found again: it gives {_around(theirs or '', text)!r} for "
+                f"the chat template of the teacher's {self._name} changes its words, so the tokens of its "
+                f"answers cannot be located: it gives {_around(theirs or '', text)!r} for "
                 f"{_around(text, theirs or '')!r}"
             )
         return Rendered(text=text, answers=tuple(answers))
@@ -127,8 +127,9 @@ def own_chat_template(processor: ProcessorMixin) -> str:
         template = template.get("default")
     if not isinstance(template, str):
         raise ValueError(
-            f"the teacher's {type(processor).__name__} has no chat template, so it takes no conversation; "
-            "take a teacher that was trained on talks, or put its chat_template.jinja beside it"
+            f"the teacher's {type(processor).__name__} has no chat template, so it cannot read a "
+            "conversation; use a teacher that was trained on conversations, or put its chat_template.jinja "
+            "into its directory"
         )
     return template
 

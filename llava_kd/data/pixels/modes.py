@@ -14,7 +14,7 @@ _UNSIGNED = (1, 4)  # whole numbers from 0, or not said
 _NUMBERS = {2: "signed", 3: "floating-point", 5: "complex", 6: "complex"}
 _SHARED_ALPHA = {"La": "LA", "RGBa": "RGBA"}
 _BLACK = 16  # of 255: an image that is nowhere brighter was meant for another range
-_ADVICE = "save it with 8 bits a channel, scaled as it is to be seen"
+_ADVICE = "save it with 8 bits a channel, scaled as it should look"
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:

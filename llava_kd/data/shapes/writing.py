@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from llava_kd.bar import Bar
 from llava_kd.data.shapes.questions import Picker, Question, blind_accuracy
 from llava_kd.data.shapes.scenes import encode_picture
 from llava_kd.data.shapes.settings import EASY, Setting, Split
@@ -169,11 +168,13 @@ def _write_pictures(
 ) -> None:
     """Each picture's look is drawn from the seed and its own id."""
     everything = [(name, example) for name, split in examples.items() for example in split]
-    for name, example in tqdm(everything, desc="drawing shapes", unit="image", disable=not progress):
-        rng = random.Random(f"picture {seed} {example.id}")
-        picture = setting.splits[name].draw(example.scene, rng)
-        content = encode_picture(picture, rng, image_format=_image_format(example.id))
-        (out / _image_path(example.id)).write_bytes(content)
+    with Bar(len(everything), "drawing shapes", "images", is_shown=progress) as bar:
+        for name, example in everything:
+            rng = random.Random(f"picture {seed} {example.id}")
+            picture = setting.splits[name].draw(example.scene, rng)
+            content = encode_picture(picture, rng, image_format=_image_format(example.id))
+            (out / _image_path(example.id)).write_bytes(content)
+            bar.advance()
 
 
 def _conversation(example: Example, turns: Sequence[tuple[str, str]]) -> Record:

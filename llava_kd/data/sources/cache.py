@@ -41,7 +41,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
             found = {path.name: checksum(path) for path in scratch.iterdir()}
             (scratch / _CHECKSUMS).write_text(json.dumps(found))
             if fault:
-                logger.warning("the cache %s is made anew: %s", folder, fault)
+                logger.warning("the cache %s is built again: %s", folder, fault)
                 folder.rename(scratch / "retired")  # whoever has it mapped keeps what is mapped
             scratch.rename(folder)
             shutil.rmtree(folder / "retired", ignore_errors=True)

@@ -117,7 +117,11 @@ def parse_record(raw: object, position: int) -> Record:
         raise ValueError(f"record {name[:_ID_SHOWN]!r}: is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"record {name[:_ID_SHOWN]!r}: {error}") from None
-    began = "its first turn, an answer to nothing, is left out" if _begins_with_an_answer(turns) else ""
+    began = (
+        "its first turn is an answer without a question and is skipped"
+        if _begins_with_an_answer(turns)
+        else ""
+    )
     note = "; ".join(part for part in (began, moved) if part)
     return Record(id=name, images=images, turns=(*system, *talk), extra=extra, note=note)
 
@@ -165,7 +169,7 @@ def _turns(raw: dict) -> tuple[list[Turn], list[list[str]]]:
         if half := HALF_OF_A_PAIR.search(text):
             raise ValueError(
                 f"turn {number} holds half of a surrogate pair, {half[0]!r}: its text was cut inside a "
-                "character such as an emoji; take it out"
+                "character such as an emoji; remove it"
             )
         turns.append(Turn(ROLES[speaker], text.strip()))
         inside.append(images)
@@ -184,7 +188,7 @@ def _content(content: object, number: int) -> tuple[str, list[str]]:
         if kind == "text":
             text = part if isinstance(part, str) else part.get("text")
             if not isinstance(text, str):
-                raise ValueError(f"turn {number}: part {place} is of type text and holds none")
+                raise ValueError(f"turn {number}: part {place} is of type text but has no text")
             pieces.append(text)
         elif kind in ("image", "image_url") and isinstance(part, dict):
             pieces.append(IMAGE_PLACEHOLDER + "\n" * (place < len(content) - 1))

@@ -24,11 +24,11 @@ def image_path(given: object) -> str:
         )
     if _ADDRESS.match(given):
         raise ValueError(
-            f"the image {shown} is an address and no file; download it below the image root, and give its "
-            "path from there"
+            f"the image {shown} is a URL, not a file; download it below the image root, and give its path "
+            "relative to the root"
         )
     if _DRIVE.match(given):
-        raise ValueError(f"the image path {shown} has a drive; give it from the image root on")
+        raise ValueError(f"the image path {shown} has a drive letter; give it relative to the image root")
     path = given.replace("\\", "/")
     if ".." in PurePosixPath(path).parts or "\0" in path:
         raise ValueError(f"the image path {shown} must stay below the image root; write it without ..")

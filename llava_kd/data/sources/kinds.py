@@ -1,4 +1,4 @@
-"""What a data file is, by its suffix: the one table of sources, and how a path is opened by it."""
+"""The table of data sources by file suffix, and how a path is opened with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava_kd.data.sources.tar_shards import TarShards
 
 
 class FileSource(Source, Protocol):
-    """A source that knows which of its records cannot be used; each keeps its place, with a `fault`."""
+    """A source that knows its unusable records; each keeps its place and has a `fault`."""
 
     @property
     def faults(self) -> Sequence[int]: ...
@@ -22,7 +22,7 @@ class FileSource(Source, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where records are, as the settings say it: `data.path`, `data.images` and `data.follow_symlinks`."""
+    """Where records are, from the settings `data.path`, `data.images` and `data.follow_symlinks`."""
 
     path: str
     images: str | None = None
@@ -30,11 +30,11 @@ class Place:
 
     @property
     def image_root(self) -> str | Path:
-        """The folder that names of images start from: `images`, or that of the file."""
+        """The folder that image paths are relative to: `images`, or the folder of the file."""
         return self.images or Path(self.path).parent
 
     def files(self) -> list[str]:
-        """Those that the path, a pattern, matches, sorted. ValueError where there is none."""
+        """The files that match the path, which may be a pattern, sorted. ValueError if there is none."""
         paths = sorted(glob.glob(self.path))
         if not paths:
             raise ValueError(f"`data.path` {self.path} matches no file")
@@ -45,8 +45,8 @@ class Place:
 class SourceKind:
     """How files of one suffix are opened.
 
-    `holds_images`: there is no image root beside them, so `images` is refused. `is_llava`: LLaVA JSON, whose
-    sound entries are copied word for word; sound records of others are written out with their images.
+    `holds_images`: the files contain their images, so `images` is refused. `is_llava`: LLaVA JSON, whose
+    sound entries are copied unchanged; sound records of other kinds are written with their images.
     """
 
     open: Callable[[Place], FileSource]
@@ -85,7 +85,7 @@ def kind_of(path: str, sources: Mapping[str, SourceKind] = SOURCES) -> SourceKin
 
 
 def open_source(place: Place, sources: Mapping[str, SourceKind] = SOURCES) -> FileSource:
-    """The records there. Raises ValueError for what cannot be read, or has no image root and is given one."""
+    """The records there. ValueError if they cannot be read, or if they hold images and `images` is given."""
     kind = kind_of(place.path, sources)
     if kind.holds_images and place.images is not None:
         raise ValueError(f"{place.path} holds its images; remove `images` ({place.images})")

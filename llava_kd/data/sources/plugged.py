@@ -70,7 +70,7 @@ def plugged(kind: SourceKind, plugin: PluginFile) -> SourceKind:
 def _check(source: FileSource, place: Place) -> None:
     members = dir(source)
     if missing := [name for name in _MEMBERS if name not in members]:
-        raise ValueError(f"what it opens for {place.path} has no {', '.join(missing)}")
+        raise ValueError(f"the source that it opens for {place.path} has no {', '.join(missing)}")
     if len(source) < 1:
         raise ValueError(f"{place.path} has no records")
     first = source.record(0)

@@ -158,7 +158,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, IndexError, MemoryError, OverflowError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a whole {path.suffix} file: {error}; write it anew") from None
+        raise ValueError(f"{path} is not a whole {path.suffix} file: {error}; write it again") from None
 
 
 @lru_cache(maxsize=_GROUPS_KEPT)

@@ -162,7 +162,7 @@ def _captioned(path: Path, raw: dict, text: tarfile.TarInfo | None, images: int)
             "has no conversations and no caption; its .json must hold `conversations`, or a .txt the caption"
         )
     if not images:
-        raise ValueError("has a caption and no image beside it")
+        raise ValueError("has a caption but no image")
     asked = {"from": "human", "value": "\n".join([IMAGE_PLACEHOLDER] * images)}
     return [asked, {"from": "gpt", "value": caption}]
 

@@ -32,8 +32,8 @@ def walk(path: Path) -> Iterator[tarfile.TarInfo]:
             _check_end(stream.fileno(), archive.offset, size)
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         raise ValueError(
-            f"{path} is not a whole, uncompressed tar file: behind byte {place}: {error}; fetch or write it "
-            "anew"
+            f"{path} is not a whole, uncompressed tar file: after byte {place}: {error}; download or write "
+            "it again"
         ) from None
 
 

@@ -38,7 +38,7 @@ MANIFEST = "manifest.json"
 INDEX = "index.safetensors"
 SHARDS = "shards"
 _OPEN_SHARDS = 64
-_AGAIN = "the same `llava-kd cache-teacher` command again writes anew what is damaged or missing"
+_AGAIN = "the same `llava-kd cache-teacher` command writes what is damaged or missing again"
 
 Mode = Literal["hidden", "topk"]
 
@@ -115,9 +115,9 @@ class Manifest:
             return Manifest(**{**fields, "contents": contents})
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} is no manifest that can be read ({error}); write the cache into a new directory "
-                "with `llava-kd cache-teacher CONFIG --out NEW` and set teacher.cache to it, or put a copy "
-                "of the file back; nothing here need be removed for that"
+                f"{path} is not a readable manifest ({error}); write the cache into a new directory with "
+                "`llava-kd cache-teacher CONFIG --out NEW` and set teacher.cache to it, or restore the file "
+                "from a copy; nothing here needs to be removed"
             ) from error
 
     def check(self, directory: Path, name: str) -> None:
@@ -199,12 +199,12 @@ class TeacherCache:
         where = {name: int(values_R[wanted.number]) for name, values_R in index.items()}
         if where["shard_R"] < 0:
             raise ValueError(
-                f"record {wanted.id!r} is not in the teacher cache {self.directory}: it was bad when that "
-                f"was written; {_AGAIN}"
+                f"record {wanted.id!r} is not in the teacher cache {self.directory}: it was bad when the "
+                f"cache was written; {_AGAIN}"
             )
         if where["text_crc_R"] != text_crc(wanted.id, wanted.encoded):
             raise ValueError(
-                f"record {wanted.id!r} has other tokens now than the teacher read for {self.directory}; use "
+                f"record {wanted.id!r} now has other tokens than the teacher read for {self.directory}; use "
                 "the teacher's tokenizer for the student, or run with teacher.cache null"
             )
         try:
@@ -225,7 +225,7 @@ class TeacherCache:
         held_M = record.positions_M[at_M] == asked_M if len(record.positions_M) else asked_M < 0
         if not bool((held_M | _stands_in(wanted.encoded, asked_M)).all()):
             raise ValueError(
-                f"record {wanted.id!r} is read at places that {self.directory} does not hold; {_AGAIN}"
+                f"record {wanted.id!r} needs token positions that {self.directory} does not store; {_AGAIN}"
             )
         chosen = {
             name: tensor if name in IMAGE_TENSORS else _where(held_M, tensor, at_M)

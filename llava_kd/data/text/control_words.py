@@ -61,8 +61,8 @@ class ControlWords:
         for text, has_places in texts:
             if mark := _PRIVATE.search(text):
                 raise ValueError(
-                    f"the text holds words of control tokens and the private character {mark[0]!r}; take one "
-                    "of them out"
+                    f"the text contains words of control tokens and the private character {mark[0]!r}; "
+                    "remove one of them"
                 )
             pattern = self._any_but_images if has_places else self._any
             result.append(pattern.sub(lambda found: f"{_COVER}{self._mark(found[0])}", text))
@@ -83,7 +83,7 @@ class ControlWords:
         for number, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             if number in control and _CONTROL not in renamed[start:stop]:
                 raise ValueError(
-                    f"{renamed[start:stop]!r} in its text is a control token for this tokenizer; take it out"
+                    f"{renamed[start:stop]!r} in its text is a control token for this tokenizer; remove it"
                 )
         return encoding
 
@@ -119,7 +119,7 @@ class ControlWords:
         copy = Tokenizer.from_str(json.dumps(tree))
         if wrong := [word for word, number in self._ids.items() if copy.token_to_id(names[word]) != number]:
             raise ValueError(
-                f"this tokenizer cannot be made to read {wrong[0]!r} as text; take it out of the record"
+                f"this tokenizer cannot be made to read {wrong[0]!r} as text; remove it from the record"
             )
         return copy
 

@@ -227,9 +227,9 @@ class Encoder:
                 edge += len(segment.text)
             if stop > edge and (token_id != self._end_id or text[edge:stop].strip()):
                 raise ValueError(
-                    f"record {record.id!r}: a token lies across the edge of an answer, after "
-                    f"{segment.text[-20:]!r}: template {self.template.name!r} gives no sound label mask with "
-                    "this tokenizer; choose another template"
+                    f"record {record.id!r}: a token crosses the start or end of an answer, after "
+                    f"{segment.text[-20:]!r}: template {self.template.name!r} gives no correct label mask "
+                    "with this tokenizer; choose another template"
                 )
             is_target.append(segment.is_target)
             covered = max(covered, stop)

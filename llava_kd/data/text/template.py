@@ -23,12 +23,12 @@ class Segment:
 class Template:
     """How turns become text.
 
-    `before_answer` is the generation prompt; `answer_lead` follows it and is already a target, so that the
-    space before a word, which is part of the word's token in most tokenizers, never straddles the boundary.
+    `before_answer` is the generation prompt. `answer_lead` follows it and is already a target: in most
+    tokenizers a word's token includes the space before it, and this space must not cross the boundary.
     `end_token` closes an answer and is a target; None is the tokenizer's own end-of-sequence token.
     With `images_only`, a user turn keeps its images and loses its words. `starts_with_bos` puts the
-    beginning-of-sequence token first also where the tokenizer does not. `before_image` and `after_image`
-    stand around each image.
+    beginning-of-sequence token first even if the tokenizer does not. `before_image` and `after_image`
+    enclose each image.
     """
 
     name: str
@@ -47,14 +47,14 @@ class Template:
 
     @property
     def image_text(self) -> str:
-        """What a placeholder becomes."""
+        """The text that replaces a placeholder."""
         return f"{self.before_image}{IMAGE_PLACEHOLDER}{self.after_image}"
 
     def render(self, turns: Sequence[Turn], *, eos_token: str) -> list[Segment]:
-        """Segments of the turns. Turns that end with the user's end with the generation prompt.
+        """Segments of the turns. If the last turn is the user's, the generation prompt comes last.
 
-        A system turn, which can only be the first, stands in the place of the template's own words; captions
-        go without.
+        A system turn, which can only be the first, replaces the template's own system text. With
+        `images_only` there is none.
         """
         system = turns[0].text if turns and turns[0].role == "system" else None
         first = self._default_system()
@@ -114,11 +114,11 @@ class Template:
         )
 
     def chat_template_for(self, tokenizer: PreTrainedTokenizerFast) -> str:
-        """`chat_template`, with the beginning-of-sequence token first where the tokenizer puts one."""
+        """`chat_template`, with the beginning-of-sequence token first if the tokenizer adds one."""
         return ("{{ bos_token }}" if self.bos_text(tokenizer) else "") + self.chat_template
 
     def bos_text(self, tokenizer: PreTrainedTokenizerFast) -> str:
-        """What stands before the whole text."""
+        """The beginning-of-sequence text before the whole, or ''."""
         if self.starts_with_bos:
             return special_token(tokenizer, "bos_token") or ""
         return _bos_text(tokenizer)

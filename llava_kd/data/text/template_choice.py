@@ -26,7 +26,7 @@ class Choice:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.template.name}, {self.reason}: it asks {_short(asked(self.template))!r}"
+        return f"{self.template.name}, {self.reason}: its prompt is {_short(asked(self.template))!r}"
 
 
 def choose(
@@ -58,12 +58,12 @@ def choose(
         return own
     family = family_template(tokenizer, model_type)
     if reading is None:
-        return Choice(template=family, reason="that of its family, for its directory has none")
+        return Choice(template=family, reason="that of its family, because its directory has none")
     if is_trained:
         _refuse_loss(reading, family, where, templates)
     start = before_question(reading)
     if start is None:
-        why = "for that of its directory loses the question, as a first stage's does"
+        why = "because that of its directory drops the question, as after a first stage"
         return Choice(template=family, reason=f"that of its family, {why}")
     return Choice(template=family, reason=f"that of its family, without its directory's {_short(start)!r}")
 
@@ -89,7 +89,7 @@ def _own(reading: Reading, is_trained: bool, templates: Mapping[str, Template]) 
     alike = next((t for t in templates.values() if not t.images_only and asks_alike(t, reading)), None)
     if alike is None:
         return None
-    return Choice(template=alike, reason="which asks as its directory's own does, and ends answers")
+    return Choice(template=alike, reason="with the prompt of its directory's own, and an end of answers")
 
 
 def _as_set(
@@ -99,7 +99,7 @@ def _as_set(
     own = _own(reading, True, templates) if reading is not None and is_trained else None
     if own is None or reading is None or asks_alike(template, reading):
         return "as set"
-    return f"as set, not its directory's own, which asks {_short(asked(own.template))!r}"
+    return f"as set, not its directory's own, whose prompt is {_short(asked(own.template))!r}"
 
 
 def _refuse_loss(reading: Reading, family: Template, where: str, templates: Collection[str]) -> None:
@@ -114,7 +114,7 @@ def _refuse_loss(reading: Reading, family: Template, where: str, templates: Coll
         return
     raise ValueError(
         f"`{where}` is {AUTO}, but a directory's own chat template puts {_short(start)!r} before a question, "
-        f"which no template here renders, and that of its family, {family.name}, has not; name the template "
+        f"which no template here renders and that of its family, {family.name}, lacks; name the template "
         f"that the model was trained on, one of {', '.join(templates)}, or change chat_template.jinja"
     )
 

@@ -105,11 +105,11 @@ def _llava(
     other = next((name for name in names if _OTHERS.search(name)), None)
     if other is not None or (chat_template is None and model_type == "mistral"):
         raise ValueError(
-            f"the conversation of {other or 'a Mistral model'} is not LLaVA's v1, and is none that is known; "
-            f"choose the one it was trained on of {', '.join(TEMPLATES)} with --template"
+            f"the conversation of {other or 'a Mistral model'} is not LLaVA's v1, and no known one; choose "
+            f"the one that it was trained on from {', '.join(TEMPLATES)} with --template"
         )
     if chat_template is None:
-        return Choice(template=TEMPLATES["llava_v1"], reason="LLaVA's v1, for its tokenizer has none")
+        return Choice(template=TEMPLATES["llava_v1"], reason="LLaVA's v1, because its tokenizer has none")
     return choose(
         AUTO,
         tokenizer=tokenizer,

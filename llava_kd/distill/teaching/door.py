@@ -1,4 +1,4 @@
-"""The one door to whoever teaches: what a step may ask, and the answers of a run that has no teacher.
+"""The interface of all teaching: what a training step calls, and the defaults of a run without a teacher.
 
 Shape legend: I images, N tokens of an image, E tower width.
 """
@@ -15,74 +15,74 @@ from llava_kd.models.mllm import Prediction
 
 
 class Teaching:
-    """Whoever teaches answers here. The base has no teacher; a method overrides the answers that it has.
+    """The interface of a teacher. The base class has no teacher; a subclass overrides what it provides.
 
-    For each micro-batch the student asks, in this order: `outside`, before the engine's forward and without
-    gradient; then, within the wrapped forward and with gradient, `pictures` (where `changes_pictures`),
-    `inside` and `losses`; at last, at steps that are logged, `figures`. All ranks ask equally often.
+    For each micro-batch the training step calls, in this order: `outside`, before the engine's forward and
+    without gradient; then, within the wrapped forward and with gradient, `pictures` (if `changes_pictures`),
+    `inside` and `losses`; last, at logged steps, `figures`. All ranks make the same number of calls.
     """
 
     changes_pictures: bool = False
-    """Whether `pictures` is asked, and so the student's tower runs within the forward, behind it."""
+    """Whether `pictures` is called; then the student's tower runs within the forward, after it."""
 
     def counts(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Denominators of its own, by names of its own: of a micro-batch as it came, before any forward."""
+        """Its own denominators by name, counted on an unchanged micro-batch, before any forward."""
         del batch
         return {}
 
     def modules(self) -> nn.Module | None:
-        """What is trained with the student: wrapped, sharded and saved with it, without weight in its export.
+        """What is trained with the student: wrapped, sharded and saved with it, but not exported.
 
-        Its parameters that require a gradient are trained, its persistent buffers are saved and must be the
-        same on every rank. Sharded weights are whole only in a module's own `forward`: call modules, do not
-        read their parameters. A frozen teacher is no such module and stays out of every tree.
+        Parameters that require a gradient are trained. Persistent buffers are saved and must be the same on
+        every rank. Sharded weights are whole only in a module's own `forward`: call modules, do not read
+        their parameters. Do not return a frozen teacher: it is neither wrapped nor saved.
         """
         return None
 
     def outside(self, batch: Batch, features_INE: Tensor | None) -> Taught:
-        """What is said without gradient. The features are the student's, None where its tower runs inside."""
+        """What is computed without gradient. `features_INE`: the student's; None if its tower runs inside."""
         del batch, features_INE
         return Taught()
 
     def pictures(self, batch: Batch) -> Batch:
-        """The batch with other pixels, for both models; gradient may flow to what changed them."""
+        """The batch with changed pixels, for both models; a gradient may flow to what changed them."""
         return batch
 
     def inside(self, batch: Batch, student: Prediction, features_INE: Tensor, taught: Taught) -> Taught:
-        """What was said outside, and what only the student's own prediction or a gradient can add."""
+        """`taught` of `outside`, plus what needs the student's own prediction or a gradient."""
         del batch, student, features_INE
         return taught
 
     def losses(
         self, batch: Batch, student: Prediction, taught: Taught, counts: Counts
     ) -> tuple[Tensor, Mapping[str, Tensor]] | None:
-        """A loss beside the objective's, as of a peer that learns too, and its means for the log.
+        """A loss in addition to the objective's, such as that of a trained peer, and its means for the log.
 
-        Both divided by `counts`, so that sums over micro-batches and ranks are the step's.
+        Divide both by `counts`, so that their sums over micro-batches and ranks are those of the step.
         """
         del batch, student, taught, counts
         return None
 
     def figures(self, batch: Batch, taught: Taught, counts: Counts) -> Mapping[str, Tensor]:
-        """Means of the teacher's own for the log, without gradient; the names are the same at every call."""
+        """The teacher's own means for the log, without gradient; every call must return the same names."""
         del batch, taught, counts
         return {}
 
     def after_step(self, means: Mapping[str, Tensor]) -> None:
-        """The global means of a step whose weights have moved: where what no engine moves is moved.
+        """Called with the global means after the weights are updated: update here what no engine updates.
 
-        Every rank gets the same, once a step, before anything of the step is saved.
+        Every rank gets the same means, once a step, before anything of the step is saved.
         """
         del means
 
     def advice(self, means: Mapping[str, Tensor]) -> str | None:
-        """A line for the user after a step with these global means; None where there is nothing to say."""
+        """A line for the user after a step with these global means; None if there is none."""
         del means
         return None
 
 
 class Around(Teaching):
-    """Answers as `inner` does; what stands around it overrides the answers that it changes."""
+    """Forwards every call to `inner`; a subclass overrides what it changes."""
 
     def __init__(self, inner: Teaching) -> None:
         self._inner = inner

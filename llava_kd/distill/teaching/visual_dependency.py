@@ -52,8 +52,8 @@ class Weighing:
             raise ValueError(f"gamma must be a number from 0 on; got {self.gamma}")
         if not 0 < self.top <= self.mass <= 1:
             raise ValueError(
-                "the share of rows must be above 0 and at most the mass that they take, and that at most 1; "
-                f"got top={self.top}, mass={self.mass}"
+                f"top must be above 0 and at most mass, and mass at most 1; got top={self.top}, "
+                f"mass={self.mass}"
             )
 
     def of(self, batch: Batch, seen: Prediction, unseen: Prediction) -> Dependency:
@@ -125,7 +125,9 @@ class StoredWeighing(_Weighed):
     ) -> None:
         super().__init__(predict, head_loss=head_loss)
         if weighing.gamma > 0:
-            raise ValueError("gamma needs all that a teacher says without the picture, and a cache has none")
+            raise ValueError(
+                "gamma needs all logits of the teacher without the picture, and a cache has none"
+            )
         self._weighing = weighing
 
     def outside(self, batch: Batch, features_INE: Tensor | None) -> Taught:
@@ -133,7 +135,7 @@ class StoredWeighing(_Weighed):
         stored, inputs = batch.teacher_rows, batch.teacher_inputs
         if stored is None or stored.dependency_M is None:
             raise ValueError(
-                "the batch brings no scores of tokens that need the picture; give it a cache of them"
+                "the batch has no scores of tokens that need the picture; write them into the teacher cache"
             )
         flat_P = stored.dependency_M.new_zeros(inputs.input_ids_BT.numel())
         flat_P = flat_P.index_copy(0, stored.places_M, stored.dependency_M)
@@ -155,7 +157,7 @@ class VisuallyWeighed(_Weighed):
         """`student`: where it is asked without the picture too, for `gamma`; an engine leaves it whole."""
         super().__init__(predict, switch, head_loss=head_loss)
         if weighing.gamma > 0 and student is None:
-            raise ValueError("gamma needs the student, to ask it without the picture")
+            raise ValueError("gamma needs the student, to evaluate it without the picture")
         self._weighing, self._student = weighing, student
 
     def outside(self, batch: Batch, features_INE: Tensor | None) -> Taught:
@@ -164,7 +166,7 @@ class VisuallyWeighed(_Weighed):
         taught = super().outside(batch, features_INE)
         seen = taught.prediction
         if not isinstance(seen, Prediction) or not isinstance(unseen, Prediction):
-            raise ValueError("tokens that need the picture are found by one teacher that is live")
+            raise ValueError("finding the tokens that need the picture takes one teacher, and a live one")
         return replace(taught, dependency=self._weighing.of(batch, seen, unseen))
 
     def inside(self, batch: Batch, student: Prediction, features_INE: Tensor, taught: Taught) -> Taught:

@@ -19,7 +19,7 @@ from llava_kd.distill.terms.term import Term
 @dataclass(frozen=True, kw_only=True)
 class DBiLD(Term):
     temperature: Annotated[float, Gt(0), Doc("Differences of logits are divided by it.")] = 3.0
-    candidates: Annotated[int, Ge(4), Doc("Largest logits among which the knee is looked for.")] = 64
+    candidates: Annotated[int, Ge(4), Doc("How many of the largest logits are searched for the knee.")] = 64
 
     paper: ClassVar[str] = "Switch-KD, arXiv 2604.14629"
 

@@ -1,4 +1,4 @@
-"""What a term is shown of one micro-batch: what it declares to read, and nothing else.
+"""What a term can access of one micro-batch: what it declares in `reads`, and nothing else.
 
 Shape legend: N selected rows, V vocabulary rows, I images, N and M visual tokens of an image, P response
 tokens of its record (fewer are filled up), S stretches, L layers, D and E width of student and teacher.
@@ -38,7 +38,7 @@ class Head(NamedTuple):
 
 
 class Seen:
-    """One micro-batch as one term sees it. Whatever it did not declare is a ValueError that says so."""
+    """One micro-batch as one term reads it. Access to anything that it did not declare raises ValueError."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class Seen:
         switched: Prediction | None = None,
         module: nn.Module | None = None,
     ) -> None:
-        """`name` is the term's in the table, `module` what its own `module` made.
+        """`name` is the term's name in the table, `module` what its own `module` returned.
 
-        `figures`: what the term leaves for the log, sums that are divided as its own is.
+        `figures`: sums that the term adds to the log; they are divided by its denominator.
         """
         self.batch = batch
         self._name = name
@@ -72,19 +72,19 @@ class Seen:
 
     @property
     def num_common(self) -> int | None:
-        """Vocabulary columns that both heads share."""
+        """The number of vocabulary columns that both heads share."""
         self._declared(self._reads.vocabulary, "vocabulary=True")
         return self._common.num_common
 
     @property
     def words(self) -> Words | None:
-        """The tokens that both tokenizers have, where they differ."""
+        """The tokens that both tokenizers have, if the tokenizers differ."""
         self._declared(self._reads.stretches, "stretches=True")
         return self._common.words
 
     @property
     def projection(self) -> Projection:
-        """Of the tokens of one side onto the other's. ValueError where nobody has given it."""
+        """From the tokens of one side onto the other's. ValueError if none was given."""
         self._declared(self._reads.stretches, "stretches=True")
         if self._common.projection is None:
             raise ValueError(f"the term {self._name} got no projection of one vocabulary onto the other")
@@ -102,7 +102,7 @@ class Seen:
 
     @property
     def is_valid_I(self) -> Tensor:
-        """False for the stand-in of an image that could not be read: it adds to no sum."""
+        """False for the stand-in of an unreadable image, which adds to no sum."""
         return self.batch.student.image_is_valid_I
 
     def rows(self, place: Place) -> Rows:
@@ -110,7 +110,7 @@ class Seen:
         return Rows.select(place, self.batch, with_teacher=self._reads.teacher != "nothing")
 
     def states(self, place: Place) -> tuple[Tensor, Tensor]:
-        """Final hidden states of student [N, D] and teacher [N, E] at rows that both answer alike."""
+        """Final hidden states of student [N, D] and teacher [N, E] at rows whose token both sides share."""
         rows = self._answered_alike(place)
         return _at(self._student, rows.student_N), _at(self._of_teacher("states"), rows.teacher_N)
 
@@ -126,14 +126,14 @@ class Seen:
 
     @property
     def centroids(self) -> Centroids:
-        """Of the student as it was. ValueError where nobody has given them."""
+        """Centroids of the student before this stage. ValueError if none were given."""
         self._declared(self._reads.centroids, "centroids=True")
         if self._common.centroids is None:
-            raise ValueError(f"the term {self._name} got no centroids of the model as it was")
+            raise ValueError(f"the term {self._name} got no centroids of the model before this stage")
         return self._common.centroids
 
     def stretches(self) -> tuple[Stretched, Stretched]:
-        """The same stretches of the answers as student and teacher read them."""
+        """The same stretches of the answers, read by student and teacher."""
         self._declared(self._reads.stretches, "stretches=True")
         both, batch = self.batch.stretches, self.batch
         sides = [
@@ -144,7 +144,7 @@ class Seen:
         return student, teacher
 
     def switched_states(self, place: Place) -> tuple[Tensor, Tensor]:
-        """[N, E] of the teacher over the student's visual output, and over its own."""
+        """[N, E] of the teacher from the student's visual output, and from its own."""
         self._declared(self._reads.switched is not None, "switched")
         rows_N = self.rows(place).teacher_N
         if self._switched is None:
@@ -157,7 +157,7 @@ class Seen:
         return visual_features(self._student, self.batch.student, tap)
 
     def features(self, tap: VisualTap) -> tuple[Tensor, Tensor]:
-        """`student_features`, and [I, N, E] of the teacher, carried to the student's tokens."""
+        """`student_features`, and [I, N, E] of the teacher, resampled to the student's tokens."""
         student_IND = self.student_features(tap)
         self._declared(self._reads.grids, "grids=True")
         features_IME = visual_features(self._of_teacher("states"), self.batch.teacher_inputs, tap)
@@ -167,7 +167,7 @@ class Seen:
     def answers_of_images(self) -> tuple[Tensor, Tensor, Tensor]:
         """[I, P, D] and [I, P, E]: final states of the response tokens of each image's record.
 
-        [I, P]: which are there and are answered alike by both sides; the others hold anything.
+        [I, P]: which of them exist and have a token that both sides share; ignore the others.
         """
         rows = self.rows("response")
         index_IP, is_there_IP = self.batch.student.answers_of_images()
@@ -178,28 +178,28 @@ class Seen:
         )
 
     def tapped(self, tap: str) -> Tensor:
-        """Of the student's module: [B, T, D] in the language model, as the batch lies; [I, N, D] before."""
+        """Of the student's module: [B, T, D] in the language model, in batch layout; [I, N, D] before it."""
         self._declared(tap in self._reads.student_taps, f"student_taps=({tap!r}, ...)")
         return self._student.tapped[str(Tap.parse(tap))]
 
     def teacher_tapped(self, tap: str) -> Tensor:
-        """The same of the teacher's module, without gradient; its rows are of the teacher's side."""
+        """The same of the teacher's module, without gradient, in the layout of the teacher's inputs."""
         self._declared(tap in self._reads.teacher_taps, f"teacher_taps=({tap!r}, ...)")
         return self._of_teacher("model").tapped[str(Tap.parse(tap))]
 
     def tapped_rows(self, place: Place, tap: str) -> Tensor:
-        """[N, D] of the student's module at rows that both sides answer alike, or of valid visual tokens."""
+        """[N, D] of the student's module at rows whose token both sides share, or of valid visual tokens."""
         states = self.tapped(tap)
         if place == "response":
             return states.flatten(0, 1)[self._answered_alike(place).student_N]
         return self._valid(_of_images(states, self.batch.student, tap))
 
     def stage_images(self, tap: str) -> Tensor:
-        """[I, N, D] of a stage of the student's tower, carried to the visual tokens of each image."""
+        """[I, N, D] of a stage of the student's tower, resampled to the visual tokens of each image."""
         states_IMD = self.tapped(tap)[: self.batch.student.num_images]
         align = self._common.stage_align
         if align is None:
-            raise ValueError(f"the term {self._name} got no grid to carry the stage {tap} to")
+            raise ValueError(f"the term {self._name} got no grid to resample the stage {tap} to")
         return align(states_IMD)
 
     def stage_rows(self, tap: str) -> Tensor:
@@ -208,7 +208,7 @@ class Seen:
 
     def stages_of_answers(self, tap: str) -> tuple[Tensor, Tensor]:
         """[N, D] of the same at the rows of `tapped_rows` of response tokens: a mean over the tokens of all
-        images of their record; and [N] whether it has one.
+        images of their record; and [N] whether the record has an image.
         """
         rows, side = self.rows("response"), self.batch.student
         index_IP, is_there_IP = side.answers_of_images()
@@ -223,8 +223,8 @@ class Seen:
         return mean_ND[alike_N], number_N[alike_N] > 0
 
     def text_before(self, tap: str) -> Tensor:
-        """[N, 2 D] at the rows of `tapped_rows` of response tokens, of what a module gives for every token:
-        of the row's own, and a mean over the tokens of text in its record up to it. Without gradient.
+        """[N, 2 D] at the rows of `tapped_rows` of response tokens, without gradient: a module's output at
+        the row's own token, and its mean over the text tokens of the record up to that token.
         """
         side, states_BTD = self.batch.student, self.tapped(tap).detach().float()
         rows_N = self._answered_alike("response").student_N
@@ -240,7 +240,7 @@ class Seen:
     def teacher_rows(self, place: Place, tap: str | None = None) -> Tensor:
         """[N, E] of the teacher at the rows of `tapped_rows`: of its module, or its final states.
 
-        Visual ones are carried to the student's tokens.
+        Visual ones are resampled to the student's tokens.
         """
         if tap is None:
             states = self._of_teacher("states").hidden_BTD
@@ -262,17 +262,17 @@ class Seen:
         return torch.full_like(self.batch.student.places.distilled_N, IGNORE_INDEX)
 
     def attention_maps(self) -> tuple[Tensor, Tensor]:
-        """[L, I, N, N] of both sides. ValueError if one does not show its attention."""
+        """[L, I, N, N] of both sides. ValueError if the attention of one was not recorded."""
         self._declared(self._reads.attention is not None, "attention")
         student_LINN = self._student.attention_LINN
         teacher_LIMM = self._of_teacher("model").attention_LINN
         if student_LINN is None or teacher_LIMM is None:
-            raise ValueError("the attention term needs predictions of models whose attention is watched")
+            raise ValueError("the attention term needs predictions of models whose attention is recorded")
         align = self._common.align
         return student_LINN, teacher_LIMM if align is None else _aligned(teacher_LIMM, align)
 
     def heads(self) -> tuple[Head, Head]:
-        """Of the student and of the teacher."""
+        """The heads of the student and of the teacher."""
         teacher = self._of_teacher("states")
         gram_DD = teacher.head_gram_DD if self._reads.head_gram else None
         return self.student_head, _head(teacher, gram_DD)

@@ -1,7 +1,7 @@
-"""What a loss term is: a frozen dataclass whose fields are its settings, and what it says of itself.
+"""What a loss term is: a frozen dataclass whose fields are its settings, with a description of its needs.
 
-A new term is a file like those beside this one and a line in the table `TERMS`. The settings, the objective,
-a cache of the teacher, the checks before a run and the report read what they need here.
+A new term is a file like those in this folder and a line in the table `TERMS`. The settings, the objective,
+the teacher cache, the checks before a run and the report read what they need from this class.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ LISTED: tuple[Trust, ...] = ("label_listed", "choice_listed")
 
 @dataclass(frozen=True, kw_only=True)
 class Reads:
-    """What must be there for a term. What is not named here, a term is not shown.
+    """What a term needs. It cannot access what is not named here.
 
-    `teacher`: `nothing` of it; its `logits`, for which a cache of the largest ones serves; its `states`,
-    hidden or projected, which a cache of hidden states holds; or the `model` itself. `places`: whose rows, of
-    student and teacher. `projector`: its output. `vocabulary`: tokens are compared by their number in it.
-    `grids`: visual tokens are compared one by one. `head_gram`: the Gram matrix of a head, computed once for
-    a frozen one. `attention`: in layers from one share of the depth to another. `attended`: how much the
-    teacher's answers, or its questions, attend to each visual token, in such layers. `switched`: the teacher
-    over the student's visual output, of its tower or projector. `student_taps` and `teacher_taps`: what goes
-    through modules of a model, by their paths, as `models.taps` writes them; a teacher's need the `model`.
-    `before_decoder`: no gradient of the term reaches the language model. `centroids`: what the student said
-    before, a mean for each label. `labels`: the answers' tokens, as the truth that a student's own are not.
-    `stretches`: answers as text, which two tokenizers may cut otherwise.
+    `teacher`: `nothing`; its `logits`, which a cache of the largest ones also provides; its `states`, hidden
+    or projected, which a cache of hidden states also provides; or the `model` itself. `places`: which rows of
+    student and teacher. `projector`: its output. `vocabulary`: tokens are compared by their ids. `grids`:
+    visual tokens are compared one by one. `head_gram`: the Gram matrix of a head, computed once if the head
+    is frozen. `attention`: attention maps of the layers from one share of the depth to another. `attended`:
+    how much the teacher's answers, or its questions, attend to each visual token, in such layers. `switched`:
+    the teacher's prediction from the student's visual output, of its tower or projector. `student_taps` and
+    `teacher_taps`: inputs or outputs of modules, by paths as in `models.taps`; those of a teacher need the
+    `model`. `before_decoder`: no gradient of the term reaches the language model. `centroids`: the student's
+    earlier predictions, a mean for each label. `labels`: the answers' tokens as ground truth, so not answers
+    that the student wrote. `stretches`: answers as text, which two tokenizers may cut differently.
     """
 
     teacher: Need = "nothing"
@@ -70,7 +70,7 @@ class Reads:
             )
         if stages := [tap for tap in self.teacher_taps if tap.startswith(STAGE)]:
             raise ValueError(
-                f"stages are read of the student's tower alone, not {stages[0]!r} of the teacher's"
+                f"stages can be read from the student's tower only, not {stages[0]!r} from the teacher's"
             )
         if self.attended is not None and self.teacher != "model":
             raise ValueError(
@@ -80,7 +80,7 @@ class Reads:
 
     @property
     def at_final_states(self) -> bool:
-        """Whether all that the term reads of the student are its final hidden states."""
+        """Whether the term reads only the final hidden states of the student."""
         elsewhere = self.projector or self.before_decoder or self.attention or self.student_taps
         return bool(self.places) and not elsewhere
 
@@ -89,8 +89,8 @@ class Reads:
 class Denominator:
     """What a sum is divided by, counted over all ranks and micro-batches of a step.
 
-    `count`: of one micro-batch, where it is none of those that a batch counts itself. `by_share`: a sum is
-    multiplied by one over the count, as rows of the head are, instead of divided: the two round differently.
+    `count`: the count of one micro-batch, needed if the batch does not count it itself. `by_share`: a sum is
+    multiplied by one over the count, like rows of the head, instead of divided: the two round differently.
     """
 
     name: str
@@ -107,13 +107,13 @@ IMAGES = Denominator(name="images")
 class HeadRequest:
     """Logits that a term needs: the cross-entropy of their targets, or T^2 times a divergence, row by row.
 
-    Requests of equal temperature and divergence go through the head together. `share`: of the visual tokens
-    of an image, those that the teacher's text attends to most, each counting as one over the share rows;
-    where they are `weighed`, by how much it attends to each, to the same sum. `trust` in the teacher at a
-    response token: full, full or none by whether its first choice is the label, its probability of the
-    label, or full where its cross-entropy there is below the student's (`better`), or above it (`worse`), or
-    where its `listed` largest logits hold the label or the student's first choice, and none elsewhere; a
-    row's divergence is multiplied by it.
+    Requests of equal temperature and divergence go through the head together. `share`: the share of an
+    image's visual tokens that count, those that the teacher's text attends to most; each counts as one over
+    the share rows. If `weighed`, each counts by how much the text attends to it, with the same sum. `trust`:
+    a factor of the divergence at a response token. `all`: 1. `first`: 1 if the teacher's first choice is the
+    label. `probability`: its probability of the label. `better`, `worse`: 1 if its cross-entropy is below,
+    or above, the student's. `label_listed`, `choice_listed`: 1 if its `listed` largest logits hold the
+    label, or the student's first choice. Otherwise 0.
     """
 
     place: Place
@@ -127,7 +127,7 @@ class HeadRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Saturation:
-    """A mean below `below` from the first steps on, which hardly moves, has little to tell; then `remedy`."""
+    """A mean that stays below `below` from the first steps on has little to teach; `remedy` is the advice."""
 
     below: float
     remedy: str
@@ -135,9 +135,9 @@ class Saturation:
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """Of the hidden states that a term with weights of its own may join.
+    """Widths of the hidden states that a term with its own weights may connect.
 
-    `student_taps` and `teacher_taps`: of what goes through the modules that it reads, by their paths.
+    `student_taps` and `teacher_taps`: widths at the modules that it reads, by their paths.
     """
 
     student: int
@@ -150,8 +150,8 @@ class Widths:
 class Term:
     """A sum over rows of one micro-batch, times `weight`, divided by a count of the whole step.
 
-    `label` is for a report, `paper` where it comes from. A term either asks the head for
-    rows, or gives its `total`.
+    `label` describes it in reports, `paper` names its source. A term either requests rows of the head, or
+    returns its `total`.
     """
 
     weight: Annotated[float, Ge(0), Doc("Factor of this term in the loss.")] = 1.0
@@ -162,7 +162,7 @@ class Term:
     compares_rows: ClassVar[bool] = False
     """Whether rows of a micro-batch are compared with each other, so that its size changes the value."""
     goes_below_zero: ClassVar[bool] = False
-    """Whether a row may be less than 0, as minus a bound is; its weight is then never learned."""
+    """Whether a row may be below 0, like minus a bound; then its weight is never learned."""
 
     @property
     def reads(self) -> Reads:
@@ -172,29 +172,30 @@ class Term:
         return None
 
     def total(self, seen: Seen) -> Tensor:
-        """The differentiable sum over the rows of a micro-batch; none of them may be of an image that is
-        a stand-in. A term with a module must call it for every batch, be it with no row.
+        """The differentiable sum over the rows of a micro-batch, without rows of stand-in images.
+
+        A term with a module must call it for every batch, even without rows.
         """
         raise NotImplementedError(f"{type(self).__name__} has neither a total nor a request to the head")
 
     def module(self, widths: Widths) -> nn.Module | None:
-        """Weights of the term's own, made anew: the student's engine trains, shards and saves them."""
+        """New weights of the term's own: the student's engine trains, shards and saves them."""
         del widths
         return None
 
     def saturation(self) -> Saturation | None:
-        """Below what the term, so set, has nothing to teach from the start; None where that is not known."""
+        """Below which value the term, with these settings, has nothing to teach; None if not known."""
         return None
 
     def mirrored(self) -> Self:
-        """The same where student and teacher change places, as a peer learns by it from the student."""
+        """The same term with student and teacher exchanged: a peer learns from the student by it."""
         return self
 
     def fits(self, trainable: Sequence[str], placement: str) -> None:
-        """ValueError where the term could move nothing that is trained, or not run the teacher so placed."""
+        """ValueError if it trains nothing of `trainable`, or cannot run the teacher with this placement."""
         stages = [tap for tap in self.reads.student_taps if tap.startswith(STAGE)]
         if stages and "vision_tower" not in trainable:
             raise ValueError(
-                f"{stages[0]} is of a frozen tower, so what is taught there would move nothing; add "
+                f"{stages[0]} belongs to a frozen tower, so the term would train nothing there; add "
                 "vision_tower to `trainable`, or leave the stages out"
             )

@@ -26,7 +26,7 @@ class VisualKL(KL):
         Interval(gt=0, le=1),
         Doc("Of an image's visual tokens, those that the teacher's text attends to most."),
     ] = 1.0
-    weighed: Annotated[bool, Doc("They count by how much it attends to each, and not alike.")] = False
+    weighed: Annotated[bool, Doc("Weigh them by how much it attends to each, not equally.")] = False
     looked_at_by: Annotated[
         LookedAtBy, Doc("That text: the answers of the record, or all else in it, as its questions.")
     ] = "answers"
@@ -48,8 +48,7 @@ class VisualKL(KL):
         if self.looked_at_by != "answers" and self.share == 1 and not self.weighed:
             raise ValueError(
                 f"`objective.visual_kl.looked_at_by` {self.looked_at_by} says whose attention chooses or "
-                "weighs tokens, and neither is asked for; set weighed to true or share below 1, or leave it "
-                "out"
+                "weighs tokens, and neither is set; set weighed to true or share below 1, or leave it out"
             )
 
     @property

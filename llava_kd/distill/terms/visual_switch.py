@@ -21,7 +21,7 @@ class VisualSwitch(DBiLD):
         Doc("The student's `tower` to the teacher's projector; or `projector`, by a map of embeddings."),
     ] = "tower"
 
-    label: ClassVar[str] = "what the teacher says when it reads the student's visual tokens; nats a token"
+    label: ClassVar[str] = "what the teacher predicts from the student's visual tokens; nats a token"
 
     @property
     def reads(self) -> Reads:

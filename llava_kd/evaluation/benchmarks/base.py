@@ -1,4 +1,4 @@
-"""What a benchmark is, and how its files are read."""
+"""What defines a benchmark, and how its files are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ JsonDict = dict[str, Any]  # one object of somebody else's file, checked where i
 
 @dataclass(frozen=True, kw_only=True)
 class Quirks:
-    """Harmful habits of the official code. True follows it; the number of affected items is always noted."""
+    """Flaws of the official code. True reproduces them; the number of affected items is always noted."""
 
     vqav2_skip_identical: bool = True  # all humans alike: nothing is normalised, "Yes" misses ten "yes"
     mmmu_guess: bool = True  # nothing parsed or several images: a letter is drawn (seed 42), else wrong
@@ -29,7 +29,7 @@ class Quirks:
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One scored question: what was read out of the answer, and how much it counts."""
+    """One scored question: `reading` is what was parsed from the answer, `score` how much it counts."""
 
     id: str
     answer: str
@@ -40,7 +40,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """`value` is the figure that the papers print."""
+    """`value` is the figure that the papers report."""
 
     value: float
     parts: dict[str, float]
@@ -83,7 +83,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[JsonDict]:
-    """Objects of a JSON-lines file; a broken line is named."""
+    """Objects of a JSON Lines file. ValueError names a broken line."""
     rows = []
     # Not splitlines(): a text may hold U+2028 and its like, which only that would take for line ends.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
@@ -103,7 +103,7 @@ def field_of(row: JsonDict, key: str, path: Path, number: int | str) -> Any:
 
 
 def human_answers(row: JsonDict, path: Path, number: int | str) -> list[str]:
-    """The humans' answers of an annotation: a list of {"answer": ..} or of plain strings."""
+    """The human answers of an annotation: a list of {"answer": ..} or of plain strings."""
     answers = field_of(row, "answers", path, number)
     return [answer["answer"] if isinstance(answer, dict) else str(answer) for answer in answers]
 
@@ -113,7 +113,7 @@ def with_image(text: str) -> str:
 
 
 def without_suffix(text: str) -> str:
-    """The question proper: what stands before a format instruction."""
+    """The question without the format instruction at its end."""
     for suffix in (SHORT, LETTER):
         text = text.removesuffix(suffix)
     return text.strip()
@@ -124,7 +124,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def missing_note(questions: Sequence[Question], answers: Answers) -> tuple[str, ...]:
-    """What to say of questions without an answer and of answers without a question."""
+    """Notes on questions without an answer and on answers without a question."""
     names = {question.id for question in questions}
     notes = []
     if missing := [question.id for question in questions if question.id not in answers]:

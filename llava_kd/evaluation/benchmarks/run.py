@@ -56,7 +56,7 @@ def evaluate_benchmarks(
     once their servers have answered, into the table. What OUT holds of this model stays in the table.
     """
     if asking.noise:
-        raise ValueError("noise goes with a LLaVA JSON file; of a benchmark pictures are as they are")
+        raise ValueError("noise needs a LLaVA JSON file; the pictures of a benchmark stay as they are")
     model_dir, root, out_dir = model_directory(model_dir), Path(data_root), Path(out_dir)
     quirks = quirks or Quirks()
     chosen = find(names, table)
@@ -131,7 +131,7 @@ def _finish(
     if fault:
         notes.insert(0, fault)
     if not is_whole:
-        notes.insert(0, f"only the first {len(questions)} questions were asked: not a result")
+        notes.insert(0, f"only the first {len(questions)} questions were evaluated: not a result")
     summary: BenchmarkSummary = {
         "benchmark": benchmark.name,
         "value": score.value if score else None,

@@ -15,7 +15,7 @@ COLUMNS = {name: benchmark.column for name, benchmark in BENCHMARKS.items()}
 SOURCE = (
     "MME is the perception sum / 20. Avg7: GQA, VizWiz, SQA, TextVQA, MME, MMB, MMB-CN; Avg10: all ten; "
     "neither is given where a figure is missing. POPE is the mean F1 here; some papers print the mean "
-    "accuracy. VQAv2 and VizWiz come from their servers: give the figures to this table once you have them. "
+    "accuracy. VQAv2 and VizWiz come from their servers: add their figures to this table once you have them. "
     "Published rows: main table of LLaVA-KD (ICCV 2025), its TinyLLaVA rows retrained by its authors; "
     "Switch-KD's from its README."
 )

@@ -88,7 +88,9 @@ class Respondent:
         image = opened(picture, upright=reads_upright(processor))
         content = question if IMAGE_PLACEHOLDER in question else f"{IMAGE_PLACEHOLDER}\n{question}"
         if content.count(IMAGE_PLACEHOLDER) > 1:
-            raise ValueError(f"the question has several places {IMAGE_PLACEHOLDER}, but there is one picture")
+            raise ValueError(
+                f"the question has several placeholders {IMAGE_PLACEHOLDER}, but there is one picture"
+            )
         text = render_talk(processor, [{"role": "user", "content": content}])
         given = model_inputs(processor, [text], [image])
         prompt_BT, pixels_ICHW = given["input_ids"], given["pixel_values"]

@@ -44,7 +44,7 @@ def bound(host: str, port: int) -> socket.socket:
         listening = socket.create_server(address[:2], family=family)
     except OSError as error:
         why = str(error.strerror).partition(" (")[0]
-        raise ValueError(f"{host}:{port} cannot be had ({why}); give another --port, 0 for any") from None
+        raise ValueError(f"{host}:{port} cannot be opened ({why}); give another --port, 0 for any") from None
     return listening
 
 
@@ -60,7 +60,7 @@ def build(respondents: Sequence[Respondent], first: tuple[str, str] | None = Non
     def ask(path: str | None, question: str | None) -> str:
         try:
             if path is None:
-                raise ValueError("there is no picture: put one in")
+                raise ValueError("there is no picture: add one")
             return columns(ask_all(respondents, Path(path).read_bytes(), question or ""))
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -90,8 +90,8 @@ def build(respondents: Sequence[Respondent], first: tuple[str, str] | None = Non
                 )
                 button = gr.Button("Ask", variant="primary")
                 gr.Markdown(
-                    "Blue tokens were likely, orange ones less than even; the table has the runners-up. "
-                    "Red on the picture is where an answer looked."
+                    "Blue tokens had a high probability, orange ones less than one half; the table shows the "
+                    "second choices. Red marks where the attention of an answer was."
                 )
         names = ", ".join(respondent.name for respondent in respondents)
         said = columns(ask_all(respondents, Path(first[0]).read_bytes(), first[1])) if first else ""
@@ -158,7 +158,7 @@ def demo(
         respondents = load(models, max_new_tokens=max_new_tokens)
         page = build(respondents, opening)
         shown = ", ".join(respondent.name for respondent in respondents)
-        say(f"{shown}: open {address_of(listening)} (Ctrl-C ends it)")
+        say(f"{shown}: open {address_of(listening)} (Ctrl-C stops it)")
         serve(page, listening)
 
 

@@ -17,7 +17,7 @@ MOST = 4
 def named(words: Sequence[str]) -> dict[str, Path]:
     """Their directories by the name that each is shown under. ValueError for what is no model."""
     if not 1 <= len(words) <= MOST:
-        raise ValueError(f"the page has room for 1 to {MOST} models, got {len(words)}")
+        raise ValueError(f"the page shows 1 to {MOST} models, got {len(words)}")
     found: dict[str, Path] = {}
     for word in words:
         name, is_named, place = word.partition("=")
@@ -26,7 +26,7 @@ def named(words: Sequence[str]) -> dict[str, Path]:
         directory = model_directory(_of_run(Path(place)) or place)
         name = name.strip() or run_name(directory)
         if name in found:
-            raise ValueError(f"two models would be shown as {name!r}: call one otherwise, NAME={place}")
+            raise ValueError(f"two models would be shown as {name!r}: rename one, NAME={place}")
         found[name] = directory
     return found
 

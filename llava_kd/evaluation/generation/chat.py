@@ -68,8 +68,9 @@ class Chat:
         expected = 0 if self.turns else len(self.images)
         if places not in (0, expected):
             raise ValueError(
-                f"the question has {places} places {IMAGE_PLACEHOLDER}, but {expected} images come with it: "
-                "all come with the first question; leave the places out, or give one for each image"
+                f"the question has {places} placeholders {IMAGE_PLACEHOLDER}, but {expected} images belong "
+                "to it: all images belong to the first question. Remove the placeholders, or give one for "
+                "each image"
             )
         return question if places else f"{IMAGE_PLACEHOLDER}\n" * expected + question
 

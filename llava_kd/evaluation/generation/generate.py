@@ -17,10 +17,10 @@ from queue import SimpleQueue
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import BatchFeature, DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
 
 import llava_kd.models.towers.adapted  # noqa: F401  (registers towers that stock LLaVA has no class for)
+from llava_kd.bar import Bar
 from llava_kd.data.pixels.images import GREY
 from llava_kd.evaluation.answers import CUT, ERROR, AnswerWriter
 from llava_kd.evaluation.generation.model_directory import model_directory
@@ -205,7 +205,7 @@ def check_processor(processor: LlavaProcessor, directory: Path) -> LlavaProcesso
     if processor.chat_template is None:
         raise ValueError(f"{directory} has no chat template; save the training template with the processor")
     if processor.tokenizer.eos_token_id is None:
-        raise ValueError(f"{directory}: the tokenizer has no end-of-text token, so no answer would end")
+        raise ValueError(f"{directory}: the tokenizer has no end-of-text token, so no answer would stop")
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor
@@ -247,7 +247,7 @@ def generate(
     ranks = ranks or Ranks()
     ordered = _longest_first(questions)
     batches = batches_by_length(ordered[ranks.rank :: ranks.world_size], batch_size)
-    bar = tqdm(total=sum(map(len, batches)), desc="answers", unit="q", disable=not progress or ranks.rank > 0)
+    bar = Bar(sum(map(len, batches)), "answers", "questions", is_shown=progress and ranks.rank == 0)
     with AnswerWriter(out_dir, ranks.rank) as writer, bar, ThreadPoolExecutor(prefetch) as pool:
         for batch, ready in _prefetched(generator, batches, pool, prefetch):
             try:
@@ -263,7 +263,7 @@ def generate(
                 for answer, is_ended in zip(answers, generator.ended(ids_BN), strict=True):
                     answer |= {} if is_ended else {CUT: str(generator.max_new_tokens)}
             writer.write(answers)
-            bar.update(len(batch))
+            bar.advance(len(batch))
 
 
 def _prefetched(

@@ -44,8 +44,8 @@ def check_levels(levels: Sequence[float]) -> tuple[float, ...]:
     for level in levels:
         if not (math.isfinite(level) and 0 < level <= 1):
             raise ValueError(
-                f"a level of noise must be above 0 and at most 1, the range from black to white; got "
-                f"{level:g} (pictures without noise are always asked about)"
+                "a level of noise must be above 0 and at most 1, the range from black to white; got "
+                f"{level:g} (pictures without noise are always evaluated)"
             )
     if len({f"{level:g}" for level in levels}) < len(levels):
         raise ValueError(f"levels of noise must differ; got {', '.join(f'{level:g}' for level in levels)}")

@@ -78,7 +78,7 @@ def _rendered(
     is_complete = prompt.count(IMAGE_PLACEHOLDER) == sum(counts)
     if is_complete and any(words) and not any(text in prompt for text in words if text):
         raise ValueError(
-            "the chat template of this model keeps the pictures and drops the words: it was trained on "
+            "the chat template of this model keeps the pictures and drops the text: it was trained on "
             "captions alone, as in a first stage, and answers no question; take a model of a later stage"
         )
     if not _holds(prompt, words) or not is_complete:

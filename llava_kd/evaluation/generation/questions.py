@@ -134,11 +134,14 @@ def read_llava_json(
         except ValueError as error:
             faults.append(str(error))
     if faults and not questions:
-        raise ValueError(f"{path} holds no question that can be asked: {faults[0]}")
+        raise ValueError(f"{path} holds no usable question: {faults[0]}")
     if faults:
         shown = "\n  ".join(faults[:5])
         logger.warning(
-            "%d of %d records cannot be asked and are left out:\n  %s", len(faults), len(source), shown
+            "%d of %d records hold no usable question and are left out:\n  %s",
+            len(faults),
+            len(source),
+            shown,
         )
     check_questions(questions, path)
     return questions

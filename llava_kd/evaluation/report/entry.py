@@ -25,6 +25,6 @@ def report_on(
         return written, "\n".join(f"{run.name}: {run.state}" for run in runs)
     if out is not None:
         raise ValueError(
-            f"{first} is a comparison: its page is report.html there; leave out the place to write"
+            f"{first} is a comparison: its page is always report.html there; do not give another path"
         )
     return report(first, terms=terms), table(read_run(first))

@@ -30,8 +30,8 @@ GRADIENT_SHARE = "gradient_share/"
 TOKENS = {
     "tokens/student_nll": "the student's loss at response tokens, nats",
     "tokens/teacher_nll": "the teacher's, on the same tokens",
-    "tokens/student_entropy": "how much in doubt the student is, nats",
-    "tokens/teacher_entropy": "how much the teacher is",
+    "tokens/student_entropy": "entropy of the student's predictions, nats",
+    "tokens/teacher_entropy": "entropy of the teacher's predictions",
     "tokens/top1_agreement": "share of tokens with the same first choice",
     "tokens/teacher_better": "share of tokens where the teacher's loss is less",
 }

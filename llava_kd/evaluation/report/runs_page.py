@@ -35,7 +35,10 @@ def write_runs_page(runs: Sequence[StageRun], out_html: str | Path, terms: Mappi
         _legend(runs),
         _curves(runs, {**terms, **OF_THE_RUN}, "Losses", "Running means over the training batches."),
         _curves(
-            runs, _asked(runs), "While training", "What the student was asked, or its loss on held-out data."
+            runs,
+            _asked(runs),
+            "While training",
+            "The student's score on the questions, or its loss on held-out data.",
         ),
         _curves(runs, _diagnosed(terms), "Diagnostics", "Measured every few steps (docs/diagnostics.md)."),
         _scores(runs),
@@ -93,7 +96,7 @@ def _asked(runs: Sequence[StageRun]) -> dict[str, str]:
     names = {
         name for run in runs for line in run.lines for name in line if name.startswith(("slice/", "loss/"))
     }
-    words = {"picture_gain": "what another picture costs, nats a token"}
+    words = {"picture_gain": "rise of the loss with another picture, nats a token"}
     return {
         name: words.get(name.rpartition("/")[2], "accuracy" if name.startswith("slice/") else "nats a token")
         for name in sorted(names)

@@ -37,8 +37,8 @@ def information_rows(
     """
     if scores_KK.ndim != 2 or scores_KK.shape != (len(log_baseline_K),) * 2:
         raise ValueError(
-            "scores must be [pairs, pairs] beside a baseline [pairs]; got "
-            f"{list(scores_KK.shape)} and {list(log_baseline_K.shape)}"
+            f"scores must be [pairs, pairs] with a baseline [pairs]; got {list(scores_KK.shape)} and "
+            f"{list(log_baseline_K.shape)}"
         )
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be from 0 (TUBA) to 1 (InfoNCE); got {alpha}")

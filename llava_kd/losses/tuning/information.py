@@ -154,5 +154,5 @@ def _check(head_VD: Tensor, centroids: Centroids, *, temperature: float, clamp: 
     if centroids.log_q_KV.shape[1] != head_VD.shape[0]:
         raise ValueError(
             f"centroids must be over the {head_VD.shape[0]} rows of the head; got "
-            f"{centroids.log_q_KV.shape[1]}: they are of another model"
+            f"{centroids.log_q_KV.shape[1]}: they belong to another model"
         )

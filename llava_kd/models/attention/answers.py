@@ -76,8 +76,8 @@ class AnswerAttention:
         """[I, N], a mean over the layers. ValueError if the model did not pass the keyword down to them."""
         if sorted(self._found) != sorted(self._layers):
             raise ValueError(
-                "`objective.visual_kl.share` cannot see the attention of this language model: its layers "
-                f"{sorted(set(self._layers) - set(self._found))} showed none; set share to 1 and weighed to "
+                "`objective.visual_kl.share` needs the attention of this language model, but its layers "
+                f"{sorted(set(self._layers) - set(self._found))} report none; set share to 1 and weighed to "
                 "false"
             )
         return torch.stack([self._found[layer] for layer in self._layers]).mean(0)

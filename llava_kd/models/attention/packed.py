@@ -209,8 +209,8 @@ def _by_record(
     if records is None:
         if attention_mask is not None and attention_mask.numel() == 0:
             raise ValueError(
-                f"{type(module).__name__} was not told where the records are: this language model drops what "
-                "it should hand on to its attention"
+                f"{type(module).__name__} did not get the bounds of the records: this language model does "
+                "not pass them on to its attention"
             )
         return sdpa_attention_forward(module, *rows, attention_mask, **options)
     scaling, window, dropout = _taken(options)
@@ -271,7 +271,7 @@ def _taken(options: _Options) -> tuple[float | None, int | None, float]:
     """Scaling, sliding window and dropout. ValueError for what would be left out in silence."""
     if left_out := [name for name in _NOT_HERE if options.get(name) is not None]:
         raise ValueError(
-            f"the attention of this language model needs {left_out}, which this kernel leaves out"
+            f"the attention of this language model needs {left_out}, which this kernel does not support"
         )
     return options.get("scaling"), options.get("sliding_window"), options.get("dropout", 0.0)
 

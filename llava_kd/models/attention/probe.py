@@ -76,15 +76,16 @@ def _fault(model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype, 
         if differ(changed_BTD[0, : _LONG - 1], padded_BTD[0, : _LONG - 1]):
             return "a token's output changes with the tokens after it; take a causal one"
         if differ(padded_BTD[0], alone[0]) or differ(padded_BTD[1, :_SHORT], alone[1]):
-            return "a record reads otherwise in a padded batch than alone; take another model"
+            return "a record gives other outputs in a padded batch than alone; take another model"
         if not is_packed:
             return ""
         packed_BTD = read([long, short], [short])
         parts = packed_BTD[0, :_LONG], packed_BTD[0, _LONG:], packed_BTD[1, :_SHORT]
         if any(differ(part, of) for part, of in zip(parts, (*alone, alone[1]), strict=True)):
             return (
-                "`data.packing` lays several records into a row, and this model reads them into each other "
-                "(by a state of its own, or a mask that does not heed positions); set data.packing to null"
+                "`data.packing` puts several records into a row, and in this model they change each other's "
+                "outputs (through a recurrent state, or a mask that ignores positions); set data.packing to "
+                "null"
             )
     return ""
 

@@ -45,8 +45,8 @@ def check_rows(text: PreTrainedConfig, *, max_length: int, max_tokens: int | Non
         width = tree.get(name)
         if isinstance(width, int) and longest > width:
             raise ValueError(
-                f"`{setting}` is {longest}, but in a longer row than {width} tokens ({name}) {model} reads a "
-                f"record otherwise than alone: set it to at most {width}"
+                f"`{setting}` is {longest}, but in a longer row than {width} tokens ({name}) {model} gives a "
+                f"record other outputs than alone: set it to at most {width}"
             )
     unknown = set(tree.get("layer_types") or ()) - _PACKABLE_LAYERS
     if max_tokens is not None and unknown:

@@ -51,7 +51,7 @@ def watchable(language_model: nn.Module, *, setting: str = _SETTING) -> None:
     name, kernels = language_model.config._attn_implementation, AttentionInterface()
     if name is None or name not in kernels:
         raise ValueError(
-            f"`{setting}` reads the maps beside a registered kernel such as sdpa; this "
+            f"`{setting}` reads attention maps next to a registered kernel such as sdpa; this "
             f"{language_model.config.model_type!r} model uses {name!r}: take another model or drop the term"
         )
     if not isinstance(kernels[name], _Watched):
@@ -182,8 +182,8 @@ class VisualMaps:
         maps, self._maps = self._maps, None
         if maps is None or sorted(maps) != sorted(self._layers):
             raise ValueError(
-                "`objective.attention` cannot see the attention of this language model: its layers "
-                f"{sorted(set(self._layers) - set(maps or ()))} showed none; drop the term"
+                "`objective.attention` needs the attention of this language model, but its layers "
+                f"{sorted(set(self._layers) - set(maps or ()))} report none; drop the term"
             )
         return torch.stack([maps[layer] for layer in sorted(maps)])
 

@@ -116,7 +116,8 @@ def _orientation_note(processor: LlavaProcessor) -> list[str]:
     return [
         "Photos were turned upright by their EXIF orientation before anything else. The image processor "
         "remembers it (`do_exif_transpose`), and `llava-kd eval` and `chat` do so; no stock image processor "
-        "does. Give it pictures that are turned: `PIL.ImageOps.exif_transpose(PIL.Image.open(path))`, or "
+        "does. Give it pictures that are already upright: "
+        "`PIL.ImageOps.exif_transpose(PIL.Image.open(path))`, or "
         "`transformers.image_utils.load_image(path)`, which turns them too; `PIL.Image.open` alone does not."
     ]
 
@@ -129,7 +130,7 @@ def _bos_note(processor: LlavaProcessor) -> list[str]:
     if tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
         return []
     return [
-        f"Both the chat template and the tokenizer begin a text with `{bos}`, and training has seen one. "
+        f"Both the chat template and the tokenizer begin a text with `{bos}`, and training used one. "
         "`processor.apply_chat_template(..., tokenize=True)` writes one; text that is rendered first "
         "(`tokenize=False`) must be read with `add_special_tokens=False`, or it begins with two."
     ]

@@ -192,7 +192,7 @@ def transformers_note(parts: Parts) -> str:
             "found there; prompts and greedy answers, one by one and in batches, were those of version 5. "
             "This very model was not tried there"
         )
-    return f"transformers: needs version 5; nobody has tried {tower!r} with {text!r} under transformers 4"
+    return f"transformers: needs version 5; {tower!r} with {text!r} was not tried under transformers 4"
 
 
 def model_card(

@@ -28,7 +28,9 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False) -> str:
         raise ValueError("HF_HUB_OFFLINE is set, so nothing is sent; unset it to push")
     token = huggingface_hub.get_token()
     if token is None:
-        raise ValueError("the hub wants a token that may write: `hf auth login`, or the variable HF_TOKEN")
+        raise ValueError(
+            "the hub needs a token with write permission: `hf auth login`, or the variable HF_TOKEN"
+        )
     api = huggingface_hub.HfApi(token=token)
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -50,6 +52,6 @@ def _look_at(directory: Path) -> None:
         raise ValueError(f"{directory} is no export; write one first: {_EXPORT}")
     if not request.get("scores") or "## Scores" not in card.read_text(encoding="utf-8"):
         raise ValueError(
-            f"the card of {directory} has no scores, so nobody knows what it is good for; write it again: "
-            f"{_EXPORT}, of `llava-kd eval`"
+            f"the card of {directory} has no scores, so its quality is unknown; write it again: {_EXPORT}, "
+            "of `llava-kd eval`"
         )

@@ -69,7 +69,7 @@ class ForeignParts:
         """ValueError where it is not known."""
         if self.grid is None:
             raise ValueError(
-                f"{type(self.stock).__name__} makes visual tokens of its own, in no grid that is known"
+                f"{type(self.stock).__name__} makes visual tokens of its own, in an unknown grid"
             )
         return self.grid
 
@@ -105,7 +105,8 @@ def foreign_config(name: str) -> PreTrainedConfig:
         )
     if kind in _SEES_AHEAD:
         raise ValueError(
-            f"{name} is a {kind!r} model, which cannot teach here: {_SEES_AHEAD[kind]}; take another teacher"
+            f"{name} is a {kind!r} model, which cannot be a teacher here: {_SEES_AHEAD[kind]}; take another "
+            "teacher"
         )
     return config
 
@@ -126,7 +127,7 @@ def load_foreign_processor(name: str) -> ProcessorMixin:
     if not isinstance(processor, ProcessorMixin) or getattr(processor, "image_processor", None) is None:
         raise ValueError(
             f"{name} comes without a processor of pictures and text ({type(processor).__name__} alone); put "
-            "its processor_config.json or preprocessor_config.json beside it"
+            "its processor_config.json or preprocessor_config.json into its directory"
         )
     check_vocabulary(tokenizer_in(processor), name)
     return processor

@@ -37,7 +37,7 @@ class ForeignModel:
         if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
             raise ValueError(
                 f"the language model of a {type(self.stock).__name__} has no list of layers that could be "
-                "placed apart; set teacher.placement to replicated and teacher.quantize to null"
+                "placed separately; set teacher.placement to replicated and teacher.quantize to null"
             )
         return decoder
 
@@ -51,8 +51,8 @@ class ForeignModel:
         """ValueError for inputs that another processor than the model's own has made."""
         if inputs.own is None:
             raise ValueError(
-                f"a {type(self.stock).__name__} reads what its own processor makes of a record; these inputs "
-                "are of a LLaVA"
+                f"a {type(self.stock).__name__} needs the inputs that its own processor makes of a record; "
+                "these inputs were made for a LLaVA"
             )
         hidden_BTD = self.hidden(
             inputs.input_ids_BT, (inputs.segment_ids_BT > 0).to(inputs.input_ids_BT.dtype), inputs.own
@@ -96,7 +96,7 @@ def refuse_other_logits(model: ForeignModel) -> None:
     bound = (1e-4 if stock.dtype == torch.float32 else 0.05) * max(1.0, float(theirs_BTV.abs().max()))
     if not largest <= bound:
         raise ValueError(
-            f"a {type(stock).__name__} does more than its final states and its head, which is all that the "
-            f"losses read: logits differ by {largest:.3g}; look at {says_of_logits(stock)}. Take another "
-            "teacher"
+            f"a {type(stock).__name__} computes logits from more than its final states and its head, which "
+            f"are all that the losses read: logits differ by {largest:.3g}; look at {says_of_logits(stock)}. "
+            "Take another teacher"
         )

@@ -40,9 +40,9 @@ def fold_scaling(causal: PreTrainedModel, *, drops_cap: bool) -> Scaling:
         return scaling
     if scaling.cap is not None and not drops_cap:
         raise ValueError(
-            f"a {kind} caps its logits at {scaling.cap:g}, for which stock LLaVA has no place: transformers "
-            "would read the student without the cap, whatever it was trained with. To train it without, set "
-            "drops_logit_cap beside language_model to true; or take another model"
+            f"a {kind} caps its logits at {scaling.cap:g}, which stock LLaVA does not support: transformers "
+            "would load the student without the cap, whatever it was trained with. To train it without, set "
+            "drops_logit_cap next to language_model to true; or take another model"
         )
     text = causal.config.get_text_config()
     settings = text.to_dict()
@@ -59,7 +59,7 @@ def fold_scaling(causal: PreTrainedModel, *, drops_cap: bool) -> Scaling:
         made = type(causal)(causal.config)
     if not (left := scaling_of(made)).is_plain:
         raise ValueError(
-            f"the logits of a {kind} are {scaling}, and no setting that is known turns that off: after "
+            f"the logits of a {kind} are {scaling}, and no known setting turns that off: after "
             f"{sorted(set(_NOTHING) & set(settings))} they are {left}; take another model"
         )
     if scaling.factor != 1:
@@ -80,8 +80,8 @@ def _scale_states(causal: PreTrainedModel, factor: float) -> None:
         if kept and float(difference) <= _tolerance(causal) * factor * float(before_BTD.abs().max()):
             return
     raise ValueError(
-        f"the logits of a {type(causal).__name__} are multiplied by {factor:g}, for which stock LLaVA has no "
-        f"place, and its last module, a {type(norm).__name__}, cannot take the factor; take another model"
+        f"the logits of a {type(causal).__name__} are multiplied by {factor:g}, which stock LLaVA does not "
+        f"support, and its last module, a {type(norm).__name__}, cannot take the factor; take another model"
     )
 
 

@@ -121,7 +121,7 @@ class _Probe:
         ratio_TD = read_TD / given_TD[-len(read_TD) :]
         ratio = float(ratio_TD.mean())
         if not float((ratio_TD - ratio).abs().max()) <= _TOLERANCE * abs(ratio):
-            raise self._refusal("its head reads other than its final states")
+            raise self._refusal("its head reads something other than its final states")
         return _exact(ratio)
 
     def _states(self) -> Tensor:

@@ -38,7 +38,7 @@ def ridge(features_NE: Tensor, words_ND: Tensor) -> tuple[LinearMap, float]:
     The share is of pictures that are left out, one at a time, as cross-validation estimates it.
     """
     if len(features_NE) < 2:
-        raise ValueError(f"a map needs two pictures with words at least; got {len(features_NE)}")
+        raise ValueError(f"a map needs at least two pictures with words; got {len(features_NE)}")
     X, Y = features_NE.double(), words_ND.double()
     mean_E, mean_D = X.mean(0), Y.mean(0)
     deviation_E = X.std(0)
@@ -82,15 +82,13 @@ def begin_as(projector: LlavaMultiModalProjector, found: LinearMap, features_NE:
     """
     first, second = projector.linear_1, projector.linear_2
     if first.bias is None or second.bias is None:
-        raise ValueError(
-            "a projector without biases cannot begin in closed form: it has no place for the mean"
-        )
+        raise ValueError("a projector without biases cannot start in closed form: it cannot hold the mean")
     x = torch.linspace(-4, 4, 33, dtype=first.weight.dtype)
     act = projector.act
     if not torch.allclose(act(x) - act(-x), x, atol=1e-4):
         raise ValueError(
-            f"a projector with the activation {type(act).__name__} cannot begin as a linear map: "
-            "a(x) - a(-x) is not x; take gelu, silu or relu, or student.projector_start: random"
+            f"a projector with the activation {type(act).__name__} cannot start as a linear map: a(x) - "
+            "a(-x) is not x; take gelu, silu or relu, or student.projector_start: random"
         )
     mean_E = features_NE.double().mean(0)
     outputs_ND = (features_NE.double() - mean_E) @ found.weight_ED

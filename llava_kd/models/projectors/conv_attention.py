@@ -84,8 +84,8 @@ def check_grid(config: LlavaConfig, grid: VisualGrid, name: str) -> None:
     own = VisualGrid(rows=config.projector_rows, columns=config.projector_columns)
     if own != grid:
         raise ValueError(
-            f"{name} has a connector for {own}, but its tower and processor give {grid}; put back the size "
-            "of its images and the strategy that it was trained with"
+            f"{name} has a connector for {own}, but its tower and processor give {grid}; restore the image "
+            "size and the strategy that it was trained with"
         )
 
 
@@ -142,7 +142,7 @@ class ConvAttention(nn.Module):
             return 1, 1
         raise ValueError(
             f"this connector reads {rows} x {columns} = {rows * columns} visual tokens an image; got "
-            f"{tokens}: the tower, its layer or the size of its images is another than it was made for"
+            f"{tokens}: the tower, its layer or the size of its images differs from what it was made for"
         )
 
 

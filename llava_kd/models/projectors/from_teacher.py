@@ -24,8 +24,8 @@ def with_teacher_projector(student: Parts, teacher: Parts, *, seed: int) -> Part
         raise ValueError("the teacher's own projector is a reused one; take the teacher that it came from")
     if isinstance(teacher.stock, ConvAttentionLlava):
         raise ValueError(
-            "`student.projector` is teacher, but the teacher's is conv_attention, which is not lent: only "
-            "two linear layers are; set projector to own, or to conv_attention"
+            "`student.projector` is teacher, but the teacher's is conv_attention, which cannot be reused: "
+            "only two linear layers can; set projector to own, or to conv_attention"
         )
     prints = [
         tower_fingerprint(

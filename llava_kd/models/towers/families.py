@@ -1,7 +1,7 @@
-"""The kinds of vision towers that are known, one row each; a plug-in hands down a longer table.
+"""The known kinds of vision towers, one row each; a plug-in passes a longer table.
 
-A row outside this table travels with its tower: `tell_facts` writes it into the tower's own configuration,
-which every checkpoint holds, so that whoever reads the model later needs no table.
+A row outside this table is stored with its tower: `tell_facts` writes it into the tower's own configuration,
+which every checkpoint holds, so that reading the model later needs no table.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _FACTS = "llava_kd_family"
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A kind of tower that gives [I, N, E] hidden states: `num_cls` tokens, then registers, then patches.
+    """A kind of tower with hidden states [I, N, E]: `num_cls` tokens, then registers, then patches.
 
-    `any_size`: positions are interpolated, so that any multiple of the patch size can be read.
+    `any_size`: positions are interpolated, so the image size may be any multiple of the patch size.
     """
 
     model_class: type
@@ -64,7 +64,7 @@ def tell_facts(config: PreTrainedConfig, family: Family) -> None:
 
 
 def own_facts(config: PreTrainedConfig) -> Family | None:
-    """The row that a tower's own configuration tells; None where it tells none."""
+    """The row in a tower's own configuration; None if it has none."""
     facts = config.to_dict().get(_FACTS)
     if not isinstance(facts, dict):
         return None

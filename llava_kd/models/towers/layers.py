@@ -60,6 +60,6 @@ def _layers(tower: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
             if isinstance(found, nn.ModuleList | nn.Sequential):
                 return path, found
     raise ValueError(
-        f"vision_tower_last_layers: the layers of a {type(tower).__name__} are in no list that is known; "
-        "set it to null, to train the whole tower"
+        f"vision_tower_last_layers: the layers of a {type(tower).__name__} are in no known list; set it to "
+        "null, to train the whole tower"
     )

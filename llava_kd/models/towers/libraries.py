@@ -213,7 +213,7 @@ def _open_clip_trunk(source: TowerSource) -> Trunk:
         if pretrained not in tags:
             raise ValueError(
                 f"open_clip:{source.name} has no weights {pretrained!r}{nearest(pretrained, tags)}; its tags "
-                f"are {', '.join(tags) or 'none'}; a path of a file does too"
+                f"are {', '.join(tags) or 'none'}; a path of a file works too"
             )
     model = open_clip.create_model(
         f"local-dir:{path}" if path.is_dir() else source.name,

@@ -58,7 +58,7 @@ def stage_widths(tower: PreTrainedModel, config: LlavaConfig, numbers: Iterable[
         if number > last:
             raise ValueError(
                 f"stage {number} lies behind hidden state {last}, which the student reads "
-                f"(vision_feature_layer {feature_layer(config)}): what it learns would reach nothing; take 0 "
+                f"(vision_feature_layer {feature_layer(config)}): training it would change nothing; take 0 "
                 f"to {last}"
             )
     return {number: widths[number] for number in numbers}

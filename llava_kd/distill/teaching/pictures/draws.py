@@ -32,8 +32,8 @@ def check_ids(batch: Batch) -> None:
     """Raises ValueError for a batch whose records have no ids."""
     if not batch.record_ids:
         raise ValueError(
-            "a change of pictures is drawn by the ids of records, and this batch has none; fill in "
-            "Batch.record_ids, one for each record in the order of the rows"
+            "picture changes are drawn by record id, and this batch has no ids; fill in Batch.record_ids, "
+            "one for each record in the order of the rows"
         )
 
 

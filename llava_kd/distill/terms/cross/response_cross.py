@@ -38,7 +38,7 @@ class ResponseCross(Term):
     ] = "forward"
     mix: Annotated[float, Interval(gt=0, lt=1), Doc("Beta of `jsd`.")] = 0.5
     form: Annotated[
-        Form, Doc("Tokens that are the same, or all of one side's carried into the other's vocabulary.")
+        Form, Doc("Compare equal tokens, or project all tokens of one side onto the other's vocabulary.")
     ] = "pairs"
     unpaired: Annotated[
         float,
@@ -48,7 +48,10 @@ class ResponseCross(Term):
     spread: Annotated[
         float,
         Interval(ge=0, lt=1),
-        Doc("What each piece of a carried token weighs of the one before; 0: the first alone. Not `pairs`."),
+        Doc(
+            "Weight of each piece of a projected token, relative to the one before; 0: only the first. Not "
+            "`pairs`."
+        ),
     ] = 0.0
 
     label: ClassVar[str] = "stretches of the responses, against a teacher of any tokenizer; nats a stretch"

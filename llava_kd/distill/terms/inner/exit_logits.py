@@ -74,11 +74,14 @@ class StageExit(nn.Module):
 class ExitLogits(Term):
     layers: Annotated[
         tuple[Annotated[int, Ge(0)], ...],
-        Doc("Decoder layers of the student, from 0, with an exit behind each; their losses are added."),
+        Doc("Decoder layers of the student, from 0, with an exit after each; their losses are added."),
     ] = (0,)
     stages: Annotated[
         tuple[Annotated[int, Ge(0)], ...],
-        Doc("Hidden states of the student's trained tower, from 0, as a ConvNet's stages, with one too."),
+        Doc(
+            "Hidden states of the student's trained tower, from 0, such as a ConvNet's stages, also with "
+            "exits."
+        ),
     ] = ()
     gamma: Annotated[
         float, Interval(gt=0, le=4), Doc("Above 1, the label counts for more where the teacher is sure.")

@@ -59,7 +59,7 @@ class MIAlpha(TapPairs):
     width: Annotated[int, Gt(0), Doc("Of the vectors that both states are mapped to for the critic.")] = 128
     clamp: Annotated[float, Gt(0), Doc("The exponential is a straight line from this exponent on.")] = 10.0
     most_rows: Annotated[
-        int, Ge(2), Doc("Rows of a micro-batch that are told apart at once; more are dealt out to groups.")
+        int, Ge(2), Doc("Rows of a micro-batch that the critic compares at once; more are split into groups.")
     ] = 1024
 
     label: ClassVar[str] = "minus a bound on the information of response states about the teacher's; nats"

@@ -24,7 +24,7 @@ class Collapse:
         self._mean = KEEPS * self._mean + (1 - KEEPS) * float(means["cross_entropy"])
         if self._mean > self._before + self._margin:
             raise ValueError(
-                f"the model unlearns its answers: their cross-entropy, a running mean over steps, is "
+                "the model unlearns its answers: their cross-entropy, a running mean over steps, is "
                 f"{self._mean:.3f} nats a token, more than {self._margin:g} above the {self._before:.3f} "
-                f"that it came with. {self._advice}"
+                f"that it started with. {self._advice}"
             )

@@ -16,7 +16,9 @@ from llava_kd.distill.terms.term import Reads, Term
 @dataclass(frozen=True, kw_only=True)
 class LabelSmoothing(Term):
     weight: Annotated[
-        float, Interval(ge=0, le=1), Doc("Probability spread over all tokens, beside `cross_entropy` of 1.")
+        float,
+        Interval(ge=0, le=1),
+        Doc("Probability spread over all tokens, together with `cross_entropy` of 1."),
     ] = 0.1
 
     label: ClassVar[str] = "what labels smoothed over all tokens add to cross-entropy; nats a token"

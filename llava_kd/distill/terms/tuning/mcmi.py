@@ -18,10 +18,10 @@ class MCMI(Term):
     """Beside `cross_entropy`. A row whose label has no centroid adds 0, and is counted."""
 
     weight: Annotated[float, Ge(0), Doc("Lambda: it is subtracted this many times.")] = 1.0
-    temperature: Annotated[float, Gt(0), Doc("That of the distillation to come.")] = 4.0
-    clamp: Annotated[float, Gt(0), Doc("Nats; a row counts for no more, and is then pushed no farther.")] = (
-        1.0
-    )
+    temperature: Annotated[float, Gt(0), Doc("Temperature of the later distillation.")] = 4.0
+    clamp: Annotated[
+        float, Gt(0), Doc("Nats; a row counts for at most this, and is then pushed no further.")
+    ] = 1.0
     margin: Annotated[
         float, Gt(0), Doc("Nats; cross-entropy this far above that of the model before stops the run.")
     ] = 0.5

@@ -107,7 +107,7 @@ def score_val(root: Path, questions: Sequence[Question], answers: Answers, quirk
         how = "as the official code does" if quirks.vqav2_skip_identical else "against the official code"
         state = "not normalised" if quirks.vqav2_skip_identical else "normalised"
         notes.append(
-            f"{identical} questions with ten like answers are {state}, {how}; this decides {lost} of them"
+            f"{identical} questions with ten equal answers are {state}, {how}; this decides {lost} of them"
         )
     if without_id:
         notes.append(

@@ -106,7 +106,7 @@ def _config_of(tree: Mapping, what: str) -> PreTrainedConfig:
     """Raises ValueError for a type that transformers has no code of its own for."""
     kind = tree.get("model_type")
     if not isinstance(kind, str):
-        raise ValueError(f"{what} has a config without model_type: a half download?")
+        raise ValueError(f"{what} has a config without model_type: an incomplete download?")
     kept = {k: v for k, v in tree.items() if not k.startswith("_") and k not in ("model_type", "auto_map")}
     try:
         return AutoConfig.for_model(kind, **kept)
@@ -130,7 +130,8 @@ def _tokenizer(pieces: Pieces, causal: PreTrainedModel) -> PreTrainedTokenizerBa
         if len(tokenizer) + len(missing) > rows:
             raise ValueError(
                 f"{pieces.source} was trained with {', '.join(missing)} around a picture, but its tokenizer "
-                f"has not these tokens, nor its {rows} embeddings rows for them: another model's tokenizer?"
+                f"lacks these tokens, and its {rows} embedding rows have none for them: another model's "
+                "tokenizer?"
             )
         tokenizer.add_special_tokens({"additional_special_tokens": missing})
     return tokenizer

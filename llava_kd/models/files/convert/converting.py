@@ -64,7 +64,7 @@ def _tiny(source: Path, tree: Mapping, layout: Layout, vision_tower: str | None)
         }
         configs = {}
         if absent := [name for name in PART_FOLDERS if not states[name]]:
-            raise ValueError(f"{source} is half a download: it has no weights of {', '.join(absent)}")
+            raise ValueError(f"{source} is an incomplete download: it has no weights of {', '.join(absent)}")
         if lost := sorted(set(whole) - {n for n in whole if n.partition(".")[0] in PART_FOLDERS}):
             raise ValueError(f"{source} has weights of no known part, such as {lost[0]}")
     text = configs.get("language_model") or tree.get("text_config")
@@ -96,7 +96,7 @@ def _part_folders(source: Path) -> tuple[dict[str, dict], dict[str, dict]]:
     """Weights and configs of the three folders."""
     if missing := [name for name in PART_FOLDERS if not (source / name).is_dir()]:
         there = sorted(set(PART_FOLDERS) - set(missing))
-        raise ValueError(f"{source} is half a download: it has {there} but no {', '.join(missing)}")
+        raise ValueError(f"{source} is an incomplete download: it has {there} but no {', '.join(missing)}")
     states = {name: read_state(source / name) for name in PART_FOLDERS}
     if (source / CONFIG).is_file():
         states = merged(source, states)
@@ -116,13 +116,15 @@ def _llava(source: Path, tree: Mapping, vision_tower: str | None) -> Pieces:
         )
     if "model.image_newline" in state:
         raise ValueError(
-            f"{source} is a LLaVA-NeXT (1.6) checkpoint: it has an image_newline, for which stock LLaVA has "
-            "no place; take a LLaVA-1.5 one"
+            f"{source} is a LLaVA-NeXT (1.6) checkpoint: it has an image_newline, which stock LLaVA does not "
+            "support; take a LLaVA-1.5 one"
         )
     if tower is None:
         raise ValueError(f"{source}/config.json names no mm_vision_tower; give one with --vision_tower")
     if "model_type" not in tree:
-        raise ValueError(f"{source}/config.json has no model_type, such as llava_llama: a half download?")
+        raise ValueError(
+            f"{source}/config.json has no model_type, such as llava_llama: an incomplete download?"
+        )
     marks = (_IMAGE_PATCH, *IMAGE_MARKS) if tree.get("mm_use_im_patch_token", True) else IMAGE_MARKS
     config = {k: v for k, v in tree.items() if not k.startswith(_LLAVA_KEYS) and k != "architectures"}
     return Pieces(

@@ -36,7 +36,9 @@ def read_layout(source: Path) -> tuple[Layout, dict]:
         raise ValueError(f"{source} is a stock LLaVA directory already: there is nothing to convert")
     if not is_tiny and not _is_llava(tree, kind):
         if "model_type" not in tree:
-            raise ValueError(f"{source}/config.json has no model_type, such as llava_llama: a half download?")
+            raise ValueError(
+                f"{source}/config.json has no model_type, such as llava_llama: an incomplete download?"
+            )
         raise ValueError(f"{source} is a {kind!r} model; `llava-kd convert` reads {_KNOWN}")
     if not weight_files(source):
         raise ValueError(f"{source} has no weights (model.safetensors or pytorch_model.bin)")
@@ -75,7 +77,7 @@ def _refuse_pieces(source: Path) -> None:
     if pieces := [*source.glob("mm_projector*.bin"), *source.glob("mm_projector/*.bin")]:
         raise ValueError(
             f"{source} holds the projector of a first stage alone ({pieces[0].name}), not a whole model; "
-            "convert the checkpoint of the stage that went on from it"
+            "convert the checkpoint of the next stage"
         )
     if (source / "zero_to_fp32.py").is_file() or list(source.glob("global_step*")):
         raise ValueError(

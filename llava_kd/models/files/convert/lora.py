@@ -25,7 +25,7 @@ def merged(source: Path, states: Mapping[str, Mapping[str, Tensor]]) -> dict[str
     scale = _scale(source, read_json(source / CONFIG))
     file = next((source / name for name in _FILES if (source / name).is_file()), None)
     if file is None:
-        raise ValueError(f"{source} is half a download: it has {CONFIG} but no {_FILES[0]}")
+        raise ValueError(f"{source} is an incomplete download: it has {CONFIG} but no {_FILES[0]}")
     result = {
         part: {name.replace(".base_layer", ""): tensor for name, tensor in state.items()}
         for part, state in states.items()

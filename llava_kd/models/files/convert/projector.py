@@ -79,6 +79,6 @@ def _refuse_other_kinds(names: set[str], kind: str | None, source: Path) -> None
     elif names <= _TWO_LAYERS and kind in (None, "mlp1x_gelu", "mlp2x_gelu"):
         return
     raise ValueError(
-        f"{source} has the connector {seen or sorted(names)[0]!r}; stock LLaVA has room for `linear` or "
-        "`mlp2x_gelu` alone; take a checkpoint with one of these"
+        f"{source} has the connector {seen or sorted(names)[0]!r}; stock LLaVA supports only `linear` and "
+        "`mlp2x_gelu`; take a checkpoint with one of these"
     )

@@ -34,10 +34,10 @@ def weight_files(folder: Path) -> list[str]:
                 raise ValueError(f"the file {folder / index} must map weights to files under weight_map")
             files = sorted(set(names.values()))
             if outside := [name for name in files if Path(name).name != name]:
-                raise ValueError(f"{folder / index} lists {outside[0]!r}, which is not a file beside it")
+                raise ValueError(f"{folder / index} lists {outside[0]!r}, which is not a file in its folder")
             if absent := [name for name in files if not (folder / name).is_file()]:
                 raise ValueError(
-                    f"{folder} is half a download: its index lists {absent[0]}, which is not there"
+                    f"{folder} is an incomplete download: its index lists {absent[0]}, which is not there"
                 )
             return files
     for name in _WHOLE:
@@ -56,7 +56,9 @@ def _shards_without_index(folder: Path) -> list[str]:
             return names
     if shards:
         (_, count, _), names = next(iter(shards.items()))
-        raise ValueError(f"{folder} is half a download: it has {len(names)} of {int(count)} shards, no index")
+        raise ValueError(
+            f"{folder} is an incomplete download: it has {len(names)} of {int(count)} shards, no index"
+        )
     return []
 
 
@@ -138,7 +140,7 @@ def _complain(
 ) -> None:
     if missing:
         raise ValueError(
-            f"{what} lacks {len(missing)} weights, such as {sorted(missing)[0]}: a half download?"
+            f"{what} lacks {len(missing)} weights, such as {sorted(missing)[0]}: an incomplete download?"
         )
     if extra:
         raise ValueError(

@@ -173,9 +173,9 @@ def _card(
         "",
         f"- vision tower: {vision_config(config).model_type}, layer {config.vision_feature_layer}",
         f"- language model: {text_config(config).model_type}, as llama.cpp's {student.family.arch!r}",
-        f"- weights in {student.kind}; words are cut by the rule {student.vocabulary.rule!r}",
+        f"- weights in {student.kind}; text is split into words by the rule {student.vocabulary.rule!r}",
         "",
-        "## What llama.cpp does otherwise",
+        "## What llama.cpp does differently",
         "",
         *(f"- {note.removeprefix('llama.cpp: ')}" for note in notes),
     ]

@@ -101,7 +101,9 @@ def family_of(config: PreTrainedConfig, name: str) -> LanguageFamily:
     if unknown := kinds - {"default", "linear", "llama3", "longrope", "yarn"}:
         fault = f"rope_type must be default, linear, llama3, longrope or yarn; it is {sorted(unknown)}"
     if fault:
-        raise ValueError(f"llama.cpp takes for granted of {config.model_type!r} what {name} has not: {fault}")
+        raise ValueError(
+            f"llama.cpp assumes of every {config.model_type!r} model what {name} does not have: {fault}"
+        )
     return family
 
 
@@ -189,7 +191,7 @@ def language_entries(
         found = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ValueError(
-                f"{name} has the weight {ours}, which llama.cpp's {family.arch!r} has no place for; take "
+                f"{name} has the weight {ours}, which llama.cpp's {family.arch!r} does not support; take "
                 "--format hf"
             )
         entries.append(Entry(name=found, shape=shape, read=_reader(weights, ours, config, family)))

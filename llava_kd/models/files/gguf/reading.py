@@ -91,7 +91,7 @@ def _config(said: Mapping[str, Any], arch: str, tensors: Mapping[str, Any], path
     def of(name: str, default: Any = None) -> Any:
         value = said.get(f"{arch}.{name}", default)
         if value is None:
-            raise ValueError(f"{path} does not say {arch}.{name}: it is no whole language model")
+            raise ValueError(f"{path} lacks {arch}.{name}: it is not a whole language model")
         return value
 
     scaling = said.get(f"{arch}.rope.scaling.type", "none")
@@ -145,9 +145,7 @@ def _model(config: PreTrainedConfig, arch: str, tensors: Mapping[str, Any], path
         state[ours] = tensor
         used.add(theirs)
     if spare := sorted(set(tensors) - used):
-        raise ValueError(
-            f"{path} has the weight {spare[0]} ({len(spare)} such), which {arch} has no place for"
-        )
+        raise ValueError(f"{path} has the weight {spare[0]} ({len(spare)} such), which {arch} does not have")
     model.load_state_dict(state, strict=False)
     model.tie_weights()
     return model
@@ -180,7 +178,8 @@ def _tokenizer(said: Mapping[str, Any], path: Path) -> PreTrainedTokenizerFast:
         )
     if rule not in RULES:
         raise ValueError(
-            f"{path} cuts its words by the rule {rule!r}; known are {', '.join(RULES)}{nearest(rule, RULES)}"
+            f"{path} splits words by the rule {rule!r}; supported are "
+            f"{', '.join(RULES)}{nearest(rule, RULES)}"
         )
     pieces, kinds = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"]
     added = [

@@ -64,8 +64,8 @@ def _words(vocabulary: Vocabulary) -> list[str]:
         return []
     return [
         "the rule by which this tokenizer cuts words is none of those known here, so the file names "
-        "llama.cpp's default: it will load with a warning, cut some words and numbers otherwise than "
-        "training did, and may answer worse. Compare /tokenize of its server with the tokenizer before use"
+        "llama.cpp's default: it will load with a warning, split some words and numbers differently than in "
+        "training, and may answer worse. Compare /tokenize of its server with the tokenizer before use"
     ]
 
 

@@ -35,7 +35,7 @@ def check_vision(config: LlavaConfig, processor: LlavaProcessor, name: str) -> N
     vision = vision_config(config)
     if isinstance(config, ConvAttentionConfig):
         raise ValueError(
-            f"{name} has the connector conv_attention, which llama.cpp's vision file has no words for; train "
+            f"{name} has the connector conv_attention, which llama.cpp's vision file cannot describe; train "
             "a student with projector: own"
         )
     if vision.model_type not in _STRATEGIES:

@@ -62,7 +62,7 @@ def _places(directory: Path) -> Mapping[str, tuple[Path, str]]:
     paths = sorted(directory.glob("model*.safetensors"))
     if not paths:
         raise ValueError(
-            f"{directory} has no model*.safetensors; write the model anew with `llava-kd export --format hf`"
+            f"{directory} has no model*.safetensors; write the model again with `llava-kd export --format hf`"
         )
     places = {}
     for path in paths:
