@@ -296,8 +296,8 @@ def test_what_a_comparison_cannot_tell_is_refused(
     assert not (tmp_path / "same" / CHOSEN).exists()
     new = "--student={vision_tower: a, language_model: b}"
     refused("this stage makes a new student, which has no opinion yet", new, out="new")
-    refused("--reference is of a choice by difference", "--reference", str(student_dir), out="a")
-    refused("--with_student is of a choice by disagreement", *same, by=select, out="b")
+    refused("--reference needs --by difference", "--reference", str(student_dir), out="a")
+    refused("--with_student needs --by disagreement", *same, by=select, out="b")
     refused("--any_reference is of a choice by difference", ANY, out="c")
     other = make_tiny_llava(tmp_path / "foreign", hidden=32, seed=4)
     tree = json.loads((other / "tokenizer.json").read_text())

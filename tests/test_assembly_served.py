@@ -402,7 +402,7 @@ def test_the_model_is_named_where_there_are_several(stage: Stage) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--mode=hidden"], "--server goes with --mode topk"),
+        (["--mode=hidden"], "--server needs --mode topk"),
         (
             ["--objective.response_kl.temperature=2", "--objective.visual_kl.temperature=2"],
             "log-probabilities at temperature 1, the KL terms of `objective` are at 2",
@@ -424,7 +424,7 @@ def test_what_no_server_serves_is_refused(stage: Stage, words: list[str], said: 
 def test_flags_of_a_server_without_one_are_refused(stage: Stage) -> None:
     words = ["cache-teacher", str(stage.config), f"--out={stage.directory / 'x'}", "--server_jobs=2"]
     assert main(words) == 2
-    assert "--server_jobs belongs to --server URL" in stage.capsys.readouterr().err
+    assert "--server_jobs needs --server URL" in stage.capsys.readouterr().err
 
 
 def test_words_that_a_server_would_read_as_control_tokens_are_refused_first(stage: Stage) -> None:

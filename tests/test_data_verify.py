@@ -108,7 +108,7 @@ def test_command_writes_what_a_run_can_use(spoilt: Path, capsys: pytest.CaptureF
     kept, listing = spoilt.parent / "kept.json", spoilt.parent / "report.json"
     status, said = run(capsys, "--data", spoilt, "--write_sound", kept, "--report", listing)
     assert status == 1
-    assert "5 records left out of" in said
+    assert "without 5 bad records" in said
     assert json.loads(listing.read_text())["unsound"] == [0, 1, 2, 3, 4]
     assert run(capsys, "--data", kept)[0] == 0
     status, said = run(capsys, "--data", kept, "--write_sound", kept)

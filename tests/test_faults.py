@@ -229,7 +229,10 @@ def test_a_second_process_in_the_same_output_dir_is_refused(stage, capsys, no_mo
 def test_two_engines_on_one_command_line_are_refused(stage, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["train", str(stage("run")), "--engine.kind=ddp", "--engine.kind=fsdp2"])
-    assert "two engines at once, --engine.kind=ddp and --engine.kind=fsdp2; name" in capsys.readouterr().err
+    assert (
+        "only one engine can be used; got --engine.kind=ddp and --engine.kind=fsdp2: name"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

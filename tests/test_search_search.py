@@ -348,13 +348,13 @@ def test_what_is_no_run_or_still_runs_is_not_entered(tmp_path: Path, capsys) -> 
     assert main(["search", "add", str(tmp_path / "empty"), f"--store={store}"]) == 2
     assert "is no run and holds none" in capsys.readouterr().err
     assert main(["search", "add"]) == 2
-    assert "name a run after `add`" in capsys.readouterr().err
+    assert "needs at least one run" in capsys.readouterr().err
     assert main(["search", "add", str(run), "--jobs=2"]) == 2
-    assert "takes runs and --store alone" in capsys.readouterr().err
+    assert "takes only runs and --store" in capsys.readouterr().err
     assert main(["search", "none.yaml"]) == 2
     assert "no search file none.yaml" in capsys.readouterr().err
     assert main(["search", "a.yaml", "b.yaml"]) == 2
-    assert "one search file at a time" in capsys.readouterr().err
+    assert "`search` takes one search file" in capsys.readouterr().err
 
 
 # With processes of their own ----
