@@ -108,7 +108,7 @@ def test_sources_of_different_names_are_reported_by_their_files(tmp_path: Path, 
     [
         ({"sources": []}, "`data` needs either `path` or `sources`"),
         ({"path": "a.json", "sources": [{"path": "b.json"}]}, "`data` needs either `path` or `sources`"),
-        ({"images": "x", "sources": [{"path": "b.json"}]}, "`data.images` (x) belongs to `data.path`"),
+        ({"images": "x", "sources": [{"path": "b.json"}]}, "`data.images` (x) is only for `data.path`"),
         (
             {"sources": [{"path": "b.json", "weight": 0}]},
             "`data.sources[0].weight` must be more than 0; got 0",

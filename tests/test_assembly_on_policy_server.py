@@ -203,7 +203,7 @@ def test_no_server_a_missing_key_and_one_without_its_development_mode_are_named(
 
 def test_what_no_server_writes_is_refused_by_name(case: Case) -> None:
     path = case.path("run")
-    with pytest.raises(ValueError, match=r"`on_policy\.server` is given whole weights"):
+    with pytest.raises(ValueError, match=r"`on_policy\.server` needs whole weights"):
         load(path, ["--student.lora={rank: 2}"])
     with pytest.raises(ValueError, match=r"`on_policy\.server\.reload_every` must be more than 0"):
         load(path, ["--on_policy.server.reload_every=0"])

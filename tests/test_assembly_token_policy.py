@@ -134,8 +134,8 @@ def test_a_span_outside_its_answer_makes_a_bad_record(stage, shapes_dir: Path, t
     [
         ({"spans": [{"pattern": "emial"}]}, [], "must be one of email, phone, digits"),
         ({"spans": [{"regex": "(("}]}, [], "must be a regular expression"),
-        ({"spans": [{"regex": "a", "pattern": "email"}]}, [], "needs `pattern` or `regex` each"),
-        ({"spans": []}, [], "`token_policy` looks for nothing"),
+        ({"spans": [{"regex": "a", "pattern": "email"}]}, [], "must each have either `pattern` or `regex`"),
+        ({"spans": []}, [], "`token_policy` needs `spans`"),
         ({"temperature": 0.5}, [], "(0.5) must be at least that of all tokens"),
         ({}, ["--objective.response_kl.temperature=21"], "`objective.response_kl.temperature` (21)"),
         ({}, ["--objective.response_kl.temperature=std"], "need a number as `objective.response_kl"),

@@ -56,13 +56,13 @@ def test_a_further_target_trains_alike_however_a_step_is_cut(stage) -> None:
     [
         (
             ["--teacher.cache=x", "--teacher.visual_dependency.gamma=2"],
-            "`teacher.cache` (x) keeps of what the teacher says without the picture a number a token alone",
+            "`teacher.cache` (x) stores only one number per token of the teacher's prediction",
         ),
         (
             ["--teacher.several={checkpoints: [/nowhere], weights: uniform}"],
-            "`teacher.visual_dependency` asks one teacher about pictures",
+            "`teacher.visual_dependency` works with one teacher",
         ),
-        (["--pictures={mixup: {}}"], "`teacher.visual_dependency` withholds them"),
+        (["--pictures={mixup: {}}"], "`teacher.visual_dependency` removes them"),
         (["--objective.response_kl=null"], "weighs response_kl, which `objective` has not; add it"),
         (["--teacher.visual_dependency.top=0"], "teacher.visual_dependency.top"),
         (["--teacher.visual_dependency.top=nan"], "teacher.visual_dependency"),

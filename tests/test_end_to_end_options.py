@@ -189,9 +189,12 @@ def test_a_student_starts_with_its_teachers_projector_and_goes_on_with_it(
         (["--objective.visual_switch={candidates: 2}"], "must be at least 4"),
         (["--objective.attention={first: 0.7, last: 0.3}"], "must be less than `last`"),
         (["--objective.attention={first: 1.3}"], "from 0 to 1"),
-        (["--objective.attention={}", "--teacher.cache=somewhere"], "attention` need the teacher itself"),
-        (["--data.decode=nvjpeg", "--teacher.cache=somewhere"], "nvjpeg makes others: set it to cpu"),
-        (["--student.projector=teacher"], "keeps the projector it has"),
+        (
+            ["--objective.attention={}", "--teacher.cache=somewhere"],
+            "attention` need the teacher model itself",
+        ),
+        (["--data.decode=nvjpeg", "--teacher.cache=somewhere"], "nvjpeg gives other pixels: set it to cpu"),
+        (["--student.projector=teacher"], "keeps its projector"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(stage, overrides: list[str], message: str) -> None:

@@ -212,7 +212,7 @@ def test_an_engine_of_several_ranks_is_refused_on_one(stage, capsys, no_models, 
 
 def test_two_engines_at_once_are_refused(stage, capsys) -> None:
     text = error(capsys, str(stage("run", engine="ddp")), "--engine.zero_stage=2")
-    assert "two engines; set" in text
+    assert "only deepspeed has ZeRO stages; set" in text
 
 
 def test_a_second_process_in_the_same_output_dir_is_refused(stage, capsys, no_models) -> None:

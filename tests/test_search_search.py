@@ -130,7 +130,7 @@ def test_a_trial_whose_settings_do_not_go_together_fails_without_a_run(
     assert len(fake.trained) == 3
     (failed,) = [trial for trial in found(path)["trials"] if trial["state"] == "failed"]
     assert failed["failure"].startswith("refused: ")
-    assert "two engines" in failed["failure"]
+    assert "only deepspeed has ZeRO stages" in failed["failure"]
     assert "4 trials" in capsys.readouterr().out
 
 
