@@ -178,7 +178,7 @@ def test_quick_resize_is_close_and_another_run(stage: Stage, capsys: pytest.Capt
 
 def test_quick_resize_is_refused_where_the_device_resizes(stage: Stage) -> None:
     config = stage("run", distilled=False)
-    with pytest.raises(ValueError, match=r"`data.resize` quick is a kernel of the CPU, but .* on cuda"):
+    with pytest.raises(ValueError, match=r"`data.resize` quick runs only on the CPU, but .* on cuda"):
         pixels(config, "--data.resize=quick", device="cuda")
 
 

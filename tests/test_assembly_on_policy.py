@@ -336,7 +336,8 @@ def test_another_template_of_the_teacher_is_refused_by_name(
     path = stage("run", on_policy={"share": 0.5})
     assert main(["train", str(path), "--teacher.template=chatml"]) == 2
     assert (
-        "both sides must have one template; the student's is vicuna, the teacher's" in capsys.readouterr().err
+        "student and teacher must have the same template; the student's is vicuna, the teacher's"
+        in capsys.readouterr().err
     )
 
 

@@ -94,13 +94,13 @@ def test_probabilities_of_labels_need_a_cache_at_temperature_1(
     capsys.readouterr()
     assert main(["train", str(stage("other")), by_probability, f"--teacher.cache={cache}"]) == 2
     said = capsys.readouterr().err
-    assert "the label's probability, by which response_kl trusts the teacher" in said
-    assert "it was written for 2" in said
+    assert "the label's probability, which the trust of response_kl needs" in said
+    assert "it was written for temperature 2" in said
     few = objective.replace("TRUST", "label_listed, listed: 8")
     assert main(["train", str(stage("few")), few, f"--teacher.cache={cache}"]) == 0
     more = few.replace("listed: 8", "listed: 9")
     assert main(["train", str(stage("more")), more, f"--teacher.cache={cache}"]) == 2
-    assert "the 9 largest logits, among which a term looks for a word: it holds 8" in capsys.readouterr().err
+    assert "the 9 largest logits, which a term needs: it has 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

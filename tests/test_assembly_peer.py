@@ -167,7 +167,7 @@ def test_two_students_of_one_tower_run_it_once_and_other_grids_are_resampled_or_
     assert "the tower runs once for both students" in capsys.readouterr().err
     finer = make_tiny_llava(tmp_path / "larger", image_size=40, hidden=40, seed=9)
     config = paired("finer", peer=finer, max_steps=2)
-    assert "visual_kl need equal grids" in refused(config, capsys)
+    assert "visual_kl need equal visual grids" in refused(config, capsys)
     lines = metrics(config, "finer", "--data.visual_alignment=resample", bf16)
     assert lines[0]["peer/visual_kl"] > 0
 

@@ -142,7 +142,7 @@ def test_a_run_does_not_go_on_with_another_change(
     assert main(["train", str(path)]) == 0
     edited(path, ("pictures", other), ("max_steps", 6))
     assert main(["train", str(path)]) != 0
-    assert "already holds another run: pictures" in capsys.readouterr().err
+    assert "already contains another run: pictures" in capsys.readouterr().err
 
 
 def test_records_are_kept_by_their_question_or_their_type(

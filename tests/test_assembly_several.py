@@ -131,7 +131,7 @@ def test_a_dry_run_counts_every_teacher(stage, other_dir: Path, capsys) -> None:
 def test_a_cache_is_not_written_of_several(stage, other_dir: Path, tmp_path: Path, capsys) -> None:
     config = fused(stage, [other_dir])
     assert main(["cache-teacher", str(config), f"--out={tmp_path / 'cache'}"]) != 0
-    assert "a cache holds what one teacher says" in " ".join(capsys.readouterr().err.split())
+    assert "a cache stores the predictions of one teacher" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_teachers_of_other_vocabularies_or_eyes_are_refused(
     a, b = list(vocabulary)[20:22]
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (words / "tokenizer.json").write_text(json.dumps(tree))
-    assert "must have one vocabulary" in refused(fused(stage, [words]), capsys)
+    assert "must have the same vocabulary" in refused(fused(stage, [words]), capsys)
     eyes = shutil.copytree(other_dir, tmp_path / "eyes")
     (path,) = (p for p in (eyes / "preprocessor_config.json", eyes / "processor_config.json") if p.is_file())
     text = path.read_text()

@@ -118,7 +118,7 @@ TEACHERS: dict[str, dict] = {
         (
             "a wider tower",
             ["--objective.visual_switch={}", "--trainable=[vision_tower]"],
-            r"student's tower is 32 wide and the teacher's projector reads 64: set .*source to projector",
+            r"student's tower has width 32, but the teacher's projector needs 64: set .*source to projector",
         ),
         *((name, ["projector"], "set student.vision_tower, vision_feature_layer and") for name in TEACHERS),
     ],

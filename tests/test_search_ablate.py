@@ -320,7 +320,7 @@ def test_a_test_file_that_is_not_there_is_said_before_anything_is_trained(
     grid: Path, fake: FakeRuns, capsys
 ) -> None:
     (grid.parent / "test.json").unlink()
-    assert "test test: there is no file" in refusal(grid, capsys)
+    assert "test test: the file" in refusal(grid, capsys)
     assert fake.trained == []
 
 

@@ -255,7 +255,7 @@ def test_a_store_that_is_held_for_a_while_gets_all_trials_in_the_end(
 
     fake.broken = hold
     assert main(["search", str(path), "--jobs=1"]) == 0
-    assert "not entered into the store yet" in capsys.readouterr().out
+    assert "not added to the store yet" in capsys.readouterr().out
     assert len(Store(tmp_path / "store.sqlite").entries()) == 3
 
 
@@ -294,7 +294,7 @@ def test_a_search_begins_from_the_best_of_similar_runs(tmp_path: Path, fake: Fak
     ]
     Store(tmp_path / "store.sqlite").add(runs, [data_set("theirs", **own.features)])
     assert main(["search", str(path), "--jobs=1"]) == 0
-    assert "begins from 12 runs of the store, on data theirs" in capsys.readouterr().out
+    assert "starts from 12 runs of the store, on data theirs" in capsys.readouterr().out
     first, second = sorted(found(path)["trials"], key=lambda trial: trial["number"])
     assert first["origin"] == "similar run"
     assert first["values"]["objective.response_kl.weight"] == 1.1
@@ -302,7 +302,7 @@ def test_a_search_begins_from_the_best_of_similar_runs(tmp_path: Path, fake: Fak
     assert "Began from runs of the store" in (tmp_path / "out/results.md").read_text()
     edit(path, lambda tree: tree.update(budget={"trials": 3}))
     assert main(["search", str(path), "--jobs=1"]) == 0
-    assert "begins from 12 runs" in capsys.readouterr().out, (
+    assert "starts from 12 runs" in capsys.readouterr().out, (
         "its own trials are in the store, and are not among them"
     )
 
@@ -330,7 +330,7 @@ def test_runs_are_entered_by_hand(tmp_path: Path, capsys) -> None:
     said = capsys.readouterr().out
     assert "one: slice/val 0.5" in said
     assert "two: not finished, after step 10" in said
-    assert "2 runs are in" in said
+    assert "2 runs are now in" in said
     assert {e.name: e.failure is None for e in Store(store).entries()} == {"one": True, "two": False}
     data.unlink()
     assert main(["search", "add", str(one), f"--store={store}"]) == 0
@@ -343,7 +343,7 @@ def test_what_is_no_run_or_still_runs_is_not_entered(tmp_path: Path, capsys) -> 
     with (run / ".lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         assert main(["search", "add", str(run), f"--store={store}"]) == 2
-    assert "still runs; nothing was entered" in capsys.readouterr().err
+    assert "is still running, so nothing was added" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["search", "add", str(tmp_path / "empty"), f"--store={store}"]) == 2
     assert "is no run and holds none" in capsys.readouterr().err
@@ -432,7 +432,7 @@ def test_a_signal_lets_trials_save_and_the_same_command_goes_on(tmp_path: Path) 
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert "stopped by SIGTERM; the same command goes on" in said
+    assert "stopped by SIGTERM; run the same command again to continue" in said
     assert (tmp_path / "saved").read_text().split() == ["001"]
     record = json.loads((tmp_path / "out/trials.json").read_text())
     assert [trial["state"] for trial in record["trials"]] == ["complete", "running"]

@@ -75,7 +75,7 @@ def ablate(path: str | Path, overrides: Sequence[str], choice: Choice, *, is_dry
 def _end(grid: Grid, plan: Plan, jobs: Sequence[Job], outcome: Outcome, children: Children) -> int:
     if (outcome.is_stopped or children.asked) and not all(job.is_done() for job in jobs):
         number = children.asked[0] if children.asked else signal.SIGTERM
-        print(f"stopped by {signal.Signals(number).name}; the same command goes on", flush=True)
+        print(f"stopped by {signal.Signals(number).name}; run the same command again to continue", flush=True)
         return status_of_rest(number)
     for line in score_lines(read_results(grid.output / RESULTS)):
         print(line)
@@ -86,8 +86,8 @@ def _end(grid: Grid, plan: Plan, jobs: Sequence[Job], outcome: Outcome, children
         first = next(iter(outcome.failed))
         raise ValueError(
             f"{len(outcome.failed)} of {len(jobs)} jobs failed, so {len(broken)} arms and seeds are not "
-            f"finished: {', '.join(broken)}. The first: {names[first]} {outcome.failed[first]}; fix it, and "
-            "the same command goes on"
+            f"finished: {', '.join(broken)}. The first: {names[first]} {outcome.failed[first]}; fix it, "
+            "then run the same command again to continue"
         )
     return 0
 
@@ -109,7 +109,7 @@ def _chosen(grid: Grid, choice: Choice) -> tuple[list[str], list[int]]:
     for what, asked, known in (("arm", choice.arms, grid.arms), ("seed", choice.seeds, grid.seeds)):
         if unknown := [one for one in asked or () if one not in known]:
             listed = ", ".join(map(str, known))
-            raise ValueError(f"{grid.path} has no {what} {unknown[0]}; there are {listed}")
+            raise ValueError(f"{grid.path} has no {what} {unknown[0]}; name one of {listed}")
     arms = [arm for arm in grid.arms if choice.arms is None or arm in choice.arms]
     return arms, [seed for seed in grid.seeds if choice.seeds is None or seed in choice.seeds]
 
@@ -124,7 +124,10 @@ def _prepare(grid: Grid, children: Children) -> None:
     if not children.asked:
         for test in grid.tests.values():
             if not Path(test.data).is_file():
-                raise ValueError(f"{grid.path}: test {test.name}: there is no file {test.data}")
+                raise ValueError(
+                    f"{grid.path}: test {test.name}: the file {test.data} must exist after `prepare`; "
+                    "correct the path"
+                )
 
 
 def _run(grid: Grid, plan: Plan, jobs: Sequence[Job], slots: Slots) -> Outcome:
@@ -139,6 +142,6 @@ def _run(grid: Grid, plan: Plan, jobs: Sequence[Job], slots: Slots) -> Outcome:
             write_results(grid, plan, faults(plan, jobs, outcome))
 
     def failed(job: Job, why: str) -> None:
-        print(f"{job.name} {why}; what does not need it goes on", flush=True)
+        print(f"{job.name} {why}; jobs that do not need it continue", flush=True)
 
     return run_jobs(jobs, slots, num_slots=len(slots.environments), finished=finished, failed=failed)
