@@ -87,7 +87,7 @@ def test_centroids_are_the_stock_models_means_and_a_run_subtracts_its_informatio
     ce = -logits_NV.log_softmax(1).gather(1, labels_N[:, None]).mean()
     assert stored.cross_entropy == pytest.approx(float(ce), rel=1e-5)
     covered_N = torch.isin(labels_N, torch.tensor(frequent))
-    assert f"hold {float(expected_N[covered_N].mean()):.5f} nats" in told
+    assert f"contain {float(expected_N[covered_N].mean()):.5f} nats" in told
     assert f"after {float(covered_N.double().mean()):.1%} of {len(labels_N)} answer rows" in told
     assert tune(global_batch_size=30, micro_batch_size=10, max_steps=1, lr=1e-9) == 0
     (line,) = figures(tmp_path / "run")
@@ -157,7 +157,7 @@ def test_what_the_term_cannot_do_without_is_asked_for(tune, tmp_path: Path, caps
         (("--objective.mcmi.clamp=0",), {}, "`objective.mcmi.clamp` must be more than 0; got 0"),
         (("--objective.mcmi.temperature=0",), {}, "`objective.mcmi.temperature` must be more than 0"),
         (("--objective.mcmi.margin=0",), {}, "`objective.mcmi.margin` must be more than 0"),
-        ((), {"out": "there"}, "exists; give another --out"),
+        ((), {"out": "there"}, "exists: give another --out"),
         (("--least=100000",), {"out": "new"}, "must occur 100000 times; in the 30 records"),
         ((), {"out": "new", "objective": PLAIN}, "objective.mcmi, which this stage does not have"),
     ):

@@ -300,7 +300,7 @@ REFUSED = {
         {"pictures": {"mixup": {}}},
         "`pictures` and `on_policy` both weight the tokens of an answer",
     ),
-    "labels": ({"objective": LABELLED}, r"`objective\.label_smoothing` takes for one"),
+    "labels": ({"objective": LABELLED}, r"`objective\.label_smoothing` uses them as labels"),
     "trust": (
         {"objective": {"response_kl": {"trust": "first"}}, "on_policy.share": 1.0},
         r"`objective\.response_kl` uses them as labels; leave it out \(in response_kl: set trust to all\)",

@@ -149,7 +149,7 @@ def swapped():
         (changed(model="teacher"), "answered with the model 'teacher' instead of 'student'"),
         (changed(prompt_token_ids=None), "gave no prompt_token_ids"),
         (changed(prompt_token_ids=lambda ids: [*ids[:3], 7, *ids[4:]]), "read other tokens: token 3 is '"),
-        (changed(prompt_token_ids=lambda ids: ids[:-1]), "is nothing there and"),
+        (changed(prompt_token_ids=lambda ids: ids[:-1]), "is nothing on the server and"),
         (changed(token_ids=None), "gave no token_ids of an answer"),
         (changed(token_ids=lambda ids: [99999, *ids[1:]]), "wrote token 99999, but the tokenizers"),
         (
@@ -205,7 +205,10 @@ def test_no_server_a_missing_key_and_one_without_its_development_mode_are_named(
     assert main(["train", str(path := case.path("keyed", steps=1, key_env="STUDENT_KEY"))]) == 0
     assert all("sk-1" not in file.read_text() for file in path.with_suffix("").glob("*.*"))
     case.served.max_model_len = 500
-    assert "reads 500 tokens of student, data.max_length is 512: start it with" in case.refused()
+    assert (
+        "reads at most 500 tokens with student, but data.max_length is 512: start the server with"
+        in case.refused()
+    )
     case.served.url = "http://127.0.0.1:9"
     assert "http://127.0.0.1:9 gave no answer after 1 attempt: the connection failed" in case.refused()
     case.served.url = url.replace("http", "ftp")

@@ -94,9 +94,12 @@ def test_a_check_says_what_is_compared(stage, foreign: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (["--objective.response_kl={}"], r"drop response_kl beside response_cross, or use a teacher of"),
-        (["--objective.hint={student_taps: [language_model.layers.0]}"], r"drop hint beside response_cross"),
-        (["--objective.visual_kl={}"], r"drop visual_kl beside response_cross"),
+        (["--objective.response_kl={}"], r"remove response_kl and keep response_cross, or use a teacher of"),
+        (
+            ["--objective.hint={student_taps: [language_model.layers.0]}"],
+            r"remove hint and keep response_cross",
+        ),
+        (["--objective.visual_kl={}"], r"remove visual_kl and keep response_cross"),
         (
             ["--objective.response_cross=null", "--objective.response_kl={}"],
             r"response_cross compares answers as text",

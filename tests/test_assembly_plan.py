@@ -69,7 +69,7 @@ def test_a_dry_run_resolves_every_tap_and_refuses_one_that_is_not_there(stage, c
 def test_a_dry_run_refuses_what_the_run_would(stage, capsys) -> None:
     config = stage("run", engine="auto")
     assert main(["train", str(config), "--dry_run", "--ranks=3"]) == 2
-    assert "multiple of the number of ranks, got 3" in capsys.readouterr().err
+    assert "multiple of the number of ranks; got 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", ["slice", "parent", "template", "other run"])

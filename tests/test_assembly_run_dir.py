@@ -36,7 +36,7 @@ def test_a_finished_run_on_a_read_only_disk_is_complete(stage) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["0", "2"], done.stderr
     *_, complete, other = done.stderr.splitlines()
-    assert complete.endswith(f"{output} is complete, nothing to do; the student is {output / 'model'}")
+    assert complete.endswith(f"{output} is complete: nothing to do; the student is {output / 'model'}")
     assert "already contains another run: seed: 0 -> 1" in other
     assert left.is_dir()
 

@@ -214,8 +214,8 @@ def test_a_server_in_trouble_is_asked_again(stage: Stage, trouble) -> None:
 @pytest.mark.parametrize(
     ("trouble", "said"),
     [
-        (busy, "asked 1 time: it answered 503 (overloaded)"),
-        (limited, "asked 1 time: it answered 429 (too many requests)"),
+        (busy, "after 1 attempt: it answered 503 (overloaded)"),
+        (limited, "after 1 attempt: it answered 429 (too many requests)"),
         (hangs_up, "after 1 attempt: the connection failed ("),
         (says_half, "after 1 attempt: the response is not complete JSON"),
         (sleeps, "after 1 attempt: no response within 6 s"),
@@ -286,7 +286,7 @@ def each(change):
         (changed(prompt_token_ids=None), "gave no prompt_token_ids, which are needed to check the tokens"),
         (changed(prompt_logprobs=lambda said: said[1:]), "they cannot be aligned"),
         (changed(prompt_token_ids=lambda ids: [*ids[:3], 7, *ids[4:]]), "read other tokens: token 3 is '("),
-        (changed(prompt_token_ids=lambda ids: ids[:9]), "token 9 is nothing there"),
+        (changed(prompt_token_ids=lambda ids: ids[:9]), "token 9 is nothing on the server"),
         (changed(model="student"), "answered with the model 'student' instead of 'teacher'"),
         (
             changed(prompt_logprobs=each(lambda entry: dict(list(entry.items())[:5]))),
@@ -307,7 +307,7 @@ def each(change):
         (changed(prompt_logprobs=each(lambda entry: dict.fromkeys(entry, -1.0))), "not in vLLM's format"),
         (
             changed(prompt_logprobs=each(lambda entry: {**entry, "999": {"logprob": 0.0 - 1e-9}})),
-            "gave token 999 among the 8 likeliest",
+            "gave token 999 among the 8 most likely",
         ),
         (changed(prompt_logprobs=lambda said: [None] * len(said)), "gave no log-probabilities at token"),
         (changed(prompt_logprobs=lambda said: [None, *said[2:], said[1]]), "without the prompt's own token"),

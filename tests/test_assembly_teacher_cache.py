@@ -332,7 +332,7 @@ def test_damage_is_named_and_mended(stage, copied: Path, capsys) -> None:
     assert cache(config, copied, SMALL) == 0
     said = capsys.readouterr().err
     assert "27 of 30 records are stored" in said
-    assert said.count("written anew") == 2
+    assert said.count("rewriting it") == 2
     assert main(words) == 0
 
 

@@ -92,7 +92,7 @@ def test_settings_that_the_rate_does_not_carry_over_are_named(
 ) -> None:
     measured = replace(config, micro_batch_size=4, output_dir="elsewhere", max_steps=1)
     lines = throughput(config, 2, rate_of(measured), FAST, student, None)
-    assert lines[1].endswith("not accounted for: micro_batch_size: 4 -> 2")
+    assert lines[1].endswith("which this estimate ignores: micro_batch_size: 4 -> 2")
 
 
 def test_a_bandwidth_that_the_measured_run_contradicts_is_refused(

@@ -73,7 +73,10 @@ def test_a_further_target_trains_alike_however_a_step_is_cut(stage) -> None:
             ["--teacher.visual_dependency.gamma=2", "--objective.response_kl.divergence=jsd"],
             "needs divergence forward or reverse, and a number as temperature, in `objective.response_kl`",
         ),
-        (["--teacher.visual_dependency.gamma=2", "--engine.kind=fsdp2"], "`engine.kind` fsdp2 was not tried"),
+        (
+            ["--teacher.visual_dependency.gamma=2", "--engine.kind=fsdp2"],
+            "was not tested with `engine.kind` fsdp2",
+        ),
         (["--teacher.visual_dependency.picture=absent"], "absent"),
         (["--teacher.visual_dependency.cells=0"], "teacher.visual_dependency.cells"),
     ],
@@ -117,7 +120,7 @@ def test_a_cache_of_no_scores_or_of_others_is_refused_by_name(stage, tmp_path: P
     assert "the scores that `teacher.visual_dependency` needs (vds, grey): it has none." in said
     words = [DEPENDENCY, "--teacher.visual_dependency.picture=blurred"]
     said = refused(config, capsys, f"--teacher.cache={other}", *words)
-    assert "weighs by (vds, blurred at 4 x 4): it has those of vds, grey." in said
+    assert "needs (vds, blurred at 4 x 4): it has those of vds, grey." in said
     assert main(["cache-teacher", str(config), f"--out={plain}", DEPENDENCY]) != 0
     assert "holds a different cache" in " ".join(capsys.readouterr().err.split())
     same = [metrics(config, run, f"--teacher.cache={cache}") for run, cache in (("a", plain), ("b", other))]

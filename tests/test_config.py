@@ -176,7 +176,7 @@ def test_a_loaded_tree_is_frozen(recipe: Path) -> None:
     ("overrides", "words"),
     [
         (["--objective={cross_entropy: {weight: 0}}", "--teacher=null"], "weights of `objective` are all 0"),
-        (["--trainable=[language_model, language_model]"], "`trainable` names 'language_model' twice"),
+        (["--trainable=[language_model, language_model]"], "`trainable` must name 'language_model' once"),
         (
             ["--trainable=[multi_modal_projector]", "--optim.lr_by_part={language_model: 1e-5}"],
             "a rate for ['language_model'], but `trainable` does not name it",

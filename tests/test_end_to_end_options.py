@@ -98,12 +98,12 @@ TEACHERS: dict[str, dict] = {
         (
             "larger pictures",
             ["--objective.visual_switch={source: projector}"],
-            r"student's 16 visual .* places of the teacher's 25 .* set data.visual_alignment to resample",
+            r"student's 16 visual .* place of the teacher's 25 .* set data.visual_alignment to resample",
         ),
         (
             "larger pictures",
             ["--objective.visual_switch={}", "--trainable=[vision_tower]"],
-            r"student's 16 visual .* places of the teacher's 25 .* set data.visual_alignment to resample",
+            r"student's 16 visual .* place of the teacher's 25 .* set data.visual_alignment to resample",
         ),
         (
             "a CLS token",

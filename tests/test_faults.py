@@ -199,7 +199,7 @@ def test_a_world_that_does_not_divide_the_batch_is_refused_before_any_model(
 
     world = World(rank=0, size=3, device=torch.device("cpu"))
     with pytest.raises(
-        ValueError, match=r"multiple of the number of ranks, got 3; start 2 ranks, or .* to 6"
+        ValueError, match=r"multiple of the number of ranks; got 3 ranks: start 2 ranks, or .* to 6"
     ):
         check_world(load(stage("run", engine="ddp")), world)
 

@@ -105,7 +105,7 @@ def test_a_trial_that_fails_is_said_and_the_search_goes_on(tmp_path: Path, fake:
     assert found(path)["trials"][-1]["state"] == "failed"
     said = capsys.readouterr().out
     assert "trial 002 failed: ended with status 2: the last words" in said
-    assert "4 of 6 came to a score" in said
+    assert "4 of 6 have a score" in said
 
 
 def test_where_all_fail_it_gives_up(tmp_path: Path, fake: FakeRuns, capsys) -> None:
@@ -186,7 +186,7 @@ def test_another_space_is_refused_by_name(tmp_path: Path, fake: FakeRuns, capsys
     assert main(["search", str(path), "--jobs=1"]) == 0
     count = len(fake.trained)
     edit(path, lambda tree: tree["space"].update({"optim.lr": {"from": 1e-3, "to": 0.1, "log": True}}))
-    assert "holds another search: space: optim.lr 0.0001 to 0.1, log -> 0.001 to 0.1, log" in refusal(
+    assert "contains another search: space: optim.lr 0.0001 to 0.1, log -> 0.001 to 0.1, log" in refusal(
         path, capsys
     )
     edit(path, lambda tree: tree["space"].update(SPACE) or tree["space"].update({"seed": [0, 1]}))
@@ -299,7 +299,7 @@ def test_a_search_begins_from_the_best_of_similar_runs(tmp_path: Path, fake: Fak
     assert first["origin"] == "similar run"
     assert first["values"]["objective.response_kl.weight"] == 1.1
     assert second["origin"] == "TPE", "similar runs count as trials that were seen"
-    assert "Began from runs of the store" in (tmp_path / "out/results.md").read_text()
+    assert "Started from runs of the store" in (tmp_path / "out/results.md").read_text()
     edit(path, lambda tree: tree.update(budget={"trials": 3}))
     assert main(["search", str(path), "--jobs=1"]) == 0
     assert "starts from 12 runs" in capsys.readouterr().out, (

@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> str | None:
                 with logged(Path(config.output_dir), world):
                     return _train(config, world)
             output = Path(config.output_dir)
-            speaker(world)(f"{output} is complete, nothing to do; the student is {output / 'model'}")
+            speaker(world)(f"{output} is complete: nothing to do; the student is {output / 'model'}")
             return None
 
 

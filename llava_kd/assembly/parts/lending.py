@@ -135,7 +135,10 @@ def _switch(
         map_DE = width_map(_embeddings(student, common), _embeddings(teacher, common))
         map_DE = map_DE.to(teacher.stock.lm_head.weight.device)
     grids = student.visual_grid, teacher.visual_grid
-    refusal = f"visual_switch replaces the teacher's {grids[1]} by the student's {grids[0]}"
+    refusal = (
+        f"visual_switch needs equal grids, but would put the student's {grids[0]} in place of the "
+        f"teacher's {grids[1]}"
+    )
     return Switch(
         teacher=teacher_mllm,
         source=source,
