@@ -124,7 +124,7 @@ def test_check_shows_class_template_and_tokens(taught, capsys) -> None:
     assert main(["check", str(taught("run"))]) == 0
     shown = capsys.readouterr().out
     assert "Qwen2VLForConditionalGeneration, read by its Qwen2VLProcessor" in shown
-    assert "its own, from its Qwen2VLProcessor: the prompt is '<|im_start|>user\\n<|vision_start|>" in shown
+    assert "its own, of its Qwen2VLProcessor: its prompt is '<|im_start|>user\\n<|vision_start|>" in shown
     assert re.search(r"visual tokens    student 16, teacher 18 for 336 x 336, \d+ for 640 x 480", shown)
     assert main(["train", str(taught("run")), "--dry_run"]) == 0
 

@@ -131,7 +131,7 @@ def describe(teacher: ForeignParts, side: ForeignSide) -> tuple[str, str]:
         for height, width in _SIZES
     }
     tokens = ", ".join(f"{count} for {width} x {height}" for (height, width), count in counts.items())
-    return f"its own, from its {type(teacher.processor).__name__}: the prompt is {shown!r}", tokens
+    return f"its own, of its {type(teacher.processor).__name__}: its prompt is {shown!r}", tokens
 
 
 def _talk(answer: str, *, with_picture: bool = True) -> Record:
