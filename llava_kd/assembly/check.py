@@ -155,8 +155,8 @@ def _sample(config: TrainConfig, student: Parts, source: Source, num_records: in
         shown = shown or f"record {record.id} is trained on {reader.tokenizer.decode(answers)!r}"
     if len(bad) > max(3, config.data.max_bad_rate * len(chosen)):
         raise ValueError(
-            f"{len(bad)} of {len(chosen)} sampled records are bad; fix them, or raise data.max_bad_rate:\n "
-            " " + "\n  ".join(bad[:20])
+            f"{len(bad)} of {len(chosen)} sampled records are bad; fix them, or raise data.max_bad_rate:"
+            + "".join(f"\n  {line}" for line in bad[:20])
         )
     longest, mean = (max(lengths), float(np.mean(lengths))) if lengths else (0, 0.0)
     counts = f"{len(chosen)} records, {len(bad)} bad"

@@ -127,7 +127,7 @@ def _largest(said: object, own: int, place: int, wanted: Wanted) -> tuple[list[i
     given = sum(rank is None or rank <= wanted.k for *_, rank in found)
     if given < wanted.k:
         raise ValueError(
-            f"gave {given} log-probabilities at token {place}instead of {wanted.k}: start the server with "
+            f"gave {given} log-probabilities at token {place} instead of {wanted.k}: start the server with "
             f"--max-logprobs {wanted.k}"
         )
     if max(token for token, *_ in found) >= wanted.columns:

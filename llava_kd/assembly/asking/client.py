@@ -144,7 +144,7 @@ class Server:
         if _OURS in told and f"{name}-" not in told:
             raise ValueError(f"returned the answer to another request ({told})")
         if (other := answer.get("model", body["model"])) != body["model"]:
-            raise ValueError(f"answered with the model {str(other)[:80]!r}instead of {body['model']!r}")
+            raise ValueError(f"answered with the model {str(other)[:80]!r} instead of {body['model']!r}")
         return answer
 
     def tell(self, path: str, body: Mapping[str, object]) -> None:
