@@ -4,7 +4,7 @@
 # Ctrl-C alone does not reach it: commands in the background of a script are started without.
 stop_both() {
   local tries
-  echo "stopping; the same command goes on from here" >&2
+  echo "stopping; run the same command again to continue" >&2
   kill -TERM -- "-$2" "-$3" 2>/dev/null || true # each has a process group of its own
   for ((tries = 0; tries < 300; tries++)); do
     kill -0 -- "-$2" 2>/dev/null || kill -0 -- "-$3" 2>/dev/null || break

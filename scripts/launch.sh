@@ -4,7 +4,7 @@
 #
 # Until the process that trains has taken over, nothing has begun: a signal ends the script at once.
 stopped() {
-  echo "stopped by SIG$1 before anything began; the same command goes on" >&2
+  echo "stopped by SIG$1 before anything started; run the same command again to continue" >&2
   exit "$2"
 }
 trap 'stopped TERM 0' TERM
@@ -54,14 +54,14 @@ whole_number() {
 # Several machines wait for each other until all have come, so what would let them wait for ever is refused.
 place_among_machines() {
   if [ -z "${MASTER_ADDR:-}" ] || [ -z "${NODE_RANK:-}" ]; then
-    echo "NNODES is $1: set MASTER_ADDR to the first machine, the same on all, and NODE_RANK to 0..$(($1 - 1))" >&2
+    echo "NNODES is $1, so set MASTER_ADDR to the first machine (the same value on all machines) and NODE_RANK to 0..$(($1 - 1))" >&2
     return 2
   fi
   if [ "$NODE_RANK" -ge "$1" ]; then
-    echo "NODE_RANK must lie in 0..$(($1 - 1)), NNODES being $1; got $NODE_RANK" >&2
+    echo "NODE_RANK must be from 0 to $(($1 - 1)), because NNODES is $1; got $NODE_RANK" >&2
     return 2
   fi
-  echo "machine $NODE_RANK of 0..$(($1 - 1)); all meet at $MASTER_ADDR:${MASTER_PORT:-29500}, and wait until each has come" >&2
+  echo "machine $NODE_RANK of 0..$(($1 - 1)); waiting at $MASTER_ADDR:${MASTER_PORT:-29500} until all machines are connected" >&2
 }
 
 # Data workers hand over every tensor as an open file; where many of them wait for a slow one, 1024 do not suffice.
@@ -81,7 +81,7 @@ use_environment() {
   if [ -x "$venv/bin/llava-kd" ]; then
     export PATH="$venv/bin:$PATH"
   else
-    echo "llava_kd is not installed here: activate its environment, or make one in $root with" >&2
+    echo "llava_kd is not installed here: activate its environment, or create one in $root with" >&2
     echo "  python3 -m venv .venv && .venv/bin/pip install -e '.[all]' -c constraints.txt" >&2
     return 2
   fi

@@ -31,5 +31,5 @@ PY
 # ended_at STATUS WHAT [ADVICE]: what a script's last line says where it did not reach its end.
 ended_at() {
   if [ "$1" -eq 0 ]; then return; fi
-  echo "$(basename "$0") ended with status $1 while $2: the lines above say why; ${3:-the same command goes on from here}" >&2
+  echo "$(basename "$0") ended with status $1 while $2: see the lines above for the reason; ${3:-run the same command again to continue}" >&2
 }

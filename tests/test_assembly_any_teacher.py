@@ -98,7 +98,7 @@ def test_the_largest_logits_of_more_tokens_are_refused(taught, tmp_path: Path, c
     assert main(["cache-teacher", str(config), f"--out={tmp_path / 'cache'}", *words]) == 0
     assert main(["train", str(config), f"--teacher.cache={tmp_path / 'cache'}"]) != 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "holds logits over 264 tokens and 260 are the same on both sides" in said
+    assert "stores logits over 264 tokens, but only 260 are the same in student and teacher" in said
 
 
 def test_packed_rows_of_the_student_are_rows_of_one_record_for_the_teacher(taught) -> None:
@@ -132,7 +132,10 @@ def test_check_shows_class_template_and_tokens(taught, capsys) -> None:
 REFUSED = {
     "visual_kl": ("--objective.visual_kl={weight: 1.0}", "`objective.visual_kl` compares visual tokens"),
     "relation": ("--objective.relation={weight: 1.0}", "`objective.relation` compares visual tokens"),
-    "attention": ("--objective.attention={weight: 1.0}", "`objective.attention` reads inside the teacher"),
+    "attention": (
+        "--objective.attention={weight: 1.0}",
+        "`objective.attention` reads inner states of the teacher",
+    ),
     "template": ("--teacher.template=chatml", "`teacher.template` is chatml"),
     "projector": ("--student.projector=teacher", "student.projector"),
     "nvjpeg": ("--data.decode=nvjpeg", "`data.decode` is nvjpeg"),
@@ -216,7 +219,7 @@ def test_scaled_and_capped_logits_teach_alike_live_and_from_a_cache(
     plain = losses(config, "plain", *words, "--max_steps=1")
     scale_and_cap(monkeypatch, Gemma3ForConditionalGeneration)
     live = losses(config, "live", *words)
-    assert "its logits are multiplied by 0.4 and capped at 2, and so are" in capsys.readouterr().err
+    assert "its logits are multiplied by 0.4 and capped at 2; the student" in capsys.readouterr().err
     for term in ("response_kl", "visual_kl", "relation", "teacher_cross_entropy"):
         assert live[0][term] != pytest.approx(plain[0][term], rel=5e-4), term
     assert main(["cache-teacher", str(config), f"--out={tmp_path / 'cache'}", *words]) == 0

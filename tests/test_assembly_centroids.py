@@ -87,7 +87,7 @@ def test_centroids_are_the_stock_models_means_and_a_run_subtracts_its_informatio
     ce = -logits_NV.log_softmax(1).gather(1, labels_N[:, None]).mean()
     assert stored.cross_entropy == pytest.approx(float(ce), rel=1e-5)
     covered_N = torch.isin(labels_N, torch.tensor(frequent))
-    assert f"hold {float(expected_N[covered_N].mean()):.5f} nats" in told
+    assert f"contain {float(expected_N[covered_N].mean()):.5f} nats" in told
     assert f"after {float(covered_N.double().mean()):.1%} of {len(labels_N)} answer rows" in told
     assert tune(global_batch_size=30, micro_batch_size=10, max_steps=1, lr=1e-9) == 0
     (line,) = figures(tmp_path / "run")
@@ -139,11 +139,11 @@ def test_another_model_tokenizer_temperature_or_other_data_are_refused(
     }.items():
         assert tune(*words) == 2, words
         told = capsys.readouterr().err
-        assert "was written for something else" in told, told
+        assert "was written with other inputs" in told, told
         assert named in told, told
     words = [f"--data.path={shapes_dir / 'captions.json'}"]
     assert main(["check", str(tmp_path / "run.yaml"), *words]) == 2
-    assert "was written for something else" in capsys.readouterr().err
+    assert "was written with other inputs" in capsys.readouterr().err
 
 
 def test_what_the_term_cannot_do_without_is_asked_for(tune, tmp_path: Path, capsys) -> None:
@@ -157,9 +157,9 @@ def test_what_the_term_cannot_do_without_is_asked_for(tune, tmp_path: Path, caps
         (("--objective.mcmi.clamp=0",), {}, "`objective.mcmi.clamp` must be more than 0; got 0"),
         (("--objective.mcmi.temperature=0",), {}, "`objective.mcmi.temperature` must be more than 0"),
         (("--objective.mcmi.margin=0",), {}, "`objective.mcmi.margin` must be more than 0"),
-        ((), {"out": "there"}, "exists; give another --out"),
-        (("--least=100000",), {"out": "new"}, "no answer token occurs 100000 times in the 30 records"),
-        ((), {"out": "new", "objective": PLAIN}, "this stage has no objective.mcmi"),
+        ((), {"out": "there"}, "exists: give another --out"),
+        (("--least=100000",), {"out": "new"}, "must occur 100000 times; in the 30 records"),
+        ((), {"out": "new", "objective": PLAIN}, "objective.mcmi, which this stage does not have"),
     ):
         assert tune(*words, **more) == 2, (words, more)
         assert said in capsys.readouterr().err, said
@@ -169,13 +169,13 @@ def test_what_the_term_cannot_do_without_is_asked_for(tune, tmp_path: Path, caps
     ("change", "said"),
     [
         (lambda t: t.pop("tokens"), "tokens"),
-        (lambda t: t.update(centroids=t["centroids"] * 2), "each centroid must hold probabilities"),
+        (lambda t: t.update(centroids=t["centroids"] * 2), "each centroid must contain probabilities"),
         (
             lambda t: t.update(centroids=t["centroids"] * float("nan")),
-            "each centroid must hold probabilities",
+            "each centroid must contain probabilities",
         ),
-        (lambda t: t.update(tokens=t["tokens"] * 0), "tokens must differ"),
-        (lambda t: t.update(tokens=t["tokens"] + 10**6), "tokens must differ, and be of the vocabulary"),
+        (lambda t: t.update(tokens=t["tokens"] * 0), "tokens must be different"),
+        (lambda t: t.update(tokens=t["tokens"] + 10**6), "tokens must be different and in the vocabulary"),
         (lambda t: t.update(centroids=t["centroids"][1:].clone()), "centroids \\["),
     ],
 )

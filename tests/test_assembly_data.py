@@ -106,9 +106,9 @@ def test_sources_of_different_names_are_reported_by_their_files(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"sources": []}, "`data` needs either `path` or `sources`"),
-        ({"path": "a.json", "sources": [{"path": "b.json"}]}, "`data` needs either `path` or `sources`"),
-        ({"images": "x", "sources": [{"path": "b.json"}]}, "`data.images` (x) belongs to `data.path`"),
+        ({"sources": []}, "`data` needs either `path`, or `sources`"),
+        ({"path": "a.json", "sources": [{"path": "b.json"}]}, "`data` needs either `path`, or `sources`"),
+        ({"images": "x", "sources": [{"path": "b.json"}]}, "`data.images` (x) is only for `data.path`"),
         (
             {"sources": [{"path": "b.json", "weight": 0}]},
             "`data.sources[0].weight` must be more than 0; got 0",
@@ -124,7 +124,7 @@ def test_sources_of_different_names_are_reported_by_their_files(tmp_path: Path, 
         ({"sources": [{"path": "b.json", "weight": "much"}]}, "`data.sources[0].weight` must be a number"),
         ({"sources": [{"weight": 1}]}, "`data.sources[0].path` is missing"),
         ({"sources": [{"path": "b.json", "share": 1}]}, "no setting `share` in `data.sources[0]`"),
-        ({"sources": [{"path": "b.json"}, {"path": "b.json"}]}, "names ['b.json'] twice"),
+        ({"sources": [{"path": "b.json"}, {"path": "b.json"}]}, "['b.json'] is there twice"),
         ({"sources": "b.json"}, "`data.sources` must be a list; got 'b.json'"),
         ({"path": "a.json", "resize": "fast"}, "`data.resize` must be one of exact, quick; got 'fast'"),
     ],
@@ -178,7 +178,7 @@ def test_quick_resize_is_close_and_another_run(stage: Stage, capsys: pytest.Capt
 
 def test_quick_resize_is_refused_where_the_device_resizes(stage: Stage) -> None:
     config = stage("run", distilled=False)
-    with pytest.raises(ValueError, match=r"`data.resize` quick is a kernel of the CPU, but .* on cuda"):
+    with pytest.raises(ValueError, match=r"`data.resize` quick runs only on the CPU, but .* on cuda"):
         pixels(config, "--data.resize=quick", device="cuda")
 
 

@@ -287,22 +287,28 @@ REFUSED = {
     "below 0": ({"on_policy.share": -0.1}, r"`on_policy\.share` must be from 0 to 1; got -0\.1"),
     "hot": ({"on_policy.temperature": -1}, r"`on_policy\.temperature`"),
     "no token": ({"on_policy.max_new_tokens": 0}, r"`on_policy\.max_new_tokens` must be more than 0"),
-    "cache": ({"teacher.cache": "there"}, "`on_policy` need the teacher itself, but teacher.cache is there"),
-    "no teacher": ({"teacher": None, "objective": {"cross_entropy": {}}}, "`teacher` is null; set it"),
+    "cache": (
+        {"teacher.cache": "there"},
+        "`on_policy` need the teacher model itself, but teacher.cache is there",
+    ),
+    "no teacher": (
+        {"teacher": None, "objective": {"cross_entropy": {}}},
+        "`teacher` is null; set teacher.checkpoint",
+    ),
     "policy": ({"token_policy": {"spans": [{"pattern": "email"}]}}, "`token_policy` and `on_policy` both"),
     "pictures": (
         {"pictures": {"mixup": {}}},
-        "`pictures` and `on_policy` both decide what an answer's tokens weigh",
+        "`pictures` and `on_policy` both weight the tokens of an answer",
     ),
-    "labels": ({"objective": LABELLED}, r"`objective\.label_smoothing` takes for one"),
+    "labels": ({"objective": LABELLED}, r"`objective\.label_smoothing` uses them as labels"),
     "trust": (
         {"objective": {"response_kl": {"trust": "first"}}, "on_policy.share": 1.0},
-        r"`objective\.response_kl` takes for one; leave that out \(of response_kl: trust all\)",
+        r"`objective\.response_kl` uses them as labels; leave it out \(in response_kl: set trust to all\)",
     ),
     "all own": ({"on_policy.share": 1.0}, r"`on_policy\.share` 1 leaves `objective\.cross_entropy`"),
     "visual": (
         {"objective": {"cross_entropy": {}, "visual_kl": {}}},
-        "needs a term that compares answers with the teacher's, and cross_entropy, visual_kl do not",
+        "needs a term that compares answers with the teacher's, but the terms are cross_entropy, visual_kl",
     ),
     "agreement": (
         {"teacher.several": {"checkpoints": ["b"], "weights": "agreement"}, "objective": {"response_kl": {}}},
@@ -330,7 +336,8 @@ def test_another_template_of_the_teacher_is_refused_by_name(
     path = stage("run", on_policy={"share": 0.5})
     assert main(["train", str(path), "--teacher.template=chatml"]) == 2
     assert (
-        "both sides must have one template; the student's is vicuna, the teacher's" in capsys.readouterr().err
+        "student and teacher must have the same template; the student's is vicuna, the teacher's"
+        in capsys.readouterr().err
     )
 
 

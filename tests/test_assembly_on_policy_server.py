@@ -88,7 +88,7 @@ def test_a_server_with_the_students_weights_teaches_what_the_student_itself_does
     assert [Path(read).name for read in case.served.read] == [f"step-{step:08d}" for step in range(3)]
     assert case.served.forgot == ["/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"] * 3
     assert [folder.name for folder in (output / "on_policy_weights").iterdir()] == ["step-00000002"]
-    assert "a server wrote answers" in json.loads((output / "run.json").read_text())["not_repeatable"]
+    assert "a server generated answers" in json.loads((output / "run.json").read_text())["not_repeatable"]
     assert "not_repeatable" not in json.loads((own.with_suffix("") / "run.json").read_text())
 
 
@@ -140,21 +140,24 @@ def swapped():
 @pytest.mark.parametrize(
     ("trick", "said"),
     [
-        (breaks_off, "gave no answer, asked 1 time: the connection failed"),
-        (sleeps, "gave no answer, asked 1 time: nothing within 1 s; the same command goes on from the last"),
-        (swapped(), "gave the answer to another request"),
-        (changed(model="teacher"), "answered with the model 'teacher', asked was 'student'"),
+        (breaks_off, "gave no answer after 1 attempt: the connection failed"),
+        (
+            sleeps,
+            "gave no answer after 1 attempt: no response within 1 s; run the same command again",
+        ),
+        (swapped(), "returned the answer to another request"),
+        (changed(model="teacher"), "answered with the model 'teacher' instead of 'student'"),
         (changed(prompt_token_ids=None), "gave no prompt_token_ids"),
         (changed(prompt_token_ids=lambda ids: [*ids[:3], 7, *ids[4:]]), "read other tokens: token 3 is '"),
-        (changed(prompt_token_ids=lambda ids: ids[:-1]), "is nothing there and"),
-        (changed(token_ids=None), "gave no token_ids of one answer"),
-        (changed(token_ids=lambda ids: [99999, *ids[1:]]), "wrote token 99999, which is none of the"),
+        (changed(prompt_token_ids=lambda ids: ids[:-1]), "is nothing on the server and"),
+        (changed(token_ids=None), "gave no token_ids of an answer"),
+        (changed(token_ids=lambda ids: [99999, *ids[1:]]), "wrote token 99999, but the tokenizers"),
         (
             changed(token_ids=lambda ids: ids[:2], finish_reason="length"),
-            "cut an answer behind 2 tokens (length), 5",
+            "cut an answer after 2 tokens (length) instead of 5",
         ),
-        (changed(finish_reason="abort"), "cut an answer behind 5 tokens (abort), 5 were asked for"),
-        (changed(finish_reason="stop"), "ended an answer without its end token"),
+        (changed(finish_reason="abort"), "cut an answer after 5 tokens (abort) instead of 5"),
+        (changed(finish_reason="stop"), "returned an answer without its end token"),
     ],
 )
 def test_an_answer_that_does_not_come_or_fit_is_refused_with_its_record(case: Case, trick, said: str) -> None:
@@ -178,8 +181,11 @@ def test_no_server_a_missing_key_and_one_without_its_development_mode_are_named(
 ) -> None:
     url = case.served.url
     case.served.rpc = lambda handler, body: handler.reply(404, {"detail": "Not Found"}) or True
-    assert "took no new weights from " in (line := case.refused())
-    assert "answered 404: Not Found; start it in its development mode, with VLLM_SERVER_DEV_MODE=1" in line
+    assert "did not load the new weights from " in (line := case.refused())
+    assert (
+        "answered 404: Not Found; start the server in its development mode, with VLLM_SERVER_DEV_MODE=1"
+        in line
+    )
 
     def wants_key(handler: WritingHandler, body: dict) -> bool:
         if handler.headers.get("Authorization") == "Bearer sk-1":
@@ -188,22 +194,30 @@ def test_no_server_a_missing_key_and_one_without_its_development_mode_are_named(
         return True
 
     case.served.rpc = wants_key
-    assert "it wants a key: name its variable with on_policy.server.key_env" in case.refused()
-    assert "on_policy.server.key_env names NOT_SET, and no such" in case.refused(key_env="NOT_SET")
+    assert (
+        "the server needs an API key: name its environment variable with on_policy.server.key_env"
+        in case.refused()
+    )
+    assert "on_policy.server.key_env names the environment variable NOT_SET" in case.refused(
+        key_env="NOT_SET"
+    )
     monkeypatch.setenv("STUDENT_KEY", "sk-1")
     assert main(["train", str(path := case.path("keyed", steps=1, key_env="STUDENT_KEY"))]) == 0
     assert all("sk-1" not in file.read_text() for file in path.with_suffix("").glob("*.*"))
     case.served.max_model_len = 500
-    assert "reads 500 tokens of student, data.max_length is 512: start it with" in case.refused()
+    assert (
+        "reads at most 500 tokens with student, but data.max_length is 512: start the server with"
+        in case.refused()
+    )
     case.served.url = "http://127.0.0.1:9"
-    assert "http://127.0.0.1:9 gave no answer, asked 1 time: the connection failed" in case.refused()
+    assert "http://127.0.0.1:9 gave no answer after 1 attempt: the connection failed" in case.refused()
     case.served.url = url.replace("http", "ftp")
     assert "on_policy.server.url must be an address" in case.refused()
 
 
 def test_what_no_server_writes_is_refused_by_name(case: Case) -> None:
     path = case.path("run")
-    with pytest.raises(ValueError, match=r"`on_policy\.server` is given whole weights"):
+    with pytest.raises(ValueError, match=r"`on_policy\.server` needs whole weights"):
         load(path, ["--student.lora={rank: 2}"])
     with pytest.raises(ValueError, match=r"`on_policy\.server\.reload_every` must be more than 0"):
         load(path, ["--on_policy.server.reload_every=0"])
@@ -212,4 +226,4 @@ def test_what_no_server_writes_is_refused_by_name(case: Case) -> None:
 def test_a_plan_names_the_server(case: Case) -> None:
     assert main(["train", str(case.path("run", reload_every=4)), "--dry_run"]) == 0
     said = case.capsys.readouterr().out
-    assert f"written by       {case.served.url}, with new weights every 4 steps; not repeatable" in said
+    assert f"generated by     {case.served.url}, with new weights every 4 steps; not repeatable" in said

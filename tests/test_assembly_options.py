@@ -62,7 +62,9 @@ def test_learned_weights_are_logged_saved_resumed_and_not_exported(stage: Callab
 def test_a_cached_teacher_that_cannot_show_attention_is_refused_by_name(stage: Callable[..., Path]) -> None:
     for asked in ("{share: 0.5}", "{weighed: true}"):
         words = [f"--objective.visual_kl={asked}", "--teacher.cache=somewhere"]
-        with pytest.raises(ValueError, match=r"objective.visual_kl` need the teacher itself, but teacher.ca"):
+        with pytest.raises(
+            ValueError, match=r"objective.visual_kl` need the teacher model itself, but teach"
+        ):
             load(stage("cached"), words)
     assert load(stage("whole"), ["--objective.visual_kl={share: 1.0}", "--teacher.cache=somewhere"])
 
@@ -92,13 +94,13 @@ def test_probabilities_of_labels_need_a_cache_at_temperature_1(
     capsys.readouterr()
     assert main(["train", str(stage("other")), by_probability, f"--teacher.cache={cache}"]) == 2
     said = capsys.readouterr().err
-    assert "the label's probability, by which response_kl trusts the teacher" in said
-    assert "it was written for 2" in said
+    assert "the label's probability, which the trust of response_kl needs" in said
+    assert "it was written for temperature 2" in said
     few = objective.replace("TRUST", "label_listed, listed: 8")
     assert main(["train", str(stage("few")), few, f"--teacher.cache={cache}"]) == 0
     more = few.replace("listed: 8", "listed: 9")
     assert main(["train", str(stage("more")), more, f"--teacher.cache={cache}"]) == 2
-    assert "the 9 largest logits, among which a term looks for a word: it holds 8" in capsys.readouterr().err
+    assert "the 9 largest logits, which a term needs: it has 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_probabilities_of_labels_need_a_cache_at_temperature_1(
     [
         (
             ["--teacher=null", "--objective={cross_entropy: {}, learned_weights: {}}"],
-            "`objective.learned_weights` has no weight to learn: no term of cross_entropy reads the teacher",
+            "`objective.learned_weights` has no weight to learn: none of cross_entropy reads the teacher",
         ),
         (["--objective.learned_weights={most: 1}"], "`objective.learned_weights.most` must be more than 1"),
         (["--objective.visual_kl={share: 0}"], "`objective.visual_kl.share` must be more than 0"),

@@ -87,23 +87,26 @@ def test_a_check_says_what_is_compared(stage, foreign: Path) -> None:
     config = load(stage("run", objective=CROSS), [f"--teacher.checkpoint={foreign}"])
     said = check(config, ranks=1, num_records=4, num_pictures=0)
     assert "two tokenizers: 258 tokens spell the same on both sides; 2 only the student has, " in said
-    assert "shared columns" not in said
+    assert "shared tokens" not in said
     assert "sum over stretches of response text / response_stretches of the step" in said
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (["--objective.response_kl={}"], r"drop response_kl beside response_cross, or use a teacher of"),
-        (["--objective.hint={student_taps: [language_model.layers.0]}"], r"drop hint beside response_cross"),
-        (["--objective.visual_kl={}"], r"drop visual_kl beside response_cross"),
+        (["--objective.response_kl={}"], r"remove response_kl and keep response_cross, or use a teacher of"),
+        (
+            ["--objective.hint={student_taps: [language_model.layers.0]}"],
+            r"remove hint and keep response_cross",
+        ),
+        (["--objective.visual_kl={}"], r"remove visual_kl and keep response_cross"),
         (
             ["--objective.response_cross=null", "--objective.response_kl={}"],
             r"response_cross compares answers as text",
         ),
         (
             ["--token_policy={kl: 0.5, spans: [{pattern: number}]}"],
-            r"`token_policy` is of single response tokens",
+            r"`token_policy` changes single response tokens",
         ),
     ],
     ids=str,
@@ -119,10 +122,10 @@ def test_what_such_a_teacher_does_not_serve_is_refused_by_name(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("--teacher.cache=kept", "`teacher.cache` holds .* set teacher.cache to null"),
+        ("--teacher.cache=kept", "`teacher.cache` stores .* set teacher.cache to null"),
         (
             "--teacher.several={checkpoints: [other], weights: uniform}",
-            "`teacher.several` mixes .* set teacher.several to null",
+            "`teacher.several` needs .* set teacher.several to null",
         ),
         ("--pictures.mixup={}", "`pictures` compares .* set pictures to null"),
     ],

@@ -167,7 +167,7 @@ def test_two_students_of_one_tower_run_it_once_and_other_grids_are_resampled_or_
     assert "the tower runs once for both students" in capsys.readouterr().err
     finer = make_tiny_llava(tmp_path / "larger", image_size=40, hidden=40, seed=9)
     config = paired("finer", peer=finer, max_steps=2)
-    assert "visual_kl need equal grids" in refused(config, capsys)
+    assert "visual_kl need equal visual grids" in refused(config, capsys)
     lines = metrics(config, "finer", "--data.visual_alignment=resample", bf16)
     assert lines[0]["peer/visual_kl"] > 0
 
@@ -250,13 +250,13 @@ def test_a_peer_of_another_vocabulary_is_refused_by_its_tokens(paired, tmp_path:
         (["--token_policy={spans: [{regex: a}]}"], "`token_policy` is set"),
         (["--pictures={mixup: {}}"], "`pictures` is set"),
         (["--objective.learned_weights={}"], "`objective.learned_weights` is set"),
-        (["--engine.kind=deepspeed"], "`peer` was never tried under `engine.kind` deepspeed"),
+        (["--engine.kind=deepspeed"], "`peer` was never tested with `engine.kind` deepspeed"),
         (
             ["--peer={vision_tower: a, language_model: b, projector: teacher}"],
             "`peer.projector` is teacher",
         ),
         (["--objective.attention={}"], "`objective.attention` reads attention"),
-        (["--objective.visual_switch={}"], "`objective.visual_switch` reads attention, another pass"),
+        (["--objective.visual_switch={}"], "`objective.visual_switch` reads attention, a second pass"),
         (["--objective.visual_kl={share: 0.5}"], "`objective.visual_kl` reads attention"),
         (["--objective={cross_entropy: {}}"], "`peer` is set but no term of `objective` uses it"),
         (["--peer={}"], "`peer` needs either `checkpoint`, or both"),

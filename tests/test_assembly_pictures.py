@@ -70,17 +70,17 @@ REFUSED = {
     "cached teacher": (
         HARD,
         [("teacher.cache", "somewhere")],
-        "`pictures` need the teacher itself, but teacher.cache is somewhere",
+        "`pictures` need the teacher model itself, but teacher.cache is somewhere",
     ),
     "cached teacher, mixup": (
         MIXUP,
         [("teacher.cache", "somewhere")],
-        "`pictures` need the teacher itself, but teacher.cache is somewhere",
+        "`pictures` need the teacher model itself, but teacher.cache is somewhere",
     ),
     "quantised teacher": (
         HARD,
         [("teacher.quantize", "8bit")],
-        "needs a gradient through the teacher to the pixels, which weights of 8bit do not give",
+        "needs a gradient through the teacher to the pixels, but weights quantized to 8bit give none",
     ),
     "teacher in parts": (
         HARD,
@@ -90,24 +90,24 @@ REFUSED = {
     "no teacher": (
         MIXUP,
         [("teacher", None), ("objective", {"cross_entropy": {"weight": 1.0}})],
-        "`pictures.mixup` asks the teacher about pictures, but `teacher` is null",
+        "`pictures.mixup` needs a teacher, but `teacher` is null",
     ),
     "no divergence": (
         HARD,
         [("objective.response_kl", None)],
-        "takes its divergence from objective.response_kl, which is not among the terms",
+        "uses the divergence of objective.response_kl, but the terms are",
     ),
     "sharded student": (
         HARD,
         [("engine.kind", "fsdp2")],
-        "which `engine.kind` fsdp2 does not allow for; use auto, single or ddp",
+        "which `engine.kind` fsdp2 does not support; use auto, single or ddp",
     ),
     "share": ({"mixup": {"share": 1.5}}, [], "`pictures.mixup.share`"),
     "no share": ({"mixup": {"share": 0.0}}, [], "`pictures.mixup.share`"),
     "thresholds": (
         {"hard": {"lower": 0.5, "upper": 0.1}},
         [],
-        r"`pictures.hard.lower` \(0.5\) must lie below `pictures.hard.upper` \(0.1\)",
+        r"`pictures.hard.lower` \(0.5\) must be below `pictures.hard.upper` \(0.1\)",
     ),
     "pattern": (
         {"hard": {"keep_prompts": "(left"}},
@@ -117,10 +117,10 @@ REFUSED = {
     "nothing to change": (
         {"hard": dict.fromkeys(("translate", "scale", "rotate", "crop", "colour", "blur"), 0.0)},
         [],
-        "may change nothing",
+        "changes nothing, because",
     ),
-    "both": ({**HARD, **MIXUP}, [], "needs one of hard and mixup"),
-    "neither": ({"hard": None}, [], "needs one of hard and mixup"),
+    "both": ({**HARD, **MIXUP}, [], "needs exactly one of hard and mixup"),
+    "neither": ({"hard": None}, [], "needs exactly one of hard and mixup"),
 }
 
 
@@ -142,7 +142,7 @@ def test_a_run_does_not_go_on_with_another_change(
     assert main(["train", str(path)]) == 0
     edited(path, ("pictures", other), ("max_steps", 6))
     assert main(["train", str(path)]) != 0
-    assert "already holds another run: pictures" in capsys.readouterr().err
+    assert "already contains another run: pictures" in capsys.readouterr().err
 
 
 def test_records_are_kept_by_their_question_or_their_type(

@@ -66,7 +66,7 @@ def test_a_broken_stage_stops_the_pipeline_which_then_goes_on(chain: Path, capsy
 def test_a_finished_stage_with_other_settings_is_not_skipped_in_silence(chain: Path, capsys) -> None:
     assert main(["run", str(chain)]) == 0
     assert main(["run", str(chain), "--seed=1"]) == 2
-    assert "is complete with other settings: seed: 0 -> 1" in capsys.readouterr().err
+    assert "is complete, but with other settings: seed: 0 -> 1" in capsys.readouterr().err
 
 
 def test_a_stage_that_was_stopped_stops_the_pipeline_which_does_not_pass_for_done(
@@ -83,10 +83,10 @@ def test_a_stage_that_was_stopped_stops_the_pipeline_which_does_not_pass_for_don
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
-        ("[1]", "must hold `stages`"),
-        ("stages: []", "must hold `stages`"),
-        ("{stages: [{config: a.yaml}], step: 1}", "must hold `stages`"),
-        ("stages: [{overrides: {a: 1}}]", "a stage has `config`"),
+        ("[1]", "must contain `stages`"),
+        ("stages: []", "must contain `stages`"),
+        ("{stages: [{config: a.yaml}], step: 1}", "must contain `stages`"),
+        ("stages: [{overrides: {a: 1}}]", "a stage must have `config`"),
         ("stages: [{config: none.yaml}]", "no config file"),
         ("stages: [{config: first.yaml, overrides: [1]}]", "must be `key: value` lines"),
         ("stages: [{config: first.yaml}, {config: first.yaml}]", "needs its own output_dir"),
@@ -115,7 +115,7 @@ def test_the_next_stage_refuses_a_student_that_is_unfinished_or_changed(stage, c
     save_file(weights, output / "model" / "model.safetensors", metadata={"format": "pt"})
     capsys.readouterr()
     assert main(words) == 2
-    assert "is no longer what its run wrote: model.safetensors changed" in capsys.readouterr().err
+    assert "must be as its run wrote it, but model.safetensors changed" in capsys.readouterr().err
     (output / "run.json").unlink()
     assert main(words) == 2
     assert "which is not complete; finish that stage first" in capsys.readouterr().err
@@ -181,7 +181,7 @@ def test_a_signal_stops_the_stage_that_runs_and_no_other_starts(
     said, _ = started.communicate(timeout=30)
     assert started.returncode == status
     assert "saved" in said
-    assert f"stopped by {number.name}; the same command goes on" in said
+    assert f"stopped by {number.name}; run the same command again to continue" in said
     assert "second.yaml" not in said
 
 

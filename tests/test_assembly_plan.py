@@ -49,7 +49,7 @@ def test_a_dry_run_says_the_loss_as_a_formula(stage, capsys) -> None:
         "cache of the largest)"
     )
     assert lines[at + 2] == "    with temperature 2, divergence reverse, mix 0.5, trust all, listed 5"
-    assert "  learned from these weights on: those of response_kl, visual_kl, relation" in lines
+    assert "  weights that are learned, starting from these values: response_kl, visual_kl, relation" in lines
 
 
 def test_a_dry_run_resolves_every_tap_and_refuses_one_that_is_not_there(stage, capsys) -> None:
@@ -69,7 +69,7 @@ def test_a_dry_run_resolves_every_tap_and_refuses_one_that_is_not_there(stage, c
 def test_a_dry_run_refuses_what_the_run_would(stage, capsys) -> None:
     config = stage("run", engine="auto")
     assert main(["train", str(config), "--dry_run", "--ranks=3"]) == 2
-    assert "multiple of the number of ranks, got 3" in capsys.readouterr().err
+    assert "multiple of the number of ranks; got 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", ["slice", "parent", "template", "other run"])
@@ -96,10 +96,10 @@ def test_a_dry_run_says_what_training_would_say(stage, tmp_path: Path, capsys, f
 def test_a_dry_run_refuses_an_output_that_cannot_be_made(stage, monkeypatch, capsys) -> None:
     config = stage("run", engine="auto")
     assert main(["train", str(config), "--dry_run", f"--output_dir={config}/deep/run"]) == 2
-    assert f"run cannot be made: {config} is a file; name a directory" in capsys.readouterr().err
+    assert f"run cannot be created: {config} is a file; name a directory" in capsys.readouterr().err
     monkeypatch.setattr("os.access", lambda *_: False)  # the superuser may write anywhere
     assert main(["train", str(config), "--dry_run"]) == 2
-    assert f"cannot be made: {config.parent} may not be written" in capsys.readouterr().err
+    assert f"cannot be created: {config.parent} is not writable" in capsys.readouterr().err
 
 
 def test_sizes_from_the_configuration_alone_are_those_of_the_model(
@@ -190,8 +190,8 @@ def test_check_looks_at_vocabulary_towers_labels_and_records(stage, capsys) -> N
     assert main(["check", str(stage("run", engine="auto")), "--records=5", "--ranks=2"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "towers the same: it runs once" in said
-    assert "vocabulary 260 shared columns" in said
-    assert f"decoded by {jpeg_decoder()}, and images resized by {resizer()}, exactly" in said
+    assert "vocabulary 260 shared tokens" in said
+    assert f"decoded by {jpeg_decoder()} and images are resized by {resizer()}, exactly" in said
     assert "sample 5 records, 0 bad" in said
     assert "is trained on" in said
     assert "ranks 2" in said
@@ -200,7 +200,7 @@ def test_check_looks_at_vocabulary_towers_labels_and_records(stage, capsys) -> N
 def test_the_plan_knows_a_run_that_is_there(tmp_path: Path) -> None:
     assert build_plan._state(tmp_path) == "new"
     (tmp_path / "checkpoints").mkdir()
-    assert build_plan._state(tmp_path) == "goes on from what is there"
+    assert build_plan._state(tmp_path) == "resumes from the last checkpoint"
     (tmp_path / "run.json").write_text("{}")
     assert build_plan._state(tmp_path) == "complete, nothing to do"
 
@@ -229,7 +229,7 @@ def test_a_check_says_whether_the_models_look_at_the_pictures(
     lines = capsys.readouterr().out.splitlines()
     said = [line for line in lines if line.startswith("pictures ")]
     assert len(said) == 2
-    gains = [float(line.split("another's: ")[1].split()[0]) for line in said]
+    gains = [float(line.split("another one: ")[1].split()[0]) for line in said]
     assert all(gain > 1 if sees else gain == 0 for gain in gains)
     warnings = [line for line in lines if "look" in line and line.startswith("  warning  ")]
     assert len(warnings) == (0 if sees else 2)

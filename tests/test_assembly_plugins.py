@@ -35,20 +35,20 @@ def write(path: Path, text: str) -> str:
         ("x = (1,\ny = 2", "cannot be imported: SyntaxError"),
         ("raise RuntimeError('a\\nb')", r"cannot be imported: RuntimeError: a b \(line 1 of odd.py\)"),
         ("import sys; sys.exit(3)", r"cannot be imported: SystemExit: 3 \(line 1"),
-        ("x = 1", "holds no table; give it one of TERMS, TOWERS, SOURCES, TEMPLATES, BENCHMARKS"),
+        ("x = 1", "must define a table, but has none; add one of TERMS, TOWERS, SOURCES, TEMPLATES"),
         ("TERMS = []", r"TERMS must be a dict of names and values; got \[\]"),
         ("TERMS = {}", "TERMS must be a dict of names and values"),
         ("TERMS = {'mine': 1}", r"TERMS\['mine'\] must be a class of .*Term; got 1"),
-        ("TERMS = {'relation': 1}", "TERMS names 'relation', which exists; give it another name"),
+        ("TERMS = {'relation': 1}", "TERMS must not reuse the existing name 'relation'; choose another name"),
         ("TERMS = {'my term': 1}", r"TERMS\['my term'\] must have a name of letters"),
         ("TOWERS = {'mine': int}", r"TOWERS\['mine'\] must be a .*Family; got <class 'int'>"),
-        ("SOURCES = {'.tar': 1}", "SOURCES names '.tar', which exists"),
-        ("SOURCES = {'.tar.gz': 1}", r"must stand under a suffix such as '\.csv'"),
-        (TEMPLATE.replace('"mine":', '"yours":'), r"\['yours'\] must stand under its own name, 'mine'"),
-        (TEMPLATE.replace("mine", "vicuna"), "TEMPLATES names 'vicuna', which exists"),
-        (TEMPLATE.replace("mine", "auto"), r"TEMPLATES\['auto'\] may not be called auto"),
-        (TEMPLATE.replace("TEMPLATES", "TEMPLATE"), "holds TEMPLATE; the table is called TEMPLATES"),
-        ("BENCHMARKS = {'pope': 1}", "BENCHMARKS names 'pope', which exists"),
+        ("SOURCES = {'.tar': 1}", "SOURCES must not reuse the existing name '.tar'"),
+        ("SOURCES = {'.tar.gz': 1}", r"must have a suffix such as '\.csv' as its key"),
+        (TEMPLATE.replace('"mine":', '"yours":'), r"\['yours'\] must have its own name as its key: 'mine'"),
+        (TEMPLATE.replace("mine", "vicuna"), "TEMPLATES must not reuse the existing name 'vicuna'"),
+        (TEMPLATE.replace("mine", "auto"), r"TEMPLATES\['auto'\] must not be named auto"),
+        (TEMPLATE.replace("TEMPLATES", "TEMPLATE"), "defines TEMPLATE; rename it to TEMPLATES"),
+        ("BENCHMARKS = {'pope': 1}", "BENCHMARKS must not reuse the existing name 'pope'"),
         ("BENCHMARKS = {'mine': 1}", r"BENCHMARKS\['mine'\] must be a .*Benchmark; got 1"),
     ],
 )  # fmt: skip
@@ -81,7 +81,9 @@ def test_a_name_that_leads_nowhere_is_refused(name: str, message: str) -> None:
 
 def test_two_plug_ins_may_not_hold_one_name(tmp_path: Path) -> None:
     names = [write(tmp_path / f"{n}.py", TEMPLATE + f"N = {n!r}") for n in ("a", "b")]
-    with pytest.raises(ValueError, match=r"plug-in .*b\.py: TEMPLATES names 'mine', which exists"):
+    with pytest.raises(
+        ValueError, match=r"plug-in .*b\.py: TEMPLATES must not reuse the existing name 'mine'"
+    ):
         with_plugins(names)
 
 
@@ -159,7 +161,7 @@ def test_a_run_tells_its_plug_ins_and_check_does(
     assert json.loads((output / "run.json").read_text())["fingerprints"][f"plug-in {name}"] == sha
     write(tmp_path / "mine.py", TEMPLATE + "# more")
     assert main(["train", str(config)]) == 2
-    assert f"plug-in {name} changed since the run in {output} began" in capsys.readouterr().err
+    assert f"plug-in {name} changed since the run in {output} started" in capsys.readouterr().err
 
 
 def test_help_does_not_wait_for_the_tables() -> None:

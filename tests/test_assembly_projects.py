@@ -164,8 +164,8 @@ def test_settings_go_into_the_stages_that_have_their_section(own: Path) -> None:
 def test_steps_that_a_user_asks_for_are_those_that_are_told(own: Path) -> None:
     for words, steps in ((["--epochs=2", "--global_batch_size=16"], 4), (["--max_steps=60"], 60)):
         lines = begin(str(own / f"p{steps}"), find_data(given(own), own), Models(), words, machine=SMALL)
-        assert any(f" {steps} steps a stage" in line for line in lines)
-        assert any("optimiser steps teach little" in line for line in lines) == (steps < 50)
+        assert any(f" {steps} steps per stage" in line for line in lines)
+        assert any("optimiser steps are too few" in line for line in lines) == (steps < 50)
 
 
 def test_a_whole_student_needs_no_stage_that_composes_one(own: Path) -> None:
@@ -191,7 +191,7 @@ def test_few_steps_are_warned_of_and_enough_are_not(tmp_path: Path) -> None:
         write_csv(folder.with_suffix(".csv"), write_pictures(folder, count))
         found = find_data(Given(images=str(folder), data=f"{folder}.csv"), tmp_path)
         lines = begin(str(tmp_path / f"p{count}"), found, Models(), machine=SMALL)
-        assert any("optimiser steps teach little" in line for line in lines) == is_warned
+        assert any("optimiser steps are too few" in line for line in lines) == is_warned
 
 
 def test_a_small_table_holds_nothing_out_and_then_nothing_chooses(tmp_path: Path) -> None:
@@ -250,13 +250,13 @@ def refused(own: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]
 def test_a_folder_without_pictures(own: Path, refused: Callable[..., str]) -> None:
     (own / "empty").mkdir()
     said = refused(own / "p", "--images", own / "empty", "--data", own / "table.csv")
-    assert f"{own / 'empty'} holds no picture (.jpg," in said
+    assert f"{own / 'empty'} and its subfolders contain no picture (.jpg," in said
     assert "no image folder" in refused(own / "p", "--images", own / "none", "--data", own / "table.csv")
 
 
 def test_a_folder_that_is_taken(own: Path, refused: Callable[..., str]) -> None:
     said = refused(own / "photos", "--data", own / "table.csv")
-    assert "is not empty (it holds IMG_0001.png, IMG_0002.png, IMG_0003.png); name a new folder" in said
+    assert "is not empty (it contains IMG_0001.png, IMG_0002.png, IMG_0003.png); name a new folder" in said
     assert f"llava-kd init PROJECT --images {own / 'photos'}" in said
     assert "is a file; name a new folder" in refused(own / "table.csv")
 
@@ -281,17 +281,17 @@ def test_a_table_of_other_columns(own: Path, refused: Callable[..., str]) -> Non
 
 
 def test_no_table_or_two(own: Path, refused: Callable[..., str]) -> None:
-    assert "holds no table; --data names the" in refused(own / "p", "--images", own / "photos")
+    assert "contains no table; name the .csv" in refused(own / "p", "--images", own / "photos")
     for name in ("a.csv", "b.csv"):
         (own / "photos" / name).write_text("image,question,answer\n")
-    assert "holds a.csv, b.csv: which of them" in refused(own / "p", "--images", own / "photos")
+    assert "contains a.csv, b.csv: several candidates" in refused(own / "p", "--images", own / "photos")
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--teacher", "/no/such/teacher"], "the LLaVA checkpoint /no/such/teacher does not exist"),
-        (["--student", "a/b", "--vision_tower", "c/d"], "--student is a whole model; leave out"),
+        (["--student", "a/b", "--vision_tower", "c/d"], "--student names a whole model; leave out"),
         (["--optim.rate=1"], "no setting `rate` in `optim`"),
         (
             ["--columns", "image=Foto"],

@@ -64,7 +64,7 @@ def test_a_wrong_name_or_a_taken_folder_is_one_line_and_changes_nothing(
     assert "is not empty; name a new directory" in capsys.readouterr().err
     assert main(["recipes", "copy", "../paper", str(tmp_path / "new")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("llava-kd recipes copy: no recipe '../paper'; there are paper, small"), said
+    assert said.startswith("llava-kd recipes copy: no recipe '../paper'; choose one of paper, small"), said
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "stage1_dpt.yaml"]
     assert (tmp_path / "mine" / "stage1_dpt.yaml").read_text() == "my own"
 

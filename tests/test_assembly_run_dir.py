@@ -36,8 +36,8 @@ def test_a_finished_run_on_a_read_only_disk_is_complete(stage) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["0", "2"], done.stderr
     *_, complete, other = done.stderr.splitlines()
-    assert complete.endswith(f"{output} is complete: nothing to do; its student is {output / 'model'}")
-    assert "already holds another run: seed: 0 -> 1" in other
+    assert complete.endswith(f"{output} is complete: nothing to do; the student is {output / 'model'}")
+    assert "already contains another run: seed: 0 -> 1" in other
     assert left.is_dir()
 
 
@@ -50,7 +50,7 @@ def test_a_finished_run_goes_on_when_it_is_to_be_longer(stage, capsys) -> None:
     capsys.readouterr()
     assert main(["train", str(config), "--max_steps=4"]) == 0
     said = capsys.readouterr().err
-    assert "was finished at step 2 and is made longer" in said
+    assert "was finished at step 2 and is extended" in said
     assert "going on from step 2" in said
     logged = [json.loads(line) for line in (output / "metrics.jsonl").open()]
     assert [line["step"] for line in logged] == [1, 2, 3, 4]
@@ -86,13 +86,13 @@ def test_a_run_is_made_longer_from_its_last_checkpoint_alone(stage, capsys) -> N
     output = config.with_suffix("")
     assert main(["train", str(config)]) == 0
     assert main(["train", str(config), "--max_steps=1"]) == 2
-    assert "already holds another run: max_steps: 2 -> 1" in capsys.readouterr().err
+    assert "already contains another run: max_steps: 2 -> 1" in capsys.readouterr().err
     assert main(["train", str(config), "--max_steps=3", "--seed=1"]) == 2
-    assert "already holds another run: seed: 0 -> 1" in capsys.readouterr().err
+    assert "already contains another run: seed: 0 -> 1" in capsys.readouterr().err
     shutil.rmtree(output / "checkpoints")
     assert main(["train", str(config), "--max_steps=3"]) == 2
     said = capsys.readouterr().err
-    assert "its checkpoint of that step is gone" in said
+    assert "the checkpoint of that step is missing" in said
     assert f"student.checkpoint={output / 'model'}" in said
     assert (output / "run.json").is_file()
     assert (output / "model" / "config.json").is_file()

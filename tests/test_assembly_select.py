@@ -135,7 +135,7 @@ def test_a_run_and_a_cache_know_the_list_by_what_it_says(
     words = [f"--teacher.cache={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'cached'}"]
     assert main(["train", str(config), fewer, *words]) == 0
     assert main(["train", str(config), *words[:1], f"--output_dir={tmp_path / 'other'}"]) == 2
-    assert "was written for something else (data:" in capsys.readouterr().err
+    assert "was written with other inputs (data:" in capsys.readouterr().err
 
 
 def test_groups_are_fields_of_the_records_too(select, config: Path, tmp_path: Path, shapes_dir: Path) -> None:
@@ -295,10 +295,10 @@ def test_what_a_comparison_cannot_tell_is_refused(
     assert "| 100% |" in (tmp_path / "same" / TABLE).read_text()
     assert not (tmp_path / "same" / CHOSEN).exists()
     new = "--student={vision_tower: a, language_model: b}"
-    refused("this stage makes a new student, which has no opinion yet", new, out="new")
-    refused("--reference is of a choice by difference", "--reference", str(student_dir), out="a")
-    refused("--with_student is of a choice by disagreement", *same, by=select, out="b")
-    refused("--any_reference is of a choice by difference", ANY, out="c")
+    refused("--by disagreement needs a trained student, but this stage creates a new one", new, out="new")
+    refused("--reference needs --by difference", "--reference", str(student_dir), out="a")
+    refused("--with_student needs --by disagreement", *same, by=select, out="b")
+    refused("--any_reference needs --by difference", ANY, out="c")
     other = make_tiny_llava(tmp_path / "foreign", hidden=32, seed=4)
     tree = json.loads((other / "tokenizer.json").read_text())
     vocab = tree["model"]["vocab"]

@@ -214,11 +214,11 @@ def test_a_server_in_trouble_is_asked_again(stage: Stage, trouble) -> None:
 @pytest.mark.parametrize(
     ("trouble", "said"),
     [
-        (busy, "asked 1 time: it answered 503 (overloaded)"),
-        (limited, "asked 1 time: it answered 429 (too many requests)"),
-        (hangs_up, "asked 1 time: the connection failed ("),
-        (says_half, "asked 1 time: the answer is no whole JSON"),
-        (sleeps, "asked 1 time: nothing within 6 s"),
+        (busy, "after 1 attempt: it answered 503 (overloaded)"),
+        (limited, "after 1 attempt: it answered 429 (too many requests)"),
+        (hangs_up, "after 1 attempt: the connection failed ("),
+        (says_half, "after 1 attempt: the response is not complete JSON"),
+        (sleeps, "after 1 attempt: no response within 6 s"),
     ],
 )
 def test_a_server_that_stays_in_trouble_is_named_and_the_cache_goes_on(
@@ -233,12 +233,12 @@ def test_a_server_that_stays_in_trouble_is_named_and_the_cache_goes_on(
     line = stage.refused(
         "--server_jobs=1", "--server_retries=0", f"--server_timeout={6 if trouble is sleeps else 60}"
     )
-    assert f"record {names[2]!r}: {stage.served.url} gave no answer, {said}" in line
-    assert "goes on from what is there" in line
+    assert f"record {names[2]!r}: {stage.served.url} gave no answer {said}" in line
+    assert "continue from what is stored" in line
     stage.served.trick = None
     stage.served.asked.clear()
     assert stage.cache() == 0
-    assert "2 of 5 records are there" in stage.capsys.readouterr().err
+    assert "2 of 5 records are stored" in stage.capsys.readouterr().err
     assert len(stage.served.asked) == 3
     assert json.loads((stage.directory / "served" / MANIFEST).read_text())["is_complete"]
     assert len(losses(stage.config, stage.directory / "served")) == 2
@@ -259,7 +259,7 @@ def test_what_was_answered_beside_an_error_is_kept(stage: Stage) -> None:
     assert stage.cache() == 0
     said = stage.capsys.readouterr().err
     assert "0 of 5 records" not in said
-    assert " of 5 records are there" in said
+    assert " of 5 records are stored" in said
 
 
 def changed(**fields: object):
@@ -283,14 +283,14 @@ def each(change):
     ("trick", "said"),
     [
         (changed(prompt_logprobs=None), "gave no prompt_logprobs"),
-        (changed(prompt_token_ids=None), "gave no prompt_token_ids, without which no token can be checked"),
+        (changed(prompt_token_ids=None), "gave no prompt_token_ids, which are needed to check the tokens"),
         (changed(prompt_logprobs=lambda said: said[1:]), "they cannot be aligned"),
         (changed(prompt_token_ids=lambda ids: [*ids[:3], 7, *ids[4:]]), "read other tokens: token 3 is '("),
-        (changed(prompt_token_ids=lambda ids: ids[:9]), "token 9 is nothing there"),
-        (changed(model="student"), "answered with the model 'student', asked was 'teacher'"),
+        (changed(prompt_token_ids=lambda ids: ids[:9]), "token 9 is nothing on the server"),
+        (changed(model="student"), "answered with the model 'student' instead of 'teacher'"),
         (
             changed(prompt_logprobs=each(lambda entry: dict(list(entry.items())[:5]))),
-            "8 were asked for: start it with --max-logprobs 8",
+            "instead of 8: start the server with --max-logprobs 8",
         ),
         (
             changed(
@@ -298,19 +298,19 @@ def each(change):
                     lambda entry: {t: {**of, "logprob": of["logprob"] + 9} for t, of in entry.items()}
                 )
             ),
-            "start it with --logprobs-mode raw_logprobs",
+            "start the server with --logprobs-mode raw_logprobs",
         ),
         (
             changed(prompt_logprobs=each(lambda entry: {t: {"logprob": "NaN"} for t, of in entry.items()})),
-            "that is no number",
+            "that is not a finite number",
         ),
-        (changed(prompt_logprobs=each(lambda entry: dict.fromkeys(entry, -1.0))), "not of vLLM's form"),
+        (changed(prompt_logprobs=each(lambda entry: dict.fromkeys(entry, -1.0))), "not in vLLM's format"),
         (
             changed(prompt_logprobs=each(lambda entry: {**entry, "999": {"logprob": 0.0 - 1e-9}})),
-            "gave token 999 among the 8 likeliest",
+            "gave token 999 among the 8 most likely",
         ),
         (changed(prompt_logprobs=lambda said: [None] * len(said)), "gave no log-probabilities at token"),
-        (changed(prompt_logprobs=lambda said: [None, *said[2:], said[1]]), "without that token's own"),
+        (changed(prompt_logprobs=lambda said: [None, *said[2:], said[1]]), "without the prompt's own token"),
     ],
 )
 def test_an_answer_that_does_not_fit_is_refused_with_its_record(stage: Stage, trick, said: str) -> None:
@@ -327,7 +327,7 @@ def test_a_server_with_another_template_is_refused_and_told_which(stage: Stage) 
         line = stage.refused()
     finally:
         stage.served.chat_template = kept
-    assert "read other tokens: token 0 is '<|im_start|>' (id 257) there and 'U' (id " in line
+    assert "read other tokens: token 0 is '<|im_start|>' (id 257) on the server and 'U' (id " in line
     path = stage.directory / "served" / "chat_template.jinja"
     assert f"--chat-template {path}" in line
     assert path.read_text() == kept
@@ -341,7 +341,7 @@ def test_image_tokens_that_are_counted_otherwise_are_told(stage: Stage) -> None:
 
     trick = changed(prompt_token_ids=fewer)
     stage.served.trick = lambda handler, body, number: trick(stage.served, body)
-    assert "(it has 15 image tokens up to there, 16 are read here)" in stage.refused()
+    assert "(up to there the server has 15 image tokens; 16 are expected)" in stage.refused()
 
 
 def test_answers_that_change_places_are_refused(stage: Stage) -> None:
@@ -355,15 +355,15 @@ def test_answers_that_change_places_are_refused(stage: Stage) -> None:
     stage.served.trick = trick
     line = stage.refused("--server_jobs=1")
     assert f"record {stage.records[1]['id']!r}" in line
-    assert "gave the answer to another request" in line
+    assert "returned the answer to another request" in line
 
 
 def test_a_limit_of_the_server_names_its_flag(stage: Stage) -> None:
     line = stage.refused(k=30)
     assert "Requested prompt logprobs of 30" in line
-    assert "start it with --max-logprobs 30, or ask for fewer by --topk" in line
+    assert "start the server with --max-logprobs 30, or use a smaller --topk" in line
     stage.served.max_model_len = 512
-    assert "start it with --max-model-len 513 or more" in stage.refused(out="other")
+    assert "start the server with --max-model-len 513 or more" in stage.refused(out="other")
 
 
 def test_a_key_is_sent_and_written_nowhere(stage: Stage, monkeypatch) -> None:
@@ -376,8 +376,8 @@ def test_a_key_is_sent_and_written_nowhere(stage: Stage, monkeypatch) -> None:
 
     stage.served.trick = trick
     assert "answered 401: " in (line := stage.refused())
-    assert "it wants a key: name its variable with --server_key_env" in line
-    assert "no such environment variable" in stage.refused("--server_key_env=NOT_SET_HERE")
+    assert "the server needs an API key: name its environment variable with --server_key_env" in line
+    assert "names the environment variable NOT_SET_HERE" in stage.refused("--server_key_env=NOT_SET_HERE")
     monkeypatch.setenv("TEACHER_KEY", f"{key}\nx: y")
     assert key not in (line := stage.refused("--server_key_env=TEACHER_KEY"))
     assert "TEACHER_KEY must hold a key" in line
@@ -402,16 +402,16 @@ def test_the_model_is_named_where_there_are_several(stage: Stage) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--mode=hidden"], "--server goes with --mode topk"),
+        (["--mode=hidden"], "--server needs --mode topk"),
         (
             ["--objective.response_kl.temperature=2", "--objective.visual_kl.temperature=2"],
-            "log-probabilities at temperature 1, the KL terms of `objective` are at 2",
+            "log-probabilities at temperature 1, but the KL terms of `objective` have 2",
         ),
-        (["--objective.relation={weight: 1}"], "relation compares more than"),
+        (["--objective.relation={weight: 1}"], "relation needs more than"),
         (["--server=ftp://here"], "--server must be an address such as http://localhost:8000"),
-        (["--server=http://me:word@localhost:1"], "must hold no name and no password"),
-        (["--server=http://127.0.0.1:9", "--server_retries=0"], "gave no answer, asked 1 time: "),
-        (["--topk=260"], "--topk must lie in 1..259"),
+        (["--server=http://me:word@localhost:1"], "must not contain a user name or password"),
+        (["--server=http://127.0.0.1:9", "--server_retries=0"], "gave no answer after 1 attempt: "),
+        (["--topk=260"], "--topk must be from 1 to 259"),
     ],
 )
 def test_what_no_server_serves_is_refused(stage: Stage, words: list[str], said: str) -> None:
@@ -424,7 +424,7 @@ def test_what_no_server_serves_is_refused(stage: Stage, words: list[str], said: 
 def test_flags_of_a_server_without_one_are_refused(stage: Stage) -> None:
     words = ["cache-teacher", str(stage.config), f"--out={stage.directory / 'x'}", "--server_jobs=2"]
     assert main(words) == 2
-    assert "--server_jobs belongs to --server URL" in stage.capsys.readouterr().err
+    assert "--server_jobs needs --server URL" in stage.capsys.readouterr().err
 
 
 def test_words_that_a_server_would_read_as_control_tokens_are_refused_first(stage: Stage) -> None:

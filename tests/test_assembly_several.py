@@ -131,38 +131,38 @@ def test_a_dry_run_counts_every_teacher(stage, other_dir: Path, capsys) -> None:
 def test_a_cache_is_not_written_of_several(stage, other_dir: Path, tmp_path: Path, capsys) -> None:
     config = fused(stage, [other_dir])
     assert main(["cache-teacher", str(config), f"--out={tmp_path / 'cache'}"]) != 0
-    assert "a cache holds what one teacher says" in " ".join(capsys.readouterr().err.split())
+    assert "a cache stores the predictions of one teacher" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
     ("weights", "several", "words", "message"),
     [
-        ("uniform", {}, ["--teacher.cache=x"], "`teacher.cache` (x) holds what one teacher says"),
+        ("uniform", {}, ["--teacher.cache=x"], "`teacher.cache` (x) stores the predictions of one teacher"),
         (
             "uniform",
             {"shares": [0.5, 0.5]},
             [],
-            "`teacher.several.shares` belongs to `teacher.several.weights`",
+            "`teacher.several.shares` needs `teacher.several.weights`",
         ),
-        ("uniform", {"records": ["a", "b"]}, [], "`teacher.several.records` belongs to"),
+        ("uniform", {"records": ["a", "b"]}, [], "`teacher.several.records` needs `teacher.several.weights`"),
         (
             "given",
             {"shares": [0.5]},
             [],
-            "needs one of each of the 2 teachers, that of teacher.checkpoint first",
+            "must have one entry for each of the 2 teachers, teacher.checkpoint first",
         ),
         ("given", {}, [], "got 0"),
         ("given", {"shares": [0.5, 0.6]}, [], "must sum to 1"),
         ("given", {"shares": [1.0, 0.0]}, [], "teacher.several.shares"),
         ("given", {"shares": [float("nan"), 0.5]}, [], "teacher.several.shares"),
-        ("histograms", {"records": ["a"]}, [], "`teacher.several.records` needs one of each"),
+        ("histograms", {"records": ["a"]}, [], "`teacher.several.records` must have one entry for each"),
         ("histograms", {"records": ["no.json", "no.json"]}, [], "no.json"),
         ("uniform", {"beta": -1.0}, [], "teacher.several.beta"),
         ("best", {}, [], "best"),
         ("uniform", {"checkpoints": []}, [], "teacher.several.checkpoints"),
         ("uniform", {"checkpoints": ["/nowhere"]}, [], "/nowhere"),
         ("uniform", {}, ["--objective.visual_kl={weight: 1.0}"], "cannot serve visual_kl; only response_kl"),
-        ("uniform", {}, ["--pictures={mixup: {}}"], "`pictures.mixup` asks one teacher about pictures"),
+        ("uniform", {}, ["--pictures={mixup: {}}"], "`pictures.mixup` works with one teacher"),
         ("uniform", {}, ["--objective.relation={weight: 1.0}"], "cannot serve relation"),
         ("uniform", {}, ["--objective.response_kl.trust=first"], "cannot serve response_kl.trust"),
         ("uniform", {}, ["--objective.response_kl.temperature=std"], "response_kl.temperature std"),
@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_refused(
 def test_one_directory_twice_is_refused_however_it_is_written(stage, teacher_dir: Path, capsys) -> None:
     for twice in (teacher_dir, teacher_dir / ".." / teacher_dir.name):
         config = fused(stage, [twice], "twice")
-        assert "twice; name each directory once" in refused(config, capsys)
+        assert "is there twice: remove one" in refused(config, capsys)
 
 
 def test_teachers_of_other_vocabularies_or_eyes_are_refused(
@@ -190,7 +190,7 @@ def test_teachers_of_other_vocabularies_or_eyes_are_refused(
     a, b = list(vocabulary)[20:22]
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (words / "tokenizer.json").write_text(json.dumps(tree))
-    assert "must have one vocabulary" in refused(fused(stage, [words]), capsys)
+    assert "must have the same vocabulary" in refused(fused(stage, [words]), capsys)
     eyes = shutil.copytree(other_dir, tmp_path / "eyes")
     (path,) = (p for p in (eyes / "preprocessor_config.json", eyes / "processor_config.json") if p.is_file())
     text = path.read_text()

@@ -134,7 +134,7 @@ def test_the_projectors_output_is_kept_where_the_relation_reads_it(
     live = losses(config, "live", *words)
     same(live, losses(config, "cached", *words, f"--teacher.cache={tmp_path / 'cache'}"))
     assert main(["train", str(config), *words, f"--teacher.cache={hidden}"]) == 2
-    assert "does not hold the projector's output" in capsys.readouterr().err
+    assert "does not have the projector's output" in capsys.readouterr().err
 
 
 def test_the_largest_logits_give_their_own_divergence(stage, tmp_path: Path, capsys) -> None:
@@ -155,10 +155,10 @@ def test_the_largest_logits_give_their_own_divergence(stage, tmp_path: Path, cap
         assert 0 < first[term] < live[0][term]
     capsys.readouterr()
     for more, said in (
-        ([], "does not hold what relation compares"),
+        ([], "does not have what relation compares"),
         (
             [KL_ALONE, "--objective.visual_kl.temperature=2.0"],
-            "mass at temperature 1, 2; it was written for 1",
+            "probabilities at temperature 1, 2: it was written for 1",
         ),
     ):
         assert main(["train", str(config), f"--teacher.cache={few}", *more]) == 2
@@ -178,7 +178,7 @@ def test_the_largest_logits_keep_the_deviation_of_all(stage, tmp_path: Path, cap
         same(live, losses(config, name, *words, *more, f"--teacher.cache={out}"), TERMS[:-1])
     capsys.readouterr()
     assert main(["train", str(config), KL_ALONE, f"--teacher.cache={out}"]) == 2
-    assert "mass at temperature 1; it was written for std" in capsys.readouterr().err
+    assert "probabilities at temperature 1: it was written for std" in capsys.readouterr().err
 
 
 def test_a_cache_from_before_std_is_read_and_not_taken_for_it(stage, tmp_path: Path, capsys) -> None:
@@ -191,24 +191,24 @@ def test_a_cache_from_before_std_is_read_and_not_taken_for_it(stage, tmp_path: P
     same(new, losses(config, "again", KL_ALONE, f"--teacher.cache={out}"), TERMS[:-1])
     capsys.readouterr()
     assert main(["train", str(config), KL_ALONE, *STD, f"--teacher.cache={out}"]) == 2
-    assert "mass at temperature std; it was written for 1" in capsys.readouterr().err
+    assert "probabilities at temperature std: it was written for 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "relation compares more than"),
+        ([], "relation needs more than"),
         (
             [KL_ALONE, "--topk=4", "--objective.visual_kl.temperature=std"],
-            "needs one temperature for both KL terms; got 1, std",
+            "needs the same temperature in all KL terms; got 1, std",
         ),
         (
             [KL_ALONE, "--topk=4", "--objective.visual_kl.divergence=adaptive"],
-            "visual_kl compares more than the largest",
+            "visual_kl needs more than the largest",
         ),
-        ([KL_ALONE], "--topk must lie in 1..259"),
-        ([KL_ALONE, "--topk=260"], "--topk must lie in 1..259"),
-        ([KL_ALONE, "--topk=4", "--objective.visual_kl.temperature=2"], "needs one temperature"),
+        ([KL_ALONE], "--topk must be from 1 to 259"),
+        ([KL_ALONE, "--topk=260"], "--topk must be from 1 to 259"),
+        ([KL_ALONE, "--topk=4", "--objective.visual_kl.temperature=2"], "needs the same temperature"),
     ],
 )
 def test_what_the_largest_logits_cannot_serve_is_refused(stage, tmp_path, capsys, words, said: str) -> None:
@@ -264,7 +264,7 @@ def test_a_term_that_reads_more_than_was_kept_is_refused(stage, tmp_path: Path, 
     out = tmp_path / "response"
     assert cache(config, out, "--objective.visual_kl=null", KL_ALONE) == 0
     assert main(["train", str(config), f"--teacher.cache={out}"]) == 2
-    assert "does not hold the teacher at visual places" in capsys.readouterr().err
+    assert "does not have the teacher at visual places" in capsys.readouterr().err
 
 
 class Died(BaseException):
@@ -296,9 +296,9 @@ def test_a_killed_run_goes_on_and_a_changed_one_is_refused(
     assert cache(config, out, SMALL, "--data.max_length=300") == 2
     assert "data.max_length: 512 there, 300 here" in capsys.readouterr().err
     assert cache(config, out, SMALL, KL_ALONE, "--objective.visual_kl=null") == 2
-    assert "a cache of another kind" in capsys.readouterr().err
+    assert "a different cache" in capsys.readouterr().err
     assert cache(config, out, SMALL) == 0
-    assert "7 of 30 records are there" in capsys.readouterr().err
+    assert "7 of 30 records are stored" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert {p.name for p in out.iterdir()} == {p.name for p in hidden.iterdir()}
     for path in (hidden / SHARDS).iterdir():
@@ -306,7 +306,7 @@ def test_a_killed_run_goes_on_and_a_changed_one_is_refused(
         for name, tensor in load_file(path).items():  # to the last bit: batches are as without the kill
             assert torch.equal(again[name], tensor), (path.name, name)
     assert cache(config, out, SMALL) == 0
-    assert "30 of 30 records are there" in capsys.readouterr().err
+    assert "30 of 30 records are stored" in capsys.readouterr().err
 
 
 def spoil(path: Path) -> None:
@@ -331,8 +331,8 @@ def test_damage_is_named_and_mended(stage, copied: Path, capsys) -> None:
     shards[7].unlink()
     assert cache(config, copied, SMALL) == 0
     said = capsys.readouterr().err
-    assert "27 of 30 records are there" in said
-    assert said.count("written anew") == 2
+    assert "27 of 30 records are stored" in said
+    assert said.count("rewriting it") == 2
     assert main(words) == 0
 
 
@@ -357,7 +357,7 @@ def test_a_record_that_was_bad_then_is_named_now_and_cached_later(
     assert main(["train", str(config), *words, f"--teacher.cache={out}"]) == 2
     assert f"record {records[2]['id']!r} is not in the teacher cache" in capsys.readouterr().err
     assert cache(config, out, *words) == 0
-    assert "7 of 8 records are there" in capsys.readouterr().err
+    assert "7 of 8 records are stored" in capsys.readouterr().err
     same(losses(config, "mended", *words), losses(config, "whole", *words, f"--teacher.cache={out}"))
 
 

@@ -92,14 +92,14 @@ def test_settings_that_the_rate_does_not_carry_over_are_named(
 ) -> None:
     measured = replace(config, micro_batch_size=4, output_dir="elsewhere", max_steps=1)
     lines = throughput(config, 2, rate_of(measured), FAST, student, None)
-    assert lines[1].endswith("not accounted for: micro_batch_size: 4 -> 2")
+    assert lines[1].endswith("which this estimate ignores: micro_batch_size: 4 -> 2")
 
 
 def test_a_bandwidth_that_the_measured_run_contradicts_is_refused(
     config: TrainConfig, student: ModelSizes
 ) -> None:
     slow = Network(inside=exchange(student, 2) / 5e9)
-    with pytest.raises(ValueError, match=r"the exchange of a step takes 5 s, and .* took 4 s; .*--inside"):
+    with pytest.raises(ValueError, match=r"communication takes 5 s per step, but .* took 4 s; .*--inside"):
         step_seconds(config, rate_of(config), slow, 1, student, None)
     with pytest.raises(ValueError, match=r"--between must be more than 0 GB/s; got 0"):
         Network(between=0)
@@ -125,12 +125,12 @@ def test_what_is_no_measured_machine_is_refused(stage, tmp_path: Path, capsys) -
     path = stage("run", engine="auto")
     words = ["train", str(path), "--dry_run", "--ranks=3", "--global_batch_size=6", f"--measured={tmp_path}"]
     assert main(words) == 2
-    assert "is no output_dir of a run: it has no metrics.jsonl" in capsys.readouterr().err
+    assert "must be the output_dir of a run, with metrics.jsonl" in capsys.readouterr().err
     (tmp_path / "config.yaml").write_text(path.read_text())
     line = {"step": 1, "seconds_per_step": 1.0, "samples_per_s": 4.0, "ranks": 2}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     assert main(words) == 2
-    assert "after its first line metrics.jsonl has 0" in capsys.readouterr().err
+    assert "it has 0 lines there" in capsys.readouterr().err
     (tmp_path / "metrics.jsonl").write_text((json.dumps(line) + "\n") * 2)
     assert main(words) == 2
     assert (

@@ -94,7 +94,7 @@ def test_private_tokens_can_be_dropped_without_a_teacher(stage) -> None:
 def test_a_hard_label_that_stays_is_said(stage, capsys) -> None:
     config = guarded(stage, policy={"cross_entropy": 0.5}, max_steps=1)
     metrics(config, "said")
-    assert "a hard label teaches a private token itself" in capsys.readouterr().err
+    assert "hard labels teach the private tokens themselves" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_the_policy_does(stage, capsys) -> None:
@@ -134,8 +134,8 @@ def test_a_span_outside_its_answer_makes_a_bad_record(stage, shapes_dir: Path, t
     [
         ({"spans": [{"pattern": "emial"}]}, [], "must be one of email, phone, digits"),
         ({"spans": [{"regex": "(("}]}, [], "must be a regular expression"),
-        ({"spans": [{"regex": "a", "pattern": "email"}]}, [], "needs `pattern` or `regex` each"),
-        ({"spans": []}, [], "`token_policy` looks for nothing"),
+        ({"spans": [{"regex": "a", "pattern": "email"}]}, [], "must each have either `pattern` or `regex`"),
+        ({"spans": []}, [], "`token_policy` needs `spans`"),
         ({"temperature": 0.5}, [], "(0.5) must be at least that of all tokens"),
         ({}, ["--objective.response_kl.temperature=21"], "`objective.response_kl.temperature` (21)"),
         ({}, ["--objective.response_kl.temperature=std"], "need a number as `objective.response_kl"),
@@ -144,7 +144,7 @@ def test_a_span_outside_its_answer_makes_a_bad_record(stage, shapes_dir: Path, t
         (
             {},
             ["--objective.response_kl=null", "--objective.visual_kl={weight: 1.0}"],
-            "no term compares it there",
+            "no term compares them",
         ),
     ],
 )

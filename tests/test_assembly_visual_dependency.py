@@ -56,14 +56,14 @@ def test_a_further_target_trains_alike_however_a_step_is_cut(stage) -> None:
     [
         (
             ["--teacher.cache=x", "--teacher.visual_dependency.gamma=2"],
-            "`teacher.cache` (x) keeps of what the teacher says without the picture a number a token alone",
+            "`teacher.cache` (x) stores only one number per token of the teacher's prediction",
         ),
         (
             ["--teacher.several={checkpoints: [/nowhere], weights: uniform}"],
-            "`teacher.visual_dependency` asks one teacher about pictures",
+            "`teacher.visual_dependency` works with one teacher",
         ),
-        (["--pictures={mixup: {}}"], "`teacher.visual_dependency` withholds them"),
-        (["--objective.response_kl=null"], "weighs response_kl, which `objective` has not; add it"),
+        (["--pictures={mixup: {}}"], "`teacher.visual_dependency` removes them"),
+        (["--objective.response_kl=null"], "weights response_kl, which `objective` does not have; add it"),
         (["--teacher.visual_dependency.top=0"], "teacher.visual_dependency.top"),
         (["--teacher.visual_dependency.top=nan"], "teacher.visual_dependency"),
         (["--teacher.visual_dependency.mass=0.2"], "must be at least `top` (0.3)"),
@@ -71,9 +71,12 @@ def test_a_further_target_trains_alike_however_a_step_is_cut(stage) -> None:
         (["--teacher.visual_dependency.gamma=-1"], "teacher.visual_dependency.gamma"),
         (
             ["--teacher.visual_dependency.gamma=2", "--objective.response_kl.divergence=jsd"],
-            "needs the divergence forward or reverse and a number as temperature of `objective.response_kl`",
+            "needs divergence forward or reverse, and a number as temperature, in `objective.response_kl`",
         ),
-        (["--teacher.visual_dependency.gamma=2", "--engine.kind=fsdp2"], "`engine.kind` fsdp2 was not tried"),
+        (
+            ["--teacher.visual_dependency.gamma=2", "--engine.kind=fsdp2"],
+            "was not tested with `engine.kind` fsdp2",
+        ),
         (["--teacher.visual_dependency.picture=absent"], "absent"),
         (["--teacher.visual_dependency.cells=0"], "teacher.visual_dependency.cells"),
     ],
@@ -114,12 +117,12 @@ def test_a_cache_of_no_scores_or_of_others_is_refused_by_name(stage, tmp_path: P
     assert main(["cache-teacher", str(config), f"--out={other}", DEPENDENCY]) == 0
     capsys.readouterr()
     said = refused(config, capsys, f"--teacher.cache={plain}", DEPENDENCY)
-    assert "the scores that `teacher.visual_dependency` weighs by (vds, grey): it has none." in said
+    assert "the scores that `teacher.visual_dependency` needs (vds, grey): it has none." in said
     words = [DEPENDENCY, "--teacher.visual_dependency.picture=blurred"]
     said = refused(config, capsys, f"--teacher.cache={other}", *words)
-    assert "weighs by (vds, blurred at 4 x 4): it has those of vds, grey." in said
+    assert "needs (vds, blurred at 4 x 4): it has those of vds, grey." in said
     assert main(["cache-teacher", str(config), f"--out={plain}", DEPENDENCY]) != 0
-    assert "holds a cache of another kind" in " ".join(capsys.readouterr().err.split())
+    assert "holds a different cache" in " ".join(capsys.readouterr().err.split())
     same = [metrics(config, run, f"--teacher.cache={cache}") for run, cache in (("a", plain), ("b", other))]
     assert same[0][0]["loss"] == same[1][0]["loss"]  # whoever does not ask for scores may use either
 
@@ -127,8 +130,14 @@ def test_a_cache_of_no_scores_or_of_others_is_refused_by_name(stage, tmp_path: P
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--teacher.visual_dependency.gamma=2"], "`teacher.visual_dependency.gamma` 2 compares all of it"),
-        (["--mode=topk", "--topk=4", "--server=http://127.0.0.1:9"], "a server is asked with the picture"),
+        (
+            ["--teacher.visual_dependency.gamma=2"],
+            "`teacher.visual_dependency.gamma` 2 needs the whole prediction",
+        ),
+        (
+            ["--mode=topk", "--topk=4", "--server=http://127.0.0.1:9"],
+            "a server predicts only with the picture",
+        ),
     ],
 )
 def test_what_no_score_serves_is_not_cached(words: list[str], message: str, stage, tmp_path, capsys) -> None:

@@ -68,7 +68,7 @@ def test_time_left_runs_down_between_two_lines(run: Path) -> None:
 
 def test_a_run_that_fell_silent_is_said_so(run: Path) -> None:
     assert look(run, NOW - 60 + 59).state == "running"
-    assert look(run, NOW - 60 + 7200).state == "nothing new for 2.0 h"
+    assert look(run, NOW - 60 + 7200).state == "no new metrics for 2.0 h"
     (run / "run.json").write_text("{}")
     assert look(run, NOW + 7200).state == "complete"
     assert look(run, NOW + 7200).seconds_left is None
@@ -112,7 +112,7 @@ def test_a_half_written_run_is_drawn(run: Path, missing: list[str]) -> None:
     shown = draw(look(run, NOW), 80)
     assert shown.startswith("runs/stage3: ")
     if "metrics.jsonl" in missing:
-        assert "starting: no figures so far" in shown
+        assert "starting: no metrics yet" in shown
 
 
 def test_of_several_runs_the_one_that_wrote_last(run: Path) -> None:
@@ -159,6 +159,6 @@ def test_the_command_needs_no_torch_no_terminal_and_no_unicode(run: Path) -> Non
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for directory, words in ((tmp_path / "none", "no run"), (tmp_path, "holds no run (no config.yaml)")):
+    for directory, words in ((tmp_path / "none", "no run"), (tmp_path, "contains no run (no config.yaml)")):
         assert main(["watch", str(directory)]) == 2
         assert words in capsys.readouterr().err

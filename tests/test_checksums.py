@@ -96,7 +96,7 @@ def test_a_cache_of_a_version_without_checksums_is_read_and_it_is_said(cache: Pa
     (cache / MANIFEST).write_text(json.dumps({**old, "format": 1}))
     config = stage("run", max_steps=1)
     assert main(["train", str(config), f"--teacher.cache={cache}"]) == 0
-    assert "is of a version without checksums of its head and index" in capsys.readouterr().err
+    assert "has no checksums of its head and index" in capsys.readouterr().err
     assert main(["cache-teacher", str(config), f"--out={cache}"]) == 0
     assert Manifest.read(cache).checksums.keys() == {HEAD, INDEX}
 

@@ -29,7 +29,7 @@ def test_a_signal_before_the_first_step_ends_the_run_in_one_line(
     assert ended.value.code == status
     assert signal.getsignal(number) == before
     text = capfd.readouterr().err
-    assert text == f"stopped by {number.name} outside of any step; the same command goes on\n"
+    assert text == f"stopped by {number.name} outside of any step; run the same command again to continue\n"
     assert main(["train", str(config)]) == 0
 
 
@@ -50,7 +50,10 @@ def test_a_library_that_stumbles_over_the_stop_does_not_make_a_failure_of_it(
         with pytest.raises(SystemExit) as ended:
             main(["train", str(config)])
     assert ended.value.code == 0
-    assert capfd.readouterr().err == "stopped by SIGTERM outside of any step; the same command goes on\n"
+    assert (
+        capfd.readouterr().err
+        == "stopped by SIGTERM outside of any step; run the same command again to continue\n"
+    )
     assert main(["train", str(config)]) == 0
 
 

@@ -177,8 +177,8 @@ def test_the_command_shows_all_a_branch_and_a_stage(capsys: pytest.CaptureFixtur
     [
         (["optim.lrr"], "no setting `optim.lrr` (did you mean `optim.lr`?)"),
         (["nothing.yaml"], "no config file nothing.yaml"),
-        (["--optim.lr=1"], "settings go with a stage's YAML file; got --optim.lr=1 alone"),
-        (["optim.lr", "--json_schema"], "are of all settings; leave out optim.lr"),
+        (["--optim.lr=1"], "settings must follow a stage's YAML file; got only --optim.lr=1"),
+        (["optim.lr", "--json_schema"], "print all settings; leave out optim.lr"),
     ],
 )
 def test_words_that_it_cannot_show_are_refused(

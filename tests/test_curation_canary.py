@@ -121,10 +121,10 @@ def test_canaries_stand_behind_the_records_and_cannot_be_planted_twice(
         answer, (span,) = entry["conversations"][1]["value"], entry["private_spans"]
         assert answer[span["start"] : span["stop"]] == one.code
     assert plant(shapes_dir, out) != 0
-    assert "planted once" in capsys.readouterr().err
+    assert "the output must be new" in capsys.readouterr().err
     again = ["canary", "insert", f"--data={out}", f"--out={tmp_path / 'again.json'}"]
     assert main(again) != 0
-    assert "plant canaries in data without any" in capsys.readouterr().err
+    assert "use the original data" in capsys.readouterr().err
 
 
 def ask(student_dir: Path, path: Path, out: Path, *words: str) -> dict:

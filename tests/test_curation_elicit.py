@@ -203,7 +203,7 @@ def test_the_likeliest_answers_stay_by_share_or_by_value(
     assert answer("curate", data, shapes_dir, teacher_dir, above, *words, f"--least={least}") == 0
     assert len(records(above)) == 2
     assert answer("curate", data, shapes_dir, teacher_dir, half, *words) == 2
-    assert "give either --keep" in capsys.readouterr().err
+    assert "needs either --keep" in capsys.readouterr().err
     entries[0]["conversations"][1]["value"] = "other"
     written(data, entries)
     assert answer("curate", data, shapes_dir, teacher_dir, half, *words, "--keep=0.5") == 2

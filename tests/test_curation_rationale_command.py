@@ -145,7 +145,10 @@ def test_what_cannot_be_is_answered_before_a_model_is_read(
     assert "the scene graphs name no record of" in capsys.readouterr().err
     given = ["--data", str(shapes_dir / "test.json"), "--model", str(teacher_dir), "--out", str(out)]
     assert main(["data", "rationale", *given]) == 2
-    assert "give evidence for the steps: --scene_graphs, --boxes" in capsys.readouterr().err
+    assert (
+        "needs evidence for the steps; give at least one of --scene_graphs, --boxes"
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         call(shapes_dir, teacher_dir, out, graphs, "--rounds=-1")
 

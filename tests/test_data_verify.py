@@ -108,11 +108,11 @@ def test_command_writes_what_a_run_can_use(spoilt: Path, capsys: pytest.CaptureF
     kept, listing = spoilt.parent / "kept.json", spoilt.parent / "report.json"
     status, said = run(capsys, "--data", spoilt, "--write_sound", kept, "--report", listing)
     assert status == 1
-    assert "5 records left out of" in said
+    assert "without 5 bad records" in said
     assert json.loads(listing.read_text())["unsound"] == [0, 1, 2, 3, 4]
     assert run(capsys, "--data", kept)[0] == 0
     status, said = run(capsys, "--data", kept, "--write_sound", kept)
-    assert (status, "exists; give a new file" in said) == (2, True)
+    assert (status, "exists: name another" in said) == (2, True)
 
 
 def test_command_measures_lengths_as_a_model_reads(
@@ -150,7 +150,7 @@ def test_command_reads_tar_shards(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert status == 1
     assert "record 'r1': image 'r1.jpg': not a readable image" in said
     status, said = run(capsys, "--data", tmp_path / "*.tar", "--write_sound", tmp_path / "kept.json")
-    assert (status, "name the file for the sound records .tar or .parquet" in said) == (2, True)
+    assert (status, "the file for the valid records must end in .tar or .parquet" in said) == (2, True)
     for name in ("kept.tar", "kept.parquet"):
         kept = tmp_path / "kept" / name
         kept.parent.mkdir(exist_ok=True)

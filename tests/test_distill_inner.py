@@ -356,7 +356,7 @@ def test_an_exit_moves_the_layers_before_it_and_neither_those_behind_nor_the_hea
          "names no module"),
         ("exit_logits={layers: [1, 1]}", "`layers` of exits must differ; got 1, 1"),
         ("exit_logits={layers: [-1]}", "`objective.exit_logits.layers[0]` must not be negative; got -1"),
-        ("learned_weights={lr: 0.1}", "no weight to learn: cross_entropy, mi_alpha are not of the teacher"),
+        ("learned_weights={lr: 0.1}", "no weight to learn, because cross_entropy, mi_alpha do not read"),
         ("exit_logits={gamma: 0}", "`objective.exit_logits.gamma` must be more than 0; got 0"),
     ],
 )  # fmt: skip
@@ -445,7 +445,7 @@ def test_a_dry_run_names_the_modules_and_that_the_micro_batch_counts(stage, caps
     said = capsys.readouterr().out
     assert f"student's output of {LAYER0}: Qwen2DecoderLayer" in said
     assert "student's output of multi_modal_projector" in said
-    assert "rows are compared with each other within a micro-batch" in said
+    assert "compares rows with each other within a micro-batch" in said
 
 
 def test_a_cache_of_hidden_states_serves_exits_and_none_serves_taps_of_the_teacher(stage) -> None:

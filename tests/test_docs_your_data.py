@@ -42,7 +42,7 @@ def test_the_page_makes_a_student_of_own_pictures(tmp_path: Path, quick_path: st
     assert (runs[-1].parent / "model" / "model.safetensors").is_file()
     summary = json.loads((project / "scores" / "summary.json").read_text())
     assert summary["count"] == 4  # a tenth, held out
-    assert "40 optimiser steps teach little" in done.stdout  # of 32 records
+    assert "40 optimiser steps are too few" in done.stdout  # of 32 records
     assert done.stdout.rstrip().splitlines()[-1]  # the answer of the last command
 
 
@@ -78,4 +78,4 @@ def test_every_field_of_the_metrics_is_on_the_page(stage: Callable[..., Path], s
 def test_two_hundred_pictures_by_the_page(tmp_path: Path, quick_path: str) -> None:
     done = run_page(tmp_path, quick_path, 200)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "optimiser steps teach little" not in done.stdout
+    assert "optimiser steps are too few" not in done.stdout

@@ -98,12 +98,12 @@ TEACHERS: dict[str, dict] = {
         (
             "larger pictures",
             ["--objective.visual_switch={source: projector}"],
-            r"student's 16 visual .* places of the teacher's 25 .* set data.visual_alignment to resample",
+            r"student's 16 visual .* place of the teacher's 25 .* set data.visual_alignment to resample",
         ),
         (
             "larger pictures",
             ["--objective.visual_switch={}", "--trainable=[vision_tower]"],
-            r"student's 16 visual .* places of the teacher's 25 .* set data.visual_alignment to resample",
+            r"student's 16 visual .* place of the teacher's 25 .* set data.visual_alignment to resample",
         ),
         (
             "a CLS token",
@@ -118,7 +118,7 @@ TEACHERS: dict[str, dict] = {
         (
             "a wider tower",
             ["--objective.visual_switch={}", "--trainable=[vision_tower]"],
-            r"student's tower is 32 wide and the teacher's projector reads 64: set .*source to projector",
+            r"student's tower has width 32, but the teacher's projector needs 64: set .*source to projector",
         ),
         *((name, ["projector"], "set student.vision_tower, vision_feature_layer and") for name in TEACHERS),
     ],
@@ -189,9 +189,12 @@ def test_a_student_starts_with_its_teachers_projector_and_goes_on_with_it(
         (["--objective.visual_switch={candidates: 2}"], "must be at least 4"),
         (["--objective.attention={first: 0.7, last: 0.3}"], "must be less than `last`"),
         (["--objective.attention={first: 1.3}"], "from 0 to 1"),
-        (["--objective.attention={}", "--teacher.cache=somewhere"], "attention` need the teacher itself"),
-        (["--data.decode=nvjpeg", "--teacher.cache=somewhere"], "nvjpeg makes others: set it to cpu"),
-        (["--student.projector=teacher"], "keeps the projector it has"),
+        (
+            ["--objective.attention={}", "--teacher.cache=somewhere"],
+            "attention` need the teacher model itself",
+        ),
+        (["--data.decode=nvjpeg", "--teacher.cache=somewhere"], "nvjpeg gives other pixels: set it to cpu"),
+        (["--student.projector=teacher"], "keeps its projector"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(stage, overrides: list[str], message: str) -> None:

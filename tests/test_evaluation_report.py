@@ -147,7 +147,7 @@ def test_the_page_says_what_may_be_concluded(run_dir: Path, tmp_path: Path) -> N
     page = report(tmp_path / "loses", terms=labels()).read_text(encoding="utf-8")
     assert "The teacher did not help here." in page
     assert "That closes" not in page
-    assert "It holds zero" not in page
+    assert "It contains zero" not in page
 
 
 def test_pictures_are_found_from_another_directory_and_after_a_move(
@@ -188,7 +188,7 @@ def test_a_page_is_made_without_teacher_pictures_or_logs(tmp_path: Path) -> None
 
 
 def test_a_run_without_the_distilled_arm_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no seed0"):
+    with pytest.raises(ValueError, match="must have directories seed0"):
         read_run(tmp_path)
     write_model(tmp_path / "seed0" / "plain" / "eval", "1")
     with pytest.raises(ValueError, match=r"one of them 'kd', found \['plain'\]"):

@@ -95,7 +95,7 @@ def test_a_term_of_a_plug_in_trains_is_logged_and_goes_on_as_if_never_stopped(
     changed = Path(pages["my_terms.py"])
     changed.write_text(changed.read_text().replace("rows_N - self.margin", "rows_N + self.margin"))
     said = refused(capsys, "train", config, f"--output_dir={half}")
-    assert f"plug-in {changed} changed since the run in {half} began" in said
+    assert f"plug-in {changed} changed since the run in {half} started" in said
 
 
 def test_its_label_stands_in_the_report(pages: dict[str, str], tmp_path: Path) -> None:
@@ -138,11 +138,11 @@ def test_a_term_without_a_teacher_is_refused_by_its_name(
     [
         (('teacher="states", places=("response",)', 'teacher="states"'), "places=('response', ...)"),
         (('teacher="states", ', ""), "`objective`|teacher"),
-        (("TERMS = {", "TERM = {"), "holds TERM; the table is called TERMS"),
+        (("TERMS = {", "TERM = {"), "defines TERM; rename it to TERMS"),
         (('    label: ClassVar[str] = "', '    name: ClassVar[str] = "'), "must have a `label`"),
-        (("def total(", "def totals("), "must give its `total`"),
+        (("def total(", "def totals("), "must provide a `total`"),
         (("@dataclass(frozen=True, kw_only=True)\n", ""), "must be a dataclass of its settings"),
-        (("mapped_states", "relation"), "names 'relation', which exists"),
+        (("mapped_states", "relation"), "must not reuse the existing name 'relation'"),
     ],
     ids=["row not declared", "teacher not declared", "table", "label", "value", "dataclass", "name"],
 )
@@ -308,8 +308,8 @@ def test_a_source_of_a_plug_in_is_read_by_training_by_workers_and_by_verify(
         (("self._place = place", "self._place = place; self.key = lambda: 0"), "cannot open .*pickle|local"),
         (("        return self._records[i]\n", "        return 1\n"), "must be a Record; got int"),
         (("content.decode()", "content.decode(what)"), "NameError: name 'what' is not defined (line"),
-        (('{".tsv":', '{".json":'), "names '.json', which exists"),
-        (('{".tsv":', '{"tsv":'), "must stand under a suffix such as '.csv'"),
+        (('{".tsv":', '{".json":'), "must not reuse the existing name '.json'"),
+        (('{".tsv":', '{"tsv":'), "must have a suffix such as '.csv' as its key"),
         (("SourceKind(open=Captions, holds_images=False)", "Captions"), "kinds.SourceKind; got"),
     ],
     ids=["faults", "pickle", "record", "error", "exists", "suffix", "value"],

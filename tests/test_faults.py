@@ -178,7 +178,7 @@ def test_json_lines_cut_at_a_line_end_are_refused_by_a_run_that_knew_them(
     assert "was trained with another data or tokenizer" in capsys.readouterr().err
     other = stage("other", max_steps=1)
     assert main(["train", str(other), data, f"--teacher.cache={cache}"]) == 2
-    assert f"{cache} was written for something else (" in capsys.readouterr().err
+    assert f"{cache} was written with other inputs (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["/proc/run", "file/run"], ids=["read-only", "below a file"])
@@ -199,7 +199,7 @@ def test_a_world_that_does_not_divide_the_batch_is_refused_before_any_model(
 
     world = World(rank=0, size=3, device=torch.device("cpu"))
     with pytest.raises(
-        ValueError, match=r"multiple of the number of ranks, got 3; start 2 ranks, or .* to 6"
+        ValueError, match=r"multiple of the number of ranks; got 3 ranks: start 2 ranks, or .* to 6"
     ):
         check_world(load(stage("run", engine="ddp")), world)
 
@@ -207,12 +207,12 @@ def test_a_world_that_does_not_divide_the_batch_is_refused_before_any_model(
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "deepspeed"])
 def test_an_engine_of_several_ranks_is_refused_on_one(stage, capsys, no_models, kind: str) -> None:
     text = error(capsys, str(stage("run", engine=kind)))
-    assert f"engine.kind is {kind}, which needs several ranks, and one runs; use auto" in text
+    assert f"engine.kind is {kind}, which needs several ranks, but one runs; use auto" in text
 
 
 def test_two_engines_at_once_are_refused(stage, capsys) -> None:
     text = error(capsys, str(stage("run", engine="ddp")), "--engine.zero_stage=2")
-    assert "two engines; set" in text
+    assert "only deepspeed has ZeRO stages; set" in text
 
 
 def test_a_second_process_in_the_same_output_dir_is_refused(stage, capsys, no_models) -> None:
@@ -229,7 +229,10 @@ def test_a_second_process_in_the_same_output_dir_is_refused(stage, capsys, no_mo
 def test_two_engines_on_one_command_line_are_refused(stage, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["train", str(stage("run")), "--engine.kind=ddp", "--engine.kind=fsdp2"])
-    assert "two engines at once, --engine.kind=ddp and --engine.kind=fsdp2; name" in capsys.readouterr().err
+    assert (
+        "only one engine can be used; got --engine.kind=ddp and --engine.kind=fsdp2: name"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_stopping_a_script_of_two_students_stops_both_after_they_saved(tmp_path:
     running.terminate()
     _, said_then = running.communicate(timeout=30)
     assert running.returncode == 143
-    assert said_then.startswith("stopping; the same command goes on from here\n")  # then bash: Terminated
+    assert said_then.startswith("stopping; run the same command again to continue\n")  # then bash: Terminated
     assert sorted(log.read_text().split()) == ["runs", "runs", "saved", "saved"]
 
 
@@ -215,7 +215,7 @@ def test_a_signal_before_the_ranks_exist_ends_everything_at_once(
     launcher = script.pid_of("launcher")
     os.killpg(script.process.pid, number)
     assert script.process.wait(30) == STATUS[number]
-    assert f"stopped by {number.name} before any rank began" in script.log.read_text()
+    assert f"stopped by {number.name} before any rank started" in script.log.read_text()
     until(lambda: is_gone(launcher))
 
 
@@ -241,7 +241,9 @@ def test_a_signal_in_the_first_lines_of_a_script_ends_it(
         out, err = process.communicate(timeout=30)
     assert process.returncode == status
     assert out == ""
-    assert err == f"stopped by {number.name} before anything began; the same command goes on\n"
+    assert (
+        err == f"stopped by {number.name} before anything started; run the same command again to continue\n"
+    )
 
 
 @pytest.mark.parametrize("victim", ["script", "launcher"])
@@ -269,11 +271,11 @@ def test_a_rank_that_comes_after_its_script_was_killed_ends(bin_dir: Path) -> No
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        ({"NNODES": "2"}, "NNODES is 2: set MASTER_ADDR to the first machine, the same on all,"),
-        ({"NNODES": "2", "MASTER_ADDR": "n0"}, "NNODES is 2: set MASTER_ADDR to the first machine"),
+        ({"NNODES": "2"}, "NNODES is 2, so set MASTER_ADDR to the first machine (the same"),
+        ({"NNODES": "2", "MASTER_ADDR": "n0"}, "NNODES is 2, so set MASTER_ADDR to the first machine"),
         (
             {"NNODES": "2", "MASTER_ADDR": "n0", "NODE_RANK": "2"},
-            "NODE_RANK must lie in 0..1, NNODES being 2; got 2",
+            "NODE_RANK must be from 0 to 1, because NNODES is 2; got 2",
         ),
         ({"NPROC": "two"}, "NPROC must be a whole number; got 'two'"),
         ({"NNODES": "-1"}, "NNODES must be a whole number; got '-1'"),
@@ -412,4 +414,4 @@ def test_a_rank_that_comes_while_its_launcher_is_ended_changes_no_status() -> No
     said, complaint = process.communicate(timeout=30)
     assert said == f"told {int(signal.SIGTERM)}\n"
     assert process.returncode == 0, complaint
-    assert "stopped by SIGTERM before any rank began; the same command goes on" in complaint
+    assert "stopped by SIGTERM before any rank started; run the same command again to continue" in complaint

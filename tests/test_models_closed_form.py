@@ -189,4 +189,4 @@ def test_a_stage_without_pictures_cannot_begin_so(stage, tmp_path: Path, monkeyp
     )
     words = [*NEW, FITTED, f"--data.path={path}", f"--data.images={tmp_path}"]
     assert main(["train", str(stage("run", max_steps=1)), *words]) == 2
-    assert "of 4 sampled records 0 have a picture and an answer" in capsys.readouterr().err
+    assert "0 of 4 sampled records have both" in capsys.readouterr().err

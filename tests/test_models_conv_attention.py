@@ -378,7 +378,7 @@ def test_a_teachers_own_is_not_lent(own: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"checkpoint": "somewhere"}, "keeps the projector it has, of whatever kind"),
+        ({"checkpoint": "somewhere"}, "keeps its projector"),
         (
             {"vision_tower": "a/b", "language_model": "c/d", "projector_start": "closed_form"},
             "conv_attention is no linear map",

@@ -206,7 +206,7 @@ def test_words_that_do_not_fit(
     tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["export", str(tiny), "--out", str(tmp_path / "out"), "--dtype", "q8_0"]) == 2
-    assert "--dtype q8_0 is a type of GGUF" in capsys.readouterr().err
+    assert "--dtype q8_0 needs --format gguf" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert main(["export", str(tiny), "--out", str(tmp_path / "out"), "--format", "gguf"]) == 2

@@ -106,7 +106,7 @@ def test_the_command_writes_a_language_model_for_a_student(
     causal, _ = load_language_model(str(tmp_path / "out"), dtype=torch.float32)
     assert causal.config.model_type == "llama"
     assert main(["convert", str(path), "--out", str(tmp_path / "no"), "--template", "chatml"]) == 2
-    assert "language model alone" in capsys.readouterr().err
+    assert "only a language model" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 

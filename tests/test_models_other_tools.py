@@ -68,5 +68,5 @@ def test_a_run_says_so_before_its_first_step(
 ) -> None:
     train(load(stage("run", distilled=False, max_steps=1), [only_here]))
     said = capsys.readouterr().err
-    assert f"other tools will not open the finished student: {SAID}" in said
+    assert f"some tools cannot open the finished student: {SAID}" in said
     assert said.index(SAID) < said.index("attention of the student")

@@ -135,4 +135,4 @@ def test_what_failed_and_what_to_run_next_is_the_last_line(tmp_path: Path, quick
     assert done.returncode != 0
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"quickstart.sh ended with status {done.returncode} while drawing the shapes data")
-    assert "the same command goes on" in last
+    assert "run the same command again to continue" in last

@@ -51,7 +51,7 @@ def test_a_shared_stage_is_trained_once(grid: Path, fake: FakeRuns, capsys) -> N
     assert len(fake.scored) == 6
     said = capsys.readouterr().out
     assert "[16 of 16]" in said
-    assert "nothing is left" in said
+    assert "nothing left" in said
     fake.trained.clear()
     assert main(["ablate", str(grid)]) == 0
     assert fake.trained == []
@@ -91,12 +91,12 @@ def test_parts_of_a_grid_are_run_by_name(grid: Path, fake: FakeRuns) -> None:
     assert sorted(fake.scored) == ["AA 1", "BB 1"]
     text = (grid.parent / "out" / "results.md").read_text()
     assert "Not finished yet: AA (seed 0); AB (seed 0, 1); BB (seed 0)." in text
-    assert "To be mended" not in text
+    assert "Problems to fix" not in text
     found = results(grid)["arms"]
     assert found["AB"]["missing"] == {"0": "waits", "1": "waits"}
     assert found["BB"]["tests"]["test"]["gain"]["mean"] == pytest.approx(0.2)
     assert found["BB"]["tests"]["test"]["gain"]["low"] is None
-    assert "one seed: none" in (grid.parent / "out" / "results.md").read_text()
+    assert "none (one seed)" in (grid.parent / "out" / "results.md").read_text()
 
 
 # What came out ----
@@ -167,7 +167,7 @@ def test_logs_without_operations_are_not_compared_by_them(grid: Path, fake: Fake
     fake.curve = lambda tree, step: step / 100
     assert main(["ablate", str(grid)]) == 0
     found = results(grid)["arms"]["AB"]["equal_operations"]
-    assert found == {"gain": None, "figure": None, "not_measured": "operations are not in every log"}
+    assert found == {"gain": None, "figure": None, "not_measured": "some logs do not have the operations"}
 
 
 def test_unequal_steps_are_compared_on_the_curve(grid: Path, fake: FakeRuns) -> None:
@@ -185,7 +185,7 @@ def test_without_slices_nothing_is_said_at_equal_time(grid: Path, fake: FakeRuns
     assert main(["ablate", str(grid)]) == 0
     found = results(grid)["arms"]["AB"]["equal_time"]
     assert found["gain"] is None
-    assert found["not_measured"] == "no slice is asked while training"
+    assert found["not_measured"] == "no slice is evaluated during training"
     text = (grid.parent / "out" / "results.md").read_text()
     assert "| AB | 72.5 \u00b1 2.5 | +17.5 | -14.3 to +49.3 | 2 | 20 | 30 s | " in text
     assert " | +17.5 (-14.3 to +49.3) | not measured | not measured | 60 |" in text
@@ -211,7 +211,7 @@ def test_a_stage_that_fails_takes_its_arms_along_and_no_others(grid: Path, fake:
     assert "ended with status 2: the last words" in said
     assert sorted(fake.scored) == ["AA 0", "AA 1", "AB 0", "AB 1", "BB 0"]
     missing = results(grid)["arms"]["BB"]["missing"]["1"]
-    assert missing.startswith("not run, a stage before failed: B, seed 1 ended with status 2")
+    assert missing.startswith("not run because an earlier stage failed: B, seed 1 ended with status 2")
     assert "BB, seed 1: not run" in (grid.parent / "out" / "results.md").read_text()
     fake.broken = lambda tree: False
     fake.trained.clear(), fake.scored.clear()
@@ -290,10 +290,10 @@ def test_files_of_another_version_or_grid_are_refused(grid: Path, fake: FakeRuns
     (out / "results.json").write_text(json.dumps({**found, "version": 2}))
     assert "results.json was written by another version (format 2, this one reads 1)" in refusal(grid, capsys)
     (out / "results.json").write_text("{")
-    assert "is no results file" in refusal(grid, capsys)
+    assert "is not a results file" in refusal(grid, capsys)
     (out / "results.json").unlink()
     edit(grid, lambda t: t.update(name="another"))
-    assert "holds the ablation grid, not another" in refusal(grid, capsys)
+    assert "contains the ablation grid, not another" in refusal(grid, capsys)
     edit(grid, lambda t: t.update(name="grid"))
     manifest = json.loads((out / "ablation.json").read_text())
     (out / "ablation.json").write_text(json.dumps({**manifest, "version": 0}))
@@ -311,7 +311,7 @@ def test_data_that_changed_before_an_arm_was_added_are_named(grid: Path, fake: F
     assert main(["ablate", str(grid)]) == 0
     warnings = results(grid)["warnings"]
     assert len(warnings) == 2, "one a seed"
-    assert "the data or tokenizer changed while this grid ran: with seed 0" in warnings[0]
+    assert "the data or tokenizer changed during this ablation: with seed 0" in warnings[0]
     assert "AB and BB read different ones" in warnings[0]
     assert warnings[0] in (grid.parent / "out" / "results.md").read_text()
 
@@ -320,7 +320,7 @@ def test_a_test_file_that_is_not_there_is_said_before_anything_is_trained(
     grid: Path, fake: FakeRuns, capsys
 ) -> None:
     (grid.parent / "test.json").unlink()
-    assert "test test: there is no file" in refusal(grid, capsys)
+    assert "test test: the file" in refusal(grid, capsys)
     assert fake.trained == []
 
 
@@ -337,13 +337,13 @@ def test_a_dry_run_knows_what_is_done_and_what_it_took(grid: Path, fake: FakeRun
     words = ["ablate", str(grid), "--dry_run", "--jobs=2"]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "3 arms x 2 seeds: 10 stages (12 if no arm shared any); 0 finished, 0 begun, 10 new" in said
-    assert "to train: 100 steps; seconds unknown" in said
+    assert "3 arms x 2 seeds: 10 stages (12 without sharing); 0 finished, 0 started, 10 new" in said
+    assert "to train: 100 steps; time unknown" in said
     assert main(["ablate", str(grid), "--arms=AB", "--seeds=0"]) == 0
     capsys.readouterr()
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "2 finished, 0 begun, 8 new" in said
+    assert "2 finished, 0 started, 8 new" in said
     # A second A takes 10 s, two seeds of it and a first one; five of B 20 s each.
     assert "to train: 80 steps; about 2 min of training, 65 s on 2 at once" in said
     assert fake.labels() == ["A0", "B0"]
@@ -355,7 +355,7 @@ def test_every_line_says_what_is_left(grid: Path, fake: FakeRuns, capsys) -> Non
     said = capsys.readouterr().out
     assert "[1 of 16] A, seed 0: 0 s; 15 left, about 2 min and 6 to score" in said
     assert "[14 of 16] B, seed 1: 0 s; 2 left, about 20 s" in said
-    assert "nothing is left" in said
+    assert "nothing left" in said
 
 
 def test_a_stage_that_was_broken_off_counts_what_is_left(grid: Path, fake: FakeRuns, capsys) -> None:
@@ -367,5 +367,5 @@ def test_a_stage_that_was_broken_off_counts_what_is_left(grid: Path, fake: FakeR
     capsys.readouterr()
     assert main(["ablate", str(grid), "--arms=AA", "--seeds=0", "--dry_run"]) == 0
     said = capsys.readouterr().out
-    assert "1 finished, 1 begun, 0 new" in said
+    assert "1 finished, 1 started, 0 new" in said
     assert "to train: 6 steps; about 6 s of training" in said

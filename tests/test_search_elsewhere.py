@@ -62,7 +62,7 @@ def test_a_dry_run_prices_what_is_left_and_keeps_nothing(grid: Path, fake: FakeR
     assert run(grid, "one", "--arms=BB", "--seeds=1") == 0
     capsys.readouterr()
     assert run(grid, "two", f"--with={at(grid, 'one')}", "--dry_run") == 0
-    assert "5 pairs of an arm and a seed: 8 stages (10 if no arm shared any)" in capsys.readouterr().out
+    assert "5 pairs of an arm and a seed: 8 stages (10 without sharing)" in capsys.readouterr().out
     assert not (grid.parent / "two").exists()
     assert run(grid, "one", "--dry_run", "--arms=BB", "--seeds=1") == 0
     assert "0 new" in capsys.readouterr().out

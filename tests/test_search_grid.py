@@ -121,22 +121,22 @@ def refusal(path: Path, capsys, *words: str) -> str:
 
 MISTAKES = {
     "unknown key 'arm'": lambda t: t.update(arm=1),
-    "must hold `seeds`": lambda t: t.pop("seeds"),
-    "must hold `tests`": lambda t: t.update(tests={}),
-    "holds [0] twice": lambda t: t.update(seeds=[0, 1, 0]),
+    "must contain `seeds`": lambda t: t.pop("seeds"),
+    "must contain `tests`": lambda t: t.update(tests={}),
+    "[0] is there twice": lambda t: t.update(seeds=[0, 1, 0]),
     "must be whole numbers from 0; got [True, -1, 1.5]": lambda t: t.update(seeds=[True, -1, 1.5]),
-    "`baseline` is AAA, which is no arm; did you mean AA?": lambda t: t.update(baseline="AAA"),
-    "is C, which `stages` does not hold": lambda t: t["arms"].update(AA=["C"]),
+    "`baseline` is AAA, which is not an arm (did you mean AA?)": lambda t: t.update(baseline="AAA"),
+    "is C, which is not in `stages`": lambda t: t["arms"].update(AA=["C"]),
     "there is no recipe": lambda t: t["stages"]["A"].update(recipe="plane.yaml"),
     "did you mean plain.yaml?": lambda t: t["stages"]["A"].update(recipe="plane.yaml"),
     "unknown key 'override'": lambda t: t["arms"].update(AA=[{"stage": "A", "override": {}}]),
     "either a `stage` of the file or a `recipe`": lambda t: t["arms"].update(AA=[{"overrides": {}}]),
     "must list its `stages`": lambda t: t["arms"].update(AA=[]),
     "`published` must be a number": lambda t: t["arms"].update(AA={"stages": ["A"], "published": "high"}),
-    "may be named by letters": lambda t: t["arms"].update({"a/b": ["A"]}),
+    "must have a name of letters": lambda t: t["arms"].update({"a/b": ["A"]}),
     "must name `data`": lambda t: t["tests"].update(test={"images": "x"}),
     "`max_new_tokens` must be": lambda t: t["tests"].update(test={"data": "x", "max_new_tokens": 0}),
-    "the arms AA and CC differ in nothing": lambda t: t["arms"].update(CC=["A", "A"]),
+    "the arms AA and CC must differ": lambda t: t["arms"].update(CC=["A", "A"]),
     "stage A: ": lambda t: t["stages"]["A"].update(overrides={"optim.lrr": 1}),
     "lrr": lambda t: t["stages"]["A"].update(overrides={"optim.lrr": 1}),
 }
@@ -153,7 +153,7 @@ def test_arms_that_say_the_same_in_other_words_differ_in_nothing(grid: Path, cap
     """Left out, or set to what it is anyway; or where a run writes."""
     same = {"stage": "A", "overrides": {"objective.relation": None, "epochs": 1, "log.every": 3}}
     edit(grid, lambda tree: tree["arms"].update(CC=[same, "A"]))
-    assert "the arms AA and CC differ in nothing" in refusal(grid, capsys)
+    assert "the arms AA and CC must differ" in refusal(grid, capsys)
 
 
 def test_an_arm_of_a_name_that_is_taken_is_refused(grid: Path, capsys) -> None:
@@ -163,8 +163,8 @@ def test_an_arm_of_a_name_that_is_taken_is_refused(grid: Path, capsys) -> None:
 
 def test_what_is_no_file_or_no_arm_of_it_is_refused(grid: Path, tmp_path: Path, capsys) -> None:
     assert "no ablation file" in refusal(tmp_path / "none.yaml", capsys)
-    assert "has no arm XX; there are AA, AB, BB" in refusal(grid, capsys, "--arms=AA,XX")
-    assert "has no seed 5; there are 0, 1" in refusal(grid, capsys, "--seeds=5")
+    assert "has no arm XX; name one of AA, AB, BB" in refusal(grid, capsys, "--arms=AA,XX")
+    assert "has no seed 5; name one of 0, 1" in refusal(grid, capsys, "--seeds=5")
     assert "an override looks like" in refusal(grid, capsys, "--optim.lr")
     assert "--optim.lr={ is not YAML" in refusal(grid, capsys, "--optim.lr={")
     grid.write_text("- 1")
@@ -195,7 +195,7 @@ def test_the_file_of_the_docs_works(tmp_path: Path, monkeypatch, capsys) -> None
     path = tmp_path / "rates.yaml"
     path.write_text(text.replace("../scripts", str(ROOT / "scripts")))
     assert main(["ablate", str(path), "--dry_run", f"--out={tmp_path / 'out'}"]) == 0
-    assert "3 arms x 3 seeds: 15 stages (24 if no arm shared any)" in capsys.readouterr().out
+    assert "3 arms x 3 seeds: 15 stages (24 without sharing)" in capsys.readouterr().out
 
 
 def test_the_published_column_is_the_papers() -> None:

@@ -51,27 +51,27 @@ def lr(**entry: object) -> dict:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (lr(**{"from": 1, "to": 0.1}), "space.optim.lr` goes from 1 to 0.1, backwards"),
-        (lr(**{"from": 1, "to": 1}), "space.optim.lr` holds 1 alone"),
-        (lr(**{"from": 0, "to": 1, "log": True}), "must begin above 0; got 0"),
+        (lr(**{"from": 1, "to": 0.1}), "space.optim.lr` must have `from` below `to`; got 1 to 0.1"),
+        (lr(**{"from": 1, "to": 1}), "space.optim.lr` contains only 1"),
+        (lr(**{"from": 0, "to": 1, "log": True}), "`from` must be above 0; got 0"),
         (lr(**{"from": 1}), "must have both `from` and `to`"),
         (lr(**{"from": "low", "to": 1}), "`from` must be a number; got 'low'"),
         (lr(**{"from": 0, "to": float("inf")}), "`to` must be a number"),
         (lr(**{"from": 0, "to": 1, "step": 2}), "`step` must be above 0 and at most 1; got 2"),
-        (lr(**{"from": 0.1, "to": 1, "step": 0.1, "log": True}), "`log` or `step`, not both"),
-        (lr(**{"from": 0, "to": 1, "lgo": True}), "unknown key 'lgo'; did you mean log?"),
+        (lr(**{"from": 0.1, "to": 1, "step": 0.1, "log": True}), "must not have both `log` and `step`"),
+        (lr(**{"from": 0, "to": 1, "lgo": True}), "unknown key 'lgo' (did you mean log?)"),
         (lr(**{"from": 0.1, "to": 1, "log": "yes please"}), "`log` must be true or false"),
         ({"space": {"optim.lr": []}}, "at least two values; got []"),
         ({"space": {"optim.lr": [1]}}, "at least two values; got [1]"),
-        ({"space": {"optim.lr": [1, 2, 1.0]}}, "lists 1.0 twice"),
+        ({"space": {"optim.lr": [1, 2, 1.0]}}, "1.0 is there twice"),
         ({"space": {"optim.lr": 3}}, "must be a list of values, or {from"),
         ({"space": {}}, "`space` is empty"),
         ({"budget": {"trials": 0}}, "`budget.trials` must be a whole number, at least 1; got 0"),
         ({"budget": {"minutes": 0}}, "`budget.minutes` must be above 0; got 0"),
-        ({"budget": {}}, "must hold `trials`, `minutes` or both"),
+        ({"budget": {}}, "must contain `trials`, `minutes` or both"),
         ({"budget": {"trials": True}}, "got True"),
         ({"budget": {"hours": 1}}, "unknown key 'hours'"),
-        ({"score": "slice/vla"}, "slice/vla, which no trial writes; did you mean slice/val?"),
+        ({"score": "slice/vla"}, "slice/vla, which no trial computes (did you mean slice/val?)"),
         ({"score": ["slice/val", "slice/val"]}, "each once"),
         ({"overrides": {}}, "no trial would have a score"),
         ({"recipe": "tauhgt.yaml"}, "did you mean taught.yaml?"),
@@ -91,7 +91,7 @@ def test_a_file_that_cannot_be_is_refused_in_one_line(tmp_path: Path, more: dict
 
 
 def test_a_setting_is_either_sought_or_set(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"optim.lr is in `space` and set on the command line"):
+    with pytest.raises(ValueError, match=r"optim.lr is in `space` and also set on the command line"):
         read_space(write_search(tmp_path), ["--optim.lr=0.1"])
 
 

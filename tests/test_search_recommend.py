@@ -92,17 +92,17 @@ def test_failed_runs_are_counted_and_give_no_evidence() -> None:
 
 
 def test_too_small_a_store_is_said() -> None:
-    few = "12 runs with scores that can be compared, on 1 data sets"
+    few = "12 runs with scores that can be compared, on 1 datasets"
     with pytest.raises(ValueError, match=few):
         recommend(history("a", 1e-3), {"a": data_set("a")}, data_set("n").features)
-    with pytest.raises(ValueError, match=r"0 runs .* on 0 data sets"):
+    with pytest.raises(ValueError, match=r"0 runs .* on 0 datasets"):
         recommend([], {}, data_set("n").features)
 
 
 def test_data_that_look_like_nothing_there_are_said() -> None:
     sets = {"a": data_set("a"), "b": data_set("b")}
     far = data_set("n", **{"words an answer": 900.0, "records": 9e9, "asks: what": 0.0}).features
-    with pytest.raises(ValueError, match=r"the nearest is data a, alike 0\.0"):
+    with pytest.raises(ValueError, match=r"the nearest is data a, with similarity 0\.0"):
         recommend([*history("a", 1e-3), *history("b", 1e-3)], sets, far)
 
 
@@ -112,7 +112,7 @@ def test_runs_that_differ_in_nothing_recommend_nothing() -> None:
         for d in "ab"
         for k in range(12)
     ]
-    with pytest.raises(ValueError, match="differ in no setting"):
+    with pytest.raises(ValueError, match="have the same settings"):
         recommend(runs, {d: data_set(d) for d in "ab"}, data_set("n").features)
 
 
@@ -130,11 +130,11 @@ def test_the_command(tmp_path: Path, capsys) -> None:
     words = ["recommend", str(data), f"--store={store}", "--top=2", f"--out={tmp_path / 'found.json'}"]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "from 24 runs with scores (0 more failed); data by likeness: data a 1.00, data b 0." in said
-    assert "1. expected place 0." in said
+    assert "from 24 runs with scores (0 more failed); datasets by similarity: data a 1.00, data b 0." in said
+    assert "1. expected rank 0." in said
     assert "--optim.lr=0.00" in said
     assert "3. " not in said
-    assert "and 10 recipes more (--top)" in said
+    assert "and 10 more recipes (--top)" in said
     assert "rank correlation" in said
     record = json.loads((tmp_path / "found.json").read_text())
     assert len(record["advice"]) == 12

@@ -94,7 +94,7 @@ def test_ctrl_c_lets_the_stages_save_and_the_same_command_goes_on(waiting: Path,
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 130
-    assert "stopped by SIGINT; the same command goes on" in said
+    assert "stopped by SIGINT; run the same command again to continue" in said
     pids = (waiting.parent / "started").read_text().split()
     assert sorted((waiting.parent / "said").read_text().split("\n")[:-1]) == sorted(
         f"{p} saved" for p in pids

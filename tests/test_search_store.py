@@ -98,7 +98,7 @@ def test_a_folder_in_its_place_is_said(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="cannot be used"):
         Store(tmp_path / "store").prepare()
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot be made"):
+    with pytest.raises(StoreError, match="cannot be created"):
         Store(tmp_path / "file" / "store").prepare()
 
 
@@ -117,7 +117,7 @@ def test_a_store_that_another_process_holds_is_said_soon(store: Store) -> None:
     holder.execute("BEGIN EXCLUSIVE")
     since = time.monotonic()
     for use in (store.entries, store.prepare, lambda: store.add([entry("2")])):
-        with pytest.raises(StoreError, match=r"held by another process \(waited 0.2 s\)") as caught:
+        with pytest.raises(StoreError, match=r"locked by another process \(waited 0.2 s\)") as caught:
             use()
         assert "\n" not in str(caught.value)
     assert time.monotonic() - since < 5.0
@@ -261,7 +261,7 @@ def test_features_by_hand() -> None:
 
 
 def test_data_without_an_answer_have_no_features() -> None:
-    with pytest.raises(ValueError, match="hold no answer"):
+    with pytest.raises(ValueError, match="must contain answers"):
         describe([Seen(talk=[], num_pictures=1)], [])
 
 

@@ -212,8 +212,8 @@ def test_losses_that_cannot_be_taken_are_refused(
     expected = {
         "no file": "no data file",
         "nothing sound": "none of the first 1 records",
-        "name": "may not be named ['a/b']",
-        "nothing": "`evaluate.losses`; name at least one",
+        "name": "other than `seconds`; got ['a/b']",
+        "nothing": "`evaluate.losses` are both empty; name at least one",
     }[fault]
     config = stage("run", distilled=False, evaluate=evaluate)
     for words in ([], ["--dry_run"]):

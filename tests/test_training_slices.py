@@ -226,7 +226,7 @@ def test_a_best_that_no_slice_gives_is_refused_with_the_nearest(stage, shapes_di
     config = stage("run", evaluate=slices(shapes_dir, every=2))
     assert main(["train", str(config), "--checkpoint.best=slice/vla"]) == 2
     said = capsys.readouterr().err
-    assert "`checkpoint.best` is slice/vla, which no slice" in said
+    assert "`checkpoint.best` is slice/vla, but neither `evaluate.slices`" in said
     assert "did you mean slice/val?" in said
     assert main(["train", str(config), "--checkpoint.export=best"]) == 2
     assert "set it to slice/NAME or loss/NAME" in capsys.readouterr().err

@@ -85,7 +85,7 @@ def ablate(path: str | Path, overrides: Sequence[str], choice: Choice, *, is_dry
 def _end(grid: Grid, plan: Plan, jobs: Sequence[Job], outcome: Outcome, children: Children) -> int:
     if (outcome.is_stopped or children.asked) and not all(job.is_done() for job in jobs):
         number = children.asked[0] if children.asked else signal.SIGTERM
-        print(f"stopped by {signal.Signals(number).name}; the same command goes on", flush=True)
+        print(f"stopped by {signal.Signals(number).name}; run the same command again to continue", flush=True)
         return status_of_rest(number)
     for line in score_lines(read_results(grid.output / RESULTS)):
         print(line)
@@ -96,8 +96,8 @@ def _end(grid: Grid, plan: Plan, jobs: Sequence[Job], outcome: Outcome, children
         first = next(iter(outcome.failed))
         raise ValueError(
             f"{len(outcome.failed)} of {len(jobs)} jobs failed, so {len(broken)} arms and seeds are not "
-            f"finished: {', '.join(broken)}. The first: {names[first]} {outcome.failed[first]}; fix it, and "
-            "the same command goes on"
+            f"finished: {', '.join(broken)}. The first: {names[first]} {outcome.failed[first]}; fix it, "
+            "then run the same command again to continue"
         )
     return 0
 
@@ -119,7 +119,7 @@ def _chosen(grid: Grid, plan: Plan, choice: Choice, elsewhere: Set[tuple[str, in
     for what, asked, known in (("arm", choice.arms, grid.arms), ("seed", choice.seeds, grid.seeds)):
         if unknown := [one for one in asked or () if one not in known]:
             listed = ", ".join(map(str, known))
-            raise ValueError(f"{grid.path} has no {what} {unknown[0]}; there are {listed}")
+            raise ValueError(f"{grid.path} has no {what} {unknown[0]}; name one of {listed}")
     arms = grid.arms if choice.arms is None else choice.arms
     seeds = grid.seeds if choice.seeds is None else choice.seeds
     asked = (run for run in plan.runs if run.arm in arms and run.seed in seeds)
@@ -136,7 +136,10 @@ def _prepare(grid: Grid, children: Children) -> None:
     if not children.asked:
         for test in grid.tests.values():
             if not Path(test.data).is_file():
-                raise ValueError(f"{grid.path}: test {test.name}: there is no file {test.data}")
+                raise ValueError(
+                    f"{grid.path}: test {test.name}: the file {test.data} must exist after `prepare`; "
+                    "correct the path"
+                )
 
 
 def _run(plan: Plan, jobs: Sequence[Job], slots: Slots, write: Callable[[Outcome], None]) -> Outcome:
@@ -151,6 +154,6 @@ def _run(plan: Plan, jobs: Sequence[Job], slots: Slots, write: Callable[[Outcome
             write(outcome)
 
     def failed(job: Job, why: str) -> None:
-        print(f"{job.name} {why}; what does not need it goes on", flush=True)
+        print(f"{job.name} {why}; jobs that do not need it continue", flush=True)
 
     return run_jobs(jobs, slots, num_slots=len(slots.environments), finished=finished, failed=failed)

@@ -111,11 +111,13 @@ def cache_teacher(
 def one_teacher(config: TrainConfig) -> TeacherConfig:
     """The settings of the teacher whose words are to be kept. ValueError where there is none, or several."""
     if config.teacher is None:
-        raise ValueError("`teacher` is null: there is nothing to cache; set teacher.checkpoint")
+        raise ValueError(
+            "`teacher` must be set, or there is nothing to cache; it is null: set teacher.checkpoint"
+        )
     if config.teacher.several is not None:
         raise ValueError(
-            "a cache holds what one teacher says, but `teacher.several` is set; set it to null to cache "
-            f"{config.teacher.checkpoint} alone"
+            "a cache stores the predictions of one teacher, but `teacher.several` is set; set it to null "
+            f"to cache only {config.teacher.checkpoint}"
         )
     return config.teacher
 
@@ -126,24 +128,30 @@ def contents_of(config: TrainConfig, mode: Mode, top_k: int | None, teacher: Any
     places = places_read(terms)
     dependency = None if config.teacher is None else stored_form(config.teacher)
     if not config.objective.needs_teacher:
-        raise ValueError("no term of `objective` reads the teacher: there is nothing to cache")
+        raise ValueError(
+            "no term of `objective` reads the teacher, so there is nothing to cache; add a term such as "
+            "response_kl"
+        )
     if mode == "hidden":
         if top_k is not None:
-            raise ValueError("--topk belongs to --mode topk")
+            raise ValueError("--topk needs --mode topk; leave --topk out, or change --mode")
         projected = bool(reads_projector(terms))
         return Contents(mode=mode, places=places, projected=projected, dependency=dependency)
     if names := beyond_top_k(terms):
         raise ValueError(
-            f"{' and '.join(names)} compares more than the largest k logits give; use --mode hidden, or set "
-            "that to null, or its divergence to another than `adaptive`"
+            f"{' and '.join(names)} needs more than the largest k logits; use --mode hidden, set the term "
+            "to null, or choose a divergence other than `adaptive`"
         )
     if len(found := temperatures(terms)) != 1:
         raise ValueError(
-            f"--mode topk needs one temperature for both KL terms; got {', '.join(map(in_words, found))}"
+            "--mode topk needs the same temperature in all KL terms; got "
+            f"{', '.join(map(in_words, found))}: set them alike"
         )
     columns = max(teacher.tokenizer.get_vocab().values()) + 1
     if top_k is None or not 1 <= top_k < columns:
-        raise ValueError(f"--topk must lie in 1..{columns - 1}, below the vocabulary's size; got {top_k}")
+        raise ValueError(
+            f"--topk must be from 1 to {columns - 1}, less than the vocabulary size; got {top_k}"
+        )
     return Contents(
         mode=mode, places=places, k=top_k, columns=columns, temperature=found[0], dependency=dependency
     )
@@ -159,8 +167,8 @@ def begin(directory: Path, manifest: Manifest, head: nn.Linear | None, say: Call
         refuse_other(before.identity, manifest.identity, f"the teacher cache {directory}")
         if before.contents != manifest.contents:
             raise ValueError(
-                f"{directory} holds a cache of another kind: {before.contents} there, {manifest.contents} "
-                "here; write into a new directory"
+                f"{directory} holds a different cache: {before.contents} there, {manifest.contents} here; "
+                "choose a new directory"
             )
     elif any(not path.name.startswith(".") for path in directory.iterdir()):
         raise ValueError(f"{directory} is not empty and holds no teacher cache; choose a new directory")
@@ -173,7 +181,7 @@ def begin(directory: Path, manifest: Manifest, head: nn.Linear | None, say: Call
         try:
             Shard(path).check()
         except DamagedShardError as error:
-            say(f"{error}: written anew")
+            say(f"{error}: rewriting it")
             path.unlink()
     if head is None:
         return
@@ -187,7 +195,7 @@ def missing(directory: Path, manifest: Manifest, say: Callable[[str], None]) -> 
     is_there = torch.zeros(manifest.num_records, dtype=torch.bool)
     for path in (directory / SHARDS).glob(f"*{SUFFIX}"):
         is_there[Shard(path).table["number_R"]] = True
-    say(f"{directory}: {int(is_there.sum())} of {manifest.num_records} records are there")
+    say(f"{directory}: {int(is_there.sum())} of {manifest.num_records} records are stored")
     return (~is_there).nonzero().squeeze(1).tolist()
 
 
@@ -195,7 +203,9 @@ def finish(directory: Path, manifest: Manifest, say: Callable[[str], None]) -> N
     """Write the index, then the manifest that makes the cache complete."""
     paths = sorted((directory / SHARDS).glob(f"*{SUFFIX}"))
     if not paths:
-        raise ValueError(f"every record is bad: nothing was cached; {directory}/bad_records.jsonl says why")
+        raise ValueError(
+            f"every record is bad, so nothing was cached; fix the problems in {directory}/bad_records.jsonl"
+        )
     num_bad = write_index(directory, map(Shard, paths), manifest.num_records)
     sizes = {path.name: path.stat().st_size for path in paths}
     checksums = {name: checksum(directory / name) for name in (HEAD, INDEX) if (directory / name).exists()}
@@ -205,7 +215,7 @@ def finish(directory: Path, manifest: Manifest, say: Callable[[str], None]) -> N
     total = sum(sizes.values()) + (directory / INDEX).stat().st_size
     bad = f", {num_bad} bad" if num_bad else ""
     say(
-        f"done: {good} records{bad}, {total / 1e6:.1f} MB, {total / good:.0f} bytes a record; train with "
+        f"done: {good} records{bad}, {total / 1e6:.1f} MB, {total / good:.0f} bytes per record; train with "
         f"--teacher.cache={directory}"
     )
 

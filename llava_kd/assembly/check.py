@@ -76,8 +76,8 @@ def check(
         lines += _pictures_of(config, student, other, whose)
         if terms.common.num_common is not None:
             extra = left_out(student.tokenizer, other.tokenizer)
-            without = "" if extra is None else f"; left out are {extra}"
-            lines.append(f"vocabulary       {terms.common.num_common} shared columns{without}")
+            without = "" if extra is None else f"; left out: {extra}"
+            lines.append(f"vocabulary       {terms.common.num_common} shared tokens{without}")
     lines.append(f"pixels           {_pixels(config)}")
     lines += [f"not for          {line}" for line in unopened(student)]
     lines += _sample(config, student, source, num_records)
@@ -107,7 +107,7 @@ def _pictures_of(config: TrainConfig, student: Parts, other: AnyParts, whose: st
     if is_cached(config):
         cache = open_cache(config, side, source_in(config))
         lines.append(
-            f"towers           the student's alone: the teacher's predictions come from {cache.directory}"
+            f"towers           only the student's: the teacher's predictions come from {cache.directory}"
         )
     else:
         here = World(rank=0, size=1, device=torch.device("cpu"))
@@ -127,13 +127,13 @@ def _towers(config: TrainConfig, student: Parts, teacher: Parts) -> str:
         reader = side_in(config, teacher, config.teacher)
         source = source_in(config)
         cache = open_cache(config, reader, source)
-        return f"the student's alone: the teacher's predictions come from {cache.directory}"
+        return f"only the student's: the teacher's predictions come from {cache.directory}"
     return "the same: it runs once" if same_tower(config, student, teacher) else "different: both run"
 
 
 def _pixels(config: TrainConfig) -> str:
     resized = f"{resizer()}, exactly" if config.data.resize == "exact" else "PyTorch's quick kernel"
-    return f"on a CPU JPEGs are decoded by {jpeg_decoder()}, and images resized by {resized}"
+    return f"on the CPU, JPEGs are decoded by {jpeg_decoder()} and images are resized by {resized}"
 
 
 def _sample(config: TrainConfig, student: Parts, source: Source, num_records: int) -> list[str]:
@@ -154,7 +154,10 @@ def _sample(config: TrainConfig, student: Parts, source: Source, num_records: in
         answers: torch.Tensor = encoded.ids[encoded.labels != IGNORE_INDEX]
         shown = shown or f"record {record.id} is trained on {reader.tokenizer.decode(answers)!r}"
     if len(bad) > max(3, config.data.max_bad_rate * len(chosen)):
-        raise ValueError(f"{len(bad)} of {len(chosen)} sampled records are bad:\n  " + "\n  ".join(bad[:20]))
+        raise ValueError(
+            f"{len(bad)} of {len(chosen)} sampled records are bad; fix them, or raise data.max_bad_rate:"
+            + "".join(f"\n  {line}" for line in bad[:20])
+        )
     longest, mean = (max(lengths), float(np.mean(lengths))) if lengths else (0, 0.0)
     counts = f"{len(chosen)} records, {len(bad)} bad"
     return [

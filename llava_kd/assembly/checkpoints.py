@@ -24,15 +24,15 @@ def convert_to(source: str, out: str, *, vision_tower: str | None = None, templa
     becomes the one that it was trained on, as its files tell, or the one that is named.
     """
     if Path(out).exists():
-        raise ValueError(f"{out} exists; give a new directory")
+        raise ValueError(f"the output directory must be new; {out} exists: name another")
     if (path := gguf_file(source)) is not None:
         if vision_tower is not None or template != AUTO:
             raise ValueError(
-                f"{path} is a language model alone: leave --vision_tower and --template out; a stage names "
-                "both beside student.language_model"
+                f"{path} is only a language model: leave --vision_tower and --template out; set both in a "
+                "stage, next to student.language_model"
             )
         write_language_model(path, out)
-        return [f"{out} is a language model in float32, for student.language_model"]
+        return [f"{out} is a float32 language model, for student.language_model"]
     parts, origin = convert(source, vision_tower=vision_tower)
     choice = original_template(
         template,
@@ -46,10 +46,11 @@ def convert_to(source: str, out: str, *, vision_tower: str | None = None, templa
     )
     speak(parts, choice.template)
     save_stock(parts, out)
-    lines = [f"template: {choice}; --template chooses another"]
+    lines = [f"template: {choice}; use --template to change it"]
     if origin.has_frozen_language_model:
         lines.append(
-            "its language model was frozen: if this is a first stage, it has learned captions, and no prompt"
+            "the language model was frozen in training: after a first stage the model knows captions, but "
+            "no prompt format"
         )
     return lines
 
@@ -62,7 +63,7 @@ def export_to(
         return export_gguf(source, out, dtype=dtype, scores=scores)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(
-            f"--dtype {dtype} is a type of GGUF; with --format hf it must be one of {sorted(DTYPES)}"
+            f"--dtype {dtype} needs --format gguf; with --format hf, --dtype must be one of {sorted(DTYPES)}"
         )
     return export(source, out, dtype=None if dtype is None else DTYPES[dtype], scores=scores)
 

@@ -32,7 +32,7 @@ def look_at_source(path: str) -> None:
     is_gguf = Path(path).is_file() if path.endswith(".gguf") else any(Path(path).glob("*.gguf"))
     if not is_gguf and not (Path(path) / "config.json").is_file():
         raise ValueError(
-            f"{path} has no config.json: give a TinyLLaVA, LLaVA-KD or LLaVA-1.5 directory, or a GGUF file"
+            f"{path} has no config.json; give a TinyLLaVA, LLaVA-KD or LLaVA-1.5 directory, or a GGUF file"
         )
 
 

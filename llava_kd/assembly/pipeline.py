@@ -52,17 +52,19 @@ def read_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no pipeline file {path}; an example is scripts/pipeline.yaml")
+        raise ValueError(f"no pipeline file {path}; scripts/pipeline.yaml is an example")
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict) or not set(tree) <= {"stages", "command"} or not tree.get("stages"):
-        raise ValueError(f"{path} must hold `stages`, a list, and at most `command` beside it; got {tree!r}")
+        raise ValueError(f"{path} must contain `stages` (a list) and optionally `command`; got {tree!r}")
     stages = tuple(_stage(entry, path, overrides) for entry in tree["stages"])
     outputs = [stage.output.absolute() for stage in stages]
     if doubled := {str(output) for output in outputs if outputs.count(output) > 1}:
-        raise ValueError(f"{path}: every stage needs its own output_dir; {sorted(doubled)} comes twice")
+        raise ValueError(
+            f"{path}: every stage needs its own output_dir; {sorted(doubled)} is used twice: change one"
+        )
     return Pipeline(command=command_words(tree.get("command") or _COMMAND, path), stages=stages)
 
 
@@ -74,14 +76,16 @@ def command_words(text: object, path: Path) -> tuple[str, ...]:
         if word.endswith(".sh") and beside.is_file():
             words[i] = str(beside)
         elif word.endswith(".sh") and not Path(word).is_file():
-            raise ValueError(f"{path}: `command` names the script {word}, which {path.parent} does not hold")
+            raise ValueError(
+                f"{path}: `command` names the script {word}, but it is not in {path.parent}: correct the path"
+            )
     return tuple(words)
 
 
 def _stage(entry: object, path: Path, overrides: Sequence[str]) -> Stage:
     if not isinstance(entry, dict) or "config" not in entry or not set(entry) <= {"config", "overrides"}:
         raise ValueError(
-            f"{path}: a stage has `config`, a file, and `overrides`, `key: value` lines; got {entry!r}"
+            f"{path}: a stage must have `config` (a file), and may have `overrides`; got {entry!r}"
         )
     config = path.parent / str(entry["config"])
     own = entry.get("overrides") or {}
@@ -113,7 +117,7 @@ def _run_stages(pipeline: Pipeline, say: Callable[[str], None], stops: Children)
         name = f"stage {number} of {len(pipeline.stages)}, {stage.path.name} into {stage.output}"
         if stage.is_complete:
             if changes := differences(load(stage.output / "config.yaml"), stage.config):
-                raise ValueError(f"{name} is complete with other settings: {'; '.join(changes)}")
+                raise ValueError(f"{name} is complete, but with other settings: {'; '.join(changes)}")
             say(f"{name}: complete, skipped")
             continue
         say(f"{name}: starts")
@@ -121,12 +125,14 @@ def _run_stages(pipeline: Pipeline, say: Callable[[str], None], stops: Children)
         if status == 0 and stage.is_complete and number == len(pipeline.stages):
             return 0  # whatever came after its end stopped nothing
         if stop := stops.explained(status):
-            say(f"{name}: stopped by {stop.name}; the same command goes on")
+            say(f"{name}: stopped by {stop.name}; run the same command again to continue")
             return status_of_rest(stop)
         if status != 0:
-            raise ValueError(f"{name} failed with status {status}; fix it, and the same command goes on")
+            raise ValueError(
+                f"{name} failed with status {status}; fix it, then run the same command again to continue"
+            )
         if not stage.is_complete:
-            say(f"{name}: stopped after a checkpoint; the same command goes on")
+            say(f"{name}: stopped after a checkpoint; run the same command again to continue")
             return status_of_rest(signal.SIGTERM)  # it was sent to the stage alone
     return 0
 

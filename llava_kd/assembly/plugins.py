@@ -66,9 +66,11 @@ def _longer(tables: Tables, plugin: PluginFile, module: ModuleType) -> Tables:
     for name in vars(module):
         near = difflib.get_close_matches(name, _KINDS, n=1, cutoff=0.8)
         if name.isupper() and name not in _KINDS and near:
-            raise ValueError(f"plug-in {plugin.name} holds {name}; the table is called {near[0]}")
+            raise ValueError(f"plug-in {plugin.name} defines {name}; rename it to {near[0]}")
     if not held:
-        raise ValueError(f"plug-in {plugin.name} holds no table; give it one of {', '.join(_KINDS)}")
+        raise ValueError(
+            f"plug-in {plugin.name} must define a table, but has none; add one of {', '.join(_KINDS)}"
+        )
     changes: dict[str, object] = {"plugins": (*tables.plugins, plugin)}
     for name, rows in held.items():
         kind = _KINDS[name]
@@ -78,7 +80,7 @@ def _longer(tables: Tables, plugin: PluginFile, module: ModuleType) -> Tables:
             raise ValueError(f"{where} must be a dict of names and values; got {rows!r:.80}")
         for key, value in rows.items():
             if key in known:
-                raise ValueError(f"{where} names {key!r}, which exists; give it another name")
+                raise ValueError(f"{where} must not reuse the existing name {key!r}; choose another name")
             if fault := kind.fault(key, value):
                 raise ValueError(f"{where}[{key!r}] {fault}")
         changes[kind.table] = {**known, **{k: kind.entry(v, plugin) for k, v in rows.items()}}
@@ -96,15 +98,15 @@ class _Kind:
 
 def _of_term(name: object, value: object) -> str:
     if not isinstance(name, str) or not name.isidentifier():
-        return "must have a name of letters, digits and underscores, for it is written in YAML and in the log"
+        return "must have a name of letters, digits and underscores, because YAML files and logs use it"
     if not isinstance(value, type) or not issubclass(value, Term):
         return f"must be a class of llava_kd.distill.terms.term.Term; got {value!r:.80}"
     if not dataclasses.is_dataclass(value) or "__dataclass_params__" not in vars(value):
         return "must be a dataclass of its settings: @dataclass(frozen=True, kw_only=True)"
     if not value.label:
-        return "must have a `label`, which the report shows"
+        return "must have a `label` for the report"
     if value.total is Term.total and value.head_request is Term.head_request:
-        return "must give its `total`, or a request to the head"
+        return "must provide a `total`, or a request to the head"
     return ""
 
 
@@ -115,20 +117,20 @@ def _of_tower(name: object, value: object) -> str:
     if not issubclass(kind, PreTrainedModel) or kind.config_class is None:
         return "must have a model_class of transformers' PreTrainedModel, with its config_class"
     if kind.config_class.model_type != name:
-        return f"must stand under the model_type of its configuration, {kind.config_class.model_type!r}"
+        return f"must have the model_type of its configuration as its key: {kind.config_class.model_type!r}"
     return ""
 
 
 def _of_source(name: object, value: object) -> str:
     if not isinstance(name, str) or not name.startswith(".") or "." in name[1:] or len(name) < 2:
-        return "must stand under a suffix such as '.csv'"
+        return "must have a suffix such as '.csv' as its key"
     return _not_a(SourceKind, value)
 
 
 def _of_template(name: object, value: object) -> str:
     if fault := _not_a(Template, value):
         return fault
-    return _misnamed(name, value.name) or ("may not be called auto" if name == AUTO else "")  # type: ignore[attr-defined]
+    return _misnamed(name, value.name) or ("must not be named auto" if name == AUTO else "")  # type: ignore[attr-defined]
 
 
 def _of_benchmark(name: object, value: object) -> str:
@@ -146,7 +148,7 @@ def _not_a(kind: type, value: object) -> str:
 
 
 def _misnamed(name: object, own: str) -> str:
-    return "" if own == name else f"must stand under its own name, {own!r}"
+    return "" if own == name else f"must have its own name as its key: {own!r}"
 
 
 def _tower(family: Family, plugin: PluginFile) -> Family:

@@ -171,8 +171,8 @@ def _accompany(
         return Accompanied(fed=fed, teaching=teaching)
     if policy.cross_entropy > 0:
         say(
-            f"token_policy.cross_entropy is {policy.cross_entropy:g}: a hard label teaches a private token "
-            "itself, whatever the teacher's soft target hides"
+            f"token_policy.cross_entropy is {policy.cross_entropy:g}: hard labels teach the private tokens "
+            "themselves, so the teacher's soft targets no longer hide them"
         )
     return Accompanied(fed=fed, teaching=Guarded(teaching or Teaching(), policy))
 
@@ -274,8 +274,9 @@ def num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     steps = math.ceil(steps_per_epoch * config.epochs) if config.max_steps is None else config.max_steps
     if steps < 1:
         raise ValueError(
-            f"the run has no step: {steps_per_epoch} steps an epoch, epochs={config.epochs}, "
-            f"max_steps={config.max_steps}; lower global_batch_size or give more records"
+            f"a run needs at least one step; this one has {steps_per_epoch} steps per epoch, "
+            f"epochs={config.epochs}, max_steps={config.max_steps}; lower global_batch_size or give more "
+            "records"
         )
     return steps
 
@@ -285,7 +286,7 @@ def few_steps(total: int) -> str | None:
     if total >= ENOUGH_STEPS:
         return None
     return (
-        f"{total} optimiser steps teach little (about {ENOUGH_STEPS} are the least): lower "
+        f"{total} optimiser steps are too few to learn much (use at least about {ENOUGH_STEPS}): lower "
         "global_batch_size, raise epochs, or give more records"
     )
 

@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> str | None:
                 with logged(Path(config.output_dir), world):
                     return _train(config, world)
             output = Path(config.output_dir)
-            speaker(world)(f"{output} is complete: nothing to do; its student is {output / 'model'}")
+            speaker(world)(f"{output} is complete: nothing to do; the student is {output / 'model'}")
             return None
 
 
@@ -81,7 +81,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
     student = with_projector(config, student, teacher)
     for one, name in ((student, "student"), (peer, "peer")):
         for line in [] if one is None else unopened(served(one, config.data)):
-            say(f"other tools will not open the finished {name}: {line}")
+            say(f"some tools cannot open the finished {name}: {line}")
     begin_projector(config, student, source, world, say)
     others = other_teachers(config, student, teacher, source, say)
     identity = frozen_fingerprints(config, student, teacher) | (others.fingerprints if others else {})
@@ -114,7 +114,7 @@ def _train(config: TrainConfig, world: World) -> str | None:
                 readings=readings,
             )
     if world.is_main and (bad := bad_records(output)):
-        say(f"{bad} records were bad and are not trained on: {output / BAD_RECORDS} names them")
+        say(f"{bad} bad records were skipped; they are listed in {output / BAD_RECORDS}")
     also = "" if peer is None else f", its peer {output / 'peer'}"
     say(f"done: the student is {output / 'model'}{also}")
     return None

@@ -61,8 +61,10 @@ def verify_data(
 def _check_new(sound: Path, suffixes: tuple[str, ...]) -> None:
     """Before the long look, not after it."""
     if sound.exists():
-        raise ValueError(f"{sound} exists; give a new file for the sound records")
+        raise ValueError(f"the file for the valid records must be new; {sound} exists: name another")
     if not sound.parent.is_dir():
-        raise ValueError(f"no folder {sound.parent} for the sound records")
+        raise ValueError(
+            f"the folder of the file for the valid records must exist; there is no {sound.parent}: create it"
+        )
     if sound.suffix not in suffixes:
-        raise ValueError(f"name the file for the sound records {' or '.join(suffixes)}; got {sound}")
+        raise ValueError(f"the file for the valid records must end in {' or '.join(suffixes)}; got {sound}")

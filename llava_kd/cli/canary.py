@@ -9,29 +9,33 @@ from llava_kd.cli.words import Commands, command, count, show
 
 
 def add(commands: Commands) -> None:
-    what = "plant codes in training data, and measure how much of them a model remembers"
+    what = "insert secret codes (canaries) into training data, and measure how much of them a model memorizes"
     canary = commands.add_parser("canary", help=what, description=what).add_subparsers(
         dest="command", required=True
     )
-    insert = command(canary, "insert", _insert, "copy a data file with canaries added after its records")
+    insert = command(canary, "insert", _insert, "copy a data file and append canary records")
     insert.add_argument("--data", required=True, help="LLaVA .json or .jsonl file")
-    insert.add_argument("--out", required=True, help="file of the copy; NAME.canaries.json is put beside it")
-    insert.add_argument("--canaries", type=count, default=10, help="how many codes")
-    insert.add_argument("--digits", type=count, default=4, help="of each code")
-    insert.add_argument("--repeats", type=count, default=1, help="records that hold each code")
-    insert.add_argument("--seed", type=partial(count, least=0), default=0, help="of the codes")
-    insert.add_argument("--render", action="store_true", help="put each code into a picture too")
+    insert.add_argument(
+        "--out", required=True, help="output data file; the codes go to NAME.canaries.json in the same folder"
+    )
+    insert.add_argument("--canaries", type=count, default=10, help="number of codes")
+    insert.add_argument("--digits", type=count, default=4, help="digits per code")
+    insert.add_argument("--repeats", type=count, default=1, help="number of records that contain each code")
+    insert.add_argument("--seed", type=partial(count, least=0), default=0, help="seed of the random codes")
+    insert.add_argument("--render", action="store_true", help="also draw each code into a picture")
     insert.add_argument("--images", help="image root (default: the folder of --data)")
-    exposure = command(canary, "exposure", _exposure, "bits of each code that a model gives away")
+    exposure = command(canary, "exposure", _exposure, "measure the exposure of each code in bits")
     exposure.add_argument("--model", required=True, help="stock LLaVA directory")
-    exposure.add_argument("--canaries", required=True, help="NAME.canaries.json of `canary insert`")
+    exposure.add_argument("--canaries", required=True, help="NAME.canaries.json, written by `canary insert`")
     exposure.add_argument("--images", help="image root (default: the folder of --canaries)")
-    exposure.add_argument("--out", help="JSON file for the figures")
-    exposure.add_argument("--template", default="auto", help="data.template of the run")
-    exposure.add_argument("--max_length", type=count, default=2048, help="data.max_length of the run")
-    most = "codes that each is ranked among; fewer than there are: as many, drawn"
+    exposure.add_argument("--out", help="JSON file for the results")
+    exposure.add_argument("--template", default="auto", help="data.template of the training run")
+    exposure.add_argument(
+        "--max_length", type=count, default=2048, help="data.max_length of the training run"
+    )
+    most = "number of codes that each canary is ranked among; a random sample if there are more"
     exposure.add_argument("--candidates", type=partial(count, least=2), default=10_000, help=most)
-    exposure.add_argument("--seed", type=partial(count, least=0), default=0, help="of codes that are drawn")
+    exposure.add_argument("--seed", type=partial(count, least=0), default=0, help="seed of the random sample")
     exposure.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="float32")
     exposure.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
 

@@ -12,13 +12,13 @@ STORE = "runs/store.sqlite"  # as in search/proposing/space.py, which reads YAML
 
 
 def add(commands: Commands) -> None:
-    what = "train and score the arms of an ablation file over its seeds; go on with what is there"
+    what = "train and score the arms of an ablation file over its seeds; resume unfinished work"
     ablate = command(commands, "ablate", _ablate, what, takes_settings=True)
-    ablate.add_argument("file", help="YAML file; settings that follow as --a.b=value go to every stage")
+    ablate.add_argument("file", help="YAML file; settings after it, as --a.b=value, apply to every stage")
     ablate.add_argument("--out", help="directory (default: the file's `output`)")
-    ablate.add_argument("--arms", type=_names, help="names joined by commas (default: all)")
+    ablate.add_argument("--arms", type=_names, help="arm names separated by commas (default: all)")
     ablate.add_argument(
-        "--seeds", type=_numbers, help="of those of the file, joined by commas (default: all)"
+        "--seeds", type=_numbers, help="seeds of the file, separated by commas (default: all)"
     )
     ablate.add_argument(
         "--with",
@@ -31,28 +31,31 @@ def add(commands: Commands) -> None:
     )
     ablate.add_argument("--jobs", type=count, help="how many at once (default: one a GPU, or one a core)")
     ablate.add_argument(
-        "--dry_run", action="store_true", help="say what is to be trained, and how long it takes"
+        "--dry_run", action="store_true", help="print what would be trained and how long it would take"
     )
 
-    what = "seek a recipe within a search file's budget; `search add RUN ...` enters runs into the store"
+    what = (
+        "search for the best recipe within the budget of a search file; `search add RUN ...` adds runs to "
+        "the store"
+    )
     search = command(commands, "search", _search, what, takes_settings=True)
     search.add_argument(
         "words",
         nargs="+",
         metavar="FILE | add RUN",
-        help="YAML file; settings that follow as --a.b=value go to every trial. After `add`: runs",
+        help="YAML file; settings after it, as --a.b=value, apply to every trial. After `add`: runs",
     )
     search.add_argument("--out", help="directory (default: the file's `output`)")
-    search.add_argument("--store", help=f"file of runs (default: the file's `store`, or {STORE})")
+    search.add_argument("--store", help=f"store of runs (default: the file's `store`, or {STORE})")
     search.add_argument("--jobs", type=count, help="how many at once (default: one a GPU, or one a core)")
 
-    what = "rank recipes for a data set by the runs of the store, with the evidence"
+    what = "rank recipes for a dataset by the runs in the store, and show the evidence"
     recommend = command(commands, "recommend", _recommend, what)
     recommend.add_argument("data", help="LLaVA .json or .jsonl file, .tar or .parquet")
     recommend.add_argument("--images", help="image root of the file (default: its folder)")
-    recommend.add_argument("--store", default=STORE, help=f"file of runs (default: {STORE})")
-    recommend.add_argument("--top", type=count, default=5, help="how many recipes are shown (default: 5)")
-    recommend.add_argument("--out", help="JSON file for all of them")
+    recommend.add_argument("--store", default=STORE, help=f"store of runs (default: {STORE})")
+    recommend.add_argument("--top", type=count, default=5, help="number of recipes to print (default: 5)")
+    recommend.add_argument("--out", help="JSON file for all recipes")
 
 
 def _names(text: str) -> list[str]:
@@ -85,8 +88,8 @@ def _search(arguments: argparse.Namespace) -> int:
     if first == "add":
         return _add(arguments, rest)
     if rest:
-        raise ValueError(f"one search file at a time; got {' '.join(arguments.words)}")
-    look_at_file(first, "search", "docs/search.md shows one")
+        raise ValueError(f"`search` takes one search file; got {' '.join(arguments.words)}")
+    look_at_file(first, "search", "docs/search.md shows an example")
     from llava_kd.search.proposing.proposer import optuna
 
     optuna()
@@ -98,9 +101,11 @@ def _search(arguments: argparse.Namespace) -> int:
 
 def _add(arguments: argparse.Namespace, runs: list[str]) -> int:
     if arguments.overrides or arguments.out or arguments.jobs:
-        raise ValueError("`search add` takes runs and --store alone")
+        raise ValueError("`search add` takes only runs and --store; leave out the other options")
     if not runs:
-        raise ValueError("name a run after `add`: its output_dir, or a folder that holds runs")
+        raise ValueError(
+            "`search add` needs at least one run: give its output_dir, or a folder that contains runs"
+        )
     from llava_kd.assembly.searching.entering import add_runs
     from llava_kd.search.store.database import Store
 

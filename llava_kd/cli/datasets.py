@@ -15,21 +15,23 @@ def add(commands: Commands) -> None:
     data = commands.add_parser("data", help="make and check data").add_subparsers(
         dest="command", required=True
     )
-    verify = command(
-        data, "verify", _verify, "find bad records, or missing files of benchmarks, before a run"
+    verify = command(data, "verify", _verify, "find bad records, or missing benchmark files, before a run")
+    verify.add_argument("--benchmark", help="names separated by commas, or `all`")
+    verify.add_argument(
+        "--data", required=True, help="data file as in data.path, or the root of the benchmarks"
     )
-    verify.add_argument("--benchmark", help="names joined by commas, or `all`")
-    verify.add_argument("--data", required=True, help="as data.path, or the root of the benchmarks")
     verify.add_argument("--images", help="image root of the file (default: its folder)")
     verify.add_argument("--threads", type=count, default=4)
-    verify.add_argument("--follow_symlinks", action="store_true", help="links may leave the image root")
-    verify.add_argument("--model", help="stock LLaVA directory: check the lengths of its tokens too")
+    verify.add_argument(
+        "--follow_symlinks", action="store_true", help="allow links that lead out of the image root"
+    )
+    verify.add_argument("--model", help="stock LLaVA directory; its tokenizer is used to check lengths too")
     verify.add_argument("--template", default="auto", help="for lengths: data.template of the run")
     verify.add_argument(
         "--max_length", type=count, default=2048, help="for lengths: data.max_length of the run"
     )
-    verify.add_argument("--write_sound", metavar="FILE", help="copy the records without a fault to FILE")
-    verify.add_argument("--report", metavar="FILE", help="write everything that was found, as JSON")
+    verify.add_argument("--write_sound", metavar="FILE", help="copy the valid records to FILE")
+    verify.add_argument("--report", metavar="FILE", help="write all problems to FILE as JSON")
     add_plugins(verify, "benchmarks, sources or templates")
     shapes = command(data, "shapes", _shapes, "generate pictures of shapes with captions and questions")
     shapes.add_argument("--out", required=True)
@@ -40,8 +42,10 @@ def add(commands: Commands) -> None:
     shapes.add_argument(
         "--hard",
         action="store_true",
-        help="96 pixels, up to nine small shapes, labels to read, relations; "
-        "two more tests: of pairs that training never shows, and of other looks",
+        help=(
+            "96 pixels, up to nine small shapes, labels to read, relations; two more test sets: unseen "
+            "pairs, and a different look"
+        ),
     )
     curation.add(data)
 
@@ -83,7 +87,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.report:
         report.save(arguments.report)
     if arguments.write_sound:
-        show(f"{len(report.unsound)} records left out of {arguments.write_sound}")
+        show(f"wrote {arguments.write_sound} without {len(report.unsound)} bad records")
     return int(not report.is_sound)
 
 

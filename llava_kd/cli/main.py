@@ -29,7 +29,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     engines = sorted({word for word in rest if word.startswith("--engine.kind=")})
     if len(engines) > 1:
-        parser.error(f"two engines at once, {' and '.join(engines)}; name one")
+        parser.error(f"only one engine can be used; got {' and '.join(engines)}: name one")
     arguments.overrides = rest
     if arguments.verbose:
         os.environ[VERBOSE] = "1"  # for what it starts, too
@@ -55,9 +55,9 @@ def _status_after(error: Exception | KeyboardInterrupt, command: str) -> int:
     elif isinstance(error, ImportError):  # a package that is not there
         said = f"{' '.join(said.split())}; install what is missing"
     elif isinstance(error, RecursionError):  # of other libraries' readers, as the next
-        said = "a file that it reads is nested too deeply"
+        said = "an input file is nested too deeply; make it flatter"
     elif isinstance(error, MemoryError):
-        said = "a file that it reads needs more memory than there is"
+        said = "there is not enough memory to read an input file"
     elif isinstance(error, KeyboardInterrupt):
         status, said = INTERRUPTED, "interrupted"
     elif not isinstance(error, ValueError):
@@ -70,7 +70,9 @@ def _status_after(error: Exception | KeyboardInterrupt, command: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="llava-kd", description="Distil large LLaVA models into small.")
+    parser = argparse.ArgumentParser(
+        prog="llava-kd", description="Distil large LLaVA models into small ones."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     for group in (projects, stages, comparisons, settings, scores, models, datasets, canary):

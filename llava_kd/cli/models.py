@@ -10,23 +10,28 @@ from llava_kd.cli.words import Commands, add_plugins, command, count, plugins, s
 
 
 def add(commands: Commands) -> None:
-    convert = command(commands, "convert", _convert, "make a stock directory of a TinyLLaVA or LLaVA-1.5 one")
-    convert.add_argument("source", help="a directory; or a GGUF language model, for student.language_model")
+    convert = command(
+        commands, "convert", _convert, "convert a TinyLLaVA or LLaVA-1.5 directory to a stock LLaVA directory"
+    )
+    convert.add_argument(
+        "source", help="a model directory; or a GGUF language model, for student.language_model"
+    )
     convert.add_argument("--out", required=True)
     tower = (
-        "the tower, if not the one that it names; its image processor alone where it has weights of its own"
+        "vision tower (default: the one that the source names); if the source has tower weights, only the "
+        "image processor is read"
     )
     convert.add_argument("--vision_tower", help=tower)
-    prompt = "the conversation it was trained on, if not the one that its files point to"
+    prompt = "conversation template of its training (default: taken from its files)"
     convert.add_argument("--template", default="auto", help=prompt)
 
     export = command(commands, "export", _export, "write a checked stock directory with a model card")
     export.add_argument("source", help="stock LLaVA directory, such as a run's model/")
     export.add_argument("--out", required=True)
-    layout = "hf: stock transformers; gguf: llama.cpp and Ollama, which needs the extra gguf"
+    layout = "hf: stock transformers; gguf: llama.cpp and Ollama (needs the extra gguf)"
     export.add_argument("--format", choices=["hf", "gguf"], default="hf", help=layout)
     kinds = ["float32", "bfloat16", "float16", "q8_0", "q4_0"]
-    types = "of the weights (default: as they are); q8_0 and q4_0, of 8 and 4 bits, in GGUF alone"
+    types = "dtype of the weights (default: unchanged); q8_0 and q4_0 (8 and 4 bits) only with GGUF"
     export.add_argument("--dtype", choices=kinds, help=types)
     export.add_argument("--scores", nargs="*", default=[], help="summary.json files of `llava-kd eval`")
 
@@ -35,16 +40,20 @@ def add(commands: Commands) -> None:
     push = command(
         commands, "push", _push, "upload an export with scores in its card to the Hugging Face hub"
     )
-    push.add_argument("directory", help="of `llava-kd export --scores`")
-    push.add_argument("repo_id", metavar="OWNER/NAME", help="made on the hub where it is not there")
-    push.add_argument("--private", action="store_true", help="where it is made: for you alone to see")
+    push.add_argument("directory", help="directory written by `llava-kd export --scores`")
+    push.add_argument(
+        "repo_id", metavar="OWNER/NAME", help="repository on the hub; created if it does not exist"
+    )
+    push.add_argument("--private", action="store_true", help="if the repository is created, make it private")
 
-    chat = command(commands, "chat", _chat, "talk about images, answer by answer")
+    chat = command(commands, "chat", _chat, "chat about images")
     chat.add_argument("--model", required=True, help="stock LLaVA directory")
-    chat.add_argument("--image", action="append", default=[], help="may be given several times")
+    chat.add_argument("--image", action="append", default=[], help="image file; may be repeated")
     chat.add_argument("--max_new_tokens", type=count, default=256)
     add_plugins(chat, "the tower of the model")
-    chat.add_argument("question", nargs="?", help="one question; without it, questions are read line by line")
+    chat.add_argument(
+        "question", nargs="?", help="one question; without it, questions are read from stdin, one per line"
+    )
 
 
 # Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.

@@ -9,43 +9,56 @@ from llava_kd.cli.words import Commands, command, count, show
 
 
 def add(commands: Commands) -> None:
-    what = "write a project of three stages for your own pictures and a table of questions and answers"
+    what = "create a project of three stages from your own pictures and a table of questions and answers"
     init = command(commands, "init", _init, what, takes_settings=True)
     init.add_argument(
-        "directory", help="new folder; settings that follow as --a.b=value go into its stage files"
+        "directory", help="new folder; settings after it, as --a.b=value, go into its stage files"
     )
-    init.add_argument("--images", help="folder of pictures (default: that of --data, or this folder)")
+    init.add_argument(
+        "--images", help="folder of pictures (default: the folder of --data, or the current folder)"
+    )
     table = (
-        ".csv or .xlsx (columns image, question, answer) or LLaVA .json (default: the only one beside them)"
+        ".csv or .xlsx (columns image, question, answer) or LLaVA .json (default: the only such file next "
+        "to the pictures)"
     )
     init.add_argument("--data", help=table)
     init.add_argument("--columns", type=_columns, default={}, metavar="image=A,question=B,answer=C")
-    init.add_argument("--question", help="of a table without questions: what is asked of every picture")
-    init.add_argument("--teacher", help="stock LLaVA directory (default: DIRECTORY/teacher, to be put there)")
-    init.add_argument("--student", help="stock LLaVA directory to go on from, in place of the next two")
+    init.add_argument("--question", help="the question for every picture, if the table has no questions")
+    init.add_argument(
+        "--teacher", help="stock LLaVA directory (default: DIRECTORY/teacher; put the teacher there)"
+    )
+    init.add_argument("--student", help="stock LLaVA directory to continue from, instead of the next two")
     init.add_argument("--vision_tower", help="of a new student: directory or id")
     init.add_argument("--language_model", help="of a new student: directory or id")
-    held = "share of the records that choose the checkpoint, and as many that score (default: 0.1)"
+    held = "share of the records for choosing the checkpoint, and the same share for the test (default: 0.1)"
     init.add_argument("--held_out", type=_held_out, default=0.1, help=held)
     init.add_argument(
-        "--skip_bad", action="store_true", help="leave bad records out, such as of missing pictures"
+        "--skip_bad", action="store_true", help="leave out bad records, such as records with missing pictures"
     )
 
-    recipes = commands.add_parser("recipes", help="list and copy the stage files of the package")
+    recipes = commands.add_parser("recipes", help="list or copy the recipes of the package")
     kinds = recipes.add_subparsers(dest="command", required=True)
-    command(kinds, "list", _recipes_list, "say which recipes there are")
-    taken = command(kinds, "copy", _recipes_copy, "write the files of a recipe, to be changed, into a folder")
-    taken.add_argument("name", help="as `llava-kd recipes list` shows it")
+    command(kinds, "list", _recipes_list, "list the recipes")
+    taken = command(
+        kinds, "copy", _recipes_copy, "copy the files of a recipe into a new folder, for you to edit"
+    )
+    taken.add_argument("name", help="a name from `llava-kd recipes list`")
     taken.add_argument("directory", help="new folder")
 
-    watch = command(commands, "watch", _watch, "draw the losses, speed and time left of a run from its files")
-    watch.add_argument(
-        "directory", metavar="RUN", help="output_dir of a run, or a folder of runs: the one that wrote last"
+    watch = command(
+        commands, "watch", _watch, "show losses, speed and time left of a run, read from its files"
     )
-    watch.add_argument("--every", type=count, default=5, help="seconds from one drawing to the next")
-    watch.add_argument("--once", action="store_true", help="draw once, as where there is no terminal")
+    watch.add_argument(
+        "directory",
+        metavar="RUN",
+        help="output_dir of a run, or a folder of runs (the most recent run is shown)",
+    )
+    watch.add_argument("--every", type=count, default=5, help="seconds between updates")
+    watch.add_argument(
+        "--once", action="store_true", help="print once and exit (the default without a terminal)"
+    )
 
-    what = "say which versions, GPUs and options are here, for a bug report; no paths, no variables"
+    what = "print versions, GPUs and optional packages for a bug report; no paths, no environment variables"
     command(commands, "env", _env, what)
 
 

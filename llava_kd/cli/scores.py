@@ -12,39 +12,49 @@ from llava_kd.cli.words import Commands, add_plugins, command, count, is_first_r
 
 
 def add(commands: Commands) -> None:
-    evaluate = command(commands, "eval", _eval, "answer and score a test file, or benchmarks")
+    evaluate = command(commands, "eval", _eval, "evaluate a model on a test file or on benchmarks")
     evaluate.add_argument("--model", required=True, help="stock LLaVA directory")
     evaluate.add_argument(
-        "--benchmark", help="names joined by commas, or `all`; without it, a LLaVA JSON file"
+        "--benchmark", help="names separated by commas, or `all`; without it, --data is a LLaVA JSON file"
     )
     evaluate.add_argument("--data", required=True, help="the LLaVA JSON file, or the root of the benchmarks")
     evaluate.add_argument("--out", required=True, help="directory for answers and scores")
     evaluate.add_argument("--images", help="image root of the file (default: its folder)")
-    evaluate.add_argument("--follow_symlinks", action="store_true", help="links may leave the image root")
+    evaluate.add_argument(
+        "--follow_symlinks", action="store_true", help="allow links that lead out of the image root"
+    )
     evaluate.add_argument("--batch_size", type=count, default=32)
     evaluate.add_argument("--max_new_tokens", type=count, help="default: 32, or each benchmark's own")
     add_plugins(evaluate, "benchmarks, or the tower of the model")
     evaluate.add_argument(
-        "--noise", help="levels joined by commas, such as 0.1,0.2: ask about noisy pictures too"
+        "--noise", help="noise levels separated by commas, such as 0.1,0.2: evaluate on noisy pictures too"
     )
-    evaluate.add_argument("--noise_seed", type=int, default=0, help="what the noise is drawn from")
-    evaluate.add_argument("--limit", type=count, help="ask the first questions of each benchmark only")
+    evaluate.add_argument("--noise_seed", type=int, default=0, help="seed of the noise")
+    evaluate.add_argument("--limit", type=count, help="evaluate only the first questions of each benchmark")
 
-    report = command(commands, "report", _report, "write a page of any runs: one, several, or a comparison")
-    report.add_argument(
-        "runs", nargs="*", metavar="RUN", help="a run's output_dir, or a folder that holds runs"
+    report = command(
+        commands, "report", _report, "write an HTML report of one run, several runs, or a comparison"
     )
-    report.add_argument("--run", dest="directory", help="the same, for one")
-    report.add_argument("--out", help="the page to write (default: report.html in the first)")
+    report.add_argument(
+        "runs", nargs="*", metavar="RUN", help="a run's output_dir, or a folder that contains runs"
+    )
+    report.add_argument("--run", dest="directory", help="the same, for one run")
+    report.add_argument("--out", help="HTML file to write (default: report.html in the first RUN)")
     add_plugins(report, "terms that its stages were trained with")
 
-    demo = command(commands, "demo", _demo, "a page that asks several models the same, side by side")
-    kinds = "a stock directory, a run, or an id of the hub; NAME=MODEL names it on the page; up to 4"
+    demo = command(
+        commands, "demo", _demo, "serve a web page that asks several models the same question, side by side"
+    )
+    kinds = "a stock directory, a run, or an id on the hub; NAME=MODEL sets its name on the page; up to 4"
     demo.add_argument("models", nargs="+", metavar="RUN_OR_MODEL", help=kinds)
-    demo.add_argument("--host", default="127.0.0.1", help="default: this machine alone can see it")
-    demo.add_argument("--port", type=partial(count, least=0), default=7860, help="0 takes a free one")
+    demo.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: reachable from this machine only)"
+    )
+    demo.add_argument("--port", type=partial(count, least=0), default=7860, help="port; 0 chooses a free one")
     demo.add_argument("--max_new_tokens", type=count, default=64)
-    demo.add_argument("--image", help="with --question: what the page opens with, answered")
+    demo.add_argument(
+        "--image", help="with --question: the example that the page shows at the start, with answers"
+    )
     demo.add_argument("--question")
     add_plugins(demo, "the tower of a model")
 
@@ -54,9 +64,13 @@ def add(commands: Commands) -> None:
 
 def _eval(arguments: argparse.Namespace) -> int:
     if arguments.limit is not None and not arguments.benchmark:
-        raise ValueError("a limit goes with a benchmark; of a LLaVA JSON file every question is asked")
+        raise ValueError(
+            "--limit needs --benchmark; a LLaVA JSON file is always evaluated whole: leave --limit out"
+        )
     if arguments.noise is not None and arguments.benchmark:
-        raise ValueError("noise goes with a LLaVA JSON file; of a benchmark pictures are as they are")
+        raise ValueError(
+            "--noise needs a LLaVA JSON file; benchmark pictures are never changed: leave --noise out"
+        )
     levels = _levels(arguments.noise)
     look_at_model(arguments.model)
     if not arguments.benchmark:
@@ -105,7 +119,9 @@ def _levels(text: str | None) -> list[float]:
     try:
         return [] if text is None else [float(word) for word in text.split(",")]
     except ValueError:
-        raise ValueError(f"--noise must be numbers joined by commas, such as 0.1,0.2; got {text!r}") from None
+        raise ValueError(
+            f"--noise must be numbers separated by commas, such as 0.1,0.2; got {text!r}"
+        ) from None
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -10,14 +10,14 @@ from llava_kd.cli.words import Commands, add_plugins, command, show
 
 
 def add(commands: Commands) -> None:
-    what = "show every setting with its type, default, range and help, or those of a stage"
+    what = "show all settings with type, default, range and help, or the settings of a stage"
     show = command(commands, "config", _config, what, takes_settings=True)
     which = "a setting such as optim.lr, or a stage's YAML file with settings after it (default: all)"
     show.add_argument("of", nargs="?", metavar="KEY_OR_FILE", help=which)
     add_plugins(show, "terms, whose settings are shown too")
     form = show.add_mutually_exclusive_group()
-    form.add_argument("--json_schema", action="store_true", help="as JSON Schema, for editors")
-    form.add_argument("--markdown", action="store_true", help="as the page docs/settings.md")
+    form.add_argument("--json_schema", action="store_true", help="print a JSON Schema, for editors")
+    form.add_argument("--markdown", action="store_true", help="print the page docs/settings.md")
 
 
 def _config(arguments: argparse.Namespace) -> int:
@@ -38,12 +38,17 @@ def _config(arguments: argparse.Namespace) -> int:
     of = arguments.of
     is_whole = arguments.json_schema or arguments.markdown
     if is_whole and (of or arguments.overrides):
-        raise ValueError(f"--json_schema and --markdown are of all settings; leave out {of or 'the others'}")
+        raise ValueError(
+            f"--json_schema and --markdown print all settings; leave out {of or 'the other arguments'}"
+        )
     if of is not None and (of.endswith((".yaml", ".yml")) or Path(of).is_file()):
         show(marked(load(of, arguments.overrides)))
         return 0
     if arguments.overrides:
-        raise ValueError(f"settings go with a stage's YAML file; got {' '.join(arguments.overrides)} alone")
+        raise ValueError(
+            f"settings must follow a stage's YAML file; got only {' '.join(arguments.overrides)}: name the "
+            "file before them"
+        )
     section = stage(arguments.plugin)
     if arguments.json_schema:
         show(json.dumps(json_schema(section), indent=2))

@@ -14,8 +14,12 @@ from llava_kd.cli.words import Commands, add_rates, command, count, network, sho
 def add(commands: Commands) -> None:
     train = command(commands, "train", _train, "run one stage from its YAML file", takes_settings=True)
     train.add_argument("config", help="YAML file; any setting may follow as --a.b=value")
-    train.add_argument("--dry_run", action="store_true", help="say what it would do, and need, and stop")
-    train.add_argument("--ranks", type=count, help="for --dry_run: how many (default: those of this launch)")
+    train.add_argument(
+        "--dry_run", action="store_true", help="print what the run would do and need, without training"
+    )
+    train.add_argument(
+        "--ranks", type=count, help="for --dry_run: number of ranks (default: that of this launch)"
+    )
     traced = "trace steps A to B into output_dir/profile (default: 11-13); as profile.steps=[A,B]"
     train.add_argument("--profile", nargs="?", const="[11,13]", type=steps, metavar="A-B", help=traced)
     add_rates(train, "for --dry_run: ")
@@ -24,30 +28,31 @@ def add(commands: Commands) -> None:
         commands,
         "run",
         _run,
-        "run the stages of a pipeline file; skip finished ones, go on with others",
+        "run the stages of a pipeline file; skip finished stages, resume the others",
         takes_settings=True,
     )
-    run.add_argument("pipeline", help="YAML file; overrides that follow go to every stage")
+    run.add_argument("pipeline", help="YAML file; settings after it, as --a.b=value, apply to every stage")
 
-    look = "look at a stage's models, data and needs before a long run"
+    look = "check the models, data and memory needs of a stage before a long run"
     check = command(commands, "check", _check, look, takes_settings=True)
     check.add_argument("config", help="YAML file; any setting may follow as --a.b=value")
-    check.add_argument("--ranks", type=count, default=1, help="how many the run will have")
-    check.add_argument("--records", type=count, default=64, help="how many to read and encode")
+    check.add_argument("--ranks", type=count, default=1, help="number of ranks of the run")
+    check.add_argument("--records", type=count, default=64, help="number of records to read and encode")
     exchanged = (
-        "how many to score with their own and with each other's pictures (default: 32, of small models)"
+        "number of records to score with their own and with another record's picture (default: 32, for "
+        "small models)"
     )
     check.add_argument("--pictures", type=partial(count, least=0), help=exchanged)
     add_rates(check)
 
-    once = "run a stage's teacher once, and keep what it says"
+    once = "run the teacher of a stage once and store its predictions"
     cache = command(commands, "cache-teacher", _cache_teacher, once, takes_settings=True)
     cache.add_argument("config", help="YAML file of the stage; any setting may follow as --a.b=value")
-    cache.add_argument("--out", required=True, help="directory; a cache that was broken off there goes on")
-    kept = "states, or logits (default: hidden; with --server topk)"
+    cache.add_argument("--out", required=True, help="directory; an interrupted cache in it is continued")
+    kept = "store hidden states, or the largest logits (default: hidden; with --server: topk)"
     cache.add_argument("--mode", choices=["hidden", "topk"], help=kept)
-    cache.add_argument("--topk", type=count, help="how many logits, for --mode topk")
-    size = "of a file, what a kill may cost; 0 gives every record its own"
+    cache.add_argument("--topk", type=count, help="number of logits per token, for --mode topk")
+    size = "size of a file; a kill loses at most one file of work; 0 writes one file per record"
     cache.add_argument("--shard_mb", type=partial(count, least=0), default=512, help=size)
     _add_server(cache)
 
@@ -57,12 +62,14 @@ def _add_server(cache: argparse.ArgumentParser) -> None:
         "http://HOST:PORT of a vLLM server that runs the teacher; teacher.checkpoint then needs no weights"
     )
     cache.add_argument("--server", metavar="URL", help=where)
-    cache.add_argument("--model", metavar="NAME", help="of the server's models (default: its only one)")
-    key = "environment variable that holds the server's key"
+    cache.add_argument(
+        "--model", metavar="NAME", help="name of the model on the server (default: its only model)"
+    )
+    key = "environment variable with the server's API key"
     cache.add_argument("--server_key_env", metavar="NAME", help=key)
-    cache.add_argument("--server_jobs", type=count, help="requests at once (default: 8)")
+    cache.add_argument("--server_jobs", type=count, help="number of parallel requests (default: 8)")
     cache.add_argument("--server_timeout", type=count, help="seconds for one answer (default: 600)")
-    again = "times that a request is tried again, after 1, 2, 4, ... s, at most 60 (default: 6)"
+    again = "number of retries of a request, after 1, 2, 4, ... s, at most 60 (default: 6)"
     cache.add_argument("--server_retries", type=partial(count, least=0), help=again)
 
 
@@ -136,12 +143,14 @@ def _cache_teacher(arguments: argparse.Namespace) -> int:
         from llava_kd.assembly.served.cache import cache_from_server
 
         if arguments.mode == "hidden":
-            raise ValueError("a server tells log-probabilities and no states: --server goes with --mode topk")
+            raise ValueError(
+                "--server needs --mode topk, because a server returns no hidden states; got --mode hidden"
+            )
         server = ServerSettings(url=arguments.server, **given)
         cache_from_server(config, arguments.out, server, top_k=arguments.topk, shard_mb=arguments.shard_mb)
         return 0
     if given:
-        raise ValueError(f"--{names[next(iter(given))]} belongs to --server URL, which is not given")
+        raise ValueError(f"--{names[next(iter(given))]} needs --server URL; give it, or leave the option out")
     mode = arguments.mode or "hidden"
     cache_teacher(config, arguments.out, mode=mode, top_k=arguments.topk, shard_mb=arguments.shard_mb)
     return 0

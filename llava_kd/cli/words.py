@@ -42,7 +42,7 @@ def command(
     parser = group.add_parser(name, help=what, description=what)
     words = parser.prog.partition(" ")[2]  # with those of its group: `recipes list`
     parser.set_defaults(run=run, command=words, takes_settings=takes_settings)
-    loud = "show what libraries say; without it they write to the run's logs alone"
+    loud = "also print messages of libraries; without it they go only to the run's logs"
     parser.add_argument("--verbose", action="store_true", help=loud)
     return parser
 
@@ -92,7 +92,7 @@ def add_plugins(command: argparse.ArgumentParser, what: str) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help=f"your own Python file, or module, with {what}; it is run",
+        help=f"your own Python file or module with {what}; it is executed",
     )
 
 
@@ -105,9 +105,11 @@ def plugins(arguments: argparse.Namespace) -> Tables:
 
 def add_rates(command: argparse.ArgumentParser, when: str = "") -> None:
     """What samples per second on several machines are predicted from."""
-    command.add_argument("--measured", metavar="RUN", help=f"{when}output_dir of a run on one whole machine")
-    for name, ranks in (("inside", "of one machine"), ("between", "on several machines")):
-        what = f"{when}GB/s of busbw that all_reduce_perf of nccl-tests gives for ranks {ranks}"
+    command.add_argument(
+        "--measured", metavar="RUN", help=f"{when}output_dir of a run that used all of one machine"
+    )
+    for name, ranks in (("inside", "on one machine"), ("between", "on several machines")):
+        what = f"{when}busbw in GB/s, from all_reduce_perf of nccl-tests, for ranks {ranks}"
         command.add_argument(f"--{name}", type=float, help=what)
 
 

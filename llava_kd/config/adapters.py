@@ -15,13 +15,15 @@ from llava_kd.config.ranges import PositiveFloat, PositiveInt, require
 class LoraConfig:
     """Low-rank adapters of the language model, which is then trained through them alone."""
 
-    rank: Annotated[PositiveInt, Doc("Width of an adapter.")] = 16
+    rank: Annotated[PositiveInt, Doc("Rank of each adapter.")] = 16
     alpha: Annotated[PositiveFloat, Doc("Adapters are scaled by alpha / rank.")] = 32.0
-    dropout: Annotated[float, Interval(ge=0, lt=1), Doc("Of an adapter's input, in training.")] = 0.0
+    dropout: Annotated[
+        float, Interval(ge=0, lt=1), Doc("Dropout on the input of each adapter, in training.")
+    ] = 0.0
     targets: Annotated[
         list[str] | None,
         MinLen(1),
-        Doc("Names of linear layers of the decoder, such as q_proj; null is all of them."),
+        Doc("Names of linear layers of the decoder to adapt, such as q_proj; null: all of them."),
     ] = None
 
 
@@ -36,24 +38,24 @@ def check_adapters(
     """ValueError where a student's adapters and bits do not fit what is trained, or by what."""
     require(
         not has_lora or trains_language_model,
-        f"`{whose}.lora` adapts the language model, which `trainable` does not name; add language_model to "
-        f"it, or set {whose}.lora to null",
+        f"`{whose}.lora` adapts the language model, but `trainable` does not name it; add language_model "
+        f"to `trainable`, or set {whose}.lora to null",
     )
     require(
         quantize is None or has_lora,
-        f"`{whose}.quantize` is {quantize}: weights of few bits cannot be trained; set {whose}.lora "
-        f"as well, or {whose}.quantize to null",
+        f"`{whose}.quantize` is {quantize}: quantized weights cannot be trained; set {whose}.lora as well, "
+        f"or {whose}.quantize to null",
     )
     require(
         quantize is None or engine_kind in ("auto", "single", "ddp"),
-        f"`{whose}.quantize` is {quantize}, whose packed weights `engine.kind` {engine_kind} cannot shard; "
-        "use auto, single or ddp",
+        f"`{whose}.quantize` is {quantize}, but `engine.kind` {engine_kind} cannot shard quantized "
+        "weights; use auto, single or ddp",
     )
 
 
 def check_teacher_bits(quantize: str | None, placement: str) -> None:
     require(
         quantize is None or placement == "replicated",
-        f"`teacher.quantize` is {quantize}, whose packed weights stay where they are; set "
+        f"`teacher.quantize` is {quantize}, but quantized weights cannot be moved between devices; set "
         f"teacher.placement to replicated instead of {placement}, or teacher.quantize to null",
     )

@@ -37,7 +37,7 @@ def check_value(value: object, kind: object, where: str, metadata: tuple[object,
         _check_list(value, kind, where)
         check_length(cast(list, value), metadata, where)
     elif get_origin(kind) is dict:
-        require(isinstance(value, dict), f"`{where}` must be `name: value` lines; got {value!r}")
+        require(isinstance(value, dict), f"`{where}` must be a section of `name: value` lines; got {value!r}")
         assert isinstance(value, dict)
         for name, item in value.items():
             check_value(item, get_args(kind)[1], f"{where}.{name}")
@@ -86,7 +86,7 @@ def _check_list(value: object, kind: object, where: str) -> None:
         item_kind = kinds[number] if is_fixed else kinds[0]
         check_value(item, item_kind, f"{where}[{number}]")
         doubled = split(item_kind)[0] is str and item in value[:number]
-        require(not doubled, f"`{where}` names {item!r} twice; name it once")
+        require(not doubled, f"`{where}` must name {item!r} once; it does so twice")
 
 
 def _check_scalar(value: object, kind: type, where: str, metadata: tuple[object, ...]) -> None:

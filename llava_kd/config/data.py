@@ -10,18 +10,18 @@ from typing_extensions import Doc
 
 from llava_kd.config.ranges import NotNegativeInt, PositiveFloat, PositiveInt, Share, require
 
-_Images = Annotated[str | None, Doc("Image root; null is the folder of `path`.")]
+_Images = Annotated[str | None, Doc("Root folder of the images; null: the folder of `path`.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackingConfig:
     """Rows hold several records, up to both budgets; `micro_batch_size` then counts rows."""
 
-    max_tokens: Annotated[PositiveInt, Doc("Most tokens of a row.")]
-    max_images: Annotated[PositiveInt, Doc("Most images of a row.")] = 64
+    max_tokens: Annotated[PositiveInt, Doc("Largest number of tokens in a row.")]
+    max_images: Annotated[PositiveInt, Doc("Largest number of images in a row.")] = 64
     packs_per_step: Annotated[
         PositiveInt | None,
-        Doc("Rows of an optimiser step; null: those of about `global_batch_size` records."),
+        Doc("Rows per optimiser step; null: as many as hold about `global_batch_size` records."),
     ] = None
 
 
@@ -31,8 +31,10 @@ class SourceConfig:
 
     path: Annotated[str, Doc("As `data.path`.")]
     images: _Images = None
-    weight: Annotated[PositiveFloat, Doc("How many times an epoch reads its records.")] = 1.0
-    template: Annotated[str | None, Doc("Of this source's prompts, by name; null is `data.template`.")] = None
+    weight: Annotated[PositiveFloat, Doc("How many times each epoch reads the records of this source.")] = 1.0
+    template: Annotated[
+        str | None, Doc("Prompt template of this source, by name; null: `data.template`.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,60 +45,75 @@ class DataConfig:
         str | None, Doc("LLaVA JSON or JSON Lines file, or a pattern of `.tar`, `.parquet`, `.arrow` files.")
     ] = None
     images: _Images = None
-    sources: Annotated[list[SourceConfig], Doc("Mixture of several sources, in place of `path`.")] = field(
+    sources: Annotated[list[SourceConfig], Doc("Mixture of several sources, instead of `path`.")] = field(
         default_factory=list
     )
     records: Annotated[
-        str | None, Doc("List of `llava-kd data select`: which records are read; null is all of them.")
+        str | None, Doc("File of `llava-kd data select` that lists the records to read; null: all records.")
     ] = None
-    follow_symlinks: Annotated[bool, Doc("Let links lead out of an image root.")] = False
+    follow_symlinks: Annotated[bool, Doc("Allow links that lead out of an image root.")] = False
     template: Annotated[
-        str, Doc("Of prompts; `auto`: the model directory's own, else its language model family's.")
+        str,
+        Doc("Prompt template; `auto`: that of the model directory, else that of the language model family."),
     ] = "auto"
-    max_length: Annotated[PositiveInt, Doc("Most tokens of a sequence; the rest is cut off.")] = 2048
+    max_length: Annotated[
+        PositiveInt, Doc("Largest number of tokens in a sequence; the rest is cut off.")
+    ] = 2048
     image_aspect: Annotated[
         Literal["square", "pad"],
-        Doc("`square` as the image processor does; `pad` with the mean colour first, as the saved one does."),
+        Doc("`square`: as the image processor does; `pad`: first pad to a square with the mean colour."),
     ] = "square"
     exif: Annotated[
         Literal["ignore", "apply"],
-        Doc("Orientation tag of photos; `apply` turns them upright first, in eval and chat too."),
+        Doc("EXIF orientation of photos; `apply` turns them upright first, also in eval and chat."),
     ] = "ignore"
     decode: Annotated[
         Literal["cpu", "nvjpeg"],
-        Doc("`nvjpeg`: baseline JPEGs on the GPU, other pixels; a damaged one then stops the run."),
+        Doc(
+            "`nvjpeg` decodes baseline JPEGs on the GPU: pixels differ from the CPU's, and a damaged file "
+            "stops the run."
+        ),
     ] = "cpu"
     resize: Annotated[
         Literal["exact", "quick"],
-        Doc("`exact` as Pillow does, or the CPU's `quick` kernel, which differs by 1 in some pixels."),
+        Doc("`exact`: as Pillow does; `quick`: a faster CPU kernel, which differs by 1 in some pixels."),
     ] = "exact"
     visual_alignment: Annotated[
         Literal["refuse", "resample"],
-        Doc("Where visual tokens differ; `resample`: the teacher's final states to the student's grid."),
+        Doc(
+            "If the numbers of visual tokens differ: `resample` maps the teacher's final states to the "
+            "student's grid."
+        ),
     ] = "refuse"
-    num_workers: Annotated[int, Ge(0), Le(1024), Doc("Worker processes of each rank's loader.")] = 4
+    num_workers: Annotated[int, Ge(0), Le(1024), Doc("Data loader worker processes per rank.")] = 4
     image_cache_mb: Annotated[
-        NotNegativeInt, Doc("Memory of each worker for resized images, where data come again.")
+        NotNegativeInt,
+        Doc("Cache of resized images per worker, in MB, for data that is read more than once."),
     ] = 0
-    packing: Annotated[PackingConfig | None, Doc("Several records a row; null is one.")] = None
-    max_bad_rate: Annotated[Share, Doc("A run stops where more than this share of the records is bad.")] = (
+    packing: Annotated[
+        PackingConfig | None, Doc("Pack several records into a row; null: one record per row.")
+    ] = None
+    max_bad_rate: Annotated[Share, Doc("The run stops if more than this share of the records is bad.")] = (
         0.001
     )
 
     def __post_init__(self) -> None:
         require(
             (self.path is None) == bool(self.sources),
-            f"`data` needs either `path` or `sources`, a list; got path={self.path} and "
+            f"`data` needs either `path`, or `sources` (a list); got path={self.path} and "
             f"{len(self.sources)} sources",
         )
         require(
             self.images is None or self.path is not None,
-            f"`data.images` ({self.images}) belongs to `data.path`; each of `data.sources` has its own",
+            f"`data.images` ({self.images}) is only for `data.path`; set `images` in each of "
+            "`data.sources` instead",
         )
         paths = [source.path for source in self.sources]
         doubled = sorted({path for path in paths if paths.count(path) > 1})
         require(
-            not doubled, f"`data.sources` names {doubled} twice; give it once, with the sum of the weights"
+            not doubled,
+            f"`data.sources` must name each source once; {doubled} is there twice: name it once, with "
+            "the sum of the weights",
         )
 
     @property

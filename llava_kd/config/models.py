@@ -22,35 +22,41 @@ Bits = Literal["4bit", "8bit"]
 class StudentConfig:
     """Either `checkpoint`, or the parts of a new model."""
 
-    checkpoint: Annotated[str | None, Doc("LLaVA directory to go on from, instead of the parts.")] = None
+    checkpoint: Annotated[
+        str | None, Doc("LLaVA directory to continue from, instead of `vision_tower` and `language_model`.")
+    ] = None
     vision_tower: Annotated[
-        str | None, Doc("Tower of a new student: a local path or an id; `timm:` and `open_clip:` too.")
+        str | None,
+        Doc("Vision tower of a new student: a local path or an id; also `timm:` and `open_clip:` ids."),
     ] = None
     language_model: Annotated[str | None, Doc("Language model of a new student: a local path or an id.")] = (
         None
     )
     vision_feature_layer: Annotated[
-        int, Doc("Layer of the tower that features come from; below 0 it counts from the last.")
+        int, Doc("Layer of the tower whose output is used as features; negative numbers count from the last.")
     ] = -2
     vision_feature_select_strategy: Annotated[
-        Literal["default", "full"], Doc("`default` drops the first token of the tower, `full` keeps all.")
+        Literal["default", "full"], Doc("`default` drops the first token of the tower; `full` keeps all.")
     ] = "full"
     drops_logit_cap: Annotated[
-        bool, Doc("Take the cap off the logits of a new student's language model, such as Gemma 2's.")
+        bool, Doc("Remove the logit cap of a new student's language model, such as Gemma 2's.")
     ] = False
-    lora: Annotated[LoraConfig | None, Doc("Trains the language model through adapters alone.")] = None
-    quantize: Annotated[Bits | None, Doc("Few bits for the weights of the language model, under `lora`.")] = (
-        None
-    )
+    lora: Annotated[LoraConfig | None, Doc("Train the language model only through LoRA adapters.")] = None
+    quantize: Annotated[Bits | None, Doc("Quantize the language model's weights; needs `lora`.")] = None
     projector: Annotated[
         Literal["own", "teacher", "conv_attention"],
-        Doc("A new one; the `teacher`'s, frozen, and a linear map; or `conv_attention`, over the grid."),
+        Doc(
+            "`own`: a new projector; `teacher`: the teacher's, frozen, with a linear map; "
+            "`conv_attention`: works on the grid."
+        ),
     ] = "own"
     projector_start: Annotated[
         Literal["random", "closed_form"],
-        Doc("A new projector's weights: drawn, or fitted to pictures and words of the stage's data."),
+        Doc(
+            "Initial weights of a new projector: random, or fitted to pictures and words of the stage's data."
+        ),
     ] = "random"
-    template: Annotated[str | None, Doc("Template of its prompts; null is that of `data`.")] = None
+    template: Annotated[str | None, Doc("Prompt template of this model; null: `data.template`.")] = None
 
     where: ClassVar[str] = "student"
 
@@ -63,13 +69,13 @@ class StudentConfig:
         )
         require(
             not self.drops_logit_cap or self.checkpoint is None,
-            f"`{self.where}.drops_logit_cap` is of a new student; one that goes on from "
+            f"`{self.where}.drops_logit_cap` is only for a new student; a student from "
             f"`{self.where}.checkpoint` is a stock LLaVA, which has no cap: leave it out",
         )
         require(
             self.projector == "own" or self.checkpoint is None,
-            f"`{self.where}.projector` is of a new student; one that goes on from `{self.where}.checkpoint` "
-            "keeps the projector it has, of whatever kind: leave projector out",
+            f"`{self.where}.projector` is only for a new student; a student from `{self.where}.checkpoint` "
+            "keeps its projector: leave projector out",
         )
         require(
             self.projector_start == "random" or (self.projector == "own" and self.checkpoint is None),
@@ -88,21 +94,31 @@ class PeerConfig(StudentConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    checkpoint: Annotated[str, Doc("Stock LLaVA directory, or one of another image-text-to-text model.")]
-    dtype: Annotated[Dtype, Doc("Of its weights.")] = "bfloat16"
-    quantize: Annotated[Literal["8bit"] | None, Doc("Few bits for the weights of its language model.")] = None
+    checkpoint: Annotated[
+        str, Doc("Stock LLaVA directory, or a directory of another image-text-to-text model.")
+    ]
+    dtype: Annotated[Dtype, Doc("Data type of the teacher's weights.")] = "bfloat16"
+    quantize: Annotated[
+        Literal["8bit"] | None, Doc("Quantize the weights of the teacher's language model.")
+    ] = None
     placement: Annotated[
         Literal["replicated", "fsdp", "cpu_offload"],
-        Doc("Whole on every rank, its decoder layers spread over them, or on the CPU until they are used."),
+        Doc(
+            "Whole on every rank (`replicated`); decoder layers sharded over the ranks (`fsdp`); or on "
+            "the CPU until used (`cpu_offload`)."
+        ),
     ] = "replicated"
     cache: Annotated[
-        str | None, Doc("Directory of `llava-kd cache-teacher`, whose predictions are read in its place.")
+        str | None,
+        Doc(
+            "Directory of `llava-kd cache-teacher`; its predictions are read instead of running the teacher."
+        ),
     ] = None
-    template: Annotated[str | None, Doc("Template of its prompts; null is that of `data`.")] = None
-    several: Annotated[SeveralConfig | None, Doc("More teachers beside this one; null is none.")] = None
+    template: Annotated[str | None, Doc("Prompt template of this model; null: `data.template`.")] = None
+    several: Annotated[SeveralConfig | None, Doc("More teachers in addition to this one; null: none.")] = None
     visual_dependency: Annotated[
         VisualDependencyConfig | None,
-        Doc("More weight for response tokens that need the picture; null weighs all alike."),
+        Doc("More weight for response tokens that need the picture; null: equal weights."),
     ] = None
 
     def __post_init__(self) -> None:

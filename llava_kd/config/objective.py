@@ -59,11 +59,13 @@ Table = Mapping[str, type[TermSettings]]
 class LearnedWeightsConfig:
     """Weights of the terms that read the teacher, learned as log-variances; they begin at `weight`."""
 
-    lr: Annotated[PositiveFloat, Doc("Their own rate, with the schedule of `optim.lr`.")] = 1e-2
+    lr: Annotated[
+        PositiveFloat, Doc("Learning rate of the weights; it follows the schedule of `optim.lr`.")
+    ] = 1e-2
     strength: Annotated[
-        PositiveFloat, Doc("What each of these terms, times its weight, comes to in the loss.")
+        PositiveFloat, Doc("Value that each of these terms, times its weight, approaches in the loss.")
     ] = 1.0
-    most: Annotated[float, Gt(1), Doc("A weight stays within this factor of its setting.")] = 100.0
+    most: Annotated[float, Gt(1), Doc("Each weight stays within this factor of its setting.")] = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +74,10 @@ class ObjectiveConfig:
 
     losses: Annotated[
         Literal["fast", "reference"],
-        Doc("The fast kernels, or the plain formulas that they are tested against."),
+        Doc("`fast` kernels, or the plain `reference` formulas that the kernels are tested against."),
     ] = "fast"
     learned_weights: Annotated[
-        LearnedWeightsConfig | None, Doc("Learn the weights of terms; null keeps them as they are set.")
+        LearnedWeightsConfig | None, Doc("Learn the weights of terms; null: keep them as set.")
     ] = None
 
     def __post_init__(self) -> None:
@@ -88,8 +90,9 @@ class ObjectiveConfig:
         require(
             self.learned_weights is None
             or any(t.weight > 0 and t.reads.teacher != "nothing" for t in self.terms.values()),
-            f"`objective.learned_weights` has no weight to learn: no term of {', '.join(self.terms)} reads "
-            "the teacher and counts; add one such as response_kl, or set learned_weights to null",
+            f"`objective.learned_weights` has no weight to learn: none of {', '.join(self.terms)} reads "
+            "the teacher with a weight above 0; add a term such as response_kl, or set learned_weights to "
+            "null",
         )
 
     @property
@@ -124,8 +127,8 @@ class ObjectiveConfig:
             named = " and ".join(f"`{name}`" for name, value in {**needs, **others}.items() if value)
             require(
                 not named or cache is None,
-                f"{named} need the teacher itself, but teacher.cache is {cache}; set it to null, or leave "
-                "them out",
+                f"{named} need the teacher model itself, but teacher.cache is {cache}; set it to null, or "
+                "leave them out",
             )
             for term in self.terms.values():
                 term.fits(trainable, placement)

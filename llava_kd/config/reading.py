@@ -86,7 +86,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except RecursionError:
-        raise ValueError(f"{path}: it, or an override, is nested too deeply") from None
+        raise ValueError(f"{path}: the file, or an override, is nested too deeply; make it flatter") from None
     except (DraccusException, ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {_messages(error)}") from error
 

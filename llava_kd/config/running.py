@@ -28,23 +28,28 @@ class OptimConfig:
     """AdamW with a cosine schedule."""
 
     lr: Annotated[
-        PositiveFloat, Doc("Highest learning rate, after the warm-up; then a half cosine down to 0.")
+        PositiveFloat, Doc("Peak learning rate, reached after the warm-up; then a half cosine down to 0.")
     ]
-    lr_by_part: Annotated[dict[str, PositiveFloat], Doc("Other rates than `lr`, by the name of a part.")] = (
-        field(default_factory=dict)
-    )
-    betas: Annotated[tuple[_Beta, _Beta], Doc("Decay of AdamW's means of the gradient and its square.")] = (
+    lr_by_part: Annotated[
+        dict[str, PositiveFloat],
+        Doc("Learning rates of parts that differ from `lr`, by the name of the part."),
+    ] = field(default_factory=dict)
+    betas: Annotated[
+        tuple[_Beta, _Beta], Doc("AdamW's betas: decay of the means of the gradient and of its square.")
+    ] = (
         0.9,
         0.999,
     )
-    eps: Annotated[PositiveFloat, Doc("AdamW's addend to the root of the mean square.")] = 1e-8
-    weight_decay: Annotated[NotNegativeFloat, Doc("AdamW's, times the rate.")] = 0.0
-    warmup_ratio: Annotated[Share, Doc("Share of the steps in which the rate rises from 0.")] = 0.03
-    max_grad_norm: Annotated[PositiveFloat, Doc("Longer gradients are scaled down to this norm.")] = 1.0
+    eps: Annotated[PositiveFloat, Doc("AdamW's epsilon, added to the root of the mean square.")] = 1e-8
+    weight_decay: Annotated[NotNegativeFloat, Doc("AdamW's weight decay, times the learning rate.")] = 0.0
+    warmup_ratio: Annotated[Share, Doc("Share of the steps in which the learning rate rises from 0.")] = 0.03
+    max_grad_norm: Annotated[
+        PositiveFloat, Doc("Gradients with a larger norm are scaled down to this norm.")
+    ] = 1.0
 
     def __post_init__(self) -> None:
         unknown = set(self.lr_by_part) - set(PARTS)
-        require(not unknown, f"`optim.lr_by_part` names no part {sorted(unknown)}; parts are {list(PARTS)}")
+        require(not unknown, f"`optim.lr_by_part` must name parts of {list(PARTS)}; got {sorted(unknown)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +58,21 @@ class EngineConfig:
         Literal["auto", "single", "ddp", "fsdp2", "deepspeed"],
         Doc("`auto` is `single` on one process and `ddp` on several."),
     ] = "auto"
-    zero_stage: Annotated[Literal[1, 2, 3] | None, Doc("Of `deepspeed` alone; null is 3.")] = None
-    precision: Annotated[Literal["bf16", "fp32"], Doc("What forward and backward compute in.")] = "bf16"
+    zero_stage: Annotated[Literal[1, 2, 3] | None, Doc("ZeRO stage, only for `deepspeed`; null is 3.")] = None
+    precision: Annotated[Literal["bf16", "fp32"], Doc("Data type of forward and backward.")] = "bf16"
     activation_checkpointing: Annotated[
-        bool, Doc("Recompute the activations of decoder layers in the backward, to hold fewer.")
+        bool, Doc("Recompute the activations of decoder layers in the backward, to save memory.")
     ] = False
-    device: Annotated[Literal["auto", "cpu", "cuda"], Doc("`auto` is a GPU where there is one.")] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Doc("`auto` is a GPU if there is one.")] = "auto"
     timeout_minutes: Annotated[
-        float, Gt(0), Le(525_600), Doc("How long a rank waits for the others before it gives up.")
+        float, Gt(0), Le(525_600), Doc("How long a rank waits for the other ranks before it fails.")
     ] = 60.0
 
     def __post_init__(self) -> None:
         require(
             self.zero_stage is None or self.kind == "deepspeed",
-            f"`engine.zero_stage` is {self.zero_stage} but `engine.kind` is {self.kind}: two engines; set "
-            "engine.kind to deepspeed, or zero_stage to null",
+            f"`engine.zero_stage` is {self.zero_stage} but `engine.kind` is {self.kind}, and only "
+            "deepspeed has ZeRO stages; set engine.kind to deepspeed, or zero_stage to null",
         )
 
     @property
@@ -80,32 +85,33 @@ class EngineConfig:
 class LogConfig:
     """`metrics.jsonl` is always written; the trackers are extra."""
 
-    every: Annotated[PositiveInt, Doc("Steps from one line of figures to the next.")] = 10
+    every: Annotated[PositiveInt, Doc("Steps between lines of metrics.")] = 10
     diagnostics_every: Annotated[
         NotNegativeInt,
-        Doc("Steps from one look at gradients per term and at both models' tokens to the next; 0 is never."),
+        Doc("Steps between diagnostics of gradients per term and of both models' tokens; 0 is never."),
     ] = 50
-    wandb_project: Annotated[str | None, Doc("Project of Weights & Biases; null is none.")] = None
-    wandb_name: Annotated[str | None, Doc("Name of the run there; null is that of `output_dir`.")] = None
-    wandb_entity: Annotated[str | None, Doc("User or team there; null is WANDB_ENTITY, or your own.")] = None
-    wandb_group: Annotated[str | None, Doc("Group of the run, as of all stages of a student.")] = None
-    wandb_tags: Annotated[list[str], Doc("Words by which the run is found there.")] = field(
-        default_factory=list
+    wandb_project: Annotated[str | None, Doc("Project in Weights & Biases; null: do not use it.")] = None
+    wandb_name: Annotated[str | None, Doc("Name of the run in W&B; null: the name of `output_dir`.")] = None
+    wandb_entity: Annotated[str | None, Doc("W&B user or team; null: WANDB_ENTITY, else your default.")] = (
+        None
     )
+    wandb_group: Annotated[str | None, Doc("W&B group of the run, such as all stages of a student.")] = None
+    wandb_tags: Annotated[list[str], Doc("W&B tags of the run.")] = field(default_factory=list)
     wandb_id: Annotated[
-        str | None, Doc("Id of the run; null is WANDB_RUN_ID, or one that is drawn and kept in `output_dir`.")
+        str | None, Doc("W&B id of the run; null: WANDB_RUN_ID, else a random id, stored in `output_dir`.")
     ] = None
-    tensorboard: Annotated[bool, Doc("Write TensorBoard's files too.")] = False
+    tensorboard: Annotated[bool, Doc("Also write TensorBoard files.")] = False
     progress: Annotated[
-        bool, Doc("Show a line that is written over on a terminal, and one every `every` steps elsewhere.")
+        bool, Doc("Show progress: one updated line on a terminal; elsewhere a line every `every` steps.")
     ] = True
-    progress_line: Annotated[NotNegativeInt, Doc("Line of the terminal where it stands.")] = 0
+    progress_line: Annotated[NotNegativeInt, Doc("Terminal line on which the progress is shown.")] = 0
 
     def __post_init__(self) -> None:
         given = [key for key in ("name", "entity", "group", "tags", "id") if getattr(self, f"wandb_{key}")]
         require(
             not given or self.wandb_project is not None,
-            f"`log.wandb_{given[0] if given else ''}` belongs to a run of wandb; set log.wandb_project too",
+            f"`log.wandb_{given[0] if given else ''}` needs log.wandb_project; set it too, or leave this "
+            "setting out",
         )
 
 
@@ -113,9 +119,7 @@ class LogConfig:
 class ProfileConfig:
     """What PyTorch's profiler saw of a few steps, in `output_dir/profile`."""
 
-    steps: Annotated[
-        tuple[PositiveInt, PositiveInt], Doc("First and last step that is traced, counted from 1.")
-    ]
+    steps: Annotated[tuple[PositiveInt, PositiveInt], Doc("First and last step to trace, counted from 1.")]
 
     def __post_init__(self) -> None:
         first, last = self.steps
@@ -128,10 +132,10 @@ class ProfileConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every: Annotated[PositiveInt, Doc("Steps from one to the next; there is one at the end as well.")] = 500
-    keep: Annotated[PositiveInt, Doc("How many of the newest are kept.")] = 2
+    every: Annotated[PositiveInt, Doc("Steps between checkpoints; one is also written at the end.")] = 500
+    keep: Annotated[PositiveInt, Doc("Number of newest checkpoints to keep.")] = 2
     best: Annotated[
         str | None,
-        Doc("Figure such as `slice/NAME` or `loss/NAME`; the checkpoint where it was best is kept too."),
+        Doc("Figure such as `slice/NAME` or `loss/NAME`; the checkpoint with the best value is kept too."),
     ] = None
-    export: Annotated[Literal["last", "best"], Doc("Which of them the stage's `model/` is.")] = "last"
+    export: Annotated[Literal["last", "best"], Doc("Which checkpoint becomes the stage's `model/`.")] = "last"

@@ -25,62 +25,67 @@ from llava_kd.config.teaching.token_policy import TokenPolicyConfig
 class TrainConfig:
     """One stage."""
 
-    output_dir: Annotated[str, Doc("Directory of the run: its log, checkpoints, and `model/`.")]
-    student: Annotated[StudentConfig, Doc("The model that learns.")]
-    data: Annotated[DataConfig, Doc("Records, and how they become sequences.")]
-    objective: Annotated[ObjectiveConfig, Doc("Loss terms; one that is absent is off.")]
-    optim: Annotated[OptimConfig, Doc("The optimiser, and the schedule of its rate.")]
+    output_dir: Annotated[str, Doc("Run directory: log, checkpoints, and `model/`.")]
+    student: Annotated[StudentConfig, Doc("The model to train.")]
+    data: Annotated[DataConfig, Doc("Training records, and how they become sequences.")]
+    objective: Annotated[ObjectiveConfig, Doc("Loss terms; a term that is not named is off.")]
+    optim: Annotated[OptimConfig, Doc("The optimiser and its learning rate schedule.")]
     trainable: Annotated[
         list[str],
         MinLen(1),
-        Doc("Parts that learn, of vision_tower, multi_modal_projector and language_model."),
+        Doc("Parts of the student to train: vision_tower, multi_modal_projector, language_model."),
     ]
     vision_tower_last_layers: Annotated[
-        PositiveInt | None, Doc("Layers of a trained tower; null is all that its features come from.")
+        PositiveInt | None,
+        Doc("Number of last layers of the tower to train; null: all layers that its features depend on."),
     ] = None
-    global_batch_size: Annotated[PositiveInt, Doc("Records of an optimiser step, over all ranks.")]
-    micro_batch_size: Annotated[PositiveInt, Doc("Records of a forward on one rank.")]
-    epochs: Annotated[PositiveFloat, Doc("How many times the data is read.")] = 1.0
-    max_steps: Annotated[PositiveInt | None, Doc("Optimiser steps, instead of `epochs`.")] = None
-    seed: Annotated[int, Ge(0), Le(2**63 - 1), Doc("Of new weights and of the order of records.")] = 0
-    teacher: Annotated[TeacherConfig | None, Doc("The model that is learned from; null is none.")] = None
+    global_batch_size: Annotated[PositiveInt, Doc("Records per optimiser step, over all ranks.")]
+    micro_batch_size: Annotated[PositiveInt, Doc("Records per forward pass on one rank.")]
+    epochs: Annotated[PositiveFloat, Doc("Number of passes over the data.")] = 1.0
+    max_steps: Annotated[PositiveInt | None, Doc("Number of optimiser steps, instead of `epochs`.")] = None
+    seed: Annotated[
+        int, Ge(0), Le(2**63 - 1), Doc("Random seed of new weights and of the order of records.")
+    ] = 0
+    teacher: Annotated[TeacherConfig | None, Doc("The model that the student learns from; null: none.")] = (
+        None
+    )
     peer: Annotated[
         PeerConfig | None,
-        Doc("A second student that learns beside the first, each the other's teacher; null is none."),
+        Doc("A second student, trained together with the first; each teaches the other. Null: none."),
     ] = None
     token_policy: Annotated[
-        TokenPolicyConfig | None, Doc("What is taught of private tokens; null treats all tokens alike.")
+        TokenPolicyConfig | None, Doc("How private tokens are treated; null: like all others.")
     ] = None
     on_policy: Annotated[
-        OnPolicyConfig | None, Doc("Answers that the student writes while it trains; null is none.")
+        OnPolicyConfig | None, Doc("Train on answers that the student generates during training; null: none.")
     ] = None
     pictures: Annotated[
-        PicturesConfig | None, Doc("A change of the pictures before both models; null is none.")
+        PicturesConfig | None, Doc("Changes of the pictures that both models read; null: none.")
     ] = None
-    engine: Annotated[EngineConfig, Doc("What runs a step, on which devices.")] = field(
+    engine: Annotated[EngineConfig, Doc("Parallelism, precision and devices.")] = field(
         default_factory=EngineConfig
     )
-    log: Annotated[LogConfig, Doc("Figures of the run, and where they go.")] = field(
+    log: Annotated[LogConfig, Doc("Metrics of the run, and where they are written.")] = field(
         default_factory=LogConfig
     )
-    profile: Annotated[ProfileConfig | None, Doc("Steps that are traced; null is none.")] = None
-    checkpoint: Annotated[CheckpointConfig, Doc("What a run goes on from.")] = field(
+    profile: Annotated[ProfileConfig | None, Doc("Steps to trace with the profiler; null: none.")] = None
+    checkpoint: Annotated[CheckpointConfig, Doc("Checkpoints, from which a stopped run resumes.")] = field(
         default_factory=CheckpointConfig
     )
-    evaluate: Annotated[EvaluateConfig | None, Doc("Questions that are asked on the way.")] = None
+    evaluate: Annotated[EvaluateConfig | None, Doc("Evaluation during training.")] = None
     plugins: Annotated[
         list[str],
-        Doc("Your own Python files, or modules, whose terms, towers, sources and templates may be named."),
+        Doc("Your own Python files or modules with terms, towers, sources and templates."),
     ] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         unknown = set(self.trainable) - set(PARTS)
-        require(not unknown, f"`trainable` names no part {sorted(unknown)}; parts are {list(PARTS)}")
+        require(not unknown, f"`trainable` must name parts of {list(PARTS)}; got {sorted(unknown)}")
         untrained = sorted(set(self.optim.lr_by_part) - set(self.trainable))
         require(
             not untrained,
-            f"`optim.lr_by_part` gives a rate to {untrained}, which `trainable` does not name; add it there, "
-            "or take it out of lr_by_part",
+            f"`optim.lr_by_part` sets a rate for {untrained}, but `trainable` does not name it; add it "
+            "there, or remove it from lr_by_part",
         )
         require(
             self.vision_tower_last_layers is None or "vision_tower" in self.trainable,
@@ -107,8 +112,8 @@ class TrainConfig:
         if self.pictures is not None:
             require(
                 self.token_policy is None,
-                "`pictures` and `token_policy` both weigh the labels, and were never tried together; set one "
-                "to null",
+                "`pictures` and `token_policy` both weight the labels, which was never tested together; "
+                "set one to null",
             )
             check_pictures(self.pictures, self.teacher, self.objective.terms, self.engine.kind)
         self.objective.check_teacher(
@@ -117,8 +122,8 @@ class TrainConfig:
         if self.teacher is not None:
             require(
                 self.teacher.cache is None or self.data.decode == "cpu",
-                f"`teacher.cache` ({self.teacher.cache}) holds predictions for the pixels of a CPU decoder; "
-                f"`data.decode` {self.data.decode} makes others: set it to cpu",
+                f"`teacher.cache` ({self.teacher.cache}) holds predictions for the pixels of a CPU "
+                f"decoder; `data.decode` {self.data.decode} gives other pixels: set it to cpu",
             )
             if self.teacher.visual_dependency is not None:
                 self.teacher.visual_dependency.check_engine(self.engine.kind)

@@ -14,7 +14,9 @@ class UniqueKeyLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         doubled = sorted({str(key) for key in keys if keys.count(key) > 1})
         if doubled:
-            raise ValueError(f"line {node.start_mark.line + 1}: the key {doubled} is given twice")
+            raise ValueError(
+                f"line {node.start_mark.line + 1}: the key {doubled} is given twice; give it once"
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -23,7 +25,7 @@ def read_tree(path: Path) -> dict:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except RecursionError:
-        raise ValueError(f"{path}: it is nested too deeply") from None
+        raise ValueError(f"{path}: the file is nested too deeply; make it flatter") from None
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):

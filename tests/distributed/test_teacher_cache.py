@@ -70,7 +70,7 @@ def test_a_cache_begun_on_two_ranks_goes_on_with_one_and_back(config: Path, tmp_
     for count in (1, 2):
         for path in sorted((cache / "shards").iterdir())[-(len(shards) // 3) :]:
             path.unlink()
-        assert f"{len(shards) - len(shards) // 3} of {len(shards)} records are there" in write(
+        assert f"{len(shards) - len(shards) // 3} of {len(shards)} records are stored" in write(
             config, cache, count=count
         )
     ranks.train(config, tmp_path / "live")

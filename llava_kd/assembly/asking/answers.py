@@ -75,12 +75,13 @@ def _lists(answer: Mapping[str, object]) -> tuple[list, list]:
     ids, said = answer.get("prompt_token_ids"), answer.get("prompt_logprobs")
     if not isinstance(said, list):
         raise ValueError(
-            "gave no prompt_logprobs: it must return the log-probabilities of a prompt, as vLLM does"
+            "gave no prompt_logprobs: use a server that returns the log-probabilities of a prompt, such "
+            "as vLLM"
         )
     if not isinstance(ids, list):
         raise ValueError(
-            "gave no prompt_token_ids, without which no token can be checked: it must know "
-            "return_token_ids, as vLLM does from 0.10.2 on"
+            "gave no prompt_token_ids, which are needed to check the tokens: use a server with "
+            "return_token_ids, such as vLLM 0.10.2 or newer"
         )
     return ids, said
 
@@ -97,8 +98,8 @@ def refuse_other_tokens(
     ours, its = (list(side).count(image_token_id) for side in (here, there))
     images = ""
     if ours != its and ours > 0:
-        images = f" (it has {its} image tokens up to there, {ours} are read here)"
-    raise ValueError(f"read other tokens: token {at} is {shown[0]} there and {shown[1]} here{images}")
+        images = f" (up to there the server has {its} image tokens; {ours} are expected)"
+    raise ValueError(f"read other tokens: token {at} is {shown[0]} on the server and {shown[1]} here{images}")
 
 
 def _shown(token: object, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -114,33 +115,32 @@ def _largest(said: object, own: int, place: int, wanted: Wanted) -> tuple[list[i
     try:
         found = [(int(token), float(of["logprob"]), _rank(of)) for token, of in said.items()]
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"gave log-probabilities at token {place} that are not of vLLM's form") from None
+        raise ValueError(f"gave log-probabilities at token {place} that are not in vLLM's format") from None
     if not all(math.isfinite(value) for _, value, _ in found):
-        raise ValueError(f"gave a log-probability at token {place} that is no number")
+        raise ValueError(f"gave a log-probability at token {place} that is not a finite number")
     if own not in [token for token, *_ in found]:
         raise ValueError(
-            f"gave log-probabilities at token {place} without that token's own, as of another place: they "
-            "cannot be aligned"
+            f"gave log-probabilities at token {place} without the prompt's own token: they cannot be aligned"
         )
     # The token of the prompt comes along, however unlikely it is.
     found = sorted(found, key=lambda entry: (-entry[1], entry[2] or 0, entry[0]))[: wanted.k]
     given = sum(rank is None or rank <= wanted.k for *_, rank in found)
     if given < wanted.k:
         raise ValueError(
-            f"gave {given} log-probabilities at token {place}, {wanted.k} were asked for: start it with "
+            f"gave {given} log-probabilities at token {place} instead of {wanted.k}: start the server with "
             f"--max-logprobs {wanted.k}"
         )
     if max(token for token, *_ in found) >= wanted.columns:
         raise ValueError(
-            f"gave token {max(token for token, *_ in found)} among the {wanted.k} likeliest at token "
-            f"{place}, and the tokenizer here ends at {wanted.columns - 1}: give the tokenizer of the model "
-            "that is served, or a smaller --topk"
+            f"gave token {max(token for token, *_ in found)} among the {wanted.k} most likely at token "
+            f"{place}, but the last token of the tokenizer here is {wanted.columns - 1}: use the tokenizer "
+            "of the served model, or a smaller --topk"
         )
     total = sum(math.exp(min(value, 1.0)) for _, value, _ in found)
     if total > 1 + _TOLERATED:
         raise ValueError(
-            f"gave values at token {place} that are no log-probabilities (their probabilities sum to "
-            f"{total:.3g}): start it with --logprobs-mode raw_logprobs"
+            f"gave values at token {place} that are not log-probabilities (the probabilities sum to "
+            f"{total:.3g}): start the server with --logprobs-mode raw_logprobs"
         )
     return [token for token, *_ in found], [value for _, value, _ in found]
 

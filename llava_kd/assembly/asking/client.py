@@ -26,7 +26,7 @@ class Wording:
     url: str = "--server"
     model: str = "--model"
     key: str = "--server_key_env"
-    goes_on: str = "the same command goes on from what is there"
+    goes_on: str = "run the same command again to continue from what is stored"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,9 @@ class Server:
         listed = self.call("/v1/models").get("data")
         found = [m for m in listed if isinstance(m, dict) and "id" in m] if isinstance(listed, list) else []
         if not found:
-            raise ValueError(f"{self.address}/v1/models lists no model: is it a server of OpenAI's protocol?")
+            raise ValueError(
+                f"{self.address}/v1/models lists no model; give the address of a server with the OpenAI API"
+            )
         return found
 
     def model(self, *, longest: int, needs: str) -> str:
@@ -99,13 +101,13 @@ class Server:
             name = next(iter(listed))
         if name is None or name not in listed:
             raise ValueError(
-                f"{option} must be one of those that {self.address} serves ({', '.join(listed)}); got {name}"
+                f"{option} must be a model that {self.address} serves ({', '.join(listed)}); got {name}"
             )
         reads = listed[name].get("max_model_len")
         if isinstance(reads, int) and reads < longest:
             raise ValueError(
-                f"{self.address} reads {reads} tokens of {name}, {needs}: start it with --max-model-len "
-                f"{longest} or more"
+                f"{self.address} reads at most {reads} tokens with {name}, but {needs}: start the server "
+                f"with --max-model-len {longest} or more"
             )
         return name
 
@@ -113,10 +115,16 @@ class Server:
         """What it said, and what to do where that is known; `more` are remedies, and whether each applies."""
         said = error.said.lower()
         remedies = (
-            (error.status in (401, 403), f"it wants a key: name its variable with {self.key_option}"),
+            (
+                error.status in (401, 403),
+                f"the server needs an API key: name its environment variable with {self.key_option}",
+            ),
             *more,
-            ("context length" in said or "max_model_len" in said, "start it with a larger --max-model-len"),
-            ("at most" in said and "image" in said, "start it with a larger --limit-mm-per-prompt"),
+            (
+                "context length" in said or "max_model_len" in said,
+                "start the server with a larger --max-model-len",
+            ),
+            ("at most" in said and "image" in said, "start the server with a larger --limit-mm-per-prompt"),
         )
         remedy = next((text for applies, text in remedies if applies), "")
         return f"{error}{'; ' if remedy else ''}{remedy}"
@@ -134,9 +142,9 @@ class Server:
         answer = self.call("/v1/chat/completions", body, name)
         told = str(answer.get("id", ""))
         if _OURS in told and f"{name}-" not in told:
-            raise ValueError(f"gave the answer to another request ({told})")
+            raise ValueError(f"returned the answer to another request ({told})")
         if (other := answer.get("model", body["model"])) != body["model"]:
-            raise ValueError(f"answered with the model {str(other)[:80]!r}, asked was {body['model']!r}")
+            raise ValueError(f"answered with the model {str(other)[:80]!r} instead of {body['model']!r}")
         return answer
 
     def tell(self, path: str, body: Mapping[str, object]) -> None:
@@ -163,9 +171,9 @@ class Server:
             except _TryAgainError as trouble:
                 wait = min(max(trouble.wait, settings.first_wait * 2**attempt), _LONGEST_WAIT)
                 if attempt == settings.retries or self._stop.wait(wait):
-                    times = f"{attempt + 1} time{'s' if attempt else ''}"
+                    times = f"{attempt + 1} attempt{'s' if attempt else ''}"
                     raise ValueError(
-                        f"{self.address} gave no answer, asked {times}: {trouble}; {settings.wording.goes_on}"
+                        f"{self.address} gave no answer after {times}: {trouble}; {settings.wording.goes_on}"
                     ) from None
         raise AssertionError("unreachable")
 
@@ -178,7 +186,7 @@ class Server:
         except urllib.error.HTTPError as error:
             raise _of_status(error) from None
         except TimeoutError:
-            raise _TryAgainError(f"nothing within {self._settings.timeout:g} s") from None
+            raise _TryAgainError(f"no response within {self._settings.timeout:g} s") from None
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             said = _line(str(reason) or type(error).__name__)
@@ -189,9 +197,9 @@ def _object(read: bytes) -> dict:
     try:
         answer = json.loads(read)
     except ValueError:  # not JSON, or not UTF-8
-        raise _TryAgainError("the answer is no whole JSON") from None
+        raise _TryAgainError("the response is not complete JSON") from None
     if not isinstance(answer, dict):
-        raise RefusedError(200, "something else than a JSON object")
+        raise RefusedError(200, "with something other than a JSON object")
     return answer
 
 
@@ -241,8 +249,8 @@ def _address(url: str, wording: Wording) -> str:
         )
     if parts.username or parts.password:
         raise ValueError(
-            f"{wording.url} must hold no name and no password; put a key into an environment variable and "
-            f"name that with {wording.key}"
+            f"{wording.url} must not contain a user name or password; put the key into an environment "
+            f"variable and name the variable with {wording.key}"
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
 
@@ -252,7 +260,12 @@ def _authorisation(name: str | None, option: str) -> dict[str, str]:
         return {}
     key = os.environ.get(name, "").strip()
     if not key:
-        raise ValueError(f"{option} names {name}, and no such environment variable is set here")
+        raise ValueError(
+            f"{option} names the environment variable {name}, which is not set; set it to the key"
+        )
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise ValueError(f"the environment variable {name} must hold a key: printable ASCII without blanks")
+        raise ValueError(
+            f"the environment variable {name} must hold a key of printable ASCII characters without "
+            "blanks; correct it"
+        )
     return {"Authorization": f"Bearer {key}"}

@@ -81,6 +81,6 @@ def refuse_control_words(numbers: Sequence[int], source: Source, reader: Side, r
     if found:
         more = "" if len(found) <= _SHOWN else f" and {len(found) - _SHOWN} more"
         raise ValueError(
-            f"words of {', '.join(found[:_SHOWN])}{more} are text here and control tokens to a server: take "
-            f"them out, or {remedy}"
+            f"{', '.join(found[:_SHOWN])}{more} contain words that a server reads as control tokens, not "
+            f"as text: remove them, or {remedy}"
         )

@@ -93,7 +93,10 @@ def agree_data(asked: Answering) -> str:
 def likely_data(asked: Answering, *, keep: float | None, least: float | None) -> str:
     """The records whose answers this model finds likeliest: a share of them, or all from a mean log p on."""
     if (keep is None) == (least is None):
-        raise ValueError("give either --keep, a share of the records, or --least, a mean log p a token")
+        raise ValueError(
+            "--by likelihood needs either --keep (a share of the records) or --least (a mean log p per "
+            "token); give one of them"
+        )
     share = None if keep is None else Share(keep=keep)
 
     def work(run: Run) -> tuple[Made, Mapping[str, object]]:
@@ -124,7 +127,7 @@ def feedback_data(asked: Answering, student: str, *, samples: int, margin: float
     """Pairs of a student's answers, the better first, by the mean log p that `asked.model` gives them."""
     if asked.writing.is_greedy or samples < 2:
         raise ValueError(
-            "feedback needs different answers: a --temperature above 0, and --samples of 2 or more"
+            "feedback needs different answers; set --temperature above 0 and --samples to 2 or more"
         )
 
     def work(run: Run) -> tuple[Made, Mapping[str, object]]:

@@ -79,12 +79,14 @@ def insert(asked: Planting) -> str:
         raise ValueError(f"--out must be a .json or .jsonl file; got {out}")
     for path in (out, canaries_of(out)):
         if path.exists():
-            raise ValueError(f"{path} exists: canaries are planted once; name another --out")
+            raise ValueError(f"the output must be new; {path} exists: name another --out")
     entries = list(read_entries(data))
     names = {str(entry.get("id")) for entry in entries if isinstance(entry, dict)}
     planted = make(asked.count, digits=asked.digits, seed=asked.seed)
     if taken := [one.id for one in planted.canaries if any(name.startswith(one.id) for name in names)]:
-        raise ValueError(f"{data} has a record {taken[0]!r} already: plant canaries in data without any")
+        raise ValueError(
+            f"the data must not contain canaries yet; {data} has a record {taken[0]!r}: use the original data"
+        )
     if asked.renders:
         folder = Path(asked.images or data.parent) / FOLDER
         make_folder(folder)
@@ -95,7 +97,7 @@ def insert(asked: Planting) -> str:
     write_whole(canaries_of(out), [planted.write()])
     write_whole(out, _written([*entries, *copies], is_lines=out.suffix == ".jsonl"))
     return (
-        f"{len(entries)} records and {len(copies)} with a canary in {out}; what they are is in "
+        f"{len(entries)} records and {len(copies)} with a canary in {out}; the codes are in "
         f"{canaries_of(out)}"
     )
 
@@ -130,7 +132,10 @@ def audit(asked: Audit) -> str:
     with peers():
         world = join(asked.device, timeout_minutes=60)
         if world.size > 1:
-            raise ValueError(f"`canary exposure` runs in one process, and {world.size} were launched")
+            raise ValueError(
+                f"`canary exposure` runs in one process, but {world.size} were launched; start it without "
+                "a launcher"
+            )
         found = list(_exposures(asked, planted, world))
     size = 10**planted.digits
     names = [one.id for one in planted.canaries]

@@ -52,8 +52,8 @@ def frequent_tokens(source: Source, reader: Side, *, most: int, least: int) -> T
     if not found:
         highest = int(counts_V.max()) if len(counts_V) else 0
         raise ValueError(
-            f"no answer token occurs {least} times in the {len(source)} records, the most frequent one "
-            f"{highest} times: a mean over so few is none; lower --least, or give more records"
+            f"at least one answer token must occur {least} times; in the {len(source)} records the most "
+            f"frequent token occurs {highest} times: lower --least, or give more records"
         )
     return torch.tensor(found)
 
@@ -85,9 +85,11 @@ def centroids(config: TrainConfig, out: str | Path, *, most: int, least: int) ->
     """
     term, path = mcmi_of(config), Path(out)
     if term is None:
-        raise ValueError("this stage has no objective.mcmi, whose temperature centroids are of; add it")
+        raise ValueError(
+            "centroids need the temperature of objective.mcmi, which this stage does not have; add it"
+        )
     if path.exists():
-        raise ValueError(f"{path} exists; give another --out, or remove it")
+        raise ValueError(f"the output must be new; {path} exists: give another --out, or remove it")
     name = tuned_checkpoint(config)
     with peers():
         world = join(config.engine.device, timeout_minutes=config.engine.timeout_minutes)
@@ -118,8 +120,8 @@ def centroids(config: TrainConfig, out: str | Path, *, most: int, least: int) ->
     information = ((sums.rows_K * mean_KV).sum() - sums.entropy) / covered
     return (
         f"{len(stored.tokens_K)} tokens, after {float(covered / sums.rows):.1%} of {int(sums.rows)} answer "
-        f"rows; at temperature {term.temperature:g} these rows hold {float(information):.5f} nats of their "
-        f"input beyond the label; cross-entropy {stored.cross_entropy:.4f}: {path}"
+        f"rows; at temperature {term.temperature:g} these rows contain {float(information):.5f} nats about "
+        f"their input beyond the label; cross-entropy {stored.cross_entropy:.4f}: {path}"
     )
 
 

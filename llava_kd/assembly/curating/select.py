@@ -63,9 +63,9 @@ class Selection:
 
     def __post_init__(self) -> None:
         if self.by == "difference" and self.smaller is None:
-            raise ValueError("a choice by difference needs a small reference; name it with --reference DIR")
+            raise ValueError("--by difference needs a small reference model; name it with --reference DIR")
         if self.by == "disagreement" and self.any_reference:
-            raise ValueError("--any_reference is of a choice by difference; leave it out")
+            raise ValueError("--any_reference needs --by difference; leave it out")
 
     @property
     def second(self) -> str:
@@ -82,7 +82,8 @@ def select(config: TrainConfig, out: str | Path, selection: Selection) -> str:
     """
     if config.data.records is not None:
         raise ValueError(
-            f"`data.records` is {config.data.records}, and a choice is made from all records; set it to null"
+            "`data.records` must be null, because the selection is made from all records; it is "
+            f"{config.data.records}: set it to null"
         )
     directory = Path(out)
     teacher = _teacher(config, selection)
@@ -151,8 +152,8 @@ def _student(config: TrainConfig) -> str:
     """As it is. ValueError for a stage whose student is yet to be made."""
     if config.student.checkpoint is None:
         raise ValueError(
-            "this stage makes a new student, which has no opinion yet; name one that has learned with "
-            "--with_student DIR, as the stage before leaves it"
+            "--by disagreement needs a trained student, but this stage creates a new one; name the model "
+            "of the stage before with --with_student DIR"
         )
     return config.student.checkpoint
 
@@ -170,7 +171,7 @@ def _checked(directory: Path, identity: Mapping[str, Mapping[str, str]]) -> dict
             tree = json.loads(path.read_bytes())
             there = dict(tree["identity"])
             if tree["checksum"] != meta_checksum(tree):
-                raise ValueError("it has another checksum than when it was written")
+                raise ValueError("its checksum has changed since it was written")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} cannot be read ({error}); choose a new --out") from error
         refuse_other(
@@ -231,7 +232,7 @@ class Choice:
         for line in self.found.notes():
             say(line)
         say(
-            f"done: {int(self.is_kept_R.sum())} of {len(self.is_kept_R)} records stay; train with "
+            f"done: {int(self.is_kept_R.sum())} of {len(self.is_kept_R)} records were selected; train with "
             f"--data.records={directory / CHOSEN}"
         )
 

@@ -72,8 +72,9 @@ def side_of(
     """
     if config.exif == "ignore" and reads_upright(processor):
         raise ValueError(
-            "`data.exif` is ignore, but the image processor of a model here has do_exif_transpose: it was "
-            "trained on photos turned upright; set data.exif to apply, which changes no picture without a tag"
+            "`data.exif` is ignore, but an image processor has do_exif_transpose, so its model was "
+            "trained on photos turned upright; set data.exif to apply (pictures without the tag stay "
+            "unchanged)"
         )
     max_tokens = None if config.packing is None else config.packing.max_tokens
     own = sorted({part.template for part in config.sources if part.template is not None})
@@ -195,8 +196,8 @@ def tagger_in(config: TrainConfig) -> Tagger | None:
         return None
     if unknown := [s.pattern for s in settings.spans if s.pattern is not None and s.pattern not in PATTERNS]:
         raise ValueError(
-            f"`token_policy.spans[].pattern` must be one of {', '.join(PATTERNS)}; got {unknown[0]!r}: give "
-            "an expression of your own as regex"
+            f"`token_policy.spans[].pattern` must be one of {', '.join(PATTERNS)}; got {unknown[0]!r}; or "
+            "give your own expression as `regex`"
         )
     return Tagger(
         patterns=tuple((s.regex or PATTERNS[s.pattern or ""], s.score) for s in settings.spans),
@@ -215,8 +216,8 @@ def make_loader(
     data = config.data
     if data.resize == "quick" and world.device.type != "cpu":
         raise ValueError(
-            f"`data.resize` quick is a kernel of the CPU, but this run resizes on {world.device.type}, where "
-            "the exact one costs the CPU nothing; set it to exact"
+            f"`data.resize` quick runs only on the CPU, but this run resizes on {world.device.type}; set "
+            "it to exact, which costs no CPU time there"
         )
     if source is None:
         source = source_in(config)
@@ -280,9 +281,9 @@ def _teacher_side(
         return (None if reads_alike and shares_tower else own), shares_tower, None
     if own.template != student_side.template:
         raise ValueError(
-            "`teacher.cache` holds predictions at the teacher's own tokens: both sides must have one "
-            f"template; the student's is {student_side.template.name}, the teacher's "
-            f"{own.template.name}; set data.template, or teacher.cache to null"
+            "with `teacher.cache`, student and teacher must have the same template; the student's is "
+            f"{student_side.template.name}, the teacher's {own.template.name}; set data.template, or "
+            "teacher.cache to null"
         )
     cache = open_cache(config, own, source)
     if cache.manifest.contents.mode == "topk":
@@ -294,8 +295,8 @@ def _teacher_side(
 def _refuse_other_grid(cache: TeacherCache, student: Parts, teacher: AnyParts) -> None:
     if teacher.visual_grid != student.visual_grid:
         raise ValueError(
-            f"{cache.directory} holds logits, which cannot be resampled to the grid of the student; "
-            "write one with --mode hidden, or use the tower of the teacher"
+            f"{cache.directory} stores logits, which cannot be resampled to the student's grid; write a "
+            "cache with --mode hidden, or use the teacher's tower"
         )
 
 

@@ -51,7 +51,7 @@ def compiles_first(config: TrainConfig) -> str | None:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     if any(root.glob("**/deepspeed*/*.so")):
         return None
-    return f"DeepSpeed compiles a part of itself at its first start, once, into {root}: about a minute"
+    return f"DeepSpeed compiles a part of itself into {root} at its first start; this takes about a minute"
 
 
 def students(module: Student) -> list[MLLM]:

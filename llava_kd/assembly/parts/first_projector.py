@@ -40,9 +40,9 @@ def begin_projector(
     features_NE, tokens_NE, words_ND = _sample(config, student, source, world)
     if len(features_NE) < 2:
         raise ValueError(
-            f"student.projector_start is closed_form, but of {min(SAMPLE, len(source))} sampled records "
-            f"{len(features_NE)} have a picture and an answer, and it takes 2 at least: set it to random, or "
-            "begin with a stage of captions"
+            "student.projector_start closed_form needs at least 2 records with a picture and an answer, "
+            f"but {len(features_NE)} of {min(SAMPLE, len(source))} sampled records have both: set it to "
+            "random, or start with a caption stage"
         )
     found, explained = ridge(features_NE, words_ND)
     found = sized(found, tokens_NE, _size(student))

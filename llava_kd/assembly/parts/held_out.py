@@ -96,7 +96,10 @@ def _loss_scorer(
             for name, loader in loaders.items():
                 total, tokens, bad = _summed(loader, module, alone, engine)
                 if tokens == 0:
-                    raise ValueError(f"`evaluate.losses.{name}`: all {bad:.0f} records are bad; fix the file")
+                    raise ValueError(
+                        f"`evaluate.losses.{name}`: all {bad:.0f} records are bad; at least one must be "
+                        "readable: fix the file"
+                    )
                 figures |= {f"loss/{name}": total / tokens, f"loss/{name}/bad_records": bad}
                 gain = _picture_gain(pairs[name], module, alone, engine) if name in pairs else None
                 if gain is not None:

@@ -97,7 +97,10 @@ def _agreed(asked: Mapping[str, T | None], what: str) -> T | None:
     found = {name: value for name, value in asked.items() if value is not None}
     if len(set(found.values())) > 1:
         listed = " and ".join(f"{name} reads {what} {value}" for name, value in found.items())
-        raise ValueError(f"{listed}: a run has one of these; set them alike, or drop a term")
+        raise ValueError(
+            f"{listed}: all terms of a run must use the same one; set them to the same value, or remove a "
+            "term"
+        )
     return next(iter(found.values()), None)
 
 
@@ -118,8 +121,9 @@ def _switch(
         widths = [vision_config(parts.stock.config).hidden_size for parts in (student, teacher)]
         if widths[0] != widths[1]:
             raise ValueError(
-                f"the student's tower is {widths[0]} wide and the teacher's projector reads {widths[1]}: set "
-                "objective.visual_switch.source to projector, or take a tower of that width"
+                f"the student's tower has width {widths[0]}, but the teacher's projector needs "
+                f"{widths[1]}: set objective.visual_switch.source to projector, or use a tower of that "
+                "width"
             )
     else:
         common = num_common_columns(
@@ -131,7 +135,10 @@ def _switch(
         map_DE = width_map(_embeddings(student, common), _embeddings(teacher, common))
         map_DE = map_DE.to(teacher.stock.lm_head.weight.device)
     grids = student.visual_grid, teacher.visual_grid
-    refusal = f"visual_switch puts the student's {grids[0]} in the places of the teacher's {grids[1]}"
+    refusal = (
+        f"visual_switch needs equal grids, but would put the student's {grids[0]} in place of the "
+        f"teacher's {grids[1]}"
+    )
     return Switch(
         teacher=teacher_mllm,
         source=source,

@@ -56,8 +56,8 @@ def token_policy(config: TrainConfig) -> TokenPolicy | None:
     }
     if policy.changes_targets and not compared:
         raise ValueError(
-            "`token_policy.temperature` and `noise` change what the teacher says at response tokens, and no "
-            "term compares it there; add response_kl, or leave both out"
+            "`token_policy.temperature` and `noise` change the teacher's predictions at response tokens, "
+            "but no term compares them; add response_kl, or leave both out"
         )
     past = {
         name: bool(
@@ -109,7 +109,8 @@ def objective(
     if by_grid and teacher is not None:
         grids = teacher.visual_grid, student.visual_grid
         needs = (
-            f"{' and '.join(by_grid)} need equal grids: the student has {grids[1]}, the teacher {grids[0]}"
+            f"{' and '.join(by_grid)} need equal visual grids, but the student has {grids[1]}, the teacher "
+            f"{grids[0]}"
         )
         align = carried(*grids, visual_alignment, refusal=needs)
     return Objective(
@@ -148,8 +149,9 @@ def _learned(config: ObjectiveConfig, terms: Mapping[str, Term], student: Parts)
     names = learnable(terms)
     if not names:
         raise ValueError(
-            f"`objective.learned_weights` has no weight to learn: {', '.join(terms)} are not of the teacher, "
-            "or may be below 0; add a term such as response_kl, or set learned_weights to null"
+            f"`objective.learned_weights` has no weight to learn, because {', '.join(terms)} do not read "
+            "the teacher or can be negative; add a term such as response_kl, or set learned_weights to "
+            "null"
         )
     made = LearnedWeights(names, strength=settings.strength, most=settings.most)
     return made.to(student.stock.lm_head.weight.device)
@@ -211,7 +213,7 @@ def carried(
     if visual_alignment == "refuse":
         raise ValueError(
             f"{refusal}; set data.visual_alignment to resample, use the teacher's tower, layer and "
-            "vision_feature_select_strategy, or leave these terms out"
+            "vision_feature_select_strategy, or remove these terms"
         )
     check_resample(source, target, onto=onto)
     return functools.partial(resample, source=source, target=target)

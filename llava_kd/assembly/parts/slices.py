@@ -50,8 +50,9 @@ def slice_scorer(
                 )
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"answering {config.batch_size} questions at once needs more memory than there is beside "
-                "training; lower evaluate.batch_size, and the same command goes on from the last checkpoint"
+                f"there is not enough memory to answer {config.batch_size} questions at once during "
+                "training; lower evaluate.batch_size, then run the same command again to continue from "
+                "the last checkpoint"
             ) from error
 
     return score

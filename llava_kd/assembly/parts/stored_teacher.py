@@ -45,9 +45,9 @@ def open_cache(config: TrainConfig, reader: AnySide, source: Source) -> TeacherC
     if asked is not None and asked != contents.dependency:
         held = "none" if contents.dependency is None else f"those of {contents.dependency}"
         raise ValueError(
-            f"the teacher cache {config.teacher.cache} does not hold the scores that "
-            f"`teacher.visual_dependency` weighs by ({asked}): it has {held}. Write one with these settings, "
-            "with `llava-kd cache-teacher` into a new directory, or set teacher.visual_dependency to null"
+            f"the teacher cache {config.teacher.cache} does not have the scores that "
+            f"`teacher.visual_dependency` needs ({asked}): it has {held}. Write a new cache with these "
+            "settings (`llava-kd cache-teacher`), or set teacher.visual_dependency to null"
         )
     return cache
 
@@ -103,7 +103,7 @@ def refuse_other(there: Mapping[str, str], here: Mapping[str, str], what: str, r
     if names:
         shown = [f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} here" for name in names]
         raise ValueError(
-            f"{what} was written for something else ({'; '.join(shown)}); give that back, or {remedy}"
+            f"{what} was written with other inputs ({'; '.join(shown)}); restore them, or {remedy}"
         )
 
 
@@ -144,28 +144,28 @@ def _refuse_missing(
     if missing := [place for place in places_read(terms) if place not in contents.places]:
         lacking = f"the teacher at {' and '.join(missing)} places, which the terms of `objective` read"
     if contents.mode == "hidden" and (names := reads_projector(terms)) and not contents.projected:
-        lacking = f"the projector's output, which {' and '.join(names)} reads there"
+        lacking = f"the projector's output, which {' and '.join(names)} reads"
     if contents.mode == "topk" and (names := beyond_top_k(terms)):
         lacking = (
-            f"what {' and '.join(names)} compares: it has the largest logits alone; set that to null, or its "
-            "divergence to another than `adaptive`"
+            f"what {' and '.join(names)} compares: it has only the largest logits. Set the term to null, "
+            "or choose a divergence other than `adaptive`"
         )
     if contents.mode == "topk" and contents.temperature != 1 and (names := trusted_by_probability(terms)):
         lacking = (
-            f"the label's probability, by which {' and '.join(names)} trusts the teacher: that needs the "
-            f"rest's mass at temperature 1, and it was written for {in_words(contents.temperature)}"
+            f"the label's probability, which the trust of {' and '.join(names)} needs: it was written for "
+            f"temperature {in_words(contents.temperature)}, not 1"
         )
     if contents.mode == "topk" and (more := listed(terms)) > (contents.k or 0):
-        lacking = f"the {more} largest logits, among which a term looks for a word: it holds {contents.k}"
+        lacking = f"the {more} largest logits, which a term needs: it has {contents.k}"
     if contents.mode == "topk" and (found := temperatures(terms)) != [contents.temperature]:
         written, asked = in_words(contents.temperature), ", ".join(map(in_words, found))
-        lacking = f"the rest's mass at temperature {asked}; it was written for {written}"
+        lacking = f"probabilities at temperature {asked}: it was written for {written}"
     if contents.mode == "topk" and has_own_targets:
-        lacking = f"what it takes to serve {BEYOND_TOP_K}"
+        lacking = f"what {BEYOND_TOP_K} needs"
     if lacking:
         raise ValueError(
-            f"the teacher cache {directory} does not hold {lacking}. Or write one with these terms, with "
-            "`llava-kd cache-teacher` into a new directory"
+            f"the teacher cache {directory} does not have {lacking}. Or write a new cache for these terms "
+            "(`llava-kd cache-teacher`)"
         )
 
 

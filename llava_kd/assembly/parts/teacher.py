@@ -84,8 +84,8 @@ def teacher_parts(config: TrainConfig) -> AnyParts | None:
         head = load_file(directory / HEAD)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{directory / HEAD} cannot be read ({error}); the same `llava-kd cache-teacher` command writes "
-            "it anew"
+            f"{directory / HEAD} cannot be read ({error}); run the same `llava-kd cache-teacher` command "
+            "again to rewrite it"
         ) from error
     load = load_foreign_head if is_foreign(config.teacher.checkpoint) else load_head_only
     return load(config.teacher.checkpoint, head["weight"], head.get("bias"))
@@ -134,15 +134,15 @@ def teaching_of(
         stored = cached_teacher(config, teacher, world.device, say)
         if weighing is None:
             return FromTeacher(stored, head_loss=formula)
-        say("how much the teacher needs the picture for each token comes from there too")
+        say("the visual dependency of each token is also read from there")
         return StoredWeighing(weighing, stored, head_loss=formula)
     if isinstance(teacher, ForeignParts):
-        say(f"the teacher is a {type(teacher.stock).__name__}, read by its own processor")
+        say(f"the teacher is a {type(teacher.stock).__name__} with its own processor")
         side = foreign_side(teacher, config.data)
         keeps_head_gram = wants_head_gram(config.objective)
         alone = placed_foreign(config.teacher, world, teacher, side, keeps_head_gram=keeps_head_gram)
         if not alone.model.scaling.is_plain:
-            say(f"its logits are {alone.model.scaling}, and so are those that the student is compared with")
+            say(f"its logits are {alone.model.scaling}; the student is compared with these")
         return FromTeacher(alone, head_loss=formula)
     is_packed = config.data.packing is not None
     frozen = placed_teacher(
@@ -156,7 +156,7 @@ def teaching_of(
     say("the tower runs once for both models" if shares_tower else "each model runs its own tower")
     if (several := config.teacher.several) is not None:
         if others is None:
-            raise ValueError("`teacher.several` names more teachers, and they were not loaded")
+            raise ValueError("`teacher.several` names more teachers, but they were not loaded")
 
         def placed(settings: TeacherConfig, parts: Parts, *, shares_tower: bool) -> Teacher:
             return placed_teacher(settings, world, parts, shares_tower=shares_tower, is_packed=is_packed)
@@ -164,7 +164,7 @@ def teaching_of(
         return FromTeacher(others.join(frozen, placed, beta=several.beta), head_loss=formula)
     switch = lend(config, student[0], teacher, student[1], frozen.mllm)
     if weighing is not None:
-        say("the teacher is asked twice, with the picture and without it")
+        say("the teacher runs twice, with and without the picture")
         return visually_weighed(config.teacher, frozen, switch, student[1], formula)
     return FromTeacher(frozen, switch, head_loss=formula)
 
@@ -177,8 +177,8 @@ def cached_teacher(
     say(f"the teacher's predictions come from {config.teacher.cache}")
     if config.teacher.cache is not None and not Manifest.read(Path(config.teacher.cache)).checksums:
         say(
-            f"{config.teacher.cache} is of a version without checksums of its head and index, and is "
-            "trusted; the same `llava-kd cache-teacher` command adds them"
+            f"{config.teacher.cache} has no checksums of its head and index, and is used unchecked; run "
+            "the same `llava-kd cache-teacher` command again to add them"
         )
     head = teacher.head
     if head.weight.is_meta:
@@ -197,14 +197,14 @@ def say_left_out(
     extra = left_out(student.tokenizer, teacher.tokenizer)
     if extra is None:
         return
-    say(f"logits are compared over the first {num_common} tokens; left out are {extra} (student, teacher)")
+    say(f"logits are compared over the first {num_common} tokens; left out: {extra} (student, teacher)")
     if config.teacher is None or config.teacher.cache is None:
         return
     contents = Manifest.read(Path(config.teacher.cache)).contents
     if contents.mode == "topk" and contents.columns != num_common:
         raise ValueError(
-            f"the teacher cache {config.teacher.cache} holds logits over {contents.columns} tokens and "
-            f"{num_common} are the same on both sides; write one with --mode hidden"
+            f"the teacher cache {config.teacher.cache} stores logits over {contents.columns} tokens, but "
+            f"only {num_common} are the same in student and teacher; write a cache with --mode hidden"
         )
 
 

@@ -77,18 +77,18 @@ def plan(config: TrainConfig, ranks: int, measured: str | None = None, network: 
         f"student          {_parts(student)}; trained: {', '.join(config.trainable)} "
         f"({student.trained / 1e6:.2f} M)",
         f"teacher          {'none' if teacher is None else _parts(teacher)}",
-        *(f"  beside it      {_parts(one)}, {name}" for name, one in zip(names, others, strict=True)),
+        *(f"  also           {_parts(one)}, {name}" for name, one in zip(names, others, strict=True)),
         *(
             []
             if peer is None
-            else [f"peer             {_parts(peer)}; trained alike ({peer.trained / 1e6:.2f} M)"]
+            else [f"peer             {_parts(peer)}; the same parts are trained ({peer.trained / 1e6:.2f} M)"]
         ),
         *loss_formula(config.objective, student_stock, teacher_stock or peer_stock),
         *policy_lines(config),
         *on_policy_lines(config),
         f"memory of a rank {sum(found.values()) / GB:.2f} GB estimated",
         *(f"  {what:<14} {size / GB:8.2f} GB" for what, size in found.items() if size),
-        f"sent by a rank   {sent / GB:.2f} GB a step",
+        f"sent by a rank   {sent / GB:.2f} GB per step",
         f"output           {output}: {_state(output)}",
         f"checkpoints      every {config.checkpoint.every} steps, {config.checkpoint.keep} kept, "
         f"{12 * trained / GB:.2f} GB each; {_free(output) / GB:.0f} GB free there",
@@ -169,15 +169,15 @@ def _parts(found: ModelSizes) -> str:
 def _state(output: Path) -> str:
     if (output / "run.json").is_file():
         return "complete, nothing to do"
-    return "goes on from what is there" if (output / "checkpoints").is_dir() else "new"
+    return "resumes from the last checkpoint" if (output / "checkpoints").is_dir() else "new"
 
 
 def _check_output(output: Path) -> None:
     there = _existing(output)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        reason = "may not be written" if there.is_dir() else "is a file"
+        reason = "is not writable" if there.is_dir() else "is a file"
         raise ValueError(
-            f"output_dir {output} cannot be made: {there} {reason}; name a directory that this user may write"
+            f"output_dir {output} cannot be created: {there} {reason}; name a directory that you can write to"
         )
 
 

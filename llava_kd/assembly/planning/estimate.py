@@ -115,7 +115,7 @@ def without_weights(name: str) -> LlavaForConditionalGeneration:
     """The modules that a LLaVA checkpoint is made of, on the device `meta`. ValueError for another model."""
     config = read_config(existing(name, "the LLaVA checkpoint"))
     if not isinstance(config, LlavaConfig):
-        raise ValueError(f"{name} is a {config.model_type!r} model; a LLaVA checkpoint must be 'llava'")
+        raise ValueError(f"{name} is a {config.model_type!r} model; give a LLaVA checkpoint, of type 'llava'")
     with torch.device("meta"):
         return llava_class(config)(config)
 
@@ -153,7 +153,7 @@ def memory(
     kind = engine_kind(config, ranks)
     found = _states(kind, ranks, trained, frozen - tower, tower, width, student)
     if kind in ("zero1", "zero2", "zero3"):
-        found["gradients on their way"] = float(width * min(REDUCE_BUCKET, trained))
+        found["gradients in transit"] = float(width * min(REDUCE_BUCKET, trained))
     if kind == "fsdp2" and accumulation(config, ranks) > 1:
         found["gradients"] = 4.0 * trained  # summed whole, exchanged once
     if config.student.quantize is not None:
@@ -355,7 +355,8 @@ def refuse_too_large(found: Mapping[str, float], available: float) -> None:
         return
     listed = ", ".join(f"{what} {size / GB:.2f} GB" for what, size in found.items() if size)
     raise ValueError(
-        f"a rank needs {fixed / GB:.2f} GB before any activation and the device has {available / GB:.2f} GB: "
-        f"{(fixed - available) / GB:.2f} GB too much ({listed}). Set engine.kind to fsdp2 or deepspeed, "
-        "teacher.placement to fsdp or cpu_offload, teacher.dtype to bfloat16, or take a smaller teacher"
+        f"a rank needs {fixed / GB:.2f} GB before any activation, but the device has {available / GB:.2f} "
+        f"GB: {(fixed - available) / GB:.2f} GB too much ({listed}). Set engine.kind to fsdp2 or "
+        "deepspeed, teacher.placement to fsdp or cpu_offload, teacher.dtype to bfloat16, or use a smaller "
+        "teacher"
     )

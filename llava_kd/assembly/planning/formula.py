@@ -39,14 +39,14 @@ def loss_formula(
         lines += [f"    {line}" for line in (_sum_of(term), *_settings(term))]
         if term.compares_rows:
             lines.append(
-                "    rows are compared with each other within a micro-batch of a rank: micro_batch_size and "
+                "    compares rows with each other within a micro-batch of a rank: micro_batch_size and "
                 "packing change its value"
             )
         lines += [f"    {line}" for line in _taps(name, student, term.reads.student_taps, "student")]
         if isinstance(teacher, LlavaForConditionalGeneration):
             lines += [f"    {line}" for line in _taps(name, teacher, term.reads.teacher_taps, "teacher")]
     if config.learned_weights is not None:
-        lines.append(f"  learned from these weights on: those of {', '.join(learnable(terms))}")
+        lines.append(f"  weights that are learned, starting from these values: {', '.join(learnable(terms))}")
     return lines
 
 

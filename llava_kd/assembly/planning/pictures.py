@@ -39,7 +39,7 @@ def picture_lines(
     """
     models: list[tuple[str, Parts, StudentConfig | TeacherConfig]] = []
     if isinstance(teacher, ForeignParts):
-        yield "pictures         teacher not scored with others' pictures: it has its own processor"
+        yield "pictures         teacher not scored with exchanged pictures: it has its own processor"
     elif teacher is not None and config.teacher is not None and not is_cached(config):
         models.append(("teacher", teacher, config.teacher))
     if config.student.checkpoint is not None:
@@ -49,8 +49,8 @@ def picture_lines(
         size = sum(p.numel() for p in parts.stock.parameters())
         if asked is None and device.type == "cpu" and size > MOST_ON_A_CPU:
             yield (
-                f"pictures         {whose} not scored with others' pictures: {size / 1e9:.1f} B parameters "
-                f"on a CPU; --pictures={UNASKED} does it"
+                f"pictures         {whose} not scored with exchanged pictures: {size / 1e9:.1f} B "
+                f"parameters on a CPU; use --pictures={UNASKED} to do it"
             )
         elif count := (UNASKED if asked is None else asked):
             yield from _of_model(config, whose, parts, its, source, count, device)
@@ -72,20 +72,20 @@ def _of_model(
     loader = _loader(config, source, side_in(config, parts, its), count, device)
     own, other = _losses(predict, loader)
     if len(own) < 2:
-        yield f"pictures         {whose}: fewer than 2 of the sampled records have a picture to exchange"
+        yield f"pictures         {whose}: fewer than 2 of the sampled records have a picture"
         return
     gains = [b - a for a, b in zip(own, other, strict=True)]
     gain, error = statistics.fmean(gains), statistics.stdev(gains) / len(gains) ** 0.5
     yield (
-        f"pictures         {whose}: {statistics.fmean(own):.3f} nats a token with its own picture, "
-        f"{statistics.fmean(other):.3f} with another's: {gain:+.3f} +- {error:.3f} ({len(own)} records)"
+        f"pictures         {whose}: {statistics.fmean(own):.3f} nats per token with its own picture, "
+        f"{statistics.fmean(other):.3f} with another one: {gain:+.3f} +- {error:.3f} ({len(own)} records)"
     )
     if gain <= SURE * error:
         yield (
-            f"  warning        the {whose}'s answers do not show that it looks at the pictures: another "
-            "picture costs it nothing that can be told from chance. Score more records with --pictures=N; "
-            "if it stays so, its projector has not learned, or its tower, layer or image processor is "
-            "another than in its training"
+            f"  warning        the {whose}'s answers do not show that it uses the pictures: with another "
+            "picture its loss does not rise significantly. Score more records with --pictures=N. If this "
+            "persists, its projector is untrained, or its tower, layer or image processor differs from "
+            "its training"
         )
 
 

@@ -62,16 +62,16 @@ class Rate:
         run = Path(directory)
         if not (run / "metrics.jsonl").is_file() or not (run / "config.yaml").is_file():
             raise ValueError(
-                f"{run} is no output_dir of a run: it has no metrics.jsonl and config.yaml; name that of a "
-                "short run on one machine"
+                f"{run} must be the output_dir of a run, with metrics.jsonl and config.yaml; name that of "
+                "a short run on one machine"
             )
         logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[1:]]
         ranks = int(logged[-1].get("ranks", 0)) if logged else 0
         used = [line for line in logged if line.get("ranks") == ranks]
         if not ranks:
             raise ValueError(
-                f"{run} does not say how fast it was: after its first line metrics.jsonl has {len(logged)}, "
-                "and they must name `ranks`; run more steps there with log.every=1, or in a new directory"
+                f"{run} must have lines with `ranks` in metrics.jsonl after the first line; it has "
+                f"{len(logged)} lines there: run more steps with log.every=1, or in a new directory"
             )
         return Rate(
             directory=run,
@@ -111,9 +111,9 @@ def step_seconds(
     then = network.seconds(traffic(rate.config, rate.ranks, student, teacher), 1)
     if then >= rate.seconds:
         raise ValueError(
-            f"at {network.inside:g} GB/s inside a machine the exchange of a step takes {then:.3g} s, and the "
-            f"whole step that {rate.directory} measured took {rate.seconds:.3g} s; give the bandwidth that "
-            "its ranks have (--inside)"
+            f"at {network.inside:g} GB/s inside a machine, communication takes {then:.3g} s per step, but "
+            f"the whole step measured in {rate.directory} took {rate.seconds:.3g} s; give the real "
+            "bandwidth (--inside)"
         )
     ranks = rate.ranks * machines
     share = config.global_batch_size / machines / rate.samples
@@ -156,7 +156,7 @@ def throughput(
             f"{_span(slow * ideal, fast * ideal):>12} %{'  (smaller micro-batches)' * small}"
         )
     lines.append(
-        f"  from exchanges between ranks that are wholly hidden to none hidden; busbw {network.inside:g} "
+        f"  the range is from fully overlapped to not overlapped communication; busbw {network.inside:g} "
         f"GB/s inside a machine (--inside), {network.between:g} GB/s between machines (--between)"
     )
     return lines
@@ -165,7 +165,7 @@ def throughput(
 def _differences(config: TrainConfig, rate: Rate) -> list[str]:
     found = [line for line in differences(rate.config, config, may_change=()) if line.startswith(_DECIDE)]
     return (
-        [f"  measured with other settings, which is not accounted for: {'; '.join(found)}"] if found else []
+        [f"  measured with other settings, which this estimate ignores: {'; '.join(found)}"] if found else []
     )
 
 

@@ -22,7 +22,7 @@ def fill(text: str, values: Mapping[str, object]) -> str:
         _fill_one(lines, section, rest, value, wanted)
     filled = "\n".join(lines) + "\n"
     if yaml.load(filled, Loader=UniqueKeyLoader) != wanted:
-        raise RuntimeError(f"the stage file was not filled as it should be:\n{filled}")
+        raise RuntimeError(f"the stage file could not be filled in correctly; it became:\n{filled}")
     return filled
 
 
@@ -59,7 +59,7 @@ def _after_block(lines: list[str], top: int, end: int) -> int:
 def _with_value(line: str, value: object) -> str:
     found = _LINE.match(line)
     if found is None:
-        raise RuntimeError(f"no line of a stage file: {line!r}")
+        raise RuntimeError(f"not a line of a stage file: {line!r}")
     return f"{found['head']} {_flow(value)}{found['comment'] or ''}"
 
 

@@ -55,7 +55,7 @@ class Models:
     def checked(self) -> Models:
         """With absolute paths. Raises ValueError for a path that is not there."""
         if self.student and (self.vision_tower or self.language_model):
-            raise ValueError("--student is a whole model; leave out --vision_tower and --language_model")
+            raise ValueError("--student names a whole model; leave out --vision_tower and --language_model")
         named = {
             "teacher": "the LLaVA checkpoint",
             "student": "the LLaVA checkpoint",
@@ -95,7 +95,7 @@ def begin(
             lines = project.write()
     except OSError as error:
         raise ValueError(
-            f"{target} cannot be written ({error}); name a folder that this user may write"
+            f"{target} cannot be written ({error}); name a folder that you can write to"
         ) from error
     return lines
 
@@ -142,8 +142,8 @@ class _Project:
         size = self._sizing
         return [
             *self._data.notes,
-            f"sized for {self._machine}: {size.global_batch_size} records a step, {size.epochs} epochs, "
-            f"{size.steps} steps a stage",
+            f"sized for {self._machine}: {size.global_batch_size} records per step, {size.epochs} epochs, "
+            f"{size.steps} steps per stage",
             *(f"warning: {line}" for line in warnings),
             f"{self._target}: {', '.join(names)}, pipeline.yaml, README.md, data/",
             f"next: cd {self._target} && llava-kd run pipeline.yaml",
@@ -249,8 +249,8 @@ class _Project:
         said = [few_steps(self._sizing.steps), too_large(max(self._needs, default=0.0), self._machine)]
         if not is_sized:
             said.append(
-                "teacher or student is not on this machine, so memory was not estimated and micro_batch_size "
-                "is 1: `llava-kd check` says what is needed once they are here"
+                "teacher or student is not on this machine, so memory was not estimated and "
+                "micro_batch_size is 1: run `llava-kd check` for an estimate once they are here"
             )
         return [line for line in said if line is not None]
 
@@ -258,13 +258,14 @@ class _Project:
         model = f"runs/{Path(names[-1]).stem}/model"
         images = shlex.quote(str(self._data.images))
         commands = [
-            "# a TinyLLaVA teacher: llava-kd convert DIR --out teacher; a stock LLaVA goes there as it is",
-            f"llava-kd check {names[0]}  # models, a sample of the records, memory; reads the models",
-            "llava-kd run pipeline.yaml  # every stage; after a stop the same command goes on",
-            "llava-kd watch runs  # from another terminal: losses, speed, time left",
+            "# TinyLLaVA teacher: llava-kd convert DIR --out teacher; stock LLaVA teacher: copy it to "
+            "teacher/",
+            f"llava-kd check {names[0]}  # checks models, a sample of the records, memory",
+            "llava-kd run pipeline.yaml  # trains every stage; after a stop, run it again to continue",
+            "llava-kd watch runs  # in another terminal: losses, speed, time left",
             f"llava-kd eval --model {model} --data data/test.json --images {images} --out scores",
             f"llava-kd chat --model {model} --image PICTURE {shlex.quote(self._question())}",
-            f"llava-kd export {model} --out exported  # checked, with a model card",
+            f"llava-kd export {model} --out exported  # checks the model and writes a model card",
         ]
         if self._models.teacher is not None:
             del commands[0]

@@ -55,7 +55,7 @@ def refuse_taken(target: Path) -> None:
     """ValueError for a project folder that holds something already."""
     if target.is_dir() and (held := sorted(path.name for path in target.iterdir())):
         raise ValueError(
-            f"{target} is not empty (it holds {', '.join(held[:3])}); name a new folder. If it is that of "
+            f"{target} is not empty (it contains {', '.join(held[:3])}); name a new folder. If it contains "
             f"your pictures: llava-kd init PROJECT --images {target}"
         )
     if target.exists() and not target.is_dir():
@@ -71,11 +71,11 @@ def find_data(given: Given, here: Path) -> OwnData:
     named = None if given.data is None else Path(given.data).absolute()
     images = Path(given.images or (named.parent if named else here)).absolute()
     if not images.is_dir():
-        raise ValueError(f"no image folder {images}; --images names the folder of your pictures")
+        raise ValueError(f"no image folder {images}; name the folder of your pictures with --images")
     if next(_pictures(images), None) is None:
         raise ValueError(
-            f"{images} holds no picture ({', '.join(PICTURES)}), nor does a folder in it; --images names the "
-            "folder of your pictures"
+            f"{images} and its subfolders contain no picture ({', '.join(PICTURES)}); name the folder of "
+            "your pictures with --images"
         )
     path = named or _table_in(images)
     entries, faults, notes = _entries(path, given)
@@ -85,11 +85,11 @@ def find_data(given: Given, here: Path) -> OwnData:
         shown = [f"  {line}" for line in faults[:SHOWN]]
         more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
         if not given.skip_bad:
-            what = f"{len(faults)} records of {path} are bad; fix them, or leave them out by --skip_bad:"
+            what = f"{len(faults)} records of {path} are bad; fix them, or leave them out with --skip_bad:"
             raise ValueError("\n".join([what, *shown, *more]))
         notes.append("\n".join([f"{len(faults)} bad records of {path} are left out:", *shown, *more]))
     if not entries:
-        raise ValueError(f"{path} holds no record that can be used")
+        raise ValueError(f"{path} must contain at least one usable record; it has none")
     splits, said = _split(entries, given.held_out, is_copied=is_table(path) or len(entries) <= MOST_COPIED)
     sizes = [_size(entry) for entry in entries]
     return OwnData(
@@ -116,10 +116,9 @@ def _table_in(folder: Path) -> Path:
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in (*TABLES, ".json", ".jsonl"))
     if len(found) == 1:
         return found[0]
-    which = f"{', '.join(p.name for p in found)}: which of them" if found else "no table"
+    which = f"{', '.join(p.name for p in found)}: several candidates" if found else "no table"
     raise ValueError(
-        f"{folder} holds {which}; --data names the .csv, .xlsx or LLaVA .json file that says what is in the "
-        "pictures"
+        f"{folder} contains {which}; name the .csv, .xlsx or LLaVA .json file of your pictures with --data"
     )
 
 
@@ -133,7 +132,9 @@ def _entries(path: Path, given: Given) -> tuple[list[dict], list[str], list[str]
         said = f"columns: picture `{columns.image}`, question {asked}, answer `{columns.answer}`"
         return entries, faults, [said]
     if given.columns or given.question:
-        raise ValueError(f"--columns and --question are of tables (.csv, .xlsx); {path} is none")
+        raise ValueError(
+            f"--columns and --question need a table (.csv, .xlsx), but {path} is none; leave them out"
+        )
     raw = list(read_entries(path))
     records = read_records(raw, str(path))
     faults = [record.fault for record in records if record.fault]
@@ -189,10 +190,10 @@ def _size(entry: Mapping) -> tuple[int, int]:
 def _split(entries: list[dict], share: float, *, is_copied: bool) -> tuple[dict[str, list[dict]], list[str]]:
     """Train, validation and test by picture, so that none is in two of them; the same whatever the order."""
     if not is_copied:
-        said = f"{len(entries)} records are read where they are, and none is held out"
-        return {}, [f"{said}; name records of your own to score"]
+        said = f"{len(entries)} records are read from the original file, and none is held out"
+        return {}, [f"{said}; use your own records to score"]
     if share == 0 or len(entries) < LEAST_SPLIT:
-        why = "" if share == 0 else f": {len(entries)} records are fewer than {LEAST_SPLIT}"
+        why = "" if share == 0 else f": {len(entries)} records are less than {LEAST_SPLIT}"
         return {"train": entries}, [f"nothing is held out to score the student on{why}"]
     by_picture: dict[str, list[dict]] = {}
     for entry in entries:

@@ -11,8 +11,8 @@ FOLDER = Path(__file__).parents[2] / "recipes"
 # In a checkout the files of all but `small` are links to those in scripts/, of which a wheel holds the text.
 RECIPES = {
     "paper": "LLaVA-KD's three stages at the paper's sizes: 558k captions, 665k instructions",
-    "small": "the same three stages for 200 to 20,000 records of your own; `llava-kd init` fills it in",
-    "on_policy": "a third stage in which the teacher also corrects what the student itself answers (GKD)",
+    "small": "the same three stages for 200 to 20,000 records of your own; `llava-kd init` fills them in",
+    "on_policy": "a third stage in which the teacher also corrects the student's own answers (GKD)",
     "peer": "two students that teach each other; no teacher is needed",
     "other_tokenizers": "a third stage with a teacher of another model family",
     "teacher_tuning": "tunes a teacher before it teaches (MCMI)",
@@ -33,7 +33,7 @@ def copy(name: str, directory: str | Path) -> list[str]:
     a directory that is not empty.
     """
     if name not in RECIPES:
-        raise ValueError(f"no recipe {name!r}; there are {', '.join(RECIPES)}")
+        raise ValueError(f"no recipe {name!r}; choose one of {', '.join(RECIPES)}")
     out = Path(directory)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; name a new directory for the recipe")

@@ -80,6 +80,6 @@ def too_large(need: float, machine: Machine) -> str | None:
         return None
     where = "GPU" if machine.gpus else "machine"
     return (
-        f"a micro-batch of one record is estimated to need {need / GB:.0f} GB, and this {where} has "
+        f"a micro-batch of one record is estimated to need {need / GB:.0f} GB, but this {where} has "
         f"{machine.device_memory / GB:.0f} GB; see `Less memory` in docs/clusters.md"
     )

@@ -138,6 +138,8 @@ def _handlers(output: Path, world: World) -> list[logging.Handler]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"the log {path} cannot be written: {error}") from error
+        raise ValueError(
+            f"the log {path} cannot be written ({error}); free space or change the permissions"
+        ) from error
     file.setFormatter(_EveryLine(world.rank))
     return [file, _Terminal(verbose=is_verbose())] if world.is_main or is_verbose() else [file]

@@ -63,8 +63,8 @@ def checked_parent(checkpoint: str | None, *, whose: str = "student") -> dict[st
     if not Path(checkpoint).is_dir():
         if Path(checkpoint).name in EXPORTS and checkpoint.count("/") != 1:
             raise ValueError(
-                f"`{whose}.checkpoint` {checkpoint} does not exist: a stage writes it at its end; run that "
-                "stage first, or to its end"
+                f"`{whose}.checkpoint` {checkpoint} does not exist: a stage writes it at its end; finish "
+                "that stage first"
             )
         return None
     model = Path(checkpoint).resolve()
@@ -84,8 +84,8 @@ def checked_parent(checkpoint: str | None, *, whose: str = "student") -> dict[st
     changed = sorted(name for name in {**written, **found} if written.get(name) != found.get(name))
     if changed:
         raise ValueError(
-            f"{checkpoint} is no longer what its run wrote: {', '.join(changed)} changed. Copy a model "
-            f"that you edit out of {run}, or remove run.json and run that stage again to export it anew"
+            f"{checkpoint} must be as its run wrote it, but {', '.join(changed)} changed. Move the edited "
+            f"model out of {run}, or remove run.json and run that stage again to export the model again"
         )
     above = {"run": str(Path(checkpoint).parent), "model": found, "parent": record.get("parent")}
     return above | ({WRITTEN_BY: record[WRITTEN_BY]} if WRITTEN_BY in record else {})
@@ -132,8 +132,10 @@ def _not_repeatable(config: TrainConfig) -> dict[str, str]:
     if config.on_policy is None or config.on_policy.server is None:
         return {}
     return {
-        "not_repeatable": "a server wrote answers on the way (on_policy.server): the same command gives "
-        "other weights, and so does going on after a break"
+        "not_repeatable": (
+            "a server generated answers during training (on_policy.server): repeating or resuming the run "
+            "gives different weights"
+        )
     }
 
 
@@ -150,8 +152,8 @@ def read_run(path: Path) -> dict:
         is_whole, record = False, {}
     if not is_whole:
         raise ValueError(
-            f"{path} is damaged: it has another checksum than when it was written; remove it, and the same "
-            "command finishes that run again from its last checkpoint"
+            f"{path} is damaged: its checksum has changed; remove it, then run the same command again to "
+            "finish that run from its last checkpoint"
         )
     return record
 

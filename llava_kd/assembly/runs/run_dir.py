@@ -59,18 +59,18 @@ def check_world(config: TrainConfig, world: World) -> None:
         near = [n for n in range(1, config.global_batch_size + 1) if config.global_batch_size % n == 0]
         below = max(n for n in near if n <= world.size)
         raise ValueError(
-            f"global_batch_size ({config.global_batch_size}) must be a multiple of the number of ranks, got "
-            f"{world.size}; start {below} ranks, or set global_batch_size to "
+            f"global_batch_size ({config.global_batch_size}) must be a multiple of the number of ranks; "
+            f"got {world.size} ranks: start {below} ranks, or set global_batch_size to "
             f"{-(-config.global_batch_size // world.size) * world.size}"
         )
     if config.engine.kind == "single" and world.size > 1:
         raise ValueError(
-            f"engine.kind is single but {world.size} ranks run; use auto, ddp, fsdp2 or deepspeed"
+            f"engine.kind is single, but {world.size} ranks run; use auto, ddp, fsdp2 or deepspeed"
         )
     if config.engine.kind in ("ddp", "fsdp2", "deepspeed") and world.size == 1:
         raise ValueError(
-            f"engine.kind is {config.engine.kind}, which needs several ranks, and one runs; use auto, "
-            "or start more (NPROC)"
+            f"engine.kind is {config.engine.kind}, which needs several ranks, but one runs; use auto, or "
+            "start more ranks (NPROC)"
         )
 
 
@@ -133,13 +133,14 @@ def _reopen(output: Path) -> None:
     steps = read_run(path)["steps"]
     if steps not in checkpoint_steps(output / "checkpoints"):
         raise ValueError(
-            f"{output} was finished at step {steps} and its checkpoint of that step is gone, so it cannot be "
-            f"made longer; start a new stage in another output_dir with student.checkpoint={output / 'model'}"
+            f"{output} was finished at step {steps}, but the checkpoint of that step is missing, so it "
+            "cannot be extended; start a new stage in another output_dir with "
+            f"student.checkpoint={output / 'model'}"
         )
     # On disk with the next save, which makes its folder first: before any checkpoint makes way.
     path.rename(output / f"run-step-{steps:08d}.json")
     print(
-        f"{output} was finished at step {steps} and is made longer: from there on it follows the schedule of "
+        f"{output} was finished at step {steps} and is extended: from there on it follows the schedule of "
         "the longer run",
         file=sys.stderr,
         flush=True,
@@ -167,7 +168,7 @@ def locked(output: Path, name: str = "output_dir") -> Iterator[None]:
         stream = (output / ".lock").open("w")
     except OSError as error:
         raise ValueError(
-            f"{name} {output} cannot be written ({error}); name a directory that this user may write"
+            f"{name} {output} cannot be written ({error}); name a directory that you can write to"
         ) from error
     with stream:
         try:
@@ -189,13 +190,13 @@ def _check_plugins(config: TrainConfig, output: Path) -> None:
         before = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged ({error}); remove it to go on with the plug-ins as they are"
+            f"{path} is damaged ({error}); remove it to continue with the current plug-ins"
         ) from error
     for name, now in tables_of(config).fingerprints.items():
         if (then := before.get(name)) not in (None, now):
             raise ValueError(
-                f"{name} changed since the run in {output} began: sha256 {then[:16]} then, {now[:16]} now; "
-                "give back what it was, or choose a new output_dir"
+                f"{name} changed since the run in {output} started: sha256 {then[:16]} then, {now[:16]} "
+                "now; restore the old file, or choose a new output_dir"
             )
 
 
@@ -212,11 +213,11 @@ def _check_config(config: TrainConfig, output: Path) -> None:
         may_change = (*MAY_CHANGE, "max_steps", "epochs") if is_longer else MAY_CHANGE
         if changes := differences(before, config, may_change=may_change):
             raise ValueError(
-                f"{output} already holds another run: {'; '.join(changes)}; restore those settings, "
+                f"{output} already contains another run: {'; '.join(changes)}; restore those settings, "
                 "choose a new output_dir or remove it"
             )
     elif any(not path.name.startswith(".") for path in output.iterdir()):
-        raise ValueError(f"{output} is not empty and holds no run; choose a new output_dir")
+        raise ValueError(f"{output} is not empty and contains no run; choose a new output_dir")
 
 
 def differences(

@@ -104,7 +104,10 @@ def was_told() -> bool:
 
 
 def _say(number: int) -> None:
-    line = f"stopped by {signal.Signals(number).name} outside of any step; the same command goes on\n"
+    line = (
+        f"stopped by {signal.Signals(number).name} outside of any step; run the same command again to "
+        "continue\n"
+    )
     with suppress(OSError):  # past Python's buffer, which whatever was interrupted may be writing to
         os.write(2, line.encode())
 

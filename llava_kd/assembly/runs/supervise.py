@@ -137,7 +137,9 @@ def supervise(command: Sequence[str]) -> int:
     name = signal.Signals(asked[0]).name
     if status == -signal.SIGKILL and nobody_came:
         print(
-            f"stopped by {name} before any rank began; the same command goes on", file=sys.stderr, flush=True
+            f"stopped by {name} before any rank started; run the same command again to continue",
+            file=sys.stderr,
+            flush=True,
         )
         status = 0
     if status == 0:

@@ -55,10 +55,11 @@ def writers(config: TrainConfig) -> list[Writer]:
     strange = [writer for writer in roles if writer.role == "other"]
     if teachers and strange:
         raise ValueError(
-            f"`teacher.checkpoint` must be the model that wrote the answers of the data, or the student must "
-            f"have written them as it is now: {strange[0].data} is by {strange[0].model} (hash "
-            f"{strange[0].model_hash}), the teacher is {config.teacher and config.teacher.checkpoint} (hash "
-            f"{teachers[0]}); answer anew with `llava-kd data answer label`, or teach with that model"
+            "`teacher.checkpoint` must be the model that generated the answers of the data, or the "
+            f"current student must have generated them: {strange[0].data} is by {strange[0].model} (hash "
+            f"{strange[0].model_hash}), the teacher is {config.teacher and config.teacher.checkpoint} "
+            f"(hash {teachers[0]}); generate the answers again with `llava-kd data answer label`, or use "
+            "that model as teacher"
         )
     return roles
 
@@ -71,10 +72,11 @@ def check_lineage(config: TrainConfig, parent: Mapping[str, object] | None) -> N
         for one in written if isinstance(written, list) else []:
             if one["role"] != "student" and one["model_hash"] not in teachers:
                 raise ValueError(
-                    f"`teacher.checkpoint` must be the model that wrote what the student learned before: "
-                    f"{parent.get('run')} learned the answers of {one['model']} (hash {one['model_hash']}), "
-                    f"the teacher is {config.teacher and config.teacher.checkpoint} (hash {teachers[0]}); "
-                    "teach with that model, or have this teacher write the data of that stage"
+                    "`teacher.checkpoint` must be the model that generated the student's earlier training "
+                    f"data: {parent.get('run')} learned the answers of {one['model']} (hash "
+                    f"{one['model_hash']}), the teacher is {config.teacher and config.teacher.checkpoint} "
+                    f"(hash {teachers[0]}); use that model as teacher, or generate the data of that stage "
+                    "with this teacher"
                 )
         above = parent.get("parent")
         parent = above if isinstance(above, Mapping) else None

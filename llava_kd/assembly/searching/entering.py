@@ -55,7 +55,9 @@ def add_runs(named: Sequence[str], store: Store) -> list[str]:
     describer, entries, data_sets, said = Describer(), [], {}, []
     for run in runs:
         if _is_running(run.directory):
-            raise ValueError(f"{run.directory} still runs; nothing was entered: wait for it, or leave it out")
+            raise ValueError(
+                f"{run.directory} is still running, so nothing was added; wait for it, or leave it out"
+            )
         config = load(run.directory / "config.yaml")
         entry, data = enter(describer, config, run.directory, run.name)
         entries.append(entry)
@@ -63,14 +65,16 @@ def add_runs(named: Sequence[str], store: Store) -> list[str]:
             data_sets[data.fingerprint] = data
         said.append(_line(entry, data))
     store.add(entries, data_sets.values())
-    return [*said, f"{len(entries)} runs are in {store.path}"]
+    return [*said, f"{len(entries)} runs are now in {store.path}"]
 
 
 def _line(entry: Entry, data: DataSet | str) -> str:
     scores = ", ".join(f"{name} {value:.4g}" for name, value in entry.scores.items()) or "no score"
     told = scores if entry.failure is None else entry.failure
     unread = (
-        "" if isinstance(data, DataSet) else f"; its data cannot be read, so it recommends nothing: {data}"
+        ""
+        if isinstance(data, DataSet)
+        else f"; its data cannot be read, so it cannot support recommendations: {data}"
     )
     return f"{entry.name}: {told}{unread}"
 

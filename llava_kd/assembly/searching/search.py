@@ -64,7 +64,10 @@ def search(path: str | Path, overrides: Sequence[str], choice: Choice) -> int:
         run.end()
         if is_stopped and children.asked:
             number = children.asked[0]
-            print(f"stopped by {signal.Signals(number).name}; the same command goes on", flush=True)
+            print(
+                f"stopped by {signal.Signals(number).name}; run the same command again to continue",
+                flush=True,
+            )
             return status_of_rest(number)
         for line in terminal(results(space, trials, similar)):
             print(line)
@@ -135,7 +138,7 @@ class _Search:
         self._since = time.monotonic()
         if similar:
             names = sorted({run.data for run in similar})
-            print(f"begins from {len(similar)} runs of the store, on {', '.join(names)}", flush=True)
+            print(f"starts from {len(similar)} runs of the store, on {', '.join(names)}", flush=True)
 
     # What comes next ----
 
@@ -254,7 +257,7 @@ class _Search:
         try:
             self._enter()
         except StoreError as error:
-            print(f"not entered into the store yet: {error}", flush=True)
+            print(f"not added to the store yet: {error}", flush=True)
         self._write()
 
     def _enter(self) -> None:
@@ -292,7 +295,7 @@ class _Search:
         except StoreError as error:
             left = sum(t.state != "running" and not t.is_stored for t in self._trials.all)
             raise StoreError(
-                f"{left} trials are not in the store: {error}; the same command enters them"
+                f"{left} trials are not in the store: {error}; run the same command again to add them"
             ) from error
 
     def refuse_nothing(self) -> None:

@@ -61,8 +61,8 @@ def cache_from_server(
         contents = contents_of(config, "topk", top_k, teacher)
         if contents.temperature != 1:
             raise ValueError(
-                "a server tells log-probabilities at temperature 1, the KL terms of `objective` are at "
-                f"{in_words(contents.temperature)}: set it to 1, or cache the teacher without --server"
+                "a server returns log-probabilities at temperature 1, but the KL terms of `objective` "
+                f"have {in_words(contents.temperature)}: set it to 1, or cache the teacher without --server"
             )
         source, reader = source_in(config), side_in(config, teacher, one)
         _refuse_unrenderable(reader)
@@ -80,7 +80,7 @@ def cache_from_server(
                 _write_template(directory / CHAT_TEMPLATE, reader)
         todo = missing(directory, manifest, say)
         with world.together():
-            refuse_control_words(todo, source, reader, "cache these data without --server")
+            refuse_control_words(todo, source, reader, "create the cache without --server")
             bad = BadRecords(
                 max_rate=config.data.max_bad_rate,
                 records_per_epoch=len(todo) / world.size,
@@ -96,7 +96,9 @@ def cache_from_server(
 
 
 def _model(asked: Server, length: int) -> str:
-    return asked.model(longest=length + 1, needs=f"data.max_length is {length} and one more is written")
+    return asked.model(
+        longest=length + 1, needs=f"data.max_length is {length}, and the server generates one token more"
+    )
 
 
 def _share(todo: Sequence[int], world: World) -> Sequence[int]:
@@ -143,7 +145,7 @@ class _Run:
                     while len(waiting) >= 2 * self.jobs:
                         shards.add(waiting.popleft().result())
                     if count % _TOLD_EVERY == 0:
-                        self.say(f"{count} of {len(todo)} records are asked for")
+                        self.say(f"{count} of {len(todo)} records are requested")
                 while waiting:
                     shards.add(waiting.popleft().result())
         finally:
@@ -200,7 +202,7 @@ class _Run:
             tensors = rows(self.server.chat(body, number), wanted)
         except RefusedError as error:
             k = wanted.k
-            more = f"start it with --max-logprobs {k}, or ask for fewer by --topk"
+            more = f"start the server with --max-logprobs {k}, or use a smaller --topk"
             applies = "greater than max allowed" in error.said.lower()
             what = f"{self.server.address} {self.server.remedied(error, [(applies, more)])}"
         except ValueError as error:
@@ -216,24 +218,24 @@ class _Run:
         if not what.startswith("read other tokens"):
             return ""
         return (
-            f"; serve the model of teacher.checkpoint, with --chat-template {self.directory / CHAT_TEMPLATE} "
-            "--chat-template-content-format openai"
+            "; start the server with the model of teacher.checkpoint, --chat-template "
+            f"{self.directory / CHAT_TEMPLATE} --chat-template-content-format openai"
         )
 
 
 def _refuse_second_reading(teacher: TeacherConfig) -> None:
     if teacher.visual_dependency is not None:
         raise ValueError(
-            "a server is asked with the picture alone, but `teacher.visual_dependency` asks without it; set "
-            "it to null, or cache the teacher without --server"
+            "a server predicts only with the picture, but `teacher.visual_dependency` also needs "
+            "predictions without it; set it to null, or cache the teacher without --server"
         )
 
 
 def _refuse_unrenderable(reader: Side) -> None:
     if reader.source_templates:
         raise ValueError(
-            "a server writes every record by one chat template, but data.sources[].template names "
-            f"{', '.join(sorted(reader.source_templates))}: cache these data without --server"
+            "a server formats every record with one chat template, but data.sources[].template names "
+            f"{', '.join(sorted(reader.source_templates))}: create the cache without --server"
         )
 
 

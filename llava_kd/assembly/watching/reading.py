@@ -35,11 +35,11 @@ class Seen:
         if self.is_complete:
             return "complete"
         if not self.lines:
-            return "starting: no figures so far"
+            return "starting: no metrics yet"
         if "time" not in self.last:
             return "not complete"
         since, gap = self.now - self.last["time"], self._gap()
-        return "running" if since < max(60.0, STALE_AFTER * gap) else f"nothing new for {duration(since)}"
+        return "running" if since < max(60.0, STALE_AFTER * gap) else f"no new metrics for {duration(since)}"
 
     @property
     def seconds_left(self) -> float | None:
@@ -83,7 +83,9 @@ def _run_in(directory: Path) -> Path:
         return directory
     runs = [path.parent for path in directory.glob("**/config.yaml") if "checkpoints" not in path.parts]
     if not runs:
-        raise ValueError(f"{directory} holds no run (no config.yaml); give its output_dir, or a folder above")
+        raise ValueError(
+            f"{directory} contains no run (no config.yaml); give the output_dir of a run, or a folder of runs"
+        )
     return max(runs, key=_written)
 
 

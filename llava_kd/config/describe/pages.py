@@ -10,10 +10,11 @@ from llava_kd.config.ranges import MOST
 
 _INTRODUCTION = f"""# Settings
 
-Made by `python benchmarks/make_docs.py` from the types of the settings; `llava-kd config` prints the same,
-`llava-kd config FILE.yaml` those of a stage, with a comment where one is not the default. A key is in a
-stage's YAML file, or after the file on the command line as `--optim.lr=1e-4`. Where the default is "none", a
-value must be given. `[]` is any item of a list, `NAME` any name. A number without another end is at most
+`python benchmarks/make_docs.py` generates this page from the types of the settings. `llava-kd config` prints
+the same list. `llava-kd config FILE.yaml` prints the settings of a stage, with a comment at each one that is
+not the default. Set a key in a stage's YAML file, or after the file on the command line as
+`--optim.lr=1e-4`. If the default is "none", you must give a value. `[]` stands for any item of a list, `NAME`
+for any name. A number without another limit is at most
 {MOST:g}.
 
 `llava-kd config --json_schema > stage.schema.json` writes a JSON Schema: an editor completes and checks a
@@ -56,7 +57,7 @@ def _facts(setting: Setting) -> Iterator[str]:
 
 
 def _table(rows: Iterable[Setting]) -> str:
-    lines = ["| key | value | default | what it is for |", "|---|---|---|---|"]
+    lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for row in rows:
         default = f"`{row.default}`" if row.default else ("" if row.default == "" else "none")
         cells = (f"`{row.key.rpartition('.')[2]}`", row.value, default, row.doc)

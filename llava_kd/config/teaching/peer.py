@@ -21,13 +21,13 @@ def check_peer(
     for name, value in beside.items():
         require(
             value is None,
-            f"`peer` learns from the student alone, and teaches it alone, but `{name}` is set; set it to "
-            "null, or peer",
+            f"`peer` and the student learn only from each other, but `{name}` is set; set `{name}` or "
+            "`peer` to null",
         )
     require(
         projector == "own",
-        f"`peer.projector` is {projector}, but beside a peer there is no teacher to take one from; leave it "
-        "out",
+        f"`peer.projector` is {projector}, but with a peer there is no teacher to take a projector from; "
+        "leave projector out",
     )
     require(
         any(term.reads.teacher != "nothing" for term in terms.values()),
@@ -39,10 +39,10 @@ def check_peer(
         needs = read.attention or read.attended or read.switched or read.centroids or read.stretches
         require(
             not needs,
-            f"`objective.{name}` reads attention, another pass, stored means or another tokenizer of a "
-            "model, which a peer does not give; leave it out, or set peer to null",
+            f"`objective.{name}` reads attention, a second pass, stored means or another tokenizer, which "
+            "a peer does not provide; leave it out, or set peer to null",
         )
     require(
         engine_kind != "deepspeed",
-        "`peer` was never tried under `engine.kind` deepspeed; use auto, single, ddp or fsdp2",
+        "`peer` was never tested with `engine.kind` deepspeed; use auto, single, ddp or fsdp2",
     )

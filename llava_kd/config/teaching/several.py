@@ -16,21 +16,26 @@ from llava_kd.config.ranges import require
 class SeveralConfig:
     """Teachers beside `teacher.checkpoint`, mixed where their probabilities are: KnFu."""
 
-    checkpoints: Annotated[list[str], MinLen(1), Doc("Stock LLaVA directories of the others.")]
+    checkpoints: Annotated[list[str], MinLen(1), Doc("Stock LLaVA directories of the additional teachers.")]
     weights: Annotated[
         Literal["uniform", "given", "histograms", "agreement"],
-        Doc("All alike, by `shares`, by how like `data` their `records` are, or how likely its labels."),
+        Doc(
+            "How to weight the teachers: equally, by `shares`, by the similarity of their `records` to "
+            "`data`, or by the likelihood of the labels."
+        ),
     ]
     beta: Annotated[
-        float, Interval(ge=0, le=1e4), Doc("How sharply `histograms` and `agreement` weigh; 0 is `uniform`.")
+        float,
+        Interval(ge=0, le=1e4),
+        Doc("Sharpness of the weights of `histograms` and `agreement`; 0 is `uniform`."),
     ] = 10.0
     shares: Annotated[
         list[Annotated[float, Interval(gt=0, le=1)]],
-        Doc("For `given`: of each teacher, that of `teacher.checkpoint` first; their sum is 1."),
+        Doc("For `given`: weight of each teacher, `teacher.checkpoint` first; the sum must be 1."),
     ] = field(default_factory=list)
     records: Annotated[
         list[str],
-        Doc("For `histograms`: what each teacher was tuned on or a sample of it, in the same order."),
+        Doc("For `histograms`: training data of each teacher, or a sample of it, in the same order."),
     ] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -40,13 +45,14 @@ class SeveralConfig:
             if self.weights != kind:
                 require(
                     not values,
-                    f"`{key}` belongs to `teacher.several.weights` {kind}; got weights {self.weights}",
+                    f"`{key}` needs `teacher.several.weights` {kind}, but it is {self.weights}; change "
+                    f"weights, or leave `{key}` out",
                 )
                 continue
             require(
                 len(values) == number,
-                f"`{key}` needs one of each of the {number} teachers, that of teacher.checkpoint first; got "
-                f"{len(values)}",
+                f"`{key}` must have one entry for each of the {number} teachers, teacher.checkpoint first; "
+                f"got {len(values)}",
             )
         if self.shares:
             require(
@@ -59,14 +65,14 @@ class SeveralConfig:
         """ValueError where the same teacher is named twice, or a cache would stand in for all of them."""
         require(
             cache is None,
-            f"`teacher.cache` ({cache}) holds what one teacher says, but `teacher.several` is set: set one "
-            "of them to null",
+            f"`teacher.cache` ({cache}) stores the predictions of one teacher, but `teacher.several` is "
+            "set: set one of them to null",
         )
         names = [checkpoint, *self.checkpoints]
         places = [Path(name).resolve() for name in names]
         doubled = [name for i, name in enumerate(names) if places[i] in places[:i]]
         require(
             not doubled,
-            f"`teacher.several.checkpoints` names the teacher {' and '.join(doubled)} twice; name each "
-            "directory once, teacher.checkpoint among them, and give it more weight by `shares`",
+            "`teacher.several.checkpoints` must name each teacher once, and not teacher.checkpoint; "
+            f"{' and '.join(doubled)} is there twice: remove one, and use `shares` to give it more weight",
         )

@@ -17,24 +17,32 @@ class VisualDependencyConfig:
 
     by: Annotated[
         Literal["vds", "va"],
-        Doc("Divergence between both readings (VGS), or what the label's log-probability gains (VA-OPD)."),
+        Doc(
+            "Divergence of the predictions with and without the picture (VGS), or the gain of the label's "
+            "log-probability (VA-OPD)."
+        ),
     ]
-    picture: Annotated[
-        Literal["grey", "pixelated", "blurred"], Doc("What is shown in the picture's place.")
-    ] = "grey"
+    picture: Annotated[Literal["grey", "pixelated", "blurred"], Doc("What replaces the picture.")] = "grey"
     cells: Annotated[
-        int, Interval(ge=1, le=64), Doc("Squares a side that `pixelated` leaves; `blurred` is as coarse.")
+        int,
+        Interval(ge=1, le=64),
+        Doc("Number of squares per side that `pixelated` keeps; `blurred` is equally coarse."),
     ] = 4
     top: Annotated[
-        float, Interval(gt=0, le=1), Doc("Share of a record's response tokens that weigh more.")
+        float, Interval(gt=0, le=1), Doc("Share of a record's response tokens that get more weight.")
     ] = 0.2
     mass: Annotated[
-        float, Interval(gt=0, le=1), Doc("Share of the record's weight that they take; 1 drops the others.")
+        float,
+        Interval(gt=0, le=1),
+        Doc("Share of the record's weight that these tokens get; 1 drops the others."),
     ] = 0.5
     gamma: Annotated[
         float,
         Interval(ge=0, le=100),
-        Doc("Weight of VGS's further target, the student's habit with what the picture adds; 0 is none."),
+        Doc(
+            "Weight of VGS's second target: the student's prediction without the picture plus the "
+            "teacher's gain from it; 0 is none."
+        ),
     ] = 0.0
 
     def __post_init__(self) -> None:
@@ -48,20 +56,20 @@ class VisualDependencyConfig:
         """ValueError where no one teacher could be asked again."""
         require(
             cache is None or self.gamma == 0,
-            f"`teacher.cache` ({cache}) keeps of what the teacher says without the picture a number a token "
-            f"alone, but `teacher.visual_dependency.gamma` {self.gamma:g} compares all of it: set gamma to "
-            "0, or teacher.cache to null",
+            f"`teacher.cache` ({cache}) stores only one number per token of the teacher's prediction "
+            f"without the picture, but `teacher.visual_dependency.gamma` {self.gamma:g} needs the whole "
+            "prediction: set gamma to 0, or teacher.cache to null",
         )
         require(
             not is_several,
-            "`teacher.visual_dependency` asks one teacher about pictures, but `teacher.several` is set; set "
-            "one of them to null",
+            "`teacher.visual_dependency` works with one teacher, but `teacher.several` is set; set one of "
+            "them to null",
         )
 
     def check_engine(self, engine_kind: str) -> None:
         """ValueError where the student cannot be asked again within its forward."""
         require(
             self.gamma == 0 or engine_kind in ("auto", "single", "ddp"),
-            "`teacher.visual_dependency.gamma` asks the student again within its forward, which "
-            f"`engine.kind` {engine_kind} was not tried with; use auto, single or ddp, or set gamma to 0",
+            "`teacher.visual_dependency.gamma` runs the student twice in its forward, which was not "
+            f"tested with `engine.kind` {engine_kind}; use auto, single or ddp, or set gamma to 0",
         )

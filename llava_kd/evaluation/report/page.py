@@ -33,7 +33,7 @@ TOKENS = {
     "tokens/student_entropy": "entropy of the student's predictions, nats",
     "tokens/teacher_entropy": "entropy of the teacher's predictions",
     "tokens/top1_agreement": "share of tokens with the same first choice",
-    "tokens/teacher_better": "share of tokens where the teacher's loss is less",
+    "tokens/teacher_better": "share of tokens where the teacher's loss is lower",
 }
 NAMES = {"teacher": "Teacher", "baseline": "Undistilled", "distilled": "Distilled"}
 
@@ -128,7 +128,7 @@ def _interval(gap: Difference) -> tuple[str, str]:
         return "", ""
     note = f"Interval: {gap['interval']}. "
     if low <= 0 <= high:
-        note += "It holds zero: this run alone does not show that the teacher changes the score. "
+        note += "It contains zero: this run alone does not show that the teacher changes the score. "
     return f"; 95 % {_points(low)} to {_points(high)}", note
 
 
@@ -256,7 +256,7 @@ def _examples(run: Run, count: int = 9) -> str:
     words = (
         f"Seed {seed}. Only the distilled student is right {len(groups[True, False]):,} times, only the "
         f"undistilled one {len(groups[False, True]):,} times, both {len(groups[True, True]):,} and neither "
-        f"{len(groups[False, False]):,} times. Below are the first few of each kind, spread over the types."
+        f"{len(groups[False, False]):,} times. Below are examples of each case, spread over the types."
     )
     return (
         f'<h2>Some test questions</h2><p class="note">{words}</p><div class="examples">{"".join(cards)}</div>'

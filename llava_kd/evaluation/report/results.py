@@ -109,7 +109,9 @@ def read_run(directory: str | Path, *, distilled: str = "kd") -> Run:
     directory = Path(directory)
     seed_dirs = {int(m[1]): p for p in directory.glob("seed*") if (m := re.fullmatch(r"seed(\d+)", p.name))}
     if not seed_dirs:
-        raise ValueError(f"{directory} has no seed0, seed1, ... directory; give the directory of a run")
+        raise ValueError(
+            f"{directory} must have directories seed0, seed1, ...; give the directory of a comparison"
+        )
     seeds, logs = {}, {}
     for seed, path in sorted(seed_dirs.items()):
         arms = sorted(p.parent.parent for p in path.glob("*/eval/summary.json"))

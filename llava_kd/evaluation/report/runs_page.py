@@ -180,7 +180,7 @@ def _examples(runs: Sequence[StageRun]) -> str:
         shared = [name for name in first if all(name in given for given in answers.values())]
         shared.sort(key=lambda name: len({_is_right(given[name]) for given in answers.values()}) == 1)
         cards = [_card(asked[0].directory, name, answers) for name in _spread(shared, first)]
-        words = f"Of {escape(test)}; those that not all runs get right, or wrong, come first."
+        words = f"From {escape(test)}; questions on which the runs differ come first."
         return (
             f"<h2>Some test questions</h2><p class='note'>{words}</p>"
             f"<div class='examples'>{''.join(cards)}</div>"
@@ -235,7 +235,7 @@ def _facts(runs: Sequence[StageRun]) -> str:
         known = {"directory": str(run.directory), "commit": str(record.get("commit") or "-")}
         known |= {name: str(value) for name, value in record.get("versions", {}).items()}
         if parent := record.get("parent"):
-            known["goes on from"] = str(parent.get("run", "-"))
+            known["continues from"] = str(parent.get("run", "-"))
         text = (run.directory / "config.yaml").read_text(encoding="utf-8")
         shown.append(
             f"<details><summary>{escape(run.name)}: where it comes from, and its resolved settings</summary>"

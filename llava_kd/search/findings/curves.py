@@ -126,6 +126,6 @@ def run_record(directory: Path) -> dict | None:
         int(record["steps"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is damaged ({error!r}); remove it, and the same command finishes that stage again"
+            f"{path} is damaged ({error!r}); remove it, then run the same command again to finish that stage"
         ) from error
     return record

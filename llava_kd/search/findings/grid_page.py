@@ -37,7 +37,7 @@ def _head(results: Mapping, title: str) -> str:
 def _missing(results: Mapping) -> str:
     lines, waiting = words.fault_words(results), words.waiting_words(results)
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    broken = f"<h2>To be mended</h2><ul>{items}</ul>" if lines else ""
+    broken = f"<h2>Problems to fix</h2><ul>{items}</ul>" if lines else ""
     return broken + (f'<p class="note">{escape(waiting)}</p>' if waiting else "")
 
 
@@ -127,7 +127,7 @@ def _curves(results: Mapping, curves: Mapping[str, Sequence[Curve]]) -> str:
         f'<div class="legend"><span class="baseline">{escape(results["baseline"])}</span>'
         '<span class="distilled">the arm</span></div>'
     )
-    note = f"{results['curve']} over seconds of training, all stages one after the other, a line a seed."
+    note = f"{results['curve']} over seconds of training, all stages in sequence, one line per seed."
     return (
         f'<h2>At equal time</h2><p class="note">{escape(note)}</p>{legend}'
         f'<div class="grid-curves">{"".join(cells)}</div>'

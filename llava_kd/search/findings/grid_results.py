@@ -29,12 +29,12 @@ def read_results(path: Path) -> dict:
         version = results["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no results file ({error!r}); remove it, and it is written anew"
+            f"{path} is not a results file ({error!r}); remove it, and it is written again"
         ) from error
     if version != VERSION:
         raise ValueError(
             f"{path} was written by another version (format {version}, this one reads {VERSION}); move it "
-            "away, and it is written anew from the runs"
+            "away, and it is written again from the runs"
         )
     return results
 
@@ -163,21 +163,21 @@ def _at_equal(grid: Grid, own: Sequence[Scored], base: Sequence[Scored], what: s
     partners = {one.seed: one.curve for one in base}
     pairs = {one.seed: (one.curve, partners[one.seed]) for one in own if one.seed in partners}
     if not pairs:
-        return _none("no seed that both have finished")
+        return _none("no seed finished in both arms")
     if what == "steps" and all(mine.steps == its.steps for mine, its in pairs.values()):
         test = next(iter(grid.tests))
         values, others = ({s.seed: s.scores[test].accuracy for s in side} for side in (own, base))
         return {"gain": paired(values, others), "figure": f"test {test}", "not_measured": None}
     if grid.curve is None:
-        return _none("no slice is asked while training")
+        return _none("no slice is evaluated during training")
     gaps: list[float] = []
     for mine, its in pairs.values():
         if (most := getattr(its, what)) is None or getattr(mine, what) is None:
-            return _none("operations are not in every log")
+            return _none("some logs do not have the operations")
         value, other = value_at(mine, what, most), value_at(its, what, most)
         if value is None or other is None:
             whose = "this arm" if value is None else "the baseline"
-            return _none(f"{grid.curve} of {whose} was not asked by then")
+            return _none(f"{grid.curve} of {whose} was not evaluated by then")
         gaps.append(value - other)
     return {"gain": estimate(gaps), "figure": grid.curve, "not_measured": None}
 

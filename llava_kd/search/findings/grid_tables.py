@@ -11,7 +11,7 @@ def markdown(results: Mapping) -> str:
     """The whole file."""
     parts = [f"# {results['name']}", results["what"], _headline(results)]
     if broken := words.fault_words(results):
-        parts.append("To be mended:\n\n" + "\n".join(f"- {line}" for line in broken))
+        parts.append("Problems to fix:\n\n" + "\n".join(f"- {line}" for line in broken))
     parts.append(words.waiting_words(results))
     for test in results["tests"]:
         parts += [f"## {test}", _scores(results, test)]
@@ -32,7 +32,7 @@ def _headline(results: Mapping) -> str:
     commits = results["commits"]
     made = f" Commit {', '.join(commits)}." if len(commits) == 1 else ""
     if len(commits) > 1:
-        made = f" The stages come from {len(commits)} commits: {', '.join(commits)}."
+        made = f" The stages were trained at {len(commits)} commits: {', '.join(commits)}."
     return (
         f"{len(results['arms'])} arms, seeds {', '.join(map(str, results['seeds']))}; the baseline is "
         f"{results['baseline']}. {words.cost_words(results)}{made}"
@@ -101,7 +101,7 @@ def type_rows(results: Mapping, test: str) -> tuple[list[str], list[list[str]]]:
 
 def _scores(results: Mapping, test: str) -> str:
     data = results["tests"][test]
-    count = "no answers yet" if data["questions"] is None else f"{data['questions']:,} questions"
+    count = "no results yet" if data["questions"] is None else f"{data['questions']:,} questions"
     return f"{data['data']}, {count}.\n\n{table(*score_rows(results, test))}"
 
 
@@ -120,7 +120,7 @@ def _arms(results: Mapping) -> str:
         stages = ", ".join(stage["label"] for stage in arm["stages"])
         first = next(iter(arm["runs"].values()))
         rows.append([name, stages, " ".join(first), arm["what"] or words.NONE])
-    return table(["arm", "stages", "their runs with the first seed, in `stages/`", "what"], rows, "---")
+    return table(["arm", "stages", "runs of the first seed, in `stages/`", "what"], rows, "---")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], side: str = "---:") -> str:

@@ -31,7 +31,7 @@ def mixtures(plan: Plan) -> list[str]:
         if len(groups) > 1:
             told = " and ".join(", ".join(dict.fromkeys(arms)) for arms in groups.values())
             lines.append(
-                f"the {what} changed while this grid ran: with seed {seed} and the same settings {told} "
+                f"the {what} changed during this ablation: with seed {seed} and the same settings, {told} "
                 "read different ones and are not comparable"
             )
     return lines

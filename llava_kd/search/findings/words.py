@@ -31,7 +31,7 @@ def interval(value: Mapping | None) -> str:
     if value is None:
         return NONE
     if value["low"] is None:
-        return "one seed: none"
+        return "none (one seed)"
     return f"{points(value['low'])} to {points(value['high'])}"
 
 
@@ -69,8 +69,8 @@ def rank_words(results: Mapping) -> str:
         return ""
     if rank["spearman"] is None:
         return (
-            "Rank correlation with the published order: not computed; it takes three arms with both figures, "
-            f"that are not all equal, and there are {rank['arms']}."
+            "Rank correlation with the published order: not computed. It needs three arms with both "
+            f"figures, not all equal; there are {rank['arms']}."
         )
     each = [f"{value:.2f}" for value in rank["by_seed"].values() if value is not None]
     seeds = f"; by seed {', '.join(each)}" if len(each) > 1 else ""
@@ -84,7 +84,7 @@ def cost_words(results: Mapping) -> str:
     cost = results["cost"]
     return (
         f"{cost['finished']} of {cost['stages']} stages are trained, in {duration(cost['seconds'])} of "
-        f"training; that arms share stages saved {duration(cost['saved_by_sharing'])}."
+        f"training. Sharing stages between arms saved {duration(cost['saved_by_sharing'])}."
     )
 
 
@@ -92,24 +92,30 @@ def method_words(results: Mapping) -> list[str]:
     """How the figures come about, a sentence each."""
     count = len(results["seeds"])
     many = (
-        f"\u00b1 is the standard error over seeds; intervals are 95 % by Student's t, over differences "
-        f"paired by seed, {count} seeds at most, not corrected for the number of arms."
+        f"\u00b1 is the standard error over seeds. Intervals are 95 % by Student's t, over differences "
+        f"paired by seed, at most {count} seeds, not corrected for the number of arms."
         if count > 1
-        else "There is one seed: no standard error and no interval, so no difference here is shown to be one."
+        else (
+            "There is only one seed, so there is no standard error and no interval: no difference here is "
+            "significant."
+        )
     )
     curve = results["curve"]
     equal = (
-        f"At equal time: {curve} when both had trained for the seconds that the baseline took in all, as "
-        "last asked by then; a schedule that is not at its end then counts against an arm."
+        f"At equal time: {curve} at the total training time of the baseline, from the last evaluation "
+        "before it. An arm whose schedule has not finished by then is at a disadvantage."
         if curve
-        else "At equal time: not measured, as no stage asks a slice while it trains (`evaluate.slices`)."
+        else (
+            "At equal time: not measured, because no stage evaluates a slice during training "
+            "(`evaluate.slices`)."
+        )
     )
     return [
         many,
-        "At equal steps: the test scores where both arms took as many steps in all, else the curve.",
+        "At equal steps: the test scores if both arms took the same number of steps, else the curve.",
         equal,
         "At equal operations: the same, by the operations of student and teacher, counted from their shapes.",
-        "Seconds are of training steps alone, each arm's stages in full, the shared ones too.",
+        "Seconds count only training steps, of all stages of an arm, including shared ones.",
         *_not_measured(results),
     ]
 

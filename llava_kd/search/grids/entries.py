@@ -12,7 +12,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 def named(name: object, where: str) -> str:
     """It becomes the name of a directory."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"{where} may be named by letters, digits and . _ + - alone; got {name!r}")
+        raise ValueError(f"{where} must have a name of letters, digits and . _ + -; got {name!r}")
     return name
 
 
@@ -41,5 +41,5 @@ def only(tree: Mapping, known: set[str], where: str) -> None:
 def near(name: object, known: Iterable[object]) -> str:
     names = sorted(map(str, known))
     found = difflib.get_close_matches(str(name), names, n=1)
-    meant = f"; did you mean {found[0]}?" if found else ""
-    return f"{meant}; there are {', '.join(names) or 'none'}"
+    meant = f" (did you mean {found[0]}?)" if found else ""
+    return f"{meant}; choose from {', '.join(names) or 'none'}"

@@ -88,12 +88,12 @@ def read_grid(path: str | Path, overrides: Sequence[str] = (), *, output: str | 
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no ablation file {path}; examples are in ablations/")
+        raise ValueError(f"no ablation file {path}; see the examples in ablations/")
     tree = read_tree(path)
     only(tree, _KEYS, f"{path}")
     for key in ("arms", "seeds", "baseline", "tests"):
         if not tree.get(key):
-            raise ValueError(f"{path} must hold `{key}`; docs/ablations.md shows a file")
+            raise ValueError(f"{path} must contain `{key}`; docs/ablations.md shows an example")
     name = named(tree.get("name") or path.stem, f"{path}: `name`")
     shared = _Shared(
         path=path,
@@ -104,7 +104,7 @@ def read_grid(path: str | Path, overrides: Sequence[str] = (), *, output: str | 
     arms = {key: _arm(key, entry, shared) for key, entry in mapping(tree["arms"], f"{path}: `arms`").items()}
     baseline = str(tree["baseline"])
     if baseline not in arms:
-        raise ValueError(f"{path}: `baseline` is {baseline}, which is no arm{near(baseline, arms)}")
+        raise ValueError(f"{path}: `baseline` is {baseline}, which is not an arm{near(baseline, arms)}")
     tests = {
         key: _test(key, entry, path) for key, entry in mapping(tree["tests"], f"{path}: `tests`").items()
     }
@@ -162,7 +162,7 @@ def _stage(entry: object, shared: _Shared, where: str) -> Stage:
     if "stage" in own:
         name = own["stage"]
         if name not in shared.stages:
-            raise ValueError(f"{where} is {name}, which `stages` does not hold{near(name, shared.stages)}")
+            raise ValueError(f"{where} is {name}, which is not in `stages`{near(name, shared.stages)}")
         named = mapping(shared.stages[name], f"{shared.path}: stage {name}")
         only(named, {"recipe", "overrides"}, f"{shared.path}: stage {name}")
     recipe = _recipe((named or own).get("recipe"), shared.path, where)
@@ -207,7 +207,7 @@ def _seeds(entry: object, path: Path) -> tuple[int, ...]:
     if odd:
         raise ValueError(f"{path}: `seeds` must be whole numbers from 0; got {odd}")
     if doubled := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
-        raise ValueError(f"{path}: `seeds` holds {doubled} twice; a seed gives the same run each time")
+        raise ValueError(f"{path}: `seeds` must name each seed once; {doubled} is there twice")
     return tuple(seeds)
 
 

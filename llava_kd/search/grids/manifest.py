@@ -42,7 +42,7 @@ def refuse_changes(grid: Grid, plan: Plan) -> None:
         return
     if before["name"] != grid.name:
         raise ValueError(
-            f"{grid.output} holds the ablation {before['name']}, not {grid.name}; name another `output`"
+            f"{grid.output} contains the ablation {before['name']}, not {grid.name}; name another `output`"
         )
     arms = json.loads(json.dumps(_arms(plan), default=str))
     faults = [
@@ -61,8 +61,8 @@ def refuse_changes(grid: Grid, plan: Plan) -> None:
         ]
     if faults:
         raise ValueError(
-            f"{grid.path} was edited after it began: {'; '.join(faults)}. Restore that, give it a new name "
-            "(what has run stays), or name another `output`"
+            f"{grid.path} was changed after its first run: {'; '.join(faults)}. Undo the change, use a new "
+            "name for what changed (finished runs stay), or name another `output`"
         )
 
 

@@ -185,7 +185,7 @@ def check_arms(grid: Grid, plan: Plan, settings: Callable[[StageRun], Mapping[st
         same = json.dumps([read[key] for key in run.chain], sort_keys=True, default=str)
         if same in seen:
             raise ValueError(
-                f"{grid.path}: the arms {seen[same]} and {run.arm} differ in nothing that decides a result; "
-                "change one, or leave it out"
+                f"{grid.path}: the arms {seen[same]} and {run.arm} must differ, but have the same "
+                "settings; change one, or leave it out"
             )
         seen[same] = run.arm

@@ -127,12 +127,12 @@ def read_space(
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no search file {path}; docs/search.md shows one")
+        raise ValueError(f"no search file {path}; docs/search.md shows an example")
     file = read_tree(path)
     only(file, _KEYS, f"{path}")
     for key in ("recipe", "space", "budget"):
         if file.get(key) is None:
-            raise ValueError(f"{path} must hold `{key}`; docs/search.md shows a file")
+            raise ValueError(f"{path} must contain `{key}`; docs/search.md shows an example")
     name = named(file.get("name") or path.stem, f"{path}: `name`")
     recipe, tree = _recipe(file, path, overrides)
     trials, minutes = _budget(file["budget"], path)
@@ -171,7 +171,7 @@ def _settings(entry: object, path: Path, overrides: Sequence[str]) -> dict[str, 
         raise ValueError(f"{path}: `space` is empty; name at least one setting and its values")
     fixed = {parse_override(word)[0] for word in overrides}
     if both := sorted(fixed & set(map(str, space))):
-        raise ValueError(f"{path}: {both[0]} is in `space` and set on the command line; take one away")
+        raise ValueError(f"{path}: {both[0]} is in `space` and also set on the command line; remove one")
     return {str(name): _setting(value, f"{path}: `space.{name}`") for name, value in space.items()}
 
 
@@ -179,11 +179,11 @@ def _setting(entry: object, where: str) -> Choice | Range:
     if isinstance(entry, list):
         if len(entry) < 2:
             raise ValueError(
-                f"{where} must list at least two values; got {entry!r}: one belongs in `overrides`"
+                f"{where} must list at least two values; got {entry!r}: put a single value into `overrides`"
             )
         doubled = [value for k, value in enumerate(entry) if any(same(value, own) for own in entry[:k])]
         if doubled:
-            raise ValueError(f"{where} lists {doubled[0]!r} twice")
+            raise ValueError(f"{where} must list each value once; {doubled[0]!r} is there twice")
         return Choice(values=tuple(entry))
     if not isinstance(entry, Mapping):
         raise ValueError(
@@ -203,13 +203,13 @@ def _range(entry: Mapping, where: str) -> Range:
     if not isinstance(is_log, bool):
         raise ValueError(f"{where}: `log` must be true or false; got {is_log!r}")
     if low > high:
-        raise ValueError(f"{where} goes from {low:g} to {high:g}, backwards; exchange the ends")
+        raise ValueError(f"{where} must have `from` below `to`; got {low:g} to {high:g}: exchange them")
     if low == high:
-        raise ValueError(f"{where} holds {low:g} alone; put it in `overrides`, or widen the range")
+        raise ValueError(f"{where} contains only {low:g}; put it in `overrides`, or widen the range")
     if is_log and low <= 0:
-        raise ValueError(f"{where} is `log`, so it must begin above 0; got {low:g}")
+        raise ValueError(f"{where} is `log`, so `from` must be above 0; got {low:g}")
     if is_log and step is not None:
-        raise ValueError(f"{where} may have `log` or `step`, not both; list the values instead")
+        raise ValueError(f"{where} must not have both `log` and `step`; list the values instead")
     if step is not None and not 0 < step <= high - low:
         raise ValueError(f"{where}: `step` must be above 0 and at most {high - low:g}; got {step:g}")
     if step is not None and not isinstance(step, int):
@@ -228,14 +228,14 @@ def _scores(entry: object, tree: Mapping[str, object], path: Path) -> tuple[str,
     ]
     if not there:
         raise ValueError(
-            f"{path}: no trial would have a score, as the recipe asks nothing while it trains; set "
-            "`evaluate` with slices or losses in `overrides`"
+            f"{path}: no trial would have a score, because the recipe evaluates nothing during training; "
+            "set `evaluate` with slices or losses in `overrides`"
         )
     wanted = there[:1] if entry is None else entry if isinstance(entry, list) else [entry]
     for name in wanted:
         if name not in there:
             raise ValueError(
-                f"{path}: `score` is {name}, which no trial writes{near(name, there)} (`evaluate`)"
+                f"{path}: `score` is {name}, which no trial computes{near(name, there)} (`evaluate`)"
             )
     if not wanted or len(set(wanted)) < len(wanted):
         raise ValueError(f"{path}: `score` must name figures, each once; got {entry!r}")
@@ -247,7 +247,7 @@ def _budget(entry: object, path: Path) -> tuple[int | None, float | None]:
     only(budget, _OF_BUDGET, f"{path}: `budget`")
     trials, minutes = budget.get("trials"), budget.get("minutes")
     if trials is None and minutes is None:
-        raise ValueError(f"{path}: `budget` must hold `trials`, `minutes` or both")
+        raise ValueError(f"{path}: `budget` must contain `trials`, `minutes` or both")
     if trials is not None:
         trials = _whole(trials, f"{path}: `budget.trials`", least=1)
     if minutes is not None:

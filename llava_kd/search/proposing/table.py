@@ -84,11 +84,11 @@ def _value(value: object) -> str:
 
 def headline(found: Mapping) -> str:
     spent, valid = found["spent"], found["valid"]
-    share = f"{valid['valid']} of {valid['ended']} came to a score" if valid["ended"] else "none has ended"
-    best = "no trial came to its end" if found["best"] is None else f"the best is {found['best']:03d}"
+    share = f"{valid['valid']} of {valid['ended']} have a score" if valid["ended"] else "none has finished"
+    best = "no trial has finished" if found["best"] is None else f"the best is {found['best']:03d}"
     return (
         f"{spent['trials']} trials in {duration(60 * spent['minutes'])}, {share}; {best}. Its score is the "
-        "best of many, so it flatters: `llava-kd ablate` says over seeds what it is worth."
+        "best of many, so it is optimistic: measure it over several seeds with `llava-kd ablate`."
     )
 
 
@@ -105,12 +105,14 @@ def markdown(found: Mapping) -> str:
     if broken := failures(found):
         parts.append("Failed:\n\n" + "\n".join(f"- {line}" for line in broken))
     space = [f"- `{name}`: {words}" for name, words in found["space"].items()]
-    parts.append(f"Sought in {found['recipe']}:\n\n" + "\n".join(space))
+    parts.append(f"Search space, over {found['recipe']}:\n\n" + "\n".join(space))
     if runs := found["similar"][:_SHOWN_SIMILAR]:
-        told = [f"- {r['name']} on {r['data']}, alike {r['alike']:.2f}, place {r['place']:.2f}" for r in runs]
+        told = [
+            f"- {r['name']} on {r['data']}, similarity {r['alike']:.2f}, rank {r['place']:.2f}" for r in runs
+        ]
         more = len(found["similar"]) - len(runs)
         told += [f"- and {more} more"] * bool(more)
-        parts.append("Began from runs of the store:\n\n" + "\n".join(told))
+        parts.append("Started from runs of the store:\n\n" + "\n".join(told))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

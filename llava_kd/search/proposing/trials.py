@@ -145,8 +145,8 @@ def _refuse_other(space: Space, record: Mapping, path: Path) -> None:
     if changes:
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         raise ValueError(
-            f"{path.parent} holds another search: {'; '.join(changes[:3])}{more}; restore that, or name "
-            "another `output`"
+            f"{path.parent} contains another search: {'; '.join(changes[:3])}{more}; restore these "
+            "settings, or name another `output`"
         )
 
 

@@ -83,8 +83,9 @@ def recommend(
     nearest = max(alike, key=lambda key: alike[key])
     if alike[nearest] < LEAST_SIMILAR:
         raise ValueError(
-            f"no data set of the store looks like these data: the nearest is {names[nearest]}, alike "
-            f"{alike[nearest]:.2f}, and {LEAST_SIMILAR} is the least; begin with the recipe as it is shipped"
+            f"no dataset in the store is similar to this one: the nearest is {names[nearest]}, with "
+            f"similarity {alike[nearest]:.2f}, and at least {LEAST_SIMILAR} is needed; start with the "
+            "unchanged recipe"
         )
     near = _nearness(runs)
     recipes = {_text(run.recipe): run.recipe for run in runs}
@@ -124,11 +125,14 @@ def _refuse_too_small(runs: Sequence[_Run], entries: Sequence[Entry]) -> None:
     if len(runs) < LEAST_RUNS or num_data < LEAST_DATA_SETS:
         raise ValueError(
             f"the store is too small to recommend from: {len(runs)} runs with scores that can be compared, "
-            f"on {num_data} data sets ({len(entries)} runs in all), and it takes {LEAST_RUNS} on "
-            f"{LEAST_DATA_SETS}; begin with the recipe as it is shipped, or `llava-kd search`"
+            f"on {num_data} datasets ({len(entries)} runs in all); at least {LEAST_RUNS} on "
+            f"{LEAST_DATA_SETS} are needed; start with the unchanged recipe, or `llava-kd search`"
         )
     if not runs[0].recipe:
-        raise ValueError("the runs of the store differ in no setting, so no recipe can be recommended")
+        raise ValueError(
+            "all runs in the store have the same settings, so no recipe can be recommended; add runs with "
+            "other settings"
+        )
 
 
 def _nearness(

@@ -13,21 +13,21 @@ from llava_kd.search.recommending.ranking import Advice, Recommendation
 
 def lines(found: Recommendation, most: int) -> list[str]:
     said = [
-        f"from {found.num_runs} runs with scores ({found.num_failed} more failed); data by likeness: "
+        f"from {found.num_runs} runs with scores ({found.num_failed} more failed); datasets by similarity: "
         + ", ".join(f"{name} {value:.2f}" for name, value in found.alike.items()),
         _check(found.check),
     ]
     for rank, one in enumerate(found.advice[:most], start=1):
-        worth = f"on evidence worth {one.weight:.1f} runs{_cost(one)}"
-        said += ["", f"{rank}. expected place {one.place:.2f}, {worth}"]
+        worth = f"on evidence of {one.weight:.1f} weighted runs{_cost(one)}"
+        said += ["", f"{rank}. expected rank {one.place:.2f}, {worth}"]
         said.append(f"   {words(one.settings)}")
         said += [
-            f"   {e.run} on {e.data}: place {e.place:.2f} ({_scores(e.scores)}), data alike {e.alike:.2f}, "
-            f"recipe near {e.near:.2f}"
+            f"   {e.run} on {e.data}: rank {e.place:.2f} ({_scores(e.scores)}), dataset similarity "
+            f"{e.alike:.2f}, recipe similarity {e.near:.2f}"
             for e in one.evidence
         ]
     if len(found.advice) > most:
-        said += ["", f"and {len(found.advice) - most} recipes more (--top)"]
+        said += ["", f"and {len(found.advice) - most} more recipes (--top)"]
     return said
 
 
@@ -43,11 +43,11 @@ def _yaml(value: object) -> str:
 
 def _check(check: Mapping[str, float]) -> str:
     if not check:
-        return "how good such advice is: not measured, as no data set has three runs that could be predicted"
+        return "quality of this advice: not measured, because no dataset has three runs that can be predicted"
     each = ", ".join(f"{name} {value:.2f}" for name, value in check.items())
     return (
-        "how good such advice was (rank correlation of each data set's runs with what the others predict): "
-        f"{each}; mean {statistics.fmean(check.values()):.2f}"
+        "quality of such advice (rank correlation of each dataset's runs with the prediction from the "
+        f"other datasets): {each}; mean {statistics.fmean(check.values()):.2f}"
     )
 
 

@@ -87,8 +87,8 @@ def price_text(plan: Plan, wanted: Sequence[ArmRun], *, num_slots: int) -> str:
     begun = sum(price.stage.has_begun for price in left)
     lines += [
         "",
-        f"{what}: {len(keys)} stages ({alone} if no arm shared any); "
-        f"{len(keys) - len(left)} finished, {begun} begun, {len(left) - begun} new",
+        f"{what}: {len(keys)} stages ({alone} without sharing); "
+        f"{len(keys) - len(left)} finished, {begun} started, {len(left) - begun} new",
         f"to train: {_steps_text(left)}; {_seconds_text(left, num_slots)}",
     ]
     return "\n".join(lines)
@@ -115,12 +115,12 @@ def _row(plan: Plan, stage: StageRun, keys: Sequence[str], arms: Sequence[str], 
 def _steps_text(left: Sequence[Price]) -> str:
     known = sum(price.steps or 0 for price in left)
     open_ = sum(price.steps is None for price in left)
-    return f"{known:,} steps" + (f" and {open_} stages by epochs" if open_ else "")
+    return f"{known:,} steps" + (f" and {open_} stages set by epochs" if open_ else "")
 
 
 def _seconds_text(left: Sequence[Price], num_slots: int) -> str:
     if any(price.seconds is None for price in left):
-        return "seconds unknown until a stage of each kind has run"
+        return "time unknown until a stage of each kind has run"
     seconds = sum(price.seconds or 0.0 for price in left)
     return f"about {duration(seconds)} of training, {duration(seconds / num_slots)} on {num_slots} at once"
 
@@ -148,7 +148,7 @@ class Clock:
         jobs = [job for job in self._jobs if job.key not in settled]
         stages = [self._plan.stages[job.key] for job in jobs if job.key in self._plan.stages]
         if not jobs:
-            return "nothing is left"
+            return "nothing left"
         rates = Rates(self._plan)
         training = [s for stage in stages if (s := self._seconds(stage, rates)) is not None]
         if len(training) < len(stages):

@@ -115,7 +115,7 @@ def why(job: Job, status: int) -> str:
     """One line for a job that ended without being done."""
     how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
     if status == 0:
-        how = "stopped before its end"
+        how = "stopped before it finished"
     said = last_line(job.log)
     return f"{how}{f': {said}' if said else ''} ({job.log})"
 

@@ -98,6 +98,8 @@ def faults(plan: Plan, jobs: Sequence[Job], outcome: Outcome) -> dict[str, str]:
         broken = [key for key in (*run.chain, *scoring) if key in outcome.failed]
         if broken:
             failed = broken[0]
-            kind = "failed" if failed in (run.chain[-1], *scoring) else "not run, a stage before failed"
+            kind = (
+                "failed" if failed in (run.chain[-1], *scoring) else "not run because an earlier stage failed"
+            )
             found[fault_key(run)] = f"{kind}: {names[failed]} {outcome.failed[failed]}"
     return found

@@ -39,7 +39,7 @@ class Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"the store {self.path} cannot be made: {error}") from error
+            raise StoreError(f"the store {self.path} cannot be created: {error}") from error
         with self._transaction(writes=True, may_make=True):
             pass
 
@@ -69,7 +69,7 @@ class Store:
     def _transaction(self, *, writes: bool = False, may_make: bool = False) -> Iterator[sqlite3.Connection]:
         if not may_make and not self.path.is_file():
             raise StoreError(
-                f"there is no store {self.path}; `llava-kd search add RUN` makes one of finished runs"
+                f"there is no store {self.path}; create one from finished runs with `llava-kd search add RUN`"
             )
         try:
             with closing(sqlite3.connect(self.path, timeout=self._patience_s, isolation_level=None)) as file:
@@ -93,7 +93,7 @@ class Store:
             if tables or application or version:
                 raise StoreError(f"{self.path} is the database of another program; name another --store")
             if not may_make:
-                raise StoreError(f"{self.path} is empty; `llava-kd search add RUN` makes a store of it")
+                raise StoreError(f"{self.path} is empty; add runs to it with `llava-kd search add RUN`")
             for line in _TABLES:
                 file.execute(line)
         elif version != VERSION:
@@ -106,11 +106,11 @@ class Store:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return StoreError(
-                f"the store {self.path} is held by another process (waited {self._patience_s:g} s); wait "
+                f"the store {self.path} is locked by another process (waited {self._patience_s:g} s); wait "
                 "for it, or name another --store"
             )
         if code == sqlite3.SQLITE_NOTADB:
-            return StoreError(f"{self.path} is no store (not a SQLite file); name another --store")
+            return StoreError(f"{self.path} is not a store (not a SQLite file); name another --store")
         return StoreError(
             f"the store {self.path} cannot be used ({error}); name another --store, or fix the file"
         )

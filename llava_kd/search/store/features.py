@@ -45,7 +45,7 @@ def describe(records: Iterable[Seen], sizes: Sequence[tuple[int, int]]) -> dict[
     seen = list(records)
     talk = [turn for record in seen for turn in record.talk]
     if not talk:
-        raise ValueError("the data hold no answer; give records with conversations")
+        raise ValueError("the data must contain answers, but has none; give records with conversations")
     answers = [answer.strip().lower().rstrip(".") for _, answer in talk]
     types = Counter(question_type(question) for question, _ in talk)
     found = {

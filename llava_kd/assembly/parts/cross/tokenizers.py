@@ -27,10 +27,9 @@ def are_other(terms: Mapping[str, Term], student: Parts, teacher: AnyParts | Non
     as_llava(teacher, f"`objective.{by_text[0]}` over two tokenizers")
     if by_token := [name for name, term in terms.items() if _reads_tokens(term)]:
         raise ValueError(
-            "student and teacher tokenizers must have the same content for terms that compare response "
-            "tokens or columns of the vocabulary one by one, and these differ: drop "
-            f"{' and '.join(by_token)} beside {' and '.join(by_text)}, or use a teacher of the student's "
-            "family"
+            "terms that compare tokens one by one need the same tokenizer in student and teacher, but "
+            f"these differ: remove {' and '.join(by_token)} and keep {' and '.join(by_text)}, or use a "
+            "teacher of the student's family"
         )
     return True
 
@@ -47,7 +46,7 @@ def spellers_of(config: TrainConfig, sides: tuple[Side, Side]) -> Spellers:
     """How both sides spell, for a loader. ValueError for settings that other tokenizers do not go with."""
     if found := next(_beyond(config), None):
         what, remedy = found
-        raise ValueError(f"{what}, and the teacher's tokenizer is not the student's: {remedy}")
+        raise ValueError(f"{what}, but teacher and student have different tokenizers: {remedy}")
     student, teacher = (
         Speller(
             spelled(side.tokenizer),
@@ -64,14 +63,14 @@ def spellers_of(config: TrainConfig, sides: tuple[Side, Side]) -> Spellers:
 def _beyond(config: TrainConfig) -> Iterator[tuple[str, str]]:
     assert config.teacher is not None
     if config.teacher.cache is not None:
-        yield "`teacher.cache` holds predictions at the student's tokens", "set teacher.cache to null"
+        yield "`teacher.cache` stores predictions at the student's tokens", "set teacher.cache to null"
     if config.teacher.several is not None:
-        yield "`teacher.several` mixes teachers over one vocabulary", "set teacher.several to null"
+        yield "`teacher.several` needs one vocabulary", "set teacher.several to null"
     if config.teacher.visual_dependency is not None:
-        yield "`teacher.visual_dependency` weighs single response tokens", "set it to null"
+        yield "`teacher.visual_dependency` weights single response tokens", "set it to null"
     if config.token_policy is not None:
-        yield "`token_policy` is of single response tokens", "set token_policy to null"
+        yield "`token_policy` changes single response tokens", "set token_policy to null"
     if config.on_policy is not None:
-        yield "`on_policy` writes tokens of one vocabulary", "set on_policy to null"
+        yield "`on_policy` generates tokens of one vocabulary", "set on_policy to null"
     if config.pictures is not None:
         yield "`pictures` compares logits of one vocabulary", "set pictures to null"

@@ -22,8 +22,7 @@ def refuse_settings(config: TrainConfig, kind: str, grid: VisualGrid | None) -> 
     if found is not None:
         what, remedy = found
         raise ValueError(
-            f"{what}, but `teacher.checkpoint` is a {kind}, which is no LLaVA and is read by its own "
-            f"processor; {remedy}"
+            f"{what}, but `teacher.checkpoint` is a {kind}, not a LLaVA, and uses its own processor; {remedy}"
         )
 
 
@@ -33,10 +32,10 @@ def _beyond(config: TrainConfig) -> Iterator[tuple[str, str]]:
     if teacher.template is not None:
         yield (
             f"`teacher.template` is {teacher.template}",
-            "set it to null: it speaks by its own chat template",
+            "set it to null: the teacher uses its own chat template",
         )
     if teacher.several is not None:
-        yield "`teacher.several` mixes teachers that read the same tokens", "set it to null"
+        yield "`teacher.several` needs teachers that read the same tokens", "set it to null"
     if teacher.visual_dependency is not None:
         yield "`teacher.visual_dependency` changes the pixels of a LLaVA", "set it to null"
     if config.pictures is not None:
@@ -55,11 +54,11 @@ def _terms_beyond(terms: Mapping[str, Term], *, has_grid: bool) -> Iterator[tupl
         if reads.teacher == "nothing" and reads.switched is None:
             continue
         if reads.teacher == "model" or reads.switched or reads.attention or reads.attended:
-            yield f"`objective.{name}` reads inside the teacher", f"set objective.{name} to null"
+            yield f"`objective.{name}` reads inner states of the teacher", f"set objective.{name} to null"
         elif reads.projector:
             yield f"`objective.{name}` reads the teacher's projector", f"set objective.{name} to null"
         elif not has_grid and (reads.grids or "visual" in reads.places):
             yield (
                 f"`objective.{name}` compares visual tokens one by one",
-                f"set objective.{name} to null: its visual tokens lie in no grid that is known",
+                f"set objective.{name} to null: the grid of its visual tokens is unknown",
             )

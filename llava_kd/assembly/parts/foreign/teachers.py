@@ -91,14 +91,14 @@ def refuse_ahead(teacher: ForeignTeacher, side: ForeignSide, device: torch.devic
     kind = type(teacher.model.stock).__name__
     if float((alone[0][:shared] - alone[1][:shared]).abs().max()) > bound:
         raise ValueError(
-            f"a {kind} sees what follows an answer (its states before a word change with that word), so a "
-            "whole talk cannot be read at once; take another teacher"
+            f"a {kind} attends to later tokens (states before a word change with that word), so a "
+            "conversation cannot be read in one pass; use another teacher"
         )
     for one, beside, own in zip(alone, together, ids, strict=True):
         if float((one - beside[: len(own)]).abs().max()) > bound:
             raise ValueError(
-                f"a {kind} reads a record otherwise beside a longer one than alone: it does not keep padded "
-                "rows apart; take another teacher"
+                f"a {kind} predicts differently when a record is padded in a batch: it does not mask the "
+                "padding; use another teacher"
             )
 
 

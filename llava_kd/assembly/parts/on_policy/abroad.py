@@ -141,8 +141,8 @@ class Abroad:
         there = answer.get("prompt_token_ids")
         if not isinstance(there, list):
             raise ValueError(
-                "gave no prompt_token_ids, without which no token can be checked: it must know "
-                "return_token_ids, as vLLM does from 0.10.2 on"
+                "gave no prompt_token_ids, which are needed to check the tokens: use a server with "
+                "return_token_ids, such as vLLM 0.10.2 or newer"
             )
         between = here[first:-last] if first < len(here) else []
         its = there[first:-last] if first < len(here) else []
@@ -151,8 +151,8 @@ class Abroad:
             refuse_other_tokens(expected, there, self.reader.tokenizer, self.reader.image_token_id)
         except ValueError as error:
             raise ValueError(
-                f"{error}; start it with a directory of this student, whose chat template is the one that it "
-                "is trained with"
+                f"{error}; start the server with a directory of this student, which has the chat template "
+                "of its training"
             ) from None
         self._retokenised += its != between
 
@@ -163,24 +163,26 @@ class Abroad:
         ids = choice.get("token_ids") if isinstance(choice, dict) else None
         if not isinstance(choice, dict) or not isinstance(ids, list) or not ids:
             raise ValueError(
-                "gave no token_ids of one answer: it must know return_token_ids, as vLLM does from 0.10.2 on"
+                "gave no token_ids of an answer: use a server with return_token_ids, such as vLLM 0.10.2 "
+                "or newer"
             )
         most = self.generator.num_tokens
         for token in ids:
             is_there = isinstance(token, int) and token >= 0 and (most is None or token < most)
             if not (is_there or token in self.end_ids):
                 raise ValueError(
-                    f"wrote token {str(token)[:40]}, which is none of the {most} that both tokenizers have"
+                    f"wrote token {str(token)[:40]}, but the tokenizers of student and teacher share only "
+                    f"the first {most} tokens"
                 )
         has_end, why = bool(set(ids) & set(self.end_ids)), choice.get("finish_reason")
         if why == "stop" and not has_end:
             raise ValueError(
-                "ended an answer without its end token, so it cannot be told from one that was cut: it must "
-                "return that token too, as vLLM does"
+                "returned an answer without its end token, so it looks like a cut answer: use a server "
+                "that returns the end token, such as vLLM"
             )
         if not has_end and (why != "length" or len(ids) != limit):
             raise ValueError(
-                f"cut an answer behind {len(ids)} tokens ({why}), {limit} were asked for: start it with a "
-                "larger --max-model-len, and see what it logged"
+                f"cut an answer after {len(ids)} tokens ({why}) instead of {limit}: start the server with "
+                "a larger --max-model-len, and read its log"
             )
         return torch.tensor(ids)

@@ -53,6 +53,7 @@ class AtHome:
                     take(talks[k], ids_N)
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"answering {len(asked)} records at once needs more memory than there is beside training; "
-                "lower on_policy.batch_size, and the same command goes on from the last checkpoint"
+                f"there is not enough memory to answer {len(asked)} records at once during training; lower "
+                "on_policy.batch_size, then run the same command again to continue from the last "
+                "checkpoint"
             ) from error

@@ -46,7 +46,10 @@ class Publisher:
             for forget in FORGET:
                 self.server.tell(forget, {})
         except RefusedError as error:
-            more = [(error.status == 404, "start it in its development mode, with VLLM_SERVER_DEV_MODE=1")]
+            more = [
+                (error.status == 404, "start the server in its development mode, with VLLM_SERVER_DEV_MODE=1")
+            ]
             raise ValueError(
-                f"{self.server.address} took no new weights from {path}: {self.server.remedied(error, more)}"
+                f"{self.server.address} did not load the new weights from {path}: "
+                f"{self.server.remedied(error, more)}"
             ) from None

@@ -40,7 +40,7 @@ class StandIn:
         stock_names = {n if n.startswith(HEAD) else f"model.{n}": t for n, t in weights.items()}
         empty = {name: self.model.get_parameter(name) for name in self._places}
         if unknown := stock_names.keys() - empty.keys():
-            raise ValueError(f"the student has no weight {min(unknown)!r}")
+            raise ValueError(f"the new weights must be the student's, which has no weight {min(unknown)!r}")
         for mine, its in zip(self.model.modules(), self._stock.modules(), strict=True):
             mine._buffers.update(its._buffers)
         try:

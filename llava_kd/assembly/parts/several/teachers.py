@@ -61,7 +61,9 @@ def check_several(config: TrainConfig) -> None:
     if beyond := beyond_mixture(terms_of(config.objective)):
         raise ValueError(f"`teacher.several` cannot serve {' and '.join(beyond)}; {NO_MIXTURE}")
     if "response_kl" not in terms_of(config.objective):
-        raise ValueError("`teacher.several` teaches response_kl alone, which `objective` has not; add it")
+        raise ValueError(
+            "`teacher.several` works only with response_kl, which `objective` does not have; add it"
+        )
     for name in config.teacher.several.checkpoints:
         existing(name, "the LLaVA checkpoint")
 
@@ -90,7 +92,7 @@ def other_teachers(
 
 def _say_weights(names: Sequence[str], found: Tensor | None, say: Callable[[str], None]) -> None:
     if found is None:
-        say(f"{len(names)} teachers, weighed record by record by the likelihood of its labels")
+        say(f"{len(names)} teachers, weighted per record by the likelihood of its labels")
         return
     weighed = (f"{name} {weight:.3f}" for name, weight in zip(names, found.exp().tolist(), strict=True))
     say(f"weights of the teachers: {', '.join(weighed)}")
@@ -102,13 +104,13 @@ def _refuse_other_reader(config: TrainConfig, first: Parts, other: Parts, its: T
     tokenizers = first.processor.tokenizer, other.processor.tokenizer
     if (differing := left_out(*tokenizers)) is not None:
         raise ValueError(
-            f"teachers that are mixed must have one vocabulary; {its.checkpoint} differs from "
-            f"{config.teacher.checkpoint} in {differing}. Leave it out of teacher.several.checkpoints"
+            f"all teachers must have the same vocabulary; {its.checkpoint} differs from "
+            f"{config.teacher.checkpoint} in {differing}: remove it from teacher.several.checkpoints"
         )
     ours, theirs = side_in(config, first, config.teacher), side_in(config, other, its)
     if ours.transform != theirs.transform or not theirs.reads_as(ours):
         raise ValueError(
-            f"teachers that are mixed must read the same tokens and pixels; {its.checkpoint} and "
+            f"all teachers must read the same tokens and pixels; {its.checkpoint} and "
             f"{config.teacher.checkpoint} differ in template, visual tokens or image preprocessing. Set "
-            "teacher.template, or leave it out of teacher.several.checkpoints"
+            "teacher.template, or remove it from teacher.several.checkpoints"
         )

@@ -58,5 +58,8 @@ def answer_types(source: Source, tokenizer: PreTrainedTokenizerBase, where: str)
                 ids = tokenizer.encode(turn.text.strip(), add_special_tokens=False)
                 found.update(ids[:1])
     if not found:
-        raise ValueError(f"`{where}` must hold answers to weigh teachers by `histograms`; it has none")
+        raise ValueError(
+            f"`{where}` must contain answers to weight teachers by `histograms`; it has none: choose other "
+            "weights, or other data"
+        )
     return found

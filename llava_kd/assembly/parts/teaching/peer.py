@@ -68,7 +68,7 @@ def peer_terms(its: TrainConfig, peer: Parts, student: Parts) -> Objective:
     try:
         return objective(its.objective, peer, student, its.data.visual_alignment, seed=its.seed)
     except ValueError as error:
-        raise ValueError(f"of the peer, to which the student is the teacher: {error}") from error
+        raise ValueError(f"of the peer, which the student teaches: {error}") from error
 
 
 def peer_of(

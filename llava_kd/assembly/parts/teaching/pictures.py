@@ -144,7 +144,7 @@ class Shown:
             with replacing(path) as scratch:
                 Image.fromarray(torch.cat(rows).numpy()).save(scratch, format="PNG")
         except OSError as error:
-            self._say(f"{path} could not be written ({error}); the run goes on without it")
+            self._say(f"{path} could not be written ({error}); the run continues without it")
 
     def _row(self, side_ICHW: Tensor) -> Tensor:
         """uint8 [H, I W, C], with a light gap after each picture."""

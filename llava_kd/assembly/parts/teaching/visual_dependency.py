@@ -53,8 +53,9 @@ def stored_form(teacher: TeacherConfig) -> str | None:
         return None
     if settings.gamma > 0:
         raise ValueError(
-            "a cache keeps a number a token of what a teacher says without the picture, but "
-            f"`teacher.visual_dependency.gamma` {settings.gamma:g} compares all of it; set gamma to 0"
+            "a cache stores only one number per token of the teacher's prediction without the picture, "
+            f"but `teacher.visual_dependency.gamma` {settings.gamma:g} needs the whole prediction; set "
+            "gamma to 0"
         )
     cells = "" if settings.picture == "grey" else f" at {settings.cells} x {settings.cells}"
     return f"{settings.by}, {settings.picture}{cells}"
@@ -68,15 +69,15 @@ def check_visual_dependency(config: TrainConfig) -> None:
     compared = {name: r for name, r in requests if r.place == "response" and r.divergence is not None}
     if not compared:
         raise ValueError(
-            "`teacher.visual_dependency` weighs response_kl, which `objective` has not; add it, or set "
-            "teacher.visual_dependency to null"
+            "`teacher.visual_dependency` weights response_kl, which `objective` does not have; add it, or "
+            "set teacher.visual_dependency to null"
         )
     for name, request in compared.items() if config.teacher.visual_dependency.gamma > 0 else ():
         assert request.divergence is not None
         kind = request.divergence.kind
         if kind not in ("forward", "reverse") or isinstance(request.temperature, str):
             raise ValueError(
-                f"`teacher.visual_dependency.gamma` needs the divergence forward or reverse and a number as "
-                f"temperature of `objective.{name}`; got {kind}, {request.temperature}: change that, or set "
-                "gamma to 0"
+                "`teacher.visual_dependency.gamma` needs divergence forward or reverse, and a number as "
+                f"temperature, in `objective.{name}`; got {kind}, {request.temperature}: change them, or "
+                "set gamma to 0"
             )

@@ -62,7 +62,7 @@ class StoredCentroids:
                     file.get_tensor(name) for name in ("tokens", "centroids", "rows")
                 )
             if said["format"] != _FORMAT:
-                raise ValueError(f"its format is {said['format']}, and {_FORMAT} is known")
+                raise ValueError(f"its format is {said['format']}, but must be {_FORMAT}")
             found = StoredCentroids(
                 tokens_K=tokens_K,
                 centroids_KV=centroids_KV,
@@ -85,10 +85,10 @@ class StoredCentroids:
             raise ValueError(f"{len(tokens_K)} tokens, centroids {list(centroids_KV.shape)}")
         in_range = (tokens_K >= 0) & (tokens_K < centroids_KV.shape[1])
         if not bool(in_range.all()) or len(tokens_K.unique()) < len(tokens_K):
-            raise ValueError("tokens must differ, and be of the vocabulary")
+            raise ValueError("tokens must be different and in the vocabulary")
         sums_K = centroids_KV.sum(1)
         if bool((centroids_KV < 0).any()) or not bool(((sums_K - 1).abs() < _SUM_ERROR).all()):
-            raise ValueError("each centroid must hold probabilities, whose sum is 1")
+            raise ValueError("each centroid must contain probabilities with sum 1")
 
 
 def mcmi_of(config: TrainConfig) -> MCMI | None:
@@ -99,13 +99,13 @@ def tuned_checkpoint(config: TrainConfig) -> str:
     """The model that the stage tunes. ValueError where it makes a new one, or keeps no label."""
     if config.student.checkpoint is None:
         raise ValueError(
-            "`objective.mcmi` tunes a model that has learned its answers; set student.checkpoint to it, in "
-            "place of student.vision_tower and language_model"
+            "`objective.mcmi` needs a trained model; set student.checkpoint to it, instead of "
+            "student.vision_tower and language_model"
         )
     if not any(name == "cross_entropy" and t.weight > 0 for name, t in config.objective.terms.items()):
         raise ValueError(
-            "`objective.mcmi` is what cross-entropy is lowered by, and alone unlearns every answer; add "
-            "objective.cross_entropy with a weight above 0"
+            "`objective.mcmi` must be combined with cross-entropy, because without it the model unlearns "
+            "its answers; add objective.cross_entropy with a weight above 0"
         )
     return config.student.checkpoint
 
@@ -135,10 +135,10 @@ def with_centroids(config: TrainConfig, terms: Objective, student: Parts, source
     stored = StoredCentroids.read(term.centroids)
     reader = side_in(config, student, config.student)
     here = identity_of(config, reader, source or source_in(config), term.temperature)
-    remedy = "write others with `llava-kd data centroids` into a new file"
+    remedy = "write a new file with `llava-kd data centroids`"
     refuse_other(stored.identity, here, f"the file of centroids {term.centroids}", remedy)
     made = Centroids.of(stored.tokens_K, stored.centroids_KV).to(student.stock.lm_head.weight.device)
-    advice = "Lower objective.mcmi.weight or clamp, or optim.lr, and begin in a new output_dir"
+    advice = "Lower objective.mcmi.weight or clamp, or optim.lr, and start in a new output_dir"
     watch = Collapse(before=stored.cross_entropy, margin=term.margin, advice=advice)
     return replace(terms, common=replace(terms.common, centroids=made), watch=watch)
 
