@@ -163,7 +163,7 @@ def test_a_write_that_fails_leaves_the_old_directory_whole(
     [
         (lambda d: d / "nothing", "does not exist; give a model directory or a hub id"),
         (lambda d: (d / "empty").mkdir() or d / "empty", "has no config.json: it is not a model directory"),
-        (lambda d: text_model(d / "text"), "is a 'qwen2' model; give a LLaVA checkpoint, of type 'llava'"),
+        (lambda d: text_model(d / "text"), "is a 'qwen2' model; a LLaVA checkpoint must be 'llava'"),
     ],
     ids=["missing", "empty", "no LLaVA"],
 )

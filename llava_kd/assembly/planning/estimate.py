@@ -115,7 +115,7 @@ def without_weights(name: str) -> LlavaForConditionalGeneration:
     """The modules that a LLaVA checkpoint is made of, on the device `meta`. ValueError for another model."""
     config = read_config(existing(name, "the LLaVA checkpoint"))
     if not isinstance(config, LlavaConfig):
-        raise ValueError(f"{name} is a {config.model_type!r} model; give a LLaVA checkpoint, of type 'llava'")
+        raise ValueError(f"{name} is a {config.model_type!r} model; a LLaVA checkpoint must be 'llava'")
     with torch.device("meta"):
         return llava_class(config)(config)
 

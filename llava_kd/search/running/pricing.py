@@ -98,7 +98,7 @@ def _row(plan: Plan, stage: StageRun, keys: Sequence[str], arms: Sequence[str], 
     same = [plan.stages[k] for k in keys if plan.line_of(k, "kind") == plan.line_of(stage.key, "kind")]
     done = sum(other.is_complete for other in same)
     begun = sum(other.has_begun and not other.is_complete for other in same)
-    state = [f"{done} finished"] * bool(done) + [f"{begun} begun"] * bool(begun)
+    state = [f"{done} finished"] * bool(done) + [f"{begun} started"] * bool(begun)
     state += [f"{len(same) - done - begun} new"] * bool(len(same) - done - begun)
     rate = rates.of(stage)
     users = [run.arm for run in plan.users(stage.key) if run.arm in arms]
