@@ -311,7 +311,7 @@ def test_a_number_that_must_be_positive(words: tuple[str, ...], capsys: pytest.C
 
 def test_a_limit_without_a_benchmark(complaint: Callable[..., str], tmp_path: Path) -> None:
     words = ("eval", "--model", "M", "--data", "d.json", "--out", tmp_path, "--limit=3")
-    assert "a limit needs a benchmark" in complaint(*words)
+    assert "a limit goes with a benchmark" in complaint(*words)
 
 
 def test_a_stock_directory_needs_no_conversion(

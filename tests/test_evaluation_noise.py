@@ -175,7 +175,7 @@ def test_what_is_no_level_is_refused() -> None:
         (["--noise", "much"], "--noise must be numbers joined by commas, such as 0.1,0.2; got 'much'"),
         (["--noise", "0.1,"], "--noise must be numbers joined by commas"),
         (["--noise", "2"], "a level of noise must be above 0 and at most 1"),
-        (["--noise", "0.1", "--benchmark", "pope"], "noise needs a LLaVA JSON file"),
+        (["--noise", "0.1", "--benchmark", "pope"], "noise goes with a LLaVA JSON file"),
     ],
 )
 def test_the_command_refuses_in_one_line(
