@@ -275,7 +275,7 @@ def test_a_guess_that_loses_a_system_sentence_is_refused() -> None:
     dated = "{{ strftime_now('%d %b %Y') }}" + OTHERS["default system"]
     for text in (endless, dated):
         with pytest.raises(
-            ValueError, match=r"You are of help to all\..* and that of its family, chatml, has"
+            ValueError, match=r"You are of help to all\..* and that of its family, chatml, lacks"
         ):
             chosen(text)
         assert "You are of help to all." in chosen(text, is_trained=False).reason

@@ -161,7 +161,7 @@ def test_places_for_images_may_be_given_but_must_be_as_many(teacher_dir: Path, p
     between = chat()
     list(between.stream("Is <image> like <image>?"))
     assert between.turns[0]["content"] == "Is <image> like <image>?"
-    with pytest.raises(ValueError, match="has 1 places <image>, but 2 images"):
+    with pytest.raises(ValueError, match="has 1 placeholders <image>, but 2 images"):
         list(chat().stream("Is <image> red?"))
     with pytest.raises(ValueError, match="but 0 images belong to it"):
         list(between.stream("And <image>?"))
