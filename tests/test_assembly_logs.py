@@ -126,7 +126,7 @@ def test_a_run_keeps_its_log_and_adds_to_it_as_it_goes_on(stage: Callable[..., P
     (log,) = output.rglob("rank00000.log")
     texts = [text for _, _, text in read(log)]
     assert sum(text.startswith("done: the student is") for text in texts) == 2
-    assert "going on from step 1" in texts
+    assert "resuming from step 1" in texts
 
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_finished_run_goes_on_when_it_is_to_be_longer(stage, capsys) -> None:
     assert main(["train", str(config), "--max_steps=4"]) == 0
     said = capsys.readouterr().err
     assert "was finished at step 2 and is extended" in said
-    assert "going on from step 2" in said
+    assert "resuming from step 2" in said
     logged = [json.loads(line) for line in (output / "metrics.jsonl").open()]
     assert [line["step"] for line in logged] == [1, 2, 3, 4]
     assert json.loads((output / "run.json").read_text())["steps"] == 4

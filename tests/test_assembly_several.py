@@ -85,7 +85,7 @@ def test_a_run_goes_on_with_the_same_teachers_alone(stage, other_dir: Path, tmp_
 
     cut()
     alike(whole, metrics(config, "whole"))
-    assert "going on from step 2" in capsys.readouterr().err
+    assert "resuming from step 2" in capsys.readouterr().err
     cut()
     make_tiny_llava(place, hidden=32, vocab_size=288, seed=5)
     assert "teacher 2" in refused(config, capsys, f"--output_dir={output}")

@@ -46,7 +46,7 @@ def run(tmp_path: Path) -> Path:
     terms = {"gradient/cross_entropy": 1.0, "gradient/visual_kl": 1.0}
     lines = [line(1, **terms), *(line(step) for step in (10, 20, 30, 40))]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "logs/rank00000.log").write_text("2026-01-01 00:00:00 rank 0 info: going on from step 0\n")
+    (folder / "logs/rank00000.log").write_text("2026-01-01 00:00:00 rank 0 info: resuming from step 0\n")
     return folder
 
 
@@ -58,7 +58,7 @@ def test_a_running_stage(run: Path) -> None:
     assert names == ["loss", "cross_entropy", "visual_kl"]
     assert shown[2].endswith(f"{BARS[-1]}{BARS[0] * 4} 10 > 0.25")
     assert shown[5] == "12 samples/s, data wait 25%, peak 1.5 GB"
-    assert shown[6] == "going on from step 0"
+    assert shown[6] == "resuming from step 0"
 
 
 def test_time_left_runs_down_between_two_lines(run: Path) -> None:

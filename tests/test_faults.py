@@ -107,7 +107,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_by_name(stopped: Path, capsy
     assert main(["train", str(stopped)]) == 0
     text = capsys.readouterr().err
     assert f"{newest} cannot be read and is skipped" in text
-    assert "going on from step 1" in text
+    assert "resuming from step 1" in text
 
 
 def test_a_checkpoint_of_a_newer_version_is_refused_before_any_model(
@@ -129,7 +129,7 @@ def test_another_recipe_is_refused_before_any_model_and_the_change_named(stopped
 def test_how_it_is_computed_may_change(stopped: Path, capsys) -> None:
     words = ["--micro_batch_size=1", "--log.every=2", "--checkpoint.keep=1", "--engine.kind=auto"]
     assert main(["train", str(stopped), *words]) == 0
-    assert "going on from step 2" in capsys.readouterr().err
+    assert "resuming from step 2" in capsys.readouterr().err
 
 
 def test_frozen_parts_that_changed_under_a_run_are_refused(stage, tmp_path: Path, capsys) -> None:

@@ -68,7 +68,7 @@ def test_the_same_command_after_a_broken_one_sends_no_weights_again(
     hub.refuse = 403
     said = refused(exported, REPO)
     assert f"{REPO} was not pushed to {hub.address}: " in said
-    assert said.endswith("The same command goes on")
+    assert said.endswith("Run the same command again to continue")
     assert hub.repos[REPO] == {}
     hub.refuse, hub.sent = 0, []
     assert main(["push", str(exported), REPO]) == 0

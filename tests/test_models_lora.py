@@ -169,7 +169,7 @@ def test_a_stage_trains_adapters_resumes_and_hands_over_a_merged_model(
     shutil.rmtree(output / "checkpoints" / "step-00000004")
     capsys.readouterr()
     assert main(["train", str(broken), LORA]) == 0
-    assert "going on from step 2" in capsys.readouterr().err
+    assert "resuming from step 2" in capsys.readouterr().err
     assert all(torch.equal(value, state[name]) for name, value in trained_state(output, 4).items())
 
     before = load_file(student_dir / "model.safetensors")

@@ -217,9 +217,9 @@ def test_a_signal_stops_after_a_checkpoint_and_the_next_run_goes_on(
     assert run.fit(TinyLoader(before=strike)) == number.name
     assert signal.getsignal(number) == handler
     assert run.steps_on_disk() == [3]
-    assert run.said[-1] == f"stopped by {number.name} after step 3; the same command goes on from there"
+    assert run.said[-1] == f"stopped by {number.name} after step 3; run the same command again to continue"
     assert run.fit() is None
-    assert "going on from step 3" in run.said
+    assert "resuming from step 3" in run.said
     assert_ends_like(run, undisturbed)
 
 
@@ -248,7 +248,7 @@ def test_a_corrupt_newest_checkpoint_is_passed_over_with_a_message(run: Run, und
     weights.write_bytes(weights.read_bytes()[:100])
     assert run.fit() is None
     assert "step-00000004 cannot be read and is skipped" in run.said[0]
-    assert run.said[1] == "going on from step 2"
+    assert run.said[1] == "resuming from step 2"
     assert_ends_like(run, undisturbed)
 
 

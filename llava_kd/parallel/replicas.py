@@ -41,7 +41,7 @@ def check_replicas(world: World, weights: Mapping[str, Tensor]) -> None:
     raise ValueError(
         f"the ranks' trained weights must be the same, but differ from those of rank 0: {'; '.join(told)}; "
         "nothing of this step was saved. Look for a faulty device, or a plug-in that treats ranks "
-        "differently; the same command goes on from the last checkpoint, where they are the same"
+        "differently; the same command resumes from the last checkpoint, where they are equal"
     )
 
 

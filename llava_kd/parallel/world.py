@@ -169,7 +169,7 @@ def peers() -> Iterator[None]:
             rank = dist.get_rank()
             raise RankLostError(
                 f"rank {rank} stops: another rank is gone ({str(error).splitlines()[0][:300]}). Its own "
-                "message, or the machine's log, says why; the same command goes on from the last checkpoint"
+                "message, or the machine's log, says why; the same command resumes from the last checkpoint"
             ) from error
         raise
     leave()

@@ -144,7 +144,7 @@ class Trainer:
                     self._save(done, figures)
                 if result.stop and done < self.num_steps:
                     name = self._stop.signal_name or "SIGTERM"  # on another rank
-                    self._say(f"stopped by {name} after step {done}; the same command goes on from there")
+                    self._say(f"stopped by {name} after step {done}; run the same command again to continue")
                     return name
         return None
 
@@ -275,7 +275,7 @@ class Trainer:
                     self._checkpoints.drop_older(saved.step)  # after the last step no save follows
                 except OSError as error:
                     self._say(f"an old checkpoint stays, because it cannot be removed: {error}")
-        self._say(f"going on from step {saved.step}")
+        self._say(f"resuming from step {saved.step}")
         return saved.step
 
     def _save(self, done: int, figures: Mapping[str, float]) -> None:

@@ -30,4 +30,4 @@ def test_a_flipped_bit_on_one_rank_is_named_at_the_next_checkpoint(stage, tmp_pa
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000002"]
     ended = ranks.Ranks(words, tmp_path / "logs", ranks=2).wait()
     assert ended.codes == (0, 0), ended.log
-    assert "going on from step 2" in ended.logs[0]
+    assert "resuming from step 2" in ended.logs[0]

@@ -97,5 +97,5 @@ def test_a_signal_to_the_group_costs_nothing_and_leaves_nobody(
         assert "Traceback" not in said
     if number != signal.SIGKILL:
         last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-        assert f"stopped by {number.name} after step {last}; the same command goes on" in said
+        assert f"stopped by {number.name} after step {last}; run the same command again" in said
         assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step-{last:08d}"]

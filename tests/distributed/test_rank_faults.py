@@ -38,7 +38,7 @@ def test_a_signal_to_one_rank_stops_all_after_a_checkpoint_and_is_no_failure(sta
     assert ended.codes == (0, 0), ended.log
     last = steps(output)[-1]
     assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step-{last:08d}"]
-    assert f"after step {last}; the same command goes on from there" in ended.logs[0]
+    assert f"after step {last}; run the same command again to continue" in ended.logs[0]
 
 
 def test_the_death_of_a_rank_ends_the_others_with_a_clear_line(stage) -> None:
@@ -79,7 +79,7 @@ def test_a_full_disk_stops_every_rank_and_leaves_the_last_good_checkpoint(stage)
     run, _ = start(config)
     ended = run.wait(SOON)
     assert ended.codes == (0, 0), ended.log
-    assert "going on from step 2" in ended.logs[0]
+    assert "resuming from step 2" in ended.logs[0]
 
 
 def test_the_death_of_a_data_worker_ends_every_rank_and_says_so(stage) -> None:

@@ -90,5 +90,5 @@ def test_a_run_from_a_cache_goes_on_under_other_engines_on_other_numbers_of_rank
     ranks.train(config, output, cached, environment={"STOP_AFTER": "1"})
     ranks.train(config, output, cached, *ENGINES["zero3"], ranks=2, environment={"STOP_AFTER": "2"})
     ended = ranks.train(config, output, cached, *ENGINES["fsdp2"], ranks=2)
-    assert "going on from step 2" in ended.logs[0]
+    assert "resuming from step 2" in ended.logs[0]
     same(output, tmp_path / "live")

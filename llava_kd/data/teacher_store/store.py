@@ -160,8 +160,8 @@ class TeacherCache:
         self._index: dict[str, Tensor] = {}
         if not manifest.is_complete:
             raise ValueError(
-                f"the teacher cache {self.directory} is not complete; the same `llava-kd cache-teacher` "
-                "command goes on from what is there"
+                f"the teacher cache {self.directory} is not complete; run the same `llava-kd "
+                "cache-teacher` command again to continue it"
             )
         for name, size in manifest.shards.items():
             path = self.directory / SHARDS / name

@@ -40,7 +40,7 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False) -> str:
     except (HTTPError, OSError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{repo_id} was not pushed to {api.endpoint}: {said}. The same command goes on"
+            f"{repo_id} was not pushed to {api.endpoint}: {said}. Run the same command again to continue"
         ) from error
     return str(url)
 
