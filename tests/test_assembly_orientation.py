@@ -116,7 +116,7 @@ def test_a_cache_of_the_other_setting_is_refused_by_its_name(stage: Stage, shape
     source = LlavaJson(shapes_dir / "instructions.json", shapes_dir)
     parts = load_stock(str(plain.teacher.checkpoint))
     there, here = (identity(plain.teacher, side_in(c, parts, plain.teacher), source) for c in (plain, turns))
-    with pytest.raises(ValueError, match=r"something else \(data\.exif: ignore there, apply here\)"):
+    with pytest.raises(ValueError, match=r"other inputs \(data\.exif: ignore there, apply here\)"):
         refuse_other(there, here, "cache")
     older = {name: value for name, value in there.items() if name != "data.exif"}
     refuse_other(older, there, "cache")  # written before there was the setting

@@ -231,7 +231,7 @@ def test_a_check_says_whether_the_models_look_at_the_pictures(
     assert len(said) == 2
     gains = [float(line.split("another one: ")[1].split()[0]) for line in said]
     assert all(gain > 1 if sees else gain == 0 for gain in gains)
-    warnings = [line for line in lines if "look" in line and line.startswith("  warning  ")]
+    warnings = [line for line in lines if "uses the picture" in line and line.startswith("  warning  ")]
     assert len(warnings) == (0 if sees else 2)
 
 

@@ -124,7 +124,7 @@ def test_a_dry_run_counts_every_teacher(stage, other_dir: Path, capsys) -> None:
     config = fused(stage, [other_dir])
     assert main(["train", str(config), "--dry_run"]) == 0
     said = capsys.readouterr().out
-    assert "beside it" in said
+    assert "  also  " in said
     assert str(other_dir) in said
 
 

@@ -130,7 +130,7 @@ def test_a_damaged_cache_of_records_is_made_anew(tmp_path: Path, caplog: pytest.
             caplog.clear()
             again = LlavaJson(path, tmp_path, cache=tmp_path / "cache")
             assert [again.record(i) for i in range(4)] == [before.record(i) for i in range(4)], bit
-            assert f"the cache {folder} is made anew: " in caplog.text, bit
+            assert f"the cache {folder} is built again: " in caplog.text, bit
     (folder / "offsets.npy").unlink()
     assert len(LlavaJson(path, tmp_path, cache=tmp_path / "cache")) == 4
 

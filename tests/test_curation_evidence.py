@@ -249,7 +249,7 @@ def test_a_passage_bears_out_neither_another_number_nor_the_contrary(
         ([], "holds no scene graphs"),
         (7, "by record, got int"),
         ([{"objects": []}], "entry 0 must be an object with the `id` or `image`"),
-        ([{"id": 1, "objects": []}, {"id": "1", "objects": []}], "'1' comes twice"),
+        ([{"id": 1, "objects": []}, {"id": "1", "objects": []}], "'1' occurs twice"),
         ({"a": []}, "record 'a': must be an object with `objects`"),
         ({"a": {"objects": [{"attributes": {}}]}}, "a name or a word is missing"),
         ({"a": {"objects": [{"name": "x", "attributes": 3}]}}, "`attributes` are values by kind"),

@@ -179,11 +179,11 @@ def test_a_port_in_use_or_no_port_is_refused_in_one_line() -> None:
     with bound("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         assert address_of(taken) == f"http://127.0.0.1:{port}"
-        with pytest.raises(ValueError, match=rf"127.0.0.1:{port} cannot be had \(Address already in use\)"):
+        with pytest.raises(ValueError, match=rf"127.0.0.1:{port} cannot be opened \(Address already in use\)"):
             bound("127.0.0.1", port)
     with pytest.raises(ValueError, match="must be 0 to 65535, got 70000"):
         bound("127.0.0.1", 70_000)
-    with pytest.raises(ValueError, match=r"no\.such\.host\.invalid:0 cannot be had"):
+    with pytest.raises(ValueError, match=r"no\.such\.host\.invalid:0 cannot be opened"):
         bound("no.such.host.invalid", 0)
 
 
@@ -206,4 +206,4 @@ def test_what_cannot_be_served_is_one_line_before_a_model_is_read(
     monkeypatch.undo()
     if importlib.util.find_spec("gradio") is not None:
         with bound("127.0.0.1", 0) as taken:
-            assert "cannot be had" in line(str(student_dir), "--port", str(taken.getsockname()[1]))
+            assert "cannot be opened" in line(str(student_dir), "--port", str(taken.getsockname()[1]))

@@ -140,7 +140,7 @@ def test_the_page_says_what_may_be_concluded(run_dir: Path, tmp_path: Path) -> N
     assert low < 0 < high
     page = report(run_dir, terms=labels()).read_text(encoding="utf-8")
     assert "That closes 55 % of the distance" in page
-    assert "95 % t interval over 2 seeds. It holds zero: this run alone does not show" in page
+    assert "95 % t interval over 2 seeds. It contains zero: this run alone does not show" in page
     for arm, answers in (("plain", "1" * 60 + "0" * 40), ("kd", "0" * 100)):
         write_model(tmp_path / "loses" / "seed0" / arm / "eval", answers)
     write_model(tmp_path / "loses" / "teacher" / "eval", "1" * 100)

@@ -107,7 +107,7 @@ def _torn(grid: Path) -> None:
         (_one_test_more, "has the tests test; "),
         (_another_teacher, "other files of the model"),
         (_without_runs, "does not hold its single runs"),
-        (_torn, "is no results file"),
+        (_torn, "is not a results file"),
         (lambda grid: at(grid, "one").unlink(), "there is no results file"),
     ],
 )

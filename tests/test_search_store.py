@@ -80,7 +80,7 @@ def test_what_is_no_store_is_refused_and_left_alone(store: Store) -> None:
     store.path.parent.mkdir()
     store.path.write_text("a page of words, longer than the head of a database " * 9)
     for use in (store.entries, store.prepare):
-        with pytest.raises(StoreError, match="is no store"):
+        with pytest.raises(StoreError, match="is not a store"):
             use()
     store.path.unlink()
     with sqlite3.connect(store.path) as connection:

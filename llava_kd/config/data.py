@@ -70,8 +70,7 @@ class DataConfig:
     decode: Annotated[
         Literal["cpu", "nvjpeg"],
         Doc(
-            "`nvjpeg` decodes baseline JPEGs on the GPU: pixels differ from the CPU's, and a damaged file "
-            "stops the run."
+            "`nvjpeg`: baseline JPEGs on the GPU; pixels differ from the CPU's, a damaged file stops the run."
         ),
     ] = "cpu"
     resize: Annotated[
@@ -80,10 +79,7 @@ class DataConfig:
     ] = "exact"
     visual_alignment: Annotated[
         Literal["refuse", "resample"],
-        Doc(
-            "If the numbers of visual tokens differ: `resample` maps the teacher's final states to the "
-            "student's grid."
-        ),
+        Doc("If visual grids differ: `resample` maps the teacher's final states to the student's grid."),
     ] = "refuse"
     num_workers: Annotated[int, Ge(0), Le(1024), Doc("Data loader worker processes per rank.")] = 4
     image_cache_mb: Annotated[

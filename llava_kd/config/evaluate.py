@@ -32,10 +32,7 @@ class HeldOutConfig:
     exchanged: Annotated[
         int,
         Ge(0),
-        Doc(
-            "Number of records, from the first on, to read again with another record's picture, for "
-            "`picture_gain`."
-        ),
+        Doc("Number of first records to read again with another record's picture, for `picture_gain`."),
     ] = 64
 
 

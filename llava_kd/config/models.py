@@ -46,8 +46,7 @@ class StudentConfig:
     projector: Annotated[
         Literal["own", "teacher", "conv_attention"],
         Doc(
-            "`own`: a new projector; `teacher`: the teacher's, frozen, with a linear map; "
-            "`conv_attention`: works on the grid."
+            "`own`: new; `teacher`: the teacher's, frozen, plus a linear map; `conv_attention`: on the grid."
         ),
     ] = "own"
     projector_start: Annotated[
@@ -104,8 +103,7 @@ class TeacherConfig:
     placement: Annotated[
         Literal["replicated", "fsdp", "cpu_offload"],
         Doc(
-            "Whole on every rank (`replicated`); decoder layers sharded over the ranks (`fsdp`); or on "
-            "the CPU until used (`cpu_offload`)."
+            "`replicated`: whole on every rank; `fsdp`: layers sharded; `cpu_offload`: on the CPU until used."
         ),
     ] = "replicated"
     cache: Annotated[

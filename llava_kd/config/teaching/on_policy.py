@@ -28,10 +28,7 @@ class WriterServerConfig:
     ] = 1
     weights: Annotated[
         str | None,
-        Doc(
-            "Folder for these weights; the server must read it by the same path. Null: "
-            "`on_policy_weights` in output_dir."
-        ),
+        Doc("Folder for these weights, which the server reads too. Null: `on_policy_weights` in output_dir."),
     ] = None
     jobs: Annotated[PositiveInt, Doc("Parallel requests of a rank.")] = 8
     timeout: Annotated[PositiveFloat, Doc("Timeout of a request, in seconds.")] = 600.0

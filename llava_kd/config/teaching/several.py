@@ -19,10 +19,7 @@ class SeveralConfig:
     checkpoints: Annotated[list[str], MinLen(1), Doc("Stock LLaVA directories of the additional teachers.")]
     weights: Annotated[
         Literal["uniform", "given", "histograms", "agreement"],
-        Doc(
-            "How to weight the teachers: equally, by `shares`, by the similarity of their `records` to "
-            "`data`, or by the likelihood of the labels."
-        ),
+        Doc("Equal weights, `shares`, similarity of the teachers' `records` to `data`, or label likelihood."),
     ]
     beta: Annotated[
         float,

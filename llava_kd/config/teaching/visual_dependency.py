@@ -18,8 +18,7 @@ class VisualDependencyConfig:
     by: Annotated[
         Literal["vds", "va"],
         Doc(
-            "Divergence of the predictions with and without the picture (VGS), or the gain of the label's "
-            "log-probability (VA-OPD)."
+            "With and without the picture: divergence (VGS), or gain of the label's log-probability (VA-OPD)."
         ),
     ]
     picture: Annotated[Literal["grey", "pixelated", "blurred"], Doc("What replaces the picture.")] = "grey"
@@ -39,10 +38,7 @@ class VisualDependencyConfig:
     gamma: Annotated[
         float,
         Interval(ge=0, le=100),
-        Doc(
-            "Weight of VGS's second target: the student's prediction without the picture plus the "
-            "teacher's gain from it; 0 is none."
-        ),
+        Doc("Weight of VGS's second target: student without the picture plus the teacher's gain; 0: none."),
     ] = 0.0
 
     def __post_init__(self) -> None:

@@ -48,10 +48,7 @@ class ResponseCross(Term):
     spread: Annotated[
         float,
         Interval(ge=0, lt=1),
-        Doc(
-            "Weight of each piece of a projected token, relative to the one before; 0: only the first. Not "
-            "`pairs`."
-        ),
+        Doc("Weight of each piece of a projected token relative to the one before; 0: the first only."),
     ] = 0.0
 
     label: ClassVar[str] = "stretches of the responses, against a teacher of any tokenizer; nats a stretch"
