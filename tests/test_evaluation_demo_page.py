@@ -179,7 +179,7 @@ def test_a_port_in_use_or_no_port_is_refused_in_one_line() -> None:
     with bound("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         assert address_of(taken) == f"http://127.0.0.1:{port}"
-        with pytest.raises(ValueError, match=rf"127.0.0.1:{port} cannot be opened \(Address already in use\)"):
+        with pytest.raises(ValueError, match=rf"127.0.0.1:{port} cannot be opened \(Address already"):
             bound("127.0.0.1", port)
     with pytest.raises(ValueError, match="must be 0 to 65535, got 70000"):
         bound("127.0.0.1", 70_000)

@@ -11,6 +11,7 @@ from tiny_grids import edit, write_grid
 
 from llava_kd.assembly.runs.run_dir import MAY_CHANGE
 from llava_kd.cli import main
+from llava_kd.search.findings.elsewhere import read_elsewhere
 from llava_kd.search.grids.grid import read_grid
 from llava_kd.search.grids.sharing import NEUTRAL, make_plan
 
@@ -196,6 +197,15 @@ def test_the_file_of_the_docs_works(tmp_path: Path, monkeypatch, capsys) -> None
     path.write_text(text.replace("../scripts", str(ROOT / "scripts")))
     assert main(["ablate", str(path), "--dry_run", f"--out={tmp_path / 'out'}"]) == 0
     assert "3 arms x 3 seeds: 15 stages (24 without sharing)" in capsys.readouterr().out
+
+
+def test_the_results_that_come_with_a_grid_are_of_its_stages(monkeypatch) -> None:
+    """Else `--with` refuses them: an edit of the grid, its recipes or a model needs new results."""
+    monkeypatch.chdir(ROOT)
+    grid = read_grid(ROOT / "ablations" / "stages.yaml")
+    scored = read_elsewhere(grid, make_plan(grid), [ROOT / "ablations" / "results" / "stages.json"])
+    pairs = {(one.arm, one.seed) for one in scored}
+    assert pairs >= {(arm, seed) for arm in ("PT-SFT-SFT", "DPT-SFT-DFT") for seed in grid.seeds}
 
 
 def test_the_published_column_is_the_papers() -> None:
