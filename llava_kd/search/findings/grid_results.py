@@ -40,14 +40,12 @@ def read_results(path: Path) -> dict:
 
 
 def collect(
-    grid: Grid, plan: Plan, elsewhere: Sequence[Scored] = (), faults: Mapping[str, str] | None = None
+    grid: Grid, plan: Plan, scored: Mapping[str, Sequence[Scored]], faults: Mapping[str, str]
 ) -> dict:
-    """Everything that is finished, here or `elsewhere`.
+    """What results.json holds, from `all_scored`.
 
     `faults` by `fault_key`: why an arm and seed is not finished.
     """
-    faults = faults or {}
-    scored = all_scored(grid, plan, elsewhere)
     arms = {name: _arm(grid, plan, arm, scored, faults) for name, arm in grid.arms.items()}
     finished = [one for side in scored.values() for one in side]
     return {

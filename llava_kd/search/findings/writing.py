@@ -15,9 +15,13 @@ from llava_kd.search.grids.sharing import Plan
 
 
 def write_results(grid: Grid, plan: Plan, elsewhere: Sequence[Scored], broken: Mapping[str, str]) -> None:
-    """results.json, results.md and results.html of all that is finished; arguments as of `collect`."""
-    results = collect(grid, plan, elsewhere, broken)
-    curves = {arm: [one.curve for one in own] for arm, own in all_scored(grid, plan, elsewhere).items()}
+    """results.json, results.md and results.html of all that is finished, here or `elsewhere`.
+
+    `broken`: the faults of `collect`.
+    """
+    scored = all_scored(grid, plan, elsewhere)
+    results = collect(grid, plan, scored, broken)
+    curves = {arm: [one.curve for one in own] for arm, own in scored.items()}
     write_text(grid.output / RESULTS, json.dumps(results, indent=1) + "\n")
     write_text(grid.output / "results.md", markdown(results))
     write_text(grid.output / "results.html", page(results, curves))
