@@ -83,6 +83,7 @@ def test_only_the_distilled_arm_has_distillation_terms(quickstart: Path) -> None
             assert terms & set(json.loads(lines[-1])) == expected
 
 
+@pytest.mark.slow
 def test_the_teacher_is_made_by_its_script(tmp_path: Path, quick_path: str) -> None:
     shorter = {"TEACHER_STEPS": "2", "TEACHER_SCENES": "40", "TEACHER_QUESTIONS": "12"}
     places = {"RUN": str(tmp_path / "run"), "OUT": str(tmp_path / "out")}

@@ -17,11 +17,11 @@ STATUS = {signal.SIGINT: 130, signal.SIGTERM: 0, signal.SIGUSR1: 0, signal.SIGKI
 # Ranks, workers of each, signal: more micro-batches a step than are prefetched, in all of them.
 CASES = [
     (1, 1, signal.SIGINT),
-    (1, 2, signal.SIGKILL),
     (2, 2, signal.SIGINT),
     (2, 1, signal.SIGKILL),
 ]
 MORE = [
+    (1, 2, signal.SIGKILL),
     (1, 0, signal.SIGTERM),
     (1, 2, signal.SIGTERM),
     (1, 3, signal.SIGINT),

@@ -55,7 +55,7 @@ def one(
     return train(write_stage(tmp_path_factory.mktemp("one") / "one", **parts, max_steps=3), ranks=1)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2", "zero3"])
 def test_two_ranks_train_own_weights_and_tapped_states_as_one_device_does(stage, one, engine: str) -> None:
     if engine == "zero3":
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")

@@ -62,7 +62,7 @@ def one(write) -> dict[str, torch.Tensor]:
     return train(write("one"), ranks=1)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_two_ranks_train_both_students_as_one_device_does(write, one, engine: str) -> None:
     two = train(write(engine), f"--engine.kind={engine}", ranks=2)
     assert two.keys() == one.keys()
