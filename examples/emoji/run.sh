@@ -30,6 +30,7 @@ fi
 export PYTHONPATH="$cache/extras${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 export MALLOC_MMAP_THRESHOLD_=2147483648 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864 # see quickstart.sh
+[ -t 2 ] || export TQDM_DISABLE=1 # no bars of other libraries in a log
 cores="$(nproc)"
 
 doing="fetching the packages"
