@@ -150,6 +150,24 @@ def test_the_page_says_what_may_be_concluded(run_dir: Path, tmp_path: Path) -> N
     assert "It contains zero" not in page
 
 
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        (80, "That closes 50 % of the distance"),
+        (60, "answers 60.0 %, and is reached"),
+        (40, "no more than a"),
+    ],
+)
+def test_the_page_says_where_the_student_stands_beside_its_teacher(
+    tmp_path: Path, teacher: int, said: str
+) -> None:
+    for where, right in (("seed0/plain", 40), ("seed0/kd", 60), ("teacher", teacher)):
+        write_model(tmp_path / where / "eval", "1" * right + "0" * (100 - right))
+    page = report(tmp_path, terms=labels()).read_text(encoding="utf-8")
+    assert said in page
+    assert page.count("The teacher") + page.count("That closes") == 1
+
+
 def test_pictures_are_found_from_another_directory_and_after_a_move(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

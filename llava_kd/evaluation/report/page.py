@@ -109,16 +109,23 @@ def _headline(run: Run, title: str) -> str:
         f"<b>{100 * _accuracy(models['baseline']):.1f} %</b>."
     )
     if "teacher" in models:
-        distance = _accuracy(models["teacher"]) - _accuracy(models["baseline"])
-        if gap["mean"] <= 0:
-            lead += " The teacher did not help here."
-        elif distance > 0:
-            lead += f" That closes {100 * gap['mean'] / distance:.0f} % of the distance to the teacher."
+        lead += _standing(*(_accuracy(models[role]) for role in ("teacher", "baseline", "distilled")))
     note += escape(run.settings.get("note", ""))
     return (
         f'<h1>{escape(title)}</h1><p class="lead">{lead}</p><div class="tiles">{"".join(tiles)}</div>'
         f'<p class="note">{note}</p>'
     )
+
+
+def _standing(teacher: float, baseline: float, distilled: float) -> str:
+    if distilled <= baseline:
+        return " The teacher did not help here."
+    if distilled < teacher:
+        share = (distilled - baseline) / (teacher - baseline)
+        return f" That closes {100 * share:.0f} % of the distance to the teacher."
+    if baseline < teacher:
+        return f" The teacher itself answers {100 * teacher:.1f} %, and is reached."
+    return f" The teacher itself answers {100 * teacher:.1f} %, no more than a student without it."
 
 
 def _interval(gap: Difference) -> tuple[str, str]:
