@@ -99,6 +99,32 @@ BAD = {
         "is written into the text",
     ),
     "image of wrong type": (lambda raw: raw.update(image=[3]), "`image` must be a path"),
+    "picture under another name": (
+        lambda raw: raw.update(image_path=raw.pop("image")),
+        "its picture is in `image_path`, which is not read; rename `image_path` to `image`",
+    ),
+    "pictures under another name": (
+        lambda raw: raw.update(image=None, imgs=[raw["image"]]),
+        "its picture is in `imgs`",
+    ),
+    "picture inside of a turn": (
+        lambda raw: raw["conversations"][0].update(image=raw.pop("image")),
+        "turn 0 has its picture in `image`",
+    ),
+    "picture named in the text": (
+        lambda raw: [raw.pop("image"), _turn(0, value="Picture 1: <img>a/b.jpg</img>\nWhat?")(raw)],
+        "named in the text, '<img>a/b.jpg</img>'",
+    ),
+    "picture of nothing": (lambda raw: raw.update(image=None), "the record gives no picture"),
+    "picture after the words": (
+        lambda raw: [raw.update(image=""), _turn(0, value="What?\n<image>")(raw)],
+        "the record gives no picture",
+    ),
+    "video": (
+        lambda raw: [raw.update(video="a.mp4", image=""), _turn(0, value="<video>\nWhat?")(raw)],
+        "it has a `video`, and only images are read",
+    ),
+    "number as answer": (_turn(1, value=3), "the text of turn 1 is 3 of type int; write it as a string"),
     "image and images": (lambda raw: raw.update(images=["b.jpg"]), "not both"),
 }
 
@@ -142,6 +168,23 @@ def test_image_is_a_word_in_a_record_without_images() -> None:
     record = parse_record(raw, 0)
     assert [turn.text for turn in record.turns] == ["What is in <image> of RSS?", "<image> holds a logo."]
     assert not any(record.has_places(turn) for turn in record.turns)
+
+
+def test_a_record_without_images_may_show_an_element_of_that_name() -> None:
+    raw = entry(0, images=0)
+    raw["conversations"][0]["value"] = "<image>\n  <url>a.png</url>\n</image>\nWhat is wrong?"
+    raw |= {"source": "feeds.png.txt", "image": float("nan"), "image_id": "12", "file_name": ""}
+    assert parse_record(raw, 0).images == ()
+
+
+def test_paths_in_objects_are_read_like_paths() -> None:
+    raw = entry(0, images=2)
+    objects = [{"path": path, "bytes": None} for path in raw["image"]]
+    assert parse_record(raw | {"image": objects}, 0) == parse_record(raw, 0)
+    one = entry(0)
+    assert parse_record(one | {"image": {"path": one["image"]}}, 0) == parse_record(one, 0)
+    with pytest.raises(ValueError, match="`image` must be a path"):
+        parse_record(one | {"image": {"path": one["image"], "bytes": "iVBO"}}, 0)
 
 
 def test_an_answer_before_any_question_is_left_out_as_llava_does() -> None:

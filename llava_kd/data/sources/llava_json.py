@@ -17,7 +17,7 @@ from llava_kd.data.sources.packed import PackedRecords
 __all__ = ["LlavaJson", "Record", "Source", "Turn", "canonical", "parse_record"]
 
 _CACHED_FROM_BYTES = 8 << 20
-_LAYOUT = 1
+_LAYOUT = 2
 
 
 def read_confined(root: Path, image: str, *, follow_symlinks: bool) -> bytes:
