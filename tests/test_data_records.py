@@ -338,6 +338,30 @@ def test_missing_image_is_named(tmp_path: Path) -> None:
         source.image_bytes(0, 0)
 
 
+@pytest.mark.parametrize(
+    ("written", "root", "advice"),
+    [
+        ("images/é a.png", "images", r"it is below .*/d; set data.images \(--images\) to that folder"),
+        ("data/images/é a.png", "", "'images/é a.png' is there; write the path so"),
+        ("images/%C3%A9%20a.png", "", "'images/é a.png' is there"),
+        ("images/é a.png ", "", "'images/é a.png' is there"),
+        ("images/e\u0301 a.png", "", "'images/é a.png' is there"),
+        ("images/é a.PNG", "", "'images/é a.png' is there"),
+        ("images/é a", "", "'images/é a.png' is there"),
+        ("images/b.png", "", r"below .*/d: check data.images \(--images\) and the path"),
+        ("images/" + "b" * 300, "", "too long"),
+    ],
+)
+def test_a_missing_image_is_looked_for_nearby(tmp_path: Path, written: str, root: str, advice: str) -> None:
+    (tmp_path / "d" / "images").mkdir(parents=True)
+    (tmp_path / "d" / "images" / "é a.png").write_bytes(encoded_image())
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps([entry(0) | {"image": written}]))
+    source = LlavaJson(path, tmp_path / "d" / root)
+    with pytest.raises((ValueError, OSError), match=advice):
+        source.image_bytes(0, 0)
+
+
 def test_symbolic_link_may_not_leave_the_image_root(tmp_path: Path) -> None:
     root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -38,6 +38,11 @@ def image_path(given: object) -> str:
     return path
 
 
+def named(error: Exception, image: str) -> str:
+    """What is wrong with an image, with its path once."""
+    return str(error) if repr(image) in str(error) else f"image {image!r}: {error}"
+
+
 def read_regular(path: str | Path) -> bytes:
     """The bytes of a file. ValueError for what is none, such as a pipe, which would be waited for."""
     with open(path, "rb", opener=_without_waiting) as stream:

@@ -12,6 +12,7 @@ from llava_kd.data.sources.cache import build_once, default_cache
 from llava_kd.data.sources.conversation import Record, Source, Turn, canonical, parse_record, read_records
 from llava_kd.data.sources.entries import check_data_file, read_entries
 from llava_kd.data.sources.image_paths import read_regular
+from llava_kd.data.sources.missing_images import where_instead
 from llava_kd.data.sources.packed import PackedRecords
 
 __all__ = ["LlavaJson", "Record", "Source", "Turn", "canonical", "parse_record"]
@@ -31,7 +32,8 @@ def read_confined(root: Path, image: str, *, follow_symlinks: bool) -> bytes:
     try:
         return read_regular(path)
     except FileNotFoundError:
-        raise ValueError(f"image {image!r} is missing below {root}") from None
+        advice = where_instead(root, image)
+        raise ValueError(f"image {image!r} is missing below {root}: {advice}") from None
     except ValueError as error:
         raise ValueError(f"image {image!r} below {root}: {error}") from None
 
