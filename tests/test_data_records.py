@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from data_samples import encoded_image, entry, write_dataset
 
+from llava_kd.data.sources.kinds import Place, open_source
 from llava_kd.data.sources.llava_json import LlavaJson, Turn, canonical, parse_record
 
 
@@ -328,6 +329,33 @@ def test_folder_and_packed_file_are_named_as_such(tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(path.read_bytes()))
     with pytest.raises(ValueError, match=r"is compressed \(gzip\); unpack it"):
         LlavaJson(packed, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "said"),
+    [
+        ("d.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS"),
+        ("d.jsonl", b"\n<!DOCTYPE html><html>", "is a web page; download the file itself"),
+        ("d.json", b"PAR1\0\0", "is a Parquet table"),
+        ("d.csv", b"image,question,answer\n", "is a table; `llava-kd init` makes records"),
+        ("d.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS"),
+    ],
+)
+def test_what_came_in_the_place_of_records_is_named(
+    tmp_path: Path, name: str, start: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(start)
+    with pytest.raises(ValueError, match=said):
+        open_source(Place(path=str(tmp_path / name)))
+
+
+def test_a_folder_of_tables_or_shards_says_what_to_give(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match=r"is a folder; give a LLaVA .json"):
+        LlavaJson(tmp_path, tmp_path)
+    (tmp_path / "data" / "train-00000-of-00001.parquet").touch()
+    with pytest.raises(ValueError, match=r"give its .parquet files: '.*/data/\*.parquet'"):
+        LlavaJson(tmp_path, tmp_path)
 
 
 def test_missing_image_is_named(tmp_path: Path) -> None:
