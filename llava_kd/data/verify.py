@@ -15,8 +15,8 @@ from llava_kd.data.batches.model_side import Side
 from llava_kd.data.pixels.images import decode
 from llava_kd.data.sources.conversation import Record, Source, read_record, unique_ids
 from llava_kd.data.sources.entries import read_entries
-from llava_kd.data.sources.image_paths import named
 from llava_kd.data.sources.llava_json import read_confined
+from llava_kd.data.sources.pictures.image_paths import named
 from llava_kd.durable import write_whole
 
 _CHUNK = 1024

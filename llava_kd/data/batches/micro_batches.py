@@ -23,7 +23,7 @@ from llava_kd.data.pixels.device_decode import plain_jpeg_size
 from llava_kd.data.pixels.images import GREY, check_size, decode, orientation
 from llava_kd.data.pixels.orientation import AS_STORED
 from llava_kd.data.sources.conversation import Record, Source
-from llava_kd.data.sources.image_paths import named
+from llava_kd.data.sources.pictures.image_paths import named
 from llava_kd.data.teacher_store.store import TeacherCache, Wanted
 from llava_kd.data.text.alignment import matched
 from llava_kd.data.text.encoder import Encoded

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-from llava_kd.data.sources.image_paths import IMAGE_KEYS, image_path
-from llava_kd.data.sources.lost_pictures import check_media, check_no_picture_is_lost
+from llava_kd.data.sources.pictures.image_paths import IMAGE_KEYS, image_path
+from llava_kd.data.sources.pictures.lost_pictures import check_media, check_no_picture_is_lost
 
 IMAGE_PLACEHOLDER = "<image>"
 # Fields that hold lists and are kept, as JSON: which words of the answers are private, and what the pictures

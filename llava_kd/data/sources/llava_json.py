@@ -11,9 +11,9 @@ from pathlib import Path
 from llava_kd.data.sources.cache import build_once, default_cache
 from llava_kd.data.sources.conversation import Record, Source, Turn, canonical, parse_record, read_records
 from llava_kd.data.sources.entries import check_data_file, read_entries
-from llava_kd.data.sources.image_paths import read_regular
-from llava_kd.data.sources.missing_images import where_instead
 from llava_kd.data.sources.packed import PackedRecords
+from llava_kd.data.sources.pictures.image_paths import read_regular
+from llava_kd.data.sources.pictures.missing_images import where_instead
 
 __all__ = ["LlavaJson", "Record", "Source", "Turn", "canonical", "parse_record"]
 

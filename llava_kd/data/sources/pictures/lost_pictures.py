@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from llava_kd.data.sources.image_paths import IMAGE_KEYS
+from llava_kd.data.sources.pictures.image_paths import IMAGE_KEYS
 
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _FILE = r"[^\n<>]+\.(?:jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|p[pgbn]m)"
