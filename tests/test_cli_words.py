@@ -44,6 +44,11 @@ def test_words_are_spelled_as_the_commands_know_them(written: list[str], meant: 
     assert spelled(meant) == meant
 
 
+def test_an_option_may_name_a_path_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert spelled(["--out=~/e", "--data.path", "~x"]) == ["--out=/home/me/e", "--data.path=~x"]
+
+
 def test_a_value_without_a_sign_belongs_to_its_setting() -> None:
     assert joined(["--seed", "3", "--optim.lr=1", "--epochs", "2"]) == [
         "--seed=3",

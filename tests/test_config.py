@@ -34,6 +34,16 @@ def test_overrides_win_over_the_file(recipe: Path) -> None:
     assert config.objective.response_kl is not None
 
 
+def test_a_path_at_home_is_found_there(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell reads YAML, and bash leaves ~ as it is behind a sign: a folder of that name was made."""
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load(recipe, ["--output_dir=~/runs/a", "--student={checkpoint: ~/m}", "--data.images=a/~/b"])
+    assert (config.output_dir, config.student.checkpoint) == ("/home/me/runs/a", "/home/me/m")
+    assert config.data.images == "a/~/b"
+    config = load(recipe, ["--data={sources: [{path: ~/a.json}]}"])
+    assert [source.path for source in config.data.sources] == ["/home/me/a.json"]
+
+
 def test_an_override_may_open_a_section_that_the_file_does_not_have(recipe: Path) -> None:
     config = load(recipe, ["--optim.lr_by_part.language_model=3e-5"])
     assert config.optim.lr_by_part == {"language_model": 3e-5}

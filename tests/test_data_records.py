@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from data_samples import encoded_image, entry, write_dataset
 
+from llava_kd.data.sources.kinds import Place, open_source
 from llava_kd.data.sources.llava_json import LlavaJson, Turn, canonical, parse_record
 
 
@@ -99,6 +100,32 @@ BAD = {
         "is written into the text",
     ),
     "image of wrong type": (lambda raw: raw.update(image=[3]), "`image` must be a path"),
+    "picture under another name": (
+        lambda raw: raw.update(image_path=raw.pop("image")),
+        "its picture is in `image_path`, which is not read; rename `image_path` to `image`",
+    ),
+    "pictures under another name": (
+        lambda raw: raw.update(image=None, imgs=[raw["image"]]),
+        "its picture is in `imgs`",
+    ),
+    "picture inside of a turn": (
+        lambda raw: raw["conversations"][0].update(image=raw.pop("image")),
+        "turn 0 has its picture in `image`",
+    ),
+    "picture named in the text": (
+        lambda raw: [raw.pop("image"), _turn(0, value="Picture 1: <img>a/b.jpg</img>\nWhat?")(raw)],
+        "named in the text, '<img>a/b.jpg</img>'",
+    ),
+    "picture of nothing": (lambda raw: raw.update(image=None), "the record gives no picture"),
+    "picture after the words": (
+        lambda raw: [raw.update(image=""), _turn(0, value="What?\n<image>")(raw)],
+        "the record gives no picture",
+    ),
+    "video": (
+        lambda raw: [raw.update(video="a.mp4", image=""), _turn(0, value="<video>\nWhat?")(raw)],
+        "it has a `video`, and only images are read",
+    ),
+    "number as answer": (_turn(1, value=3), "the text of turn 1 is 3 of type int; write it as a string"),
     "image and images": (lambda raw: raw.update(images=["b.jpg"]), "not both"),
 }
 
@@ -142,6 +169,23 @@ def test_image_is_a_word_in_a_record_without_images() -> None:
     record = parse_record(raw, 0)
     assert [turn.text for turn in record.turns] == ["What is in <image> of RSS?", "<image> holds a logo."]
     assert not any(record.has_places(turn) for turn in record.turns)
+
+
+def test_a_record_without_images_may_show_an_element_of_that_name() -> None:
+    raw = entry(0, images=0)
+    raw["conversations"][0]["value"] = "<image>\n  <url>a.png</url>\n</image>\nWhat is wrong?"
+    raw |= {"source": "feeds.png.txt", "image": float("nan"), "image_id": "12", "file_name": ""}
+    assert parse_record(raw, 0).images == ()
+
+
+def test_paths_in_objects_are_read_like_paths() -> None:
+    raw = entry(0, images=2)
+    objects = [{"path": path, "bytes": None} for path in raw["image"]]
+    assert parse_record(raw | {"image": objects}, 0) == parse_record(raw, 0)
+    one = entry(0)
+    assert parse_record(one | {"image": {"path": one["image"]}}, 0) == parse_record(one, 0)
+    with pytest.raises(ValueError, match="`image` must be a path"):
+        parse_record(one | {"image": {"path": one["image"], "bytes": "iVBO"}}, 0)
 
 
 def test_an_answer_before_any_question_is_left_out_as_llava_does() -> None:
@@ -287,11 +331,62 @@ def test_folder_and_packed_file_are_named_as_such(tmp_path: Path) -> None:
         LlavaJson(packed, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "start", "said"),
+    [
+        ("d.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS"),
+        ("d.jsonl", b"\n<!DOCTYPE html><html>", "is a web page; download the file itself"),
+        ("d.json", b"PAR1\0\0", "is a Parquet table"),
+        ("d.csv", b"image,question,answer\n", "is a table; `llava-kd init` makes records"),
+        ("d.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS"),
+    ],
+)
+def test_what_came_in_the_place_of_records_is_named(
+    tmp_path: Path, name: str, start: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(start)
+    with pytest.raises(ValueError, match=said):
+        open_source(Place(path=str(tmp_path / name)))
+
+
+def test_a_folder_of_tables_or_shards_says_what_to_give(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match=r"is a folder; give a LLaVA .json"):
+        LlavaJson(tmp_path, tmp_path)
+    (tmp_path / "data" / "train-00000-of-00001.parquet").touch()
+    with pytest.raises(ValueError, match=r"give its .parquet files: '.*/data/\*.parquet'"):
+        LlavaJson(tmp_path, tmp_path)
+
+
 def test_missing_image_is_named(tmp_path: Path) -> None:
     entries = [entry(0)]
     source = LlavaJson(write_dataset(tmp_path, entries), tmp_path)
     (tmp_path / entries[0]["image"]).unlink()
     with pytest.raises(ValueError, match=f"image '{entries[0]['image']}' is missing below"):
+        source.image_bytes(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("written", "root", "advice"),
+    [
+        ("images/é a.png", "images", r"it is below .*/d; set data.images \(--images\) to that folder"),
+        ("data/images/é a.png", "", "'images/é a.png' is there; write the path so"),
+        ("images/%C3%A9%20a.png", "", "'images/é a.png' is there"),
+        ("images/é a.png ", "", "'images/é a.png' is there"),
+        ("images/e\u0301 a.png", "", "'images/é a.png' is there"),
+        ("images/é a.PNG", "", "'images/é a.png' is there"),
+        ("images/é a", "", "'images/é a.png' is there"),
+        ("images/b.png", "", r"below .*/d: check data.images \(--images\) and the path"),
+        ("images/" + "b" * 300, "", "too long"),
+    ],
+)
+def test_a_missing_image_is_looked_for_nearby(tmp_path: Path, written: str, root: str, advice: str) -> None:
+    (tmp_path / "d" / "images").mkdir(parents=True)
+    (tmp_path / "d" / "images" / "é a.png").write_bytes(encoded_image())
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps([entry(0) | {"image": written}]))
+    source = LlavaJson(path, tmp_path / "d" / root)
+    with pytest.raises((ValueError, OSError), match=advice):
         source.image_bytes(0, 0)
 
 

@@ -215,6 +215,30 @@ def test_captions_beside_pictures_are_records(tmp_path: Path) -> None:
         assert source.image_bytes(k, 0) == image
 
 
+def test_files_of_a_record_in_two_places_are_no_record(tmp_path: Path) -> None:
+    """A shard that is not sorted: without its image, the text would be trained on alone."""
+    talk = json.dumps({"conversations": entry(0, images=0)["conversations"]}).encode()
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name, data in (("a.jpg", encoded_image()), ("b.json", talk), ("a.json", talk)):
+            add(archive, name, data)
+    source = TarShards([tmp_path / "0.tar"])
+    assert list(source.faults) == [0, 2]
+    assert "sort them by name" in source.record(2).fault
+
+
+def test_hidden_files_of_a_shard_are_not_read_and_dots_in_names_are_explained(tmp_path: Path) -> None:
+    """tar of macOS writes `._NAME` beside each file that has attributes."""
+    talk = json.dumps(entry(0)).encode()
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name, data in (("d/a.jpg", encoded_image()), ("d/._a.jpg", b"x"), ("d/a.json", talk)):
+            add(archive, name, data)
+        add(archive, "d/b.v1.json", talk)
+    source = TarShards([tmp_path / "0.tar"])
+    assert list(source.faults) == [1]
+    assert source.record(0).images == ("d/a.jpg",)
+    assert "ends at its first dot, so write it without dots" in source.record(1).fault
+
+
 def test_bad_rows_of_a_table_keep_their_places(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow", reason="tables need the optional package pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")

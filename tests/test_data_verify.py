@@ -239,3 +239,9 @@ def test_layout_check_counts_the_folders(tmp_path: Path) -> None:
     faulty = subprocess.run(command, capture_output=True, text=True, check=False)
     assert faulty.returncode == 1
     assert "problem: images: images/1_0.jpg is missing" in faulty.stdout
+
+
+def test_a_file_without_records_is_not_sound(tmp_path: Path) -> None:
+    (tmp_path / "d.json").write_text("[]")
+    with pytest.raises(ValueError, match="has no records"):
+        verify_file(tmp_path / "d.json", tmp_path)

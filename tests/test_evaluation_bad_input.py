@@ -213,6 +213,30 @@ def test_a_model_of_captions_alone_says_so(
     assert "trained on captions alone" in capsys.readouterr().err
 
 
+def test_a_template_that_refuses_a_system_turn_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As those of Gemma and Mistral do; the record with one is not the first."""
+    directory = make_tiny_llava(tmp_path / "m", layers=1)
+    processor = LlavaProcessor.from_pretrained(directory)
+    own = processor.chat_template
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a"}]
+    brief = [{"from": "system", "value": "Be brief."}, *talk]
+    path = tmp_path / "test.json"
+    path.write_text(json.dumps([{"id": "a", "conversations": talk}, {"id": "b", "conversations": brief}]))
+    for out, template, said in (
+        ("a", refuses + own, "fails on a talk of system, user: no system role"),
+        ("b", "{% for m in messages %}{{ m.content", "fails on a talk of user: unexpected end of template"),
+    ):
+        processor.chat_template = template
+        processor.save_pretrained(directory)
+        assert main(["eval", f"--model={directory}", f"--data={path}", f"--out={tmp_path / out}"]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["chat", f"--model={directory}", "What?"]) == 2
+    assert "fails on a talk of user" in capsys.readouterr().err
+
+
 def test_answers_cut_in_the_middle_of_a_line(
     model: Path, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -148,6 +148,14 @@ def test_names_and_settings_are_text(tmp_path: Path) -> None:
             lambda path: (write_run(path / "r") / "metrics.jsonl").write_text("x\n") and path,
             "line 1 is not JSON",
         ),
+        (
+            lambda path: (write_run(path / "r") / "metrics.jsonl").write_bytes(b"\xff\0\n") and path,
+            "line 1 is not JSON",
+        ),
+        (
+            lambda path: (write_run(path / "r") / "metrics.jsonl").write_text("null\n") and path,
+            "line 1 holds no figures",
+        ),
     ],
 )
 def test_what_is_no_run_is_said(tmp_path: Path, capsys, prepare, message: str) -> None:

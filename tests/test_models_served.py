@@ -20,6 +20,7 @@ from transformers import AutoProcessor, BitImageProcessor, GenerationConfig, Pre
 
 from llava_kd.assembly.checkpoints import export_to
 from llava_kd.assembly.parts.data import same_tower, served
+from llava_kd.assembly.parts.models import speak
 from llava_kd.assembly.settings import load
 from llava_kd.assembly.train import train
 from llava_kd.config import DataConfig, StudentConfig, TrainConfig
@@ -29,7 +30,7 @@ from llava_kd.data.text.encoder import Encoder
 from llava_kd.data.text.template_table import TEMPLATES
 from llava_kd.evaluation.generation.generate import Generator
 from llava_kd.evaluation.generation.questions import Question
-from llava_kd.models.files.checkpoint import load_stock, save_stock
+from llava_kd.models.files.checkpoint import compose, load_stock, save_stock
 from llava_kd.models.files.served import end_of_answer
 
 SAMPLED = {"do_sample": True, "temperature": 2.0, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
@@ -152,6 +153,24 @@ def test_the_saved_ends_and_sides_are_those_of_the_template(
     assert not generation.do_sample
     saved = json.loads((model / "generation_config.json").read_text())
     assert not set(SAMPLED) - {"do_sample"} & set(saved)
+
+
+def test_a_student_is_saved_whose_language_model_has_a_temperature_without_sampling(
+    tmp_path: Path,
+) -> None:
+    """Vicuna's file has both. transformers reads it, and refuses to write it with another end of answers."""
+    tower, kind, tokenizer, _ = STUDENTS["chatml"]
+    language_model = make_language_model(kind, tmp_path / "llm", vocab_size=900)
+    tokenizer().save_pretrained(language_model)
+    greedy = {"do_sample": False, "temperature": 0.9, "top_p": 0.6}
+    (language_model / "generation_config.json").write_text(json.dumps(greedy))
+    vision_tower = make_tower(tower, tmp_path / "tower")
+    parts = compose(vision_tower=vision_tower, language_model=str(language_model))
+    speak(parts, TEMPLATES["chatml"])
+    save_stock(parts, tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert saved["do_sample"] is False
+    assert not {"temperature", "top_p"} & set(saved)
 
 
 def test_a_tokenizer_that_was_padding_is_saved_without(tmp_path: Path) -> None:

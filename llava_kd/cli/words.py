@@ -48,12 +48,16 @@ def command(
 
 
 def spelled(words: Sequence[str]) -> list[str]:
-    """Words as people write them: `--dry-run` is --dry_run, and `--optim.lr 1e-4` is --optim.lr=1e-4."""
+    """Words as people write them: `--dry-run` is --dry_run, and `--optim.lr 1e-4` is --optim.lr=1e-4.
+
+    `--out=~/x` is below the home directory: a shell leaves ~ as it is after a sign.
+    """
     found: list[str] = []
     for word in words:
         before = found[-1] if found else ""
         if word.startswith("--"):
             name, is_given, value = word.partition("=")
+            value = os.path.expanduser(value) if value.startswith("~/") else value
             found.append("--" + name[2:].replace("-", "_") + is_given + value)
         elif before.startswith("--") and "." in before and "=" not in before:
             found[-1] = f"{before}={word}"

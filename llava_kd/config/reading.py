@@ -15,7 +15,7 @@ from draccus.utils import DraccusException
 from llava_kd.config.checks import check_section, check_value
 from llava_kd.config.objective import ObjectiveConfig, Table, stage_type
 from llava_kd.config.sections import TrainConfig
-from llava_kd.config.trees import UniqueKeyLoader, parse_override, set_dotted
+from llava_kd.config.trees import UniqueKeyLoader, at_home, parse_override, set_dotted
 
 
 def _messages(error: BaseException) -> str:
@@ -70,12 +70,12 @@ def plugins_of(path: str | Path, overrides: Sequence[str] = ()) -> list[str]:
 
 
 def _tree(path: Path, overrides: Sequence[str]) -> dict:
-    tree = yaml.load(path.read_text(), Loader=UniqueKeyLoader)
+    tree = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     if not isinstance(tree, dict):
         raise ValueError("the file must hold `key: value` lines")
     for override in overrides:
         set_dotted(tree, *parse_override(override))
-    return tree
+    return at_home(tree)
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -30,7 +32,16 @@ def read_tree(path: Path) -> dict:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: the file must hold `key: value` lines")
-    return tree
+    return at_home(tree)
+
+
+def at_home(tree: Any) -> Any:
+    """The same, with each path that begins with ~/ below the home directory, where no shell does it."""
+    if isinstance(tree, str) and tree.startswith("~/"):
+        return os.path.expanduser(tree)
+    if isinstance(tree, dict):
+        return {key: at_home(value) for key, value in tree.items()}
+    return [at_home(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def parse_override(override: str) -> tuple[str, object]:

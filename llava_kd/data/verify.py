@@ -16,6 +16,7 @@ from llava_kd.data.pixels.images import decode
 from llava_kd.data.sources.conversation import Record, Source, read_record, unique_ids
 from llava_kd.data.sources.entries import read_entries
 from llava_kd.data.sources.llava_json import read_confined
+from llava_kd.data.sources.pictures.image_paths import named
 from llava_kd.durable import write_whole
 
 _CHUNK = 1024
@@ -91,6 +92,8 @@ def verify_file(
 ) -> Report:
     """Check a LLaVA JSON or JSON Lines file, sound or not. ValueError only if it cannot be read at all."""
     records = unique_ids(read_record(raw, i) for i, raw in enumerate(read_entries(Path(path))))
+    if not records:
+        raise ValueError(f"{path} has no records; check that it is the file that you mean")
     root = Path(image_root).absolute()
     if not root.is_dir():
         raise ValueError(f"no image folder {image_root}")
@@ -171,7 +174,7 @@ def _image_fault(record: Record, i: int, read: _ReadImage) -> str | None:
         try:
             decode(read(i, k))
         except (ValueError, OSError) as error:
-            return f"record {record.id!r}: image {name!r}: {error}"
+            return f"record {record.id!r}: {named(error, name)}"
     return None
 
 

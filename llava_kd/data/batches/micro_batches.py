@@ -23,6 +23,7 @@ from llava_kd.data.pixels.device_decode import plain_jpeg_size
 from llava_kd.data.pixels.images import GREY, check_size, decode, orientation
 from llava_kd.data.pixels.orientation import AS_STORED
 from llava_kd.data.sources.conversation import Record, Source
+from llava_kd.data.sources.pictures.image_paths import named
 from llava_kd.data.teacher_store.store import TeacherCache, Wanted
 from llava_kd.data.text.alignment import matched
 from llava_kd.data.text.encoder import Encoded
@@ -208,7 +209,7 @@ class MicroBatches(Dataset[Micro]):
             try:
                 images.append(self._pixels(self._source.image_bytes(i, k)))
             except (ValueError, OSError) as error:
-                reasons.append(f"image {name!r}: {error}")
+                reasons.append(named(error, name))
                 side = 1 if self._foreign is None else _GREY_SIDE
                 images.append(torch.full((side, side, 3), GREY, dtype=torch.uint8))
         return images, reasons

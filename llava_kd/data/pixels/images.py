@@ -44,6 +44,7 @@ SUFFIXES = (
 MAX_SIDE = 1 << 17  # a thinner image costs memory and time that its pixels do not tell
 GREY = 128
 _MADE = 1 << 24  # pixels that may be made on the way to the resized image, where the image has fewer
+_LFS = b"version https://git-lfs"
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 _PILLOW_ERRORS = (
@@ -105,6 +106,8 @@ def _as_stored(data: bytes, max_pixels: int) -> np.ndarray:
             pixels = None
         if pixels is not None:
             return pixels
+    if data.startswith(_LFS):
+        raise ValueError("it is a pointer of Git LFS, not an image; run `git lfs pull` in its folder")
     return _decode_pillow(data, max_pixels)
 
 

@@ -6,9 +6,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from llava_kd.data.sources.image_paths import image_path
+from llava_kd.data.sources.pictures.image_paths import IMAGE_KEYS, image_path
+from llava_kd.data.sources.pictures.lost_pictures import check_media, check_no_picture_is_lost
 
 IMAGE_PLACEHOLDER = "<image>"
 # Fields that hold lists and are kept, as JSON: which words of the answers are private, and what the pictures
@@ -102,15 +103,19 @@ def parse_record(raw: object, position: int) -> Record:
             raise ValueError(f"record {name[:_ID_SHOWN]!r}: {raw.reason}")
         raise ValueError(f"record at position {position} must be an object, got {type(raw).__name__}")
     try:
+        check_media(raw)
         turns, inside = _turns(raw)
         first = _first_question(turns)
         images = _images(raw) or tuple(image for said in inside[first:] for image in said)
+        if not images:
+            asked = [turn.text for turn in turns if turn.role == "user"]
+            check_no_picture_is_lost(raw, _talk(raw), asked, IMAGE_PLACEHOLDER)
         system = [turn for turn in turns[:1] if turn.role == "system" and turn.text]
         talk, moved = _with_places(turns[first:], len(images))
         extra = {
             _clean(key): _clean(value)
             for key, value in raw.items()
-            if key not in ("id", "image", "images", *TALKS) and isinstance(value, (str, int, float))
+            if key not in ("id", *IMAGE_KEYS, *TALKS) and isinstance(value, (str, int, float))
         }
         extra |= {key: json.dumps(raw[key], default=str) for key in LISTS if isinstance(raw.get(key), list)}
     except RecursionError:
@@ -149,7 +154,7 @@ def _clean(value: object) -> str:
 
 def _turns(raw: dict) -> tuple[list[Turn], list[list[str]]]:
     """Turns as they are said, and the paths of the images that stand inside of each."""
-    talk = next((raw[key] for key in TALKS if raw.get(key)), None)
+    talk = _talk(raw)
     if not isinstance(talk, list):
         got = f", got {type(talk).__name__}" if talk is not None else ""
         raise ValueError(
@@ -176,12 +181,21 @@ def _turns(raw: dict) -> tuple[list[Turn], list[list[str]]]:
     return turns, inside
 
 
+def _talk(raw: dict) -> Any:
+    return next((raw[key] for key in TALKS if raw.get(key)), None)
+
+
 def _content(content: object, number: int) -> tuple[str, list[str]]:
     """Text of a turn, from a string or from parts, and the paths that its image parts give."""
     if isinstance(content, str):
         return content, []
-    if not isinstance(content, list):
+    if content is None:
         raise ValueError(f"turn {number} must have `from` and a string `value`, or `role` and `content`")
+    if not isinstance(content, list):
+        kind = type(content).__name__
+        raise ValueError(
+            f"the text of turn {number} is {str(content)[:_ID_SHOWN]} of type {kind}; write it as a string"
+        )
     pieces, images = [], []
     for place, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else "text" if isinstance(part, str) else None
@@ -252,22 +266,27 @@ def _with_places(turns: list[Turn], images: int) -> tuple[list[Turn], str]:
 
 
 def _images(raw: dict) -> tuple[str, ...]:
-    given = [raw[key] for key in ("image", "images") if raw.get(key)]
+    given = [raw[key] for key in IMAGE_KEYS if raw.get(key) and not _is_nan(raw[key])]
     if len(given) > 1:
         raise ValueError("give `image` or `images`, not both")
     images = given[0] if given else []
-    if isinstance(images, str):
+    if isinstance(images, (str, dict)):
         images = [images]
     if not isinstance(images, list):
         raise ValueError(f"`image` must be a path or a list of paths, got {type(images).__name__}")
     return tuple(map(image_path, images))
 
 
+def _is_nan(value: object) -> bool:
+    """What pandas writes where a cell is empty."""
+    return isinstance(value, float) and value != value
+
+
 def entry_with_images(raw: object, key: str, images: list[str]) -> dict:
     """LLaVA entry whose images are embedded beside it; `key` is its id if it has none."""
     if not isinstance(raw, dict):
         raise ValueError(f"must be an object, got {type(raw).__name__}")
-    kept = {name: value for name, value in raw.items() if name not in ("image", "images")}
+    kept = {name: value for name, value in raw.items() if name not in IMAGE_KEYS}
     return {"id": key, **kept, "images": images}
 
 

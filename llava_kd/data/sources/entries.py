@@ -16,6 +16,14 @@ _COMPRESSED = {
     "xz": b"\xfd7zX",
     "zstd": b"\x28\xb5\x2f\xfd",
 }
+# What stands in the place of the records, by its first bytes in small letters, and what to do.
+_NOT_RECORDS = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the file; run `git lfs pull` in its folder",
+    b"<!doctype": "a web page; download the file itself",
+    b"<html": "a web page; download the file itself",
+}
+_TABLES = (".csv", ".tsv", ".xlsx", ".xls")
+START = 64
 
 
 def loads(data: bytes) -> object:
@@ -35,16 +43,39 @@ def loads(data: bytes) -> object:
 def check_data_file(path: Path) -> None:
     """ValueError unless there is a regular file that is not compressed."""
     if path.is_dir():
-        inside = sorted(part.name for part in path.iterdir() if part.suffix in (".json", ".jsonl"))
-        which = f"the one meant, of {', '.join(inside[:5])}" if inside else "a LLaVA .json or .jsonl file"
-        raise ValueError(f"{path} is a folder; give {which}")
+        raise ValueError(f"{path} is a folder; give {_in_folder(path)}")
     if not path.is_file():
         raise ValueError(f"no data file {path}; give a LLaVA .json or .jsonl file")
+    if path.suffix.lower() in _TABLES:
+        raise ValueError(
+            f"{path} is a table; `llava-kd init` makes records of it, and stages to train on them"
+        )
     with path.open("rb") as stream:
-        start = stream.read(4)
+        start = stream.read(START)
     for name, magic in _COMPRESSED.items():
         if start.startswith(magic):
             raise ValueError(f"{path} is compressed ({name}); unpack it, and give the file that is in it")
+    if start.startswith(b"PAR1"):
+        raise ValueError(f"{path} is a Parquet table; give a LLaVA .json or .jsonl file, or name it .parquet")
+    check_not_in_place(path, start)
+
+
+def check_not_in_place(path: Path, start: bytes) -> None:
+    """ValueError where the first bytes are those of something that came in the place of the records."""
+    for magic, what in _NOT_RECORDS.items():
+        if start.removeprefix(_BOM).lstrip().lower().startswith(magic):
+            raise ValueError(f"{path} is {what}")
+
+
+def _in_folder(path: Path) -> str:
+    """What to give in its place, by the files in it, or in the folder of tables and shards below it."""
+    inside = sorted(part for part in path.iterdir() if part.suffix in (".json", ".jsonl"))
+    if inside:
+        return f"the one meant, of {', '.join(part.name for part in inside[:5])}"
+    for suffix in (".parquet", ".tar", ".arrow"):
+        for part in sorted([*path.glob(f"*{suffix}"), *path.glob(f"*/*{suffix}")])[:1]:
+            return f"its {suffix} files: '{part.parent}/*{suffix}'"
+    return "a LLaVA .json or .jsonl file"
 
 
 def read_entries(path: Path) -> Iterator[object]:

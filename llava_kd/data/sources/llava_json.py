@@ -11,13 +11,14 @@ from pathlib import Path
 from llava_kd.data.sources.cache import build_once, default_cache
 from llava_kd.data.sources.conversation import Record, Source, Turn, canonical, parse_record, read_records
 from llava_kd.data.sources.entries import check_data_file, read_entries
-from llava_kd.data.sources.image_paths import read_regular
 from llava_kd.data.sources.packed import PackedRecords
+from llava_kd.data.sources.pictures.image_paths import read_regular
+from llava_kd.data.sources.pictures.missing_images import where_instead
 
 __all__ = ["LlavaJson", "Record", "Source", "Turn", "canonical", "parse_record"]
 
 _CACHED_FROM_BYTES = 8 << 20
-_LAYOUT = 1
+_LAYOUT = 2
 
 
 def read_confined(root: Path, image: str, *, follow_symlinks: bool) -> bytes:
@@ -31,7 +32,8 @@ def read_confined(root: Path, image: str, *, follow_symlinks: bool) -> bytes:
     try:
         return read_regular(path)
     except FileNotFoundError:
-        raise ValueError(f"image {image!r} is missing below {root}") from None
+        advice = where_instead(root, image)
+        raise ValueError(f"image {image!r} is missing below {root}: {advice}") from None
     except ValueError as error:
         raise ValueError(f"image {image!r} below {root}: {error}") from None
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llava_kd.data.sources.conversation import Broken, Record, entry_with_images, read_records
+from llava_kd.data.sources.entries import START, check_not_in_place
 from llava_kd.data.sources.packed import PackedRecords
 
 if TYPE_CHECKING:
@@ -148,6 +149,8 @@ class _ParquetFile:
 def _opened(path: Path) -> _ArrowFile | _ParquetFile:
     if pa is None:
         raise ValueError(f"reading {path.name} needs the package pyarrow: pip install pyarrow")
+    with path.open("rb") as stream:
+        check_not_in_place(path, stream.read(START))
     with _naming(path):
         return _ArrowFile(path) if path.suffix == ".arrow" else _ParquetFile(path)
 

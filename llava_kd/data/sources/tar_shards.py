@@ -30,7 +30,8 @@ from llava_kd.data.sources.packed import PackedRecords
 from llava_kd.data.sources.tar_walk import walk
 
 _CACHED_FROM_BYTES = 64 << 20
-_LAYOUT = 1
+_LAYOUT = 2
+_SHOWN = 10
 _Place = tuple[int, int, int]  # shard, offset, size
 
 
@@ -102,8 +103,10 @@ def _scan(paths: Sequence[Path]) -> tuple[list[Record], np.ndarray, np.ndarray]:
     entries: list[dict | Broken] = []
     places: list[list[_Place]] = []
     for shard, path in enumerate(paths):
+        seen: set[str] = set()
         for key, members in _samples(path):
             try:
+                _check_together(key, seen)
                 entry, images = _entry(path, key, members)
             except ValueError as error:
                 entry, images = Broken(f"of {path.name} {error}", key), []
@@ -116,12 +119,12 @@ def _scan(paths: Sequence[Path]) -> tuple[list[Record], np.ndarray, np.ndarray]:
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Key and members by extension; the members of a record follow each other."""
+    """Key and members by extension; the members of a record follow each other. Hidden files are none."""
     key, members = "", {}
     for member in walk(path):
-        if not member.isfile():
-            continue
         folder, _, base = member.name.rpartition("/")
+        if not member.isfile() or base.startswith("."):  # such as `._NAME`, which tar of macOS adds
+            continue
         stem, _, extension = base.partition(".")
         if members and f"{folder}/{stem}" != key:
             yield key.lstrip("/"), members
@@ -132,13 +135,24 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
         yield key.lstrip("/"), members
 
 
+def _check_together(key: str, seen: set[str]) -> None:
+    """ValueError for a key that came before: its record is in pieces, a text without its images for one."""
+    if key in seen:
+        raise ValueError(
+            "is in two places of the shard; the files of a record must follow each other: sort them by name"
+        )
+    seen.add(key)
+
+
 def _entry(path: Path, key: str, members: dict[str, tarfile.TarInfo]) -> tuple[dict, list[tarfile.TarInfo]]:
     """The entry of a record, and its images; as img2dataset writes shards, a caption stands for the talk."""
     extensions = [e for e in members if e.rpartition(".")[2] in SUFFIXES]
     extensions.sort(key=lambda e: (len(e.split(".")[0]) if e[0].isdigit() else 0, e))
     images = [members[extension] for extension in extensions]
     if "json" not in members and "txt" not in members:
-        raise ValueError(f"has no .json and no .txt among {sorted(members)}")
+        dots = any(extension.endswith((".json", ".txt")) for extension in members)
+        advice = "; the name of a record ends at its first dot, so write it without dots" if dots else ""
+        raise ValueError(f"has no .json and no .txt among {sorted(members)[:_SHOWN]}{advice}")
     raw: object = {}
     if "json" in members:
         try:

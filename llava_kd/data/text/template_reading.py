@@ -25,7 +25,7 @@ _TALK = (_FIRST, _ANSWERS[0], _SECOND, _ANSWERS[1])
 # Whole talks, and talks that end with a question: with an image and without.
 _PROBES = (_TALK, _TALK[:3], _TALK[:1], (_SECOND,), (_SECOND, _ANSWERS[1]), (_THIRD, *_TALK[1:]))
 # What a template, which is a program, fails with where it wants other messages.
-_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Reading:
                 tokenize=False,
                 add_generation_prompt=turns[-1].role == "user",
             )
-        except _FAILURES:
+        except FAILURES:
             return None
         return text if isinstance(text, str) else None
 

@@ -22,6 +22,7 @@ from transformers import BatchFeature, DynamicCache, LlavaForConditionalGenerati
 import llava_kd.models.towers.adapted  # noqa: F401  (registers towers that stock LLaVA has no class for)
 from llava_kd.bar import Bar
 from llava_kd.data.pixels.images import GREY
+from llava_kd.data.text.template_reading import FAILURES
 from llava_kd.evaluation.answers import CUT, ERROR, AnswerWriter
 from llava_kd.evaluation.generation.model_directory import model_directory
 from llava_kd.evaluation.generation.pictures import open_picture
@@ -31,6 +32,7 @@ from llava_kd.evaluation.generation.ranks import Ranks
 from llava_kd.evaluation.generation.writing import GREEDY, Writing
 from llava_kd.models.attention.packed import leave_out_cudnn
 from llava_kd.models.files.checkpoint import load_processor, load_stock
+from llava_kd.models.files.served import end_of_answer
 from llava_kd.models.files.upright import reads_upright
 
 
@@ -139,7 +141,10 @@ class Generator:
         ids += self.more_ends
         # What the template puts after an answer; a base model's own end token is often another one.
         talk = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "\u2603"}]
-        after = self.processor.apply_chat_template(talk, tokenize=False).rpartition("\u2603")[2]
+        try:
+            after = self.processor.apply_chat_template(talk, tokenize=False).rpartition("\u2603")[2]
+        except FAILURES:  # of a template that takes content in parts alone
+            return sorted({i for i in (*ids, end_of_answer(self.processor)) if i is not None})
         follows = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
         ids += [i for i in follows if i in tokenizer.added_tokens_decoder]
         return sorted({i for i in ids if i is not None})

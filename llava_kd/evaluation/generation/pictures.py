@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor
 
 from llava_kd.data.pixels.images import ImageTransform, decode
-from llava_kd.data.sources.image_paths import read_regular
+from llava_kd.data.sources.pictures.image_paths import read_regular
 
 _PLAIN_RATIO, _PLAIN_SIDE = 8, 4096  # what is within both is never thin
 

@@ -15,6 +15,7 @@ from transformers import BatchFeature, LlavaProcessor, PreTrainedTokenizerFast
 
 from llava_kd.data.sources.conversation import HALF_OF_A_PAIR, IMAGE_PLACEHOLDER
 from llava_kd.data.text.control_words import ControlWords
+from llava_kd.data.text.template_reading import FAILURES
 from llava_kd.evaluation.generation.pictures import thin_pixels
 
 Content = str | list[dict[str, str]]
@@ -28,11 +29,15 @@ def render_prompt(processor: LlavaProcessor, text: str, *, has_images: bool = Tr
 
 
 def check_template(processor: LlavaProcessor, talks: Iterable[Sequence[Mapping[str, str]]]) -> None:
-    """ValueError if the template drops the words of the first talk that has any."""
+    """ValueError if the template refuses or drops the words of a talk: the first with any, of those whose
+    roles are the same."""
+    seen: set[tuple[str, ...]] = set()
     for messages in talks:
-        if any(message["content"].replace(IMAGE_PLACEHOLDER, "").strip() for message in messages):
+        roles = tuple(message["role"] for message in messages)
+        has_words = any(message["content"].replace(IMAGE_PLACEHOLDER, "").strip() for message in messages)
+        if has_words and roles not in seen:
+            seen.add(roles)
             render_talk(processor, messages)
-            return
 
 
 def render_talk(
@@ -65,8 +70,8 @@ def _rendered(
         raise ValueError("a question holds half of a surrogate pair: its text was cut inside a character")
     places = [has_images and message["role"] == "user" for message in messages]
     texts = _control(processor).covered(list(zip(texts, places, strict=True))) or texts
-    prompt = _apply(processor, messages, texts, asks=asks)
-    if _holds(prompt, texts):
+    prompt, refusal = _tried(processor, messages, texts, asks=asks)
+    if refusal is None and _holds(prompt, texts):
         return prompt
     words = [text.replace(IMAGE_PLACEHOLDER, "").strip() for text in texts]
     counts = [text.count(IMAGE_PLACEHOLDER) for text in texts]
@@ -74,7 +79,13 @@ def _rendered(
         [{"type": "image"}] * count + [{"type": "text", "text": text}]
         for count, text in zip(counts, words, strict=True)
     ]
-    prompt = _apply(processor, messages, parts, asks=asks)
+    prompt, refused_parts = _tried(processor, messages, parts, asks=asks)
+    if refused_parts is not None:
+        raise ValueError(
+            f"the chat template of this model fails on a talk of {', '.join(m['role'] for m in messages)}: "
+            f"{refusal or refused_parts}; ask it in roles that it knows (many refuse a system turn), or mend "
+            "chat_template.jinja"
+        )
     is_complete = prompt.count(IMAGE_PLACEHOLDER) == sum(counts)
     if is_complete and any(words) and not any(text in prompt for text in words if text):
         raise ValueError(
@@ -128,23 +139,30 @@ def _control(processor: LlavaProcessor) -> ControlWords:
     known = _known.get(tokenizer)
     if known is None or known[0] != template:
         talk = [{"role": "user"}, {"role": "assistant"}]
-        known = template, ControlWords(tokenizer, _apply(processor, talk, ["-", "-"]))
+        text, refusal = _tried(processor, talk, ["-", "-"])
+        if refusal is not None:
+            text, _ = _tried(processor, talk, [[{"type": "text", "text": "-"}]] * 2)
+        known = template, ControlWords(tokenizer, text)
         _known[tokenizer] = known
     return known[1]
 
 
-def _apply(
+def _tried(
     processor: LlavaProcessor,
     messages: Sequence[Mapping[str, str]],
     contents: Sequence[Content],
     *,
     asks: bool = True,
-) -> str:
+) -> tuple[str, Exception | None]:
+    """What the template writes, or nothing and why it fails: it is a program, which may refuse a talk."""
     filled = [
         {"role": message["role"], "content": content}
         for message, content in zip(messages, contents, strict=True)
     ]
-    return processor.apply_chat_template(filled, add_generation_prompt=asks, tokenize=False)
+    try:
+        return processor.apply_chat_template(filled, add_generation_prompt=asks, tokenize=False), None
+    except FAILURES as error:
+        return "", error
 
 
 def _holds(prompt: str, texts: Sequence[str]) -> bool:

@@ -168,14 +168,16 @@ def _stage_logs(arm: Path) -> dict[str, list[dict[str, float]]]:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Numbers of a metrics.jsonl in the order of the steps; a resumed run's repeated step counts once."""
     steps: dict[float, dict[str, float]] = {}
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # a killed run may leave a last line without end
+    *lines, _ = path.read_bytes().split(b"\n")  # a killed run may leave a last line without end
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # also bytes that are no text
             raise ValueError(
                 f"{path}, line {number} is not JSON ({error}); fix or delete that line"
             ) from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} holds no figures; delete that line")
         numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
         if "step" in numbers:
             steps[numbers["step"]] = numbers

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from transformers import (
+    GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -270,9 +271,9 @@ def _write(parts: Parts, scratch: Path, trained: Mapping[str, Tensor], dtype: to
     if dtype is not None:
         state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
     processor = served_processor(parts.processor)
-    parts.stock.save_pretrained(scratch, state_dict=state)
+    generation = served_generation(parts.stock.generation_config, processor)
+    _save_stock_model(parts.stock, scratch, state, generation)
     processor.save_pretrained(scratch)
-    served_generation(parts.stock.generation_config, processor).save_pretrained(scratch)
     for path in scratch.glob("*config.json"):
         tree = json.loads(path.read_text(encoding="utf-8"))
         _forget_origin(tree)
@@ -280,6 +281,24 @@ def _write(parts: Parts, scratch: Path, trained: Mapping[str, Tensor], dtype: to
             _record_dtype(tree, dtype)
         path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     share(*scratch.glob("*.safetensors"))
+
+
+def _save_stock_model(
+    stock: LlavaForConditionalGeneration,
+    scratch: Path,
+    state: Mapping[str, Tensor],
+    generation: GenerationConfig,
+) -> None:
+    """Write the model with `generation` in place of its own settings, which transformers may refuse to write.
+
+    Published language models (Vicuna, Llama 2) have a temperature without sampling: it can be read only.
+    """
+    before = stock.generation_config
+    stock.generation_config = generation
+    try:
+        stock.save_pretrained(scratch, state_dict=dict(state))
+    finally:
+        stock.generation_config = before
 
 
 def _stock_state(stock: LlavaForConditionalGeneration, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:

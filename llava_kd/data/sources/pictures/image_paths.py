@@ -7,13 +7,16 @@ import re
 import stat
 from pathlib import Path, PurePosixPath
 
+IMAGE_KEYS = ("image", "images")
 _SHOWN = 80
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 def image_path(given: object) -> str:
-    """The path with forward slashes. ValueError for what names no file of the image root."""
+    """The path with forward slashes, also from {path: ...}. ValueError for what names no file of the root."""
+    if isinstance(given, dict) and not given.get("bytes"):
+        given = given.get("path")
     if not isinstance(given, str) or not given:
         raise ValueError(f"`image` must be a path or a list of paths, got {str(given)[:_SHOWN]!r}")
     shown = repr(given[:_SHOWN])
@@ -33,6 +36,11 @@ def image_path(given: object) -> str:
     if ".." in PurePosixPath(path).parts or "\0" in path:
         raise ValueError(f"the image path {shown} must stay below the image root; write it without ..")
     return path
+
+
+def named(error: Exception, image: str) -> str:
+    """What is wrong with an image, with its path once."""
+    return str(error) if repr(image) in str(error) else f"image {image!r}: {error}"
 
 
 def read_regular(path: str | Path) -> bytes:
