@@ -162,12 +162,13 @@ def test_images_without_a_place_come_before_the_first_question() -> None:
     assert not parse_record(raw, 0).note
 
 
-def test_image_is_a_word_in_a_record_without_images() -> None:
+@pytest.mark.parametrize("question", ["What is in <image> of RSS?", "What is a feed's <image>"])
+def test_image_is_a_word_in_a_record_without_images(question: str) -> None:
     raw = entry(0, images=0)
-    raw["conversations"][0]["value"] = "What is in <image> of RSS?"
+    raw["conversations"][0]["value"] = question
     raw["conversations"][1]["value"] = "<image> holds a logo."
     record = parse_record(raw, 0)
-    assert [turn.text for turn in record.turns] == ["What is in <image> of RSS?", "<image> holds a logo."]
+    assert [turn.text for turn in record.turns] == [question, "<image> holds a logo."]
     assert not any(record.has_places(turn) for turn in record.turns)
 
 

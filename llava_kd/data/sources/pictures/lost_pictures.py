@@ -43,11 +43,16 @@ def check_no_picture_is_lost(
                 f"its picture is named in the text, {named[0][:_SHOWN]!r}; give the path as `image`, and "
                 f"write {placeholder} in its place"
             )
-        if (text.startswith(placeholder) or text.endswith(placeholder)) and _CLOSING not in text:
+        if _stands_alone(text, placeholder) and _CLOSING not in text:
             raise ValueError(
                 f"a question has {placeholder}, but the record gives no picture: `image` is missing or "
                 f"empty; its keys are {sorted(str(key)[:_SHOWN] for key in raw)[:10]}"
             )
+
+
+def _stands_alone(text: str, placeholder: str) -> bool:
+    """As LLaVA writes it: before the words, or after them in a line of its own. Else it may be a word."""
+    return text.startswith(placeholder) or text.endswith(f"\n{placeholder}")
 
 
 def _key_of_a_file(entry: Mapping[str, object], *also: str) -> str | None:
