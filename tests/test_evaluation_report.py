@@ -150,6 +150,29 @@ def test_the_page_says_what_may_be_concluded(run_dir: Path, tmp_path: Path) -> N
     assert "It contains zero" not in page
 
 
+def test_a_card_shows_every_picture_of_its_question(tmp_path: Path) -> None:
+    paths = [str(tmp_path / name) for name in ("a cat.png", "dog.png", "a")]
+    for path in paths:
+        Image.new("RGB", (8, 8)).save(path, "PNG")
+    for arm, answers in (("plain", "0000"), ("kd", "1111")):
+        write_model(tmp_path / "seed0" / arm / "eval", answers, f"{paths[0]} {paths[1]}")
+    page = report(tmp_path, terms=labels()).read_text(encoding="utf-8")
+    assert page.count('<div class="example">') == 4
+    assert page.count("data:image/png;base64,") == 8
+
+
+def test_cards_are_about_different_pictures_where_there_are_any(tmp_path: Path) -> None:
+    for arm, answers in (("plain", "0" * 20), ("kd", "1" * 20)):
+        folder = tmp_path / "seed0" / arm / "eval"
+        write_model(folder, answers)
+        lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+        for k, line in enumerate(lines):
+            line |= {"image": f"{k // 5}.png", "question": f"picture {k // 5}?"}
+        (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(tmp_path, terms=labels()).read_text(encoding="utf-8")
+    assert sorted(re.findall(r"picture (\d)\?", page)) == ["0", "1", "2", "3"]
+
+
 @pytest.mark.parametrize(
     ("teacher", "said"),
     [

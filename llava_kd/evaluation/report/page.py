@@ -10,7 +10,7 @@ from pathlib import Path
 from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER
 from llava_kd.durable import make_folder, write_text
 from llava_kd.evaluation.report.charts import Line, dot_rows, line_chart, smooth
-from llava_kd.evaluation.report.pictures import thumbnail
+from llava_kd.evaluation.report.pictures import thumbnails
 from llava_kd.evaluation.report.results import (
     Difference,
     Evaluated,
@@ -256,9 +256,10 @@ def _examples(run: Run, count: int = 9) -> str:
     if not any(groups.values()):
         return ""
     shares = {(True, False): 4, (False, True): 2, (False, False): 2, (True, True): 1}
-    chosen = [name for key, share in shares.items() for name in _spread(groups[key], distilled, share)][
-        :count
-    ]
+    shown: set[str] = set()
+    chosen = [
+        name for key, share in shares.items() for name in _spread(groups[key], distilled, share, shown)
+    ][:count]
     cards = [_card(run, name, distilled[name], baseline[name]) for name in chosen]
     words = (
         f"Seed {seed}. Only the distilled student is right {len(groups[True, False]):,} times, only the "
@@ -274,13 +275,23 @@ def _is_right(answer: Mapping[str, str]) -> bool:
     return is_correct(answer["answer"], answer["truth"])
 
 
-def _spread(names: Sequence[str], answers: Mapping[str, Mapping[str, str]], count: int) -> list[str]:
-    """The first names of each question type in turn, `count` in all."""
+def _spread(
+    names: Sequence[str], answers: Mapping[str, Mapping[str, str]], count: int, shown: set[str]
+) -> list[str]:
+    """`count` names, of each question type in turn, about pictures that are not `shown` while there are."""
     by_kind: dict[str, list[str]] = {}
     for name in names:
         by_kind.setdefault(answers[name]["type"], []).append(name)
-    turns = [(k, name) for kind in by_kind.values() for k, name in enumerate(kind[:count])]
-    return [name for _, name in sorted(turns, key=lambda turn: turn[0])][:count]
+    found: list[str] = []
+    while by_kind and len(found) < count:
+        for kind, rest in list(by_kind.items())[: count - len(found)]:
+            name = next((name for name in rest if answers[name]["image"] not in shown), rest[0])
+            shown.add(answers[name]["image"])
+            found.append(name)
+            rest.remove(name)
+            if not rest:
+                del by_kind[kind]
+    return found
 
 
 def _card(run: Run, name: str, distilled: Mapping[str, str], baseline: Mapping[str, str]) -> str:
@@ -295,7 +306,7 @@ def _card(run: Run, name: str, distilled: Mapping[str, str], baseline: Mapping[s
         )
     question = distilled["question"].replace(IMAGE_PLACEHOLDER, "").strip()
     return (
-        f'<div class="example">{thumbnail(run.directory, distilled["image"])}'
+        f'<div class="example">{thumbnails(run.directory, distilled["image"])}'
         f"<div><p>{escape(question)}</p><dl>{''.join(rows)}</dl></div></div>"
     )
 

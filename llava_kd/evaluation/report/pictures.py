@@ -9,7 +9,26 @@ from pathlib import Path
 from llava_kd.evaluation.generation.pictures import open_picture
 
 
-def thumbnail(run_dir: Path, name: str, side: int = 224) -> str:
+def thumbnails(run_dir: Path, names: str) -> str:
+    """Each picture of a question, whose answer names them in one string, with spaces between."""
+    return (
+        f'<div class="shots">{"".join(_thumbnail(run_dir, name) for name in _separate(run_dir, names))}</div>'
+    )
+
+
+def _separate(run_dir: Path, names: str) -> list[str]:
+    """The same for paths that have spaces themselves: a path ends where there is such a file."""
+    found: list[str] = []
+    rest = ""
+    for word in names.split(" "):
+        rest = f"{rest} {word}" if rest else word
+        if _picture(run_dir, Path(rest)) is not None:
+            found.append(rest)
+            rest = ""
+    return found or [names]
+
+
+def _thumbnail(run_dir: Path, name: str, side: int = 224) -> str:
     """An <img> with the picture inside; nothing where the file is gone."""
     path = _picture(run_dir, Path(name))
     if path is None:

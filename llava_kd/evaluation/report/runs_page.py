@@ -10,7 +10,7 @@ from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER
 from llava_kd.durable import make_folder, write_text
 from llava_kd.evaluation.report.charts import Line, line_chart, smooth
 from llava_kd.evaluation.report.page import GRADIENT_SHARE, TOKENS
-from llava_kd.evaluation.report.pictures import thumbnail
+from llava_kd.evaluation.report.pictures import thumbnails
 from llava_kd.evaluation.report.results import Evaluated
 from llava_kd.evaluation.report.stage_runs import StageRun, differing
 from llava_kd.evaluation.report.style import html_page
@@ -213,7 +213,7 @@ def _card(directory: Path, name: str, answers: Mapping[str, Mapping[str, Mapping
         )
     question = one["question"].replace(IMAGE_PLACEHOLDER, "").strip()
     return (
-        f'<div class="example">{thumbnail(directory, one["image"])}'
+        f'<div class="example">{thumbnails(directory, one["image"])}'
         f"<div><p>{escape(question)}</p><dl>{''.join(rows)}</dl></div></div>"
     )
 

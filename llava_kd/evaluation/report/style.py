@@ -70,6 +70,8 @@ table.words td{white-space:normal;overflow-wrap:anywhere}
 gap:14px}
 .example img{width:112px;height:112px;object-fit:contain;border-radius:6px;flex:none;background:var(--bg);
 border:1px solid var(--line)}
+.shots{display:flex;flex-direction:column;gap:6px;flex:none!important}
+.shots img:not(:only-child){width:84px;height:84px}
 .example img.tiny{image-rendering:pixelated}
 .example p{margin:0 0 8px;font-size:14.5px;line-height:1.35;font-weight:550;overflow-wrap:anywhere}
 .example>div{min-width:0;flex:1}
