@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -26,6 +26,7 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
 }
 TALKS = ("conversations", "messages")
+SYSTEM = "system"
 HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
@@ -110,12 +111,12 @@ def parse_record(raw: object, position: int) -> Record:
         if not images:
             asked = [turn.text for turn in turns if turn.role == "user"]
             check_no_picture_is_lost(raw, _talk(raw), asked, IMAGE_PLACEHOLDER)
-        system = [turn for turn in turns[:1] if turn.role == "system" and turn.text]
+        system = _system(raw, turns)
         talk, moved = _with_places(turns[first:], len(images))
         extra = {
             _clean(key): _clean(value)
             for key, value in raw.items()
-            if key not in ("id", *IMAGE_KEYS, *TALKS) and isinstance(value, (str, int, float))
+            if key not in ("id", SYSTEM, *IMAGE_KEYS, *TALKS) and isinstance(value, (str, int, float))
         }
         extra |= {key: json.dumps(raw[key], default=str) for key in LISTS if isinstance(raw.get(key), list)}
     except RecursionError:
@@ -171,18 +172,41 @@ def _turns(raw: dict) -> tuple[list[Turn], list[list[str]]]:
             raise ValueError(f"turn {number} has the unknown role {shown}; roles are {sorted(ROLES)}")
         content = said["value"] if said.get("value") is not None else said.get("content")
         text, images = _content(content, number)
-        if half := HALF_OF_A_PAIR.search(text):
-            raise ValueError(
-                f"turn {number} holds half of a surrogate pair, {half[0]!r}: its text was cut inside a "
-                "character such as an emoji; remove it"
-            )
-        turns.append(Turn(ROLES[speaker], text.strip()))
+        turns.append(Turn(ROLES[speaker], _whole(text, f"turn {number}").strip()))
         inside.append(images)
     return turns, inside
 
 
 def _talk(raw: dict) -> Any:
-    return next((raw[key] for key in TALKS if raw.get(key)), None)
+    """As given, or read from the JSON that tables keep in a column of texts."""
+    talk = next((raw[key] for key in TALKS if raw.get(key)), None)
+    if isinstance(talk, str) and talk.lstrip().startswith("["):
+        try:
+            return json.loads(talk) or None
+        except ValueError as error:
+            raise ValueError(f"its conversation is a text that is no JSON: {error}") from None
+    return talk
+
+
+def _system(raw: dict, turns: Sequence[Turn]) -> list[Turn]:
+    """The first turn, if it is one with words; or the text under `system`, where some formats have it."""
+    said = [turn for turn in turns[:1] if turn.role == "system" and turn.text]
+    beside = raw.get(SYSTEM)
+    if not isinstance(beside, str) or not beside.strip():
+        return said
+    turn = Turn("system", _whole(beside, f"`{SYSTEM}`").strip())
+    if said and said != [turn]:
+        raise ValueError(f"it has two system texts, a first turn and `{SYSTEM}`; keep one")
+    return [turn]
+
+
+def _whole(text: str, where: str) -> str:
+    if half := HALF_OF_A_PAIR.search(text):
+        raise ValueError(
+            f"{where} holds half of a surrogate pair, {half[0]!r}: its text was cut inside a "
+            "character such as an emoji; remove it"
+        )
+    return text
 
 
 def _content(content: object, number: int) -> tuple[str, list[str]]:
