@@ -3,6 +3,7 @@
 #   bash tests/mutants.sh llava_kd/training/checkpoint.py tests/test_training_checkpoint.py [more tests]
 # MUTANTS_SECONDS=N stops trying after N seconds; those that were not tried are counted as such ("checked").
 # MUTANTS_NAMED='PATTERN ...' tries only those of such names: '*[16]' is every fifth of each function, from its first.
+# MUTANTS_PATIENCE=N adds N seconds to the time that its tests took, three times which a mutant may take (1).
 # MUTMUT=FOLDER is a folder that has mutmut 3.8.1 already.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,7 +21,8 @@ cd "$folder/copy"
 {
   printf '[mutmut]\nsource_paths=llava_kd\nonly_mutate=%s\nalso_copy=\n' "$file"
   printf '    %s\n' tests scripts docs constraints.txt README.md
-  printf 'process_isolation=forkserver\ntimeout_multiplier=3\npytest_add_cli_args_test_selection=\n'
+  printf 'process_isolation=forkserver\ntimeout_multiplier=3\ntimeout_constant=%s\n' "${MUTANTS_PATIENCE:-1}"
+  printf 'pytest_add_cli_args_test_selection=\n'
   printf '    %s\n' "$@"
 } >setup.cfg
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu PYTHONPATH="$site"
