@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Mutants of one file that its tests let live, by mutmut, in a copy of the project:
+# Mutants of one file, or of several with commas between, that their tests let live, by mutmut in a copy of the project:
 #   bash tests/mutants.sh llava_kd/training/checkpoint.py tests/test_training_checkpoint.py [more tests]
 # MUTANTS_SECONDS=N stops trying after N seconds; those that were not tried are counted as such ("checked").
 # MUTANTS_NAMED='PATTERN ...' tries only those of such names: '*[16]' is every fifth of each function, from its first.
@@ -19,7 +19,9 @@ git ls-files -z | xargs -0 cp --parents -Pt "$folder/copy"
 cp --parents -t "$folder/copy" llava_kd/data/pixels/_resample*.so 2>/dev/null || echo "without the part in C" >&2
 cd "$folder/copy"
 {
-  printf '[mutmut]\nsource_paths=llava_kd\nonly_mutate=%s\nalso_copy=\n' "$file"
+  printf '[mutmut]\nsource_paths=llava_kd\nonly_mutate=\n'
+  printf '    %s\n' ${file//,/ }
+  printf 'also_copy=\n'
   printf '    %s\n' tests scripts docs constraints.txt README.md
   printf 'process_isolation=forkserver\ntimeout_multiplier=3\ntimeout_constant=%s\n' "${MUTANTS_PATIENCE:-1}"
   printf 'pytest_add_cli_args_test_selection=\n'
@@ -33,7 +35,8 @@ timeout "${MUTANTS_SECONDS:-0}" "$python" -m mutmut run --max-children "${MUTANT
 tail -c 400 "$folder/said" | tr '\r' '\n' | grep -v '^. llava_kd' || true
 echo
 if [ "$status" -ne 0 ] && [ "$status" -ne 124 ]; then exit "$status"; fi
-"$python" -m mutmut results --all true | awk '{count[$NF]++} END {for (s in count) print count[s], s}'
+"$python" -m mutmut results --all true |
+  awk '{sub(/\.x[^.]*$/, "", $1); count[$1 " " $NF]++} END {for (s in count) print count[s], s}' | sort -k2
 for name in $("$python" -m mutmut results | awk '/survived|no tests|timeout/ {sub(":", "", $1); print $1}'); do
   echo "$name"
   "$python" -m mutmut show "$name" | grep -E '^[-+] ' || true
