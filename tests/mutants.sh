@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
 # Mutants of one file, or of several with commas between, that their tests let live, by mutmut in a copy of the project:
 #   bash tests/mutants.sh llava_kd/training/checkpoint.py tests/test_training_checkpoint.py [more tests]
+# Without arguments: every line of tests/mutants.txt, which takes hours.
 # MUTANTS_SECONDS=N stops trying after N seconds; those that were not tried are counted as such ("checked").
 # MUTANTS_NAMED='PATTERN ...' tries only those of such names: '*[16]' is every fifth of each function, from its first.
 # MUTANTS_PATIENCE=N adds N seconds to the time that its tests took, three times which a mutant may take (1).
 # MUTMUT=FOLDER is a folder that has mutmut 3.8.1 already.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ "$#" -eq 0 ]; then
+  while read -ra line; do
+    echo "== ${line[*]}"
+    bash tests/mutants.sh "${line[@]}" </dev/null
+  done <tests/mutants.txt
+  exit
+fi
 file="$1"
 shift
 folder="$(mktemp -d)"

@@ -97,6 +97,20 @@ def test_two_tokens_before_the_first_word_stand_beside_two_of_the_prompt() -> No
     assert pairs(side_of(*leads, A, B, END), side_of((7, 0, 0, 2, 1), B, END, prompt=3))[1] == (4, 0)
 
 
+def test_a_missing_token_never_stands_where_another_target_does() -> None:
+    """As where one answer follows the other without a question between them."""
+    lead, first = (3, 1, 0, 0, 1), (7, 1, 0, 2, 1)
+    student = side_of(A, B, END, lead, (5, 1, 0, 2, 0))
+    with refused(MISMATCH):
+        matched(RECORD, (student, side_of(A, B, (8, 0, 4, 4, 1), first)))
+    # With a token of the question between them there is room.
+    apart = side_of(A, B, (8, 0, 4, 4, 1), (0, 0, 0, 0, 0), first)
+    labels = apart.labels.clone()
+    labels[6] = IGNORE_INDEX
+    found = pairs(student, replace(apart, labels=labels))
+    assert found == [(5, 5), (6, 6), (9, 8), (3, 0), (5, 7)]
+
+
 def test_other_tokens_inside_an_answer_are_refused() -> None:
     student = side_of(A, B, (4, 0, 4, 6, 0), (2, 0, 6, 8, 0), (9, 0, 8, 8, 1))
     for middle in ([(1, 0, 4, 8, 0)], [(4, 0, 4, 6, 0), (1, 0, 6, 8, 0)]):
