@@ -234,3 +234,10 @@ def test_the_tail_is_looked_for_among_the_largest_columns_and_then_among_all(
     both = row_torch._tail_share(student.expand(2, 5), torch.cat([peaked, flat]).log(), 0.7)
     torch.testing.assert_close(both, whole(student.expand(2, 5), torch.cat([peaked, flat]).log(), 0.7))
     assert len(sorted_for) == 2
+
+
+def test_a_divergence_without_a_formula_is_refused() -> None:
+    another = Divergence()
+    object.__setattr__(another, "kind", "another")
+    with pytest.raises(ValueError, match="lacks the divergence 'another'"):
+        torch_rows(**made(divergence=another, temperature=2.0))
