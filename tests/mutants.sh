@@ -40,12 +40,12 @@ status=0
 read -ra named <<<"${MUTANTS_NAMED:-}"
 timeout "${MUTANTS_SECONDS:-0}" "$python" -m mutmut run --max-children "${MUTANTS_AT_ONCE:-1}" "${named[@]}" \
   >"$folder/said" || status=$?
-tail -c 400 "$folder/said" | tr '\r' '\n' | grep -v '^. llava_kd' || true
+tail -c 400 "$folder/said" | tr '\r' '\n' | grep -av 'llava_kd\.' || true
 echo
 if [ "$status" -ne 0 ] && [ "$status" -ne 124 ]; then exit "$status"; fi
 "$python" -m mutmut results --all true |
   awk '{sub(/\.x[^.]*$/, "", $1); count[$1 " " $NF]++} END {for (s in count) print count[s], s}' | sort -k2
 for name in $("$python" -m mutmut results | awk '/survived|no tests|timeout/ {sub(":", "", $1); print $1}'); do
   echo "$name"
-  "$python" -m mutmut show "$name" | grep -E '^[-+] ' || true
+  "$python" -m mutmut show "$name" | grep -aE '^[-+] ' || true
 done
