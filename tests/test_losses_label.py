@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from llava_kd.losses.kernels import gemm
 from llava_kd.losses.label import label_rows, label_rows_by_chunk, top_k_label_rows
 from llava_kd.losses.reference_top_k import TopK
 
@@ -83,3 +84,11 @@ def test_the_largest_logits_are_exact_where_they_hold_the_label(kept: int) -> No
     assert torch.equal(found.before_N, torch.where(is_kept_N, exact.before_N, kept))
     expected_N = torch.where(is_kept_N, exact.probability_N, 0.0)
     torch.testing.assert_close(found.probability_N, expected_N, rtol=1e-5, atol=1e-7)
+
+
+def test_chunks_are_as_large_as_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    write = gemm.write_logits
+    monkeypatch.setattr(gemm, "write_logits", lambda h, w, out: (seen.append(len(h)), write(h, w, out)))
+    label_rows_by_chunk(**inputs(), chunk_rows=10)
+    assert seen == [10, 10, 3]

@@ -61,6 +61,15 @@ def test_gram_form_equals_reference(dtype: torch.dtype, tap: str, centre: bool, 
         assert (got.double() - want.double()).norm() <= TOLERANCE[dtype] * want.double().norm()
 
 
+def test_capped_logits_of_a_head_in_another_type_are_those_of_its_numbers():
+    inputs = make_inputs(dtype=torch.bfloat16)
+    wide = {name: t.float() for name, t in inputs.items()}
+    heads = {name: t for name, t in inputs.items() if "head" in name}
+    caps = {"student_cap": 3.0, "teacher_cap": 2.0}
+    rows = [relation.relation_rows(**given, **caps) for given in (wide, wide | heads)]
+    assert torch.equal(*rows)
+
+
 def test_unit_lengths_of_tokens_that_cancel_in_the_gram_are_no_nan():
     """A component that all rows of a head share lets rounding leave a token's squared length below 0."""
     for seed in range(60):

@@ -34,6 +34,11 @@ def matched(record: Record, encoded: tuple[Encoded, ...]) -> tuple[Encoded, ...]
         keeps = [p[:shared] for p in places]
     else:
         keeps = list(_pairs(record, student, teacher))
+    if not len(keeps[0]):  # a cut inside the first words of an answer
+        raise ValueError(
+            f"record {record.id!r}: no token of its answers is left on both sides within max_length; raise "
+            "max_length or remove the record"
+        )
     return _only(student, keeps[0]), _only(teacher, keeps[1])
 
 
