@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 _BY_ROOM = {
-    "data.sources": "conversation entries image_paths mixture packed tables tar_shards tar_walk cache",
+    "data.sources": "conversation entries mixture packed tables tar_shards tar_walk cache",
     "data.pixels": "images png_text resize device_decode",
     "data.text": "template template_choice template_origin template_reading template_table encoder alignment "
     "control_words",
@@ -29,6 +29,8 @@ _BY_ROOM = {
     "losses.kernels": "row_kernel row_torch row_triton rows gemm",
 }
 _RENAMED = {
+    "data.image_paths": "data.sources.pictures.image_paths",
+    "data.sources.image_paths": "data.sources.pictures.image_paths",
     "data.records": "data.sources.llava_json",
     "data.teacher_cache": "data.teacher_store.store",
     "data.side": "data.batches.model_side",
