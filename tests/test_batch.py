@@ -117,6 +117,7 @@ LAID = {
     "packed": [[(1, 4, 5), (0, 2, 3)], [(1, 1, 2)], [(1, 2, 4), (1, 6, 1)]],
     "two images in one": [[(0, 3, 2), (2, 4, 6)], [(1, 2, 1), (0, 1, 9)]],
     "no answer before": [[(0, 3, 0), (1, 4, 6)], [(1, 2, 0)]],
+    "one image in all": [[(0, 3, 2), (1, 4, 5)], [(0, 2, 1)]],
 }
 
 
@@ -221,6 +222,24 @@ def test_an_answer_as_long_as_the_record_beside_its_image_fits() -> None:
     index_IP, is_there_IP = side.answers_of_images()
     assert is_there_IP.sum(1).tolist() == [7, 3]
     assert index_IP.shape[1] == 8  # the longest record, 9, less its image
+    place_IP, is_text_IP = side.questions_of_images()
+    assert place_IP[is_text_IP].tolist() == side.places.boundaries_N[:2].tolist()  # the word before the image
+
+
+def test_an_image_may_be_the_first_thing_of_its_record() -> None:
+    """As in a template without a first token: its place is then where the record begins."""
+    items = []
+    for seed in (1, 2, 3):
+        item = record(seed, prompt=2, answer=seed)
+        items.append(replace(item, ids=item.ids[1:], labels=item.labels[1:], visual=item.visual[1:]))
+    side = inputs(items)
+    index_IP, is_there_IP = side.answers_of_images()
+    place_IP, is_text_IP = side.questions_of_images()
+    assert index_IP[is_there_IP].tolist() == list(range(6))
+    assert is_there_IP.sum(1).tolist() == [1, 2, 3]
+    assert is_text_IP.sum(1).tolist() == [2, 2, 2]
+    begins = side.places.boundaries_N[:3].tolist()
+    assert place_IP[is_text_IP].tolist() == [begin + TOKENS + k for begin in begins for k in (0, 1)]
 
 
 def test_scores_are_those_of_the_targets_and_zero_where_nobody_asked() -> None:
