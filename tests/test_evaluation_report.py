@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,22 @@ def test_a_card_shows_every_picture_of_its_question(tmp_path: Path) -> None:
     page = report(tmp_path, terms=labels()).read_text(encoding="utf-8")
     assert page.count('<div class="example">') == 4
     assert page.count("data:image/png;base64,") == 8
+
+
+def test_a_seed_that_is_not_finished_is_left_out_by_name(tmp_path: Path) -> None:
+    for arm in ("plain", "kd"):
+        write_model(tmp_path / "seed1" / arm / "eval", "1100")
+    write_model(tmp_path / "seed0" / "plain" / "eval", "1100")
+    (tmp_path / "seed2").mkdir()
+    assert list(read_run(tmp_path).seeds) == [1]
+    page = report(tmp_path, terms=labels()).read_text(encoding="utf-8")
+    assert "left out, as not finished" in page
+    assert "seed 0, seed 2" in page
+    shutil.rmtree(tmp_path / "seed1")
+    with pytest.raises(
+        ValueError, match=r"seed0 must hold two scored arms, one of them 'kd', found \['plain'\]"
+    ):
+        read_run(tmp_path)
 
 
 def test_cards_are_about_different_pictures_where_there_are_any(tmp_path: Path) -> None:

@@ -112,14 +112,19 @@ def read_run(directory: str | Path, *, distilled: str = "kd") -> Run:
         raise ValueError(
             f"{directory} must have directories seed0, seed1, ...; give the directory of a comparison"
         )
-    seeds, logs = {}, {}
-    for seed, path in sorted(seed_dirs.items()):
-        arms = sorted(p.parent.parent for p in path.glob("*/eval/summary.json"))
-        seeds[seed] = {arm.name: read_evaluated(arm / "eval") for arm in arms}
-        logs[seed] = {arm.name: _stage_logs(arm) for arm in arms}
-        if distilled not in seeds[seed] or len(arms) != 2:
-            found = [arm.name for arm in arms]
-            raise ValueError(f"{path} must hold two scored arms, one of them {distilled!r}, found {found}")
+    arms = {
+        seed: {p.parent.parent.name: p.parent.parent for p in sorted(path.glob("*/eval/summary.json"))}
+        for seed, path in sorted(seed_dirs.items())
+    }
+    whole = [seed for seed, found in arms.items() if distilled in found and len(found) == 2]
+    if not whole or any(len(found) > 2 for found in arms.values()):
+        seed, found = next((seed, found) for seed, found in arms.items() if seed not in whole)
+        raise ValueError(
+            f"{directory}/seed{seed} must hold two scored arms, one of them {distilled!r}, found {[*found]}"
+        )
+    unfinished = ", ".join(f"seed {seed}" for seed in arms if seed not in whole)
+    seeds = {seed: {name: read_evaluated(arm / "eval") for name, arm in arms[seed].items()} for seed in whole}
+    logs = {seed: {name: _stage_logs(arm) for name, arm in arms[seed].items()} for seed in whole}
     baseline = next(name for name in next(iter(seeds.values())) if name != distilled)
     for seed, arms in seeds.items():
         if baseline not in arms:
@@ -135,7 +140,10 @@ def read_run(directory: str | Path, *, distilled: str = "kd") -> Run:
         seeds=seeds,
         logs=logs,
         seconds={k: float(v) for k, v in _optional_json(directory / "seconds.json").items()},
-        settings={k: str(v) for k, v in _optional_json(directory / "settings.json").items()},
+        settings={
+            **{k: str(v) for k, v in _optional_json(directory / "settings.json").items()},
+            **({"left out, as not finished": unfinished} if unfinished else {}),
+        },
     )
 
 
