@@ -345,13 +345,3 @@ def test_a_reader_may_leave_before_the_end(module: str) -> None:
     assert (done.returncode, done.stdout) == (0, "# Settings\n")
     assert "Broken" not in done.stderr
     assert "Exception" not in done.stderr
-
-
-def test_a_log_holds_no_bars_of_other_libraries(student_dir: Path) -> None:
-    words = ["chat", "--model", str(student_dir), "--max_new_tokens=1", "hi"]
-    done = subprocess.run(
-        [sys.executable, "-m", "llava_kd", *words], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "\r" not in done.stderr
-    assert "it/s" not in done.stderr

@@ -17,8 +17,6 @@ from llava_kd.cli.words import VERBOSE, joined, spelled
 
 def command() -> int:
     """`main` as all that a process does: what the installed script and `python -m llava_kd.cli` call."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars, which put each step into a log
     return at_the_end_of_the_process(main())
 
 
