@@ -105,12 +105,13 @@ def parse_record(raw: object, position: int) -> Record:
         raise ValueError(f"record at position {position} must be an object, got {type(raw).__name__}")
     try:
         check_media(raw)
-        turns, inside = _turns(raw)
+        given = _talk(raw)
+        turns, inside = _turns(given)
         first = _first_question(turns)
         images = _images(raw) or tuple(image for said in inside[first:] for image in said)
         if not images:
             asked = [turn.text for turn in turns if turn.role == "user"]
-            check_no_picture_is_lost(raw, _talk(raw), asked, IMAGE_PLACEHOLDER)
+            check_no_picture_is_lost(raw, given, asked, IMAGE_PLACEHOLDER)
         system = _system(raw, turns)
         talk, moved = _with_places(turns[first:], len(images))
         extra = {
@@ -153,9 +154,8 @@ def _clean(value: object) -> str:
     return str(value).encode("utf-8", "backslashreplace").decode()
 
 
-def _turns(raw: dict) -> tuple[list[Turn], list[list[str]]]:
+def _turns(talk: object) -> tuple[list[Turn], list[list[str]]]:
     """Turns as they are said, and the paths of the images that stand inside of each."""
-    talk = _talk(raw)
     if not isinstance(talk, list):
         got = f", got {type(talk).__name__}" if talk is not None else ""
         raise ValueError(
