@@ -252,7 +252,7 @@ def _examples(run: Run, count: int = 9) -> str:
     groups: dict[tuple[bool, bool], list[str]] = {(d, b): [] for d in (True, False) for b in (True, False)}
     for name, answer in distilled.items():
         if name in baseline:
-            groups[_is_right(answer), _is_right(baseline[name])].append(name)
+            groups[is_right(answer), is_right(baseline[name])].append(name)
     if not any(groups.values()):
         return ""
     shares = {(True, False): 4, (False, True): 2, (False, False): 2, (True, True): 1}
@@ -271,7 +271,7 @@ def _examples(run: Run, count: int = 9) -> str:
     )
 
 
-def _is_right(answer: Mapping[str, str]) -> bool:
+def is_right(answer: Mapping[str, str]) -> bool:
     return is_correct(answer["answer"], answer["truth"])
 
 
@@ -300,7 +300,7 @@ def _card(run: Run, name: str, distilled: Mapping[str, str], baseline: Mapping[s
         given = {"teacher": run.teacher.answers[name], **given}
     rows = [f"<dt>Truth</dt><dd>{escape(distilled['truth'])}</dd>"]
     for role, answer in given.items():
-        mark = "right" if _is_right(answer) else "wrong"
+        mark = "right" if is_right(answer) else "wrong"
         rows.append(
             f'<dt>{NAMES[role]}</dt><dd class="{mark}">{escape(answer["answer"]) or "(nothing)"}</dd>'
         )

@@ -9,13 +9,12 @@ from pathlib import Path
 from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER
 from llava_kd.durable import make_folder, write_text
 from llava_kd.evaluation.report.charts import Line, line_chart, smooth
-from llava_kd.evaluation.report.page import GRADIENT_SHARE, TOKENS
+from llava_kd.evaluation.report.page import GRADIENT_SHARE, TOKENS, is_right
 from llava_kd.evaluation.report.pictures import thumbnails
 from llava_kd.evaluation.report.results import Evaluated
 from llava_kd.evaluation.report.stage_runs import StageRun, differing
 from llava_kd.evaluation.report.style import html_page
 from llava_kd.evaluation.report.tables import card, facts, row, table
-from llava_kd.evaluation.scorers.exact import is_correct
 
 COLOURS = 8  # of the style sheet; more runs begin again
 EXAMPLES = 12
@@ -178,7 +177,7 @@ def _examples(runs: Sequence[StageRun]) -> str:
         answers = {run.name: run.scores[test].answers for run in asked}
         first = answers[asked[0].name]
         shared = [name for name in first if all(name in given for given in answers.values())]
-        shared.sort(key=lambda name: len({_is_right(given[name]) for given in answers.values()}) == 1)
+        shared.sort(key=lambda name: len({is_right(given[name]) for given in answers.values()}) == 1)
         cards = [_card(asked[0].directory, name, answers) for name in _spread(shared, first)]
         words = f"From {escape(test)}; questions on which the runs differ come first."
         return (
@@ -199,15 +198,11 @@ def _spread(names: Sequence[str], answers: Mapping[str, Mapping[str, str]]) -> l
     return [name for _, name in sorted(turns, key=lambda turn: turn[0])][:EXAMPLES]
 
 
-def _is_right(answer: Mapping[str, str]) -> bool:
-    return is_correct(answer["answer"], answer["truth"])
-
-
 def _card(directory: Path, name: str, answers: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
     one = next(iter(answers.values()))[name]
     rows = [f"<dt>Truth</dt><dd>{escape(one['truth'])}</dd>"]
     for run, given in answers.items():
-        mark = "right" if _is_right(given[name]) else "wrong"
+        mark = "right" if is_right(given[name]) else "wrong"
         rows.append(
             f'<dt>{escape(run)}</dt><dd class="{mark}">{escape(given[name]["answer"]) or "(nothing)"}</dd>'
         )
