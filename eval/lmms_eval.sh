@@ -4,7 +4,7 @@
 #   MODEL=DIR TASKS=mme_local,ai2d OUT=DIR [TASK_FOLDER=DIR] [PYTHON=PATH] [DEVICE=cuda] bash eval/lmms_eval.sh [words]
 set -euo pipefail
 : "${MODEL:?stock LLaVA directory}" "${TASKS:?tasks, separated by commas}" "${OUT:?folder for the results}"
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+here="$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 device="${DEVICE:-cuda}"
 dtype=bfloat16
 if [ "$device" = cpu ]; then dtype=float32; fi

@@ -3,10 +3,12 @@
 #   MODEL=DIR DATA=ROOT OUT=DIR [BENCHMARKS=all] [NPROC=8] bash eval/run.sh [words for llava-kd eval]
 # Run it again after an interruption and it goes on. Layout of ROOT: eval/README.md.
 set -euo pipefail
+source "$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/scripts/launch.sh"
+trap - TERM USR1 INT # what is started here answers signals itself
 : "${MODEL:?stock LLaVA directory}" "${DATA:?data root, see eval/README.md}" "${OUT:?folder for the results}"
 benchmarks="${BENCHMARKS:-all}"
-nproc="${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}"
-if [ "$nproc" -eq 0 ]; then nproc=1; fi
+use_environment
+nproc="$(num_processes)"
 
 # Status 1 is a list of what is wrong: answering counts a bad picture as wrong, and refuses a missing file itself.
 status=0

@@ -3,7 +3,7 @@
 # Trains a few steps of every shipped recipe at tiny size at both commits, on one thread, and asks for equal figures and
 # weights, bit for bit. Status 1 if anything moved. A dot as REV_B is the working tree as it is.
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [ $# -lt 2 ]; then echo "usage: scripts/compare_losses.sh REV_A REV_B [--steps N] [RECIPE ...]" >&2; exit 2; fi
 source "$root/scripts/setup_env.sh"
 setup_env ""

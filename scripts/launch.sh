@@ -10,13 +10,13 @@ stopped() {
 trap 'stopped TERM 0' TERM
 trap 'stopped USR1 0' USR1
 trap 'stopped INT 130' INT
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 launch() {
   use_environment || return
   more_open_files
-  local nproc="${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}" nnodes="${NNODES:-1}"
-  whole_number NPROC "$nproc" && whole_number NNODES "$nnodes" && whole_number NODE_RANK "${NODE_RANK:-0}" || return
-  if [ "$nproc" -eq 0 ]; then nproc=1; fi
+  local nproc nnodes="${NNODES:-1}"
+  nproc="$(num_processes)" && whole_number NNODES "$nnodes" 1 && whole_number NODE_RANK "${NODE_RANK:-0}" 0 || return
   case " $* " in *" --dry_run "*) exec python -m llava_kd.cli train "$@" --ranks=$((nproc * nnodes)) ;; esac
   if [ "$nproc" -eq 1 ] && [ "$nnodes" -eq 1 ]; then
     exec python -m llava_kd.cli train "$@"
@@ -45,10 +45,13 @@ launch() {
   esac
 }
 
-whole_number() {
-  case "$2" in
-    '' | *[!0-9]*) echo "$1 must be a whole number; got '$2'" >&2; return 2 ;;
-  esac
+# What NPROC says, or else the number of GPUs; 1 where that is 0.
+num_processes() {
+  local nproc="${NPROC:-}"
+  if [ -z "$nproc" ]; then nproc="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"; fi
+  whole_number NPROC "$nproc" 0 || return
+  if [ "$nproc" -eq 0 ]; then nproc=1; fi
+  echo "$nproc"
 }
 
 # Several machines wait for each other until all have come, so what would let them wait for ever is refused.
@@ -74,11 +77,14 @@ more_open_files() {
 
 # Without an active environment that has llava_kd: the .venv that the quickstart and the tests set up (VENV names another).
 use_environment() {
-  if python -m llava_kd.cli --version >/dev/null 2>&1; then return; fi
+  # In the repository any Python sees llava_kd itself, without what it needs.
+  local needed='all(map(find_spec, ("llava_kd", "torch", "transformers", "annotated_types")))'
+  if python -c "from importlib.util import find_spec; raise SystemExit(not $needed)" >/dev/null 2>&1; then return; fi
   local root venv
-  root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+  root="$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
   venv="${VENV:-$root/.venv}"
   if [ -x "$venv/bin/llava-kd" ]; then
+    sound_venv "$venv" || return 2
     export PATH="$venv/bin:$PATH"
   else
     echo "llava_kd is not installed here: activate its environment, or create one in $root with" >&2

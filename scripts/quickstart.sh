@@ -4,9 +4,13 @@
 # Run it again after an interruption and it goes on. QUICKSTART_SEEDS=3 repeats both trainings for three seeds;
 # RUN names the output directory; QUICKSTART_STEPS, QUICKSTART_SCENES and QUICKSTART_QUESTIONS shorten it to try it out.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-run="${RUN:-runs/quickstart}"
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup_env.sh
+source scripts/both.sh
+run="${RUN:+$(as_given "$RUN")}"
+run="${run:-runs/quickstart}"
 seeds="${QUICKSTART_SEEDS:-1}"
+whole_number QUICKSTART_SEEDS "$seeds" 1
 backbones=scripts/quickstart/backbones
 python="${PYTHON:-python3}"
 no_teacher=(--teacher=null --objective.response_kl=null --objective.visual_kl=null --objective.relation=null)
@@ -15,10 +19,10 @@ is_counted=yes
 if [ -f "$run/report.html" ] && [ -f "$run/seed$((seeds - 1))/kd/eval/summary.json" ]; then is_counted=no; fi
 clock() { if [ "$is_counted" = yes ]; then "$python" scripts/quickstart/times.py "$run" "$@"; fi; }
 
-source scripts/setup_env.sh
-source scripts/both.sh
+doing="making the folder $run (RUN names another)"
+trap 'status=$?; if [ -d "$run" ]; then clock stop || true; fi; ended_at "$status" "$doing"' EXIT
+mkdir -p "$run"
 doing="installing into .venv"
-trap 'status=$?; clock stop || true; ended_at "$status" "$doing"' EXIT
 clock first install
 setup_env ""
 cores="$(nproc)" # before OMP_NUM_THREADS, which nproc would repeat
@@ -30,7 +34,6 @@ clock next train
 doing="drawing the shapes data"
 scenes="${QUICKSTART_SCENES:-4000}"
 questions="${QUICKSTART_QUESTIONS:-1200}" # as many as make_teacher.sh holds out, so that the teacher has seen none of them
-mkdir -p "$run"
 llava-kd data shapes --out "$run/data" --num_train "$scenes" --num_validation "$questions" --num_test "$questions" --seed 0
 
 # stage NAME SEED ARM LINE [overrides]: one stage of one arm, through the script that a cluster runs.

@@ -1,15 +1,19 @@
-# Sourced by the other scripts: put the pinned packages into .venv once, and use it.
+# Sourced by the other scripts.
+
+# setup_env puts the pinned packages into .venv once, and uses it.
 # setup_env EXTRAS installs llava_kd[EXTRAS]; VENV names another directory, PYTHON another interpreter.
 # SETUP=no takes the python on PATH as it is: a container's, say.
 setup_env() {
   if [ "${SETUP:-yes}" = no ]; then return; fi
   local extras="$1" root venv stamp wanted constraints
-  root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+  root="$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
   venv="${VENV:-$root/.venv}"
   constraints="${CONSTRAINTS:-$root/constraints.txt}"
   stamp="$venv/.installed-${extras:-core}"
   wanted="$(cat "$constraints" "$root"/{pyproject.toml,setup.py} "$root"/llava_kd/data/pixels/*.[ch] | sha256sum | cut -d' ' -f1)"
-  if [ ! -x "$venv/bin/python" ]; then
+  if [ -e "$venv/bin/python" ] || [ -L "$venv/bin/python" ]; then
+    sound_venv "$venv" || return 1
+  else
     "${PYTHON:-python3}" - <<'PY' || return 1
 import sys
 sys.exit(None if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}. Set PYTHON.")
@@ -26,6 +30,31 @@ PY
     echo "$wanted" > "$stamp"
   fi
   export PATH="$venv/bin:$PATH"
+}
+
+# sound_venv FOLDER: its Python starts. It does not after a Python of the system that it belongs to was removed.
+sound_venv() {
+  if "$1/bin/python" -c "" >/dev/null 2>&1; then return; fi
+  echo "the environment $1 must have a Python that starts; $1/bin/python does not: remove that folder and make it anew" >&2
+  return 1
+}
+
+# whole_number NAME VALUE LEAST
+whole_number() {
+  case "$2" in
+    '' | *[!0-9]* | 0?* | ??????*) ;;
+    *) if [ "$2" -ge "$3" ]; then return; fi ;;
+  esac
+  echo "$1 must be a whole number from $3 to 99999; got '$2'" >&2
+  return 2
+}
+
+# as_given PATH: one that a user named, once the script has left their working directory by its one `cd`.
+as_given() {
+  case "$1" in
+    /*) echo "$1" ;;
+    *) if [ "$OLDPWD" = "$PWD" ]; then echo "$1"; else echo "$OLDPWD/$1"; fi ;;
+  esac
 }
 
 # ended_at STATUS WHAT [ADVICE]: what a script's last line says where it did not reach its end.

@@ -2,7 +2,7 @@
 # Set up .venv and run the tests, a file of them on each core; words after it go to pytest (-n0: one process).
 # --floor uses the oldest supported versions.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
 trap 'ended_at $? "setting up the environment"' EXIT
 if [ "${1:-}" = "--floor" ]; then

@@ -277,8 +277,11 @@ def test_a_rank_that_comes_after_its_script_was_killed_ends(bin_dir: Path) -> No
             {"NNODES": "2", "MASTER_ADDR": "n0", "NODE_RANK": "2"},
             "NODE_RANK must be from 0 to 1, because NNODES is 2; got 2",
         ),
-        ({"NPROC": "two"}, "NPROC must be a whole number; got 'two'"),
-        ({"NNODES": "-1"}, "NNODES must be a whole number; got '-1'"),
+        ({"NPROC": "two"}, "NPROC must be a whole number from 0 to 99999; got 'two'"),
+        ({"NPROC": "08"}, "NPROC must be a whole number from 0 to 99999; got '08'"),
+        ({"NPROC": "9" * 20}, "NPROC must be a whole number from 0 to 99999; got '9999"),
+        ({"NNODES": "-1"}, "NNODES must be a whole number from 1 to 99999; got '-1'"),
+        ({"NNODES": "0"}, "NNODES must be a whole number from 1 to 99999; got '0'"),
     ],
 )
 def test_a_launch_that_could_only_wait_is_refused(bin_dir: Path, more: dict[str, str], line: str) -> None:

@@ -5,21 +5,26 @@
 # output directory, EMOJI_CACHE that of the packages, EMOJI_SEED the seed of the students, EMOJI_LICENCES=all takes drawings
 # that ask for attribution or share-alike too. NPROC and GPUs are used as by the other scripts.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-run="${RUN:-runs/emoji}"
-cache="${EMOJI_CACHE:-$run/cache}"
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source scripts/setup_env.sh
+source scripts/both.sh
+run="${RUN:+$(as_given "$RUN")}"
+run="${run:-runs/emoji}"
+cache="${EMOJI_CACHE:+$(as_given "$EMOJI_CACHE")}"
+cache="${cache:-$run/cache}"
 minutes="${EMOJI_MINUTES:-30}"
+whole_number EMOJI_MINUTES "$minutes" 1
 seed="${EMOJI_SEED:-0}"
+whole_number EMOJI_SEED "$seed" 0
 licences="${EMOJI_LICENCES:-permissive}"
 here=examples/emoji
 size=84 # pixels: 36 patches
-source scripts/setup_env.sh
-source scripts/both.sh
-doing="installing into .venv"
-trap 'status=$?; clock stop || true; ended_at "$status" "$doing"' EXIT
+doing="making the folder $run (RUN names another)"
+trap 'status=$?; if [ -d "$run" ]; then clock stop || true; fi; ended_at "$status" "$doing"' EXIT
 clock() { python scripts/quickstart/times.py "$run" "$@"; }
-setup_env ""
 mkdir -p "$run/parts"
+doing="installing into .venv"
+setup_env ""
 clock first install
 if [ ! -f "$cache/extras/.done" ]; then
   doing="installing what examples/emoji/requirements.txt pins"

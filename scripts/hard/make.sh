@@ -3,7 +3,7 @@
 # language models, and a teacher by the project's own stages. Run it again after an interruption and
 # what is complete is left as it is. RUN names the directory; HARD_STEPS, HARD_SCENES and HARD_QUESTIONS shorten it to try it out.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/setup_env.sh
 doing="installing into .venv"
 trap 'ended_at $? "$doing"' EXIT

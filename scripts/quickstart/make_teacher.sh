@@ -3,7 +3,7 @@
 # students train on and none of its validation and test scenes: the same seed draws those first.
 # TEACHER_STEPS, TEACHER_SCENES and TEACHER_QUESTIONS shorten it to try it out; OUT names another directory.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/setup_env.sh
 doing="installing into .venv"
 trap 'ended_at $? "$doing"' EXIT

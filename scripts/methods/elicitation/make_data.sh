@@ -3,7 +3,7 @@
 # Set DATA (a LLaVA file), IMAGES (its image root), TEACHER and OTHER (stock LLaVA directories), OUT, and NPROC (GPUs).
 # Run it again after an interruption and it goes on. Train on $OUT/agreed/records.json with data.images=$IMAGES.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 : "${DATA:?a LLaVA file}" "${IMAGES:?its image root}" "${TEACHER:?a stock LLaVA directory}" "${OTHER:?another one}"
 OUT="${OUT:-runs/elicited}"
 PROMPTS="${PROMPTS:-scripts/methods/elicitation/prompts.txt}"

@@ -4,7 +4,7 @@
 # Writes $RUN/table.md and results.json; run it again after an interruption and it goes on. STEPS, RECORDS, SEEDS and JOBS
 # (how many train at once) shorten it to try it out.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 source scripts/setup_env.sh
 here=scripts/methods/miniplm
 run="${RUN:-runs/methods/miniplm}"

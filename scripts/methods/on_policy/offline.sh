@@ -3,7 +3,7 @@
 # Set STUDENT, DATA (a LLaVA file), IMAGES (its image root), OUT, NPROC (GPUs); further words go to cache-teacher and train as settings.
 # Run it again after an interruption and it goes on.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 : "${STUDENT:?a stage-2 model}" "${DATA:?a LLaVA file}" "${IMAGES:?its image root}"
 OUT="${OUT:-runs/on_policy}"
 CONFIG="${CONFIG:-scripts/methods/on_policy/offline.yaml}"
