@@ -18,5 +18,5 @@ words=(eval --model "$MODEL" --benchmark "$benchmarks" --data "$DATA" --out "$OU
 if [ "$nproc" -eq 1 ]; then
   python -m llava_kd.cli "${words[@]}"
 else
-  python -m torch.distributed.run --standalone --nproc-per-node "$nproc" -m llava_kd.cli "${words[@]}"
+  python -m llava_kd.assembly.runs.torchrun --standalone --nproc-per-node "$nproc" -m llava_kd.cli "${words[@]}"
 fi

@@ -28,7 +28,7 @@ launch() {
       # Runs on one machine each find a free port, unless MASTER_PORT names one.
       if [ "$nnodes" -eq 1 ] && [ -z "${MASTER_PORT:-}" ]; then address=(--standalone); fi
       # Not the torchrun on PATH, which may be of another environment.
-      exec python -m llava_kd.assembly.runs.supervise python -m torch.distributed.run --nnodes "$nnodes" --node-rank "${NODE_RANK:-0}" \
+      exec python -m llava_kd.assembly.runs.supervise python -m llava_kd.assembly.runs.torchrun --nnodes "$nnodes" --node-rank "${NODE_RANK:-0}" \
         --nproc-per-node "$nproc" "${address[@]}" -m llava_kd.cli train "$@"
       ;;
     deepspeed)

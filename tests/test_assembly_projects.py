@@ -93,7 +93,7 @@ def test_the_smallest_gpu_and_not_the_machine_decides(own: Path) -> None:
     assert (config.micro_batch_size, config.engine.precision) == (1, "bf16")
     assert config.global_batch_size % 2 == 0
     command = yaml.safe_load((own / "p/pipeline.yaml").read_text())["command"]
-    assert "torch.distributed.run --standalone --nproc-per-node 2 -m llava_kd.cli train" in command
+    assert "llava_kd.assembly.runs.torchrun --standalone --nproc-per-node 2 -m llava_kd.cli train" in command
 
 
 def test_every_record_fits_its_length() -> None:

@@ -80,7 +80,8 @@ def test_runs_on_one_machine_need_no_port(bin_dir: Path) -> None:
 
 def test_several_machines_meet_at_the_first(bin_dir: Path) -> None:
     line = said(bin_dir, "stage1_dpt.sh", NPROC="8", NNODES="4", NODE_RANK="3", MASTER_ADDR="n0")
-    assert "supervise python -m torch.distributed.run --nnodes 4 --node-rank 3 --nproc-per-node 8 " in line
+    assert "runs.supervise python -m llava_kd.assembly.runs.torchrun --nnodes 4 --node-rank 3 " in line
+    assert "--nproc-per-node 8 " in line
     assert "--master-addr n0 --master-port 29500" in line
 
 
@@ -156,7 +157,7 @@ class Script:
 
     def __init__(self, bin_dir: Path, body: str, launcher: str = "torchrun", **more: str) -> None:
         write(bin_dir / launcher, LAUNCHER % body)
-        start = f'[ "$2" != torch.distributed.run ] || exec {bin_dir / launcher} "$@"'
+        start = f'[ "$2" != llava_kd.assembly.runs.torchrun ] || exec {bin_dir / launcher} "$@"'
         write(bin_dir / "python", f'#!/bin/sh\n{start}\nexec {sys.executable} "$@"\n')
         (bin_dir / "rank.py").write_text(RANK)
         self.log = bin_dir / "log"

@@ -103,3 +103,35 @@ def test_a_number_that_is_none_is_refused_at_once(
     assert done.returncode == 2
     assert done.stderr == f"{name} must be a whole number from 1 to 99999; got 'abc'\n"
     assert not (tmp_path / "r").exists()
+
+
+RANK = """
+import os, signal, sys, time
+if os.environ["RANK"] == "1":
+    if sys.argv[1] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit("what is wrong" if sys.argv[1] == "say" else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("word", "status", "said"),
+    [
+        ("say", 1, ["what is wrong", "rank 1 ended with status 1: see its message above"]),
+        ("kill", 137, ["rank 1 was ended by SIGKILL: often the machine has no memory left"]),
+        ("pass", 0, []),
+    ],
+)
+def test_a_launch_whose_rank_fails_ends_in_one_line(
+    tmp_path: Path, word: str, status: int, said: list[str]
+) -> None:
+    (tmp_path / "rank.py").write_text(RANK)
+    words = ["--standalone", "--nproc-per-node", "2", str(tmp_path / "rank.py"), word]
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_kd.assembly.runs.torchrun", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.splitlines()) == (status, said)

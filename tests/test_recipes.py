@@ -47,7 +47,7 @@ def test_a_stage_script_hands_its_own_recipe_and_the_overrides_on(
     command = ["bash", str(script), "--optim.lr=1", "--output_dir=a b"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
     called = done.stdout.strip()
-    program = "assembly.runs.supervise python -m torch.distributed.run" if processes > 1 else "cli"
+    program = "assembly.runs.supervise python -m llava_kd.assembly.runs.torchrun" if processes > 1 else "cli"
     assert called.startswith(f"python -m llava_kd.{program} ")
     assert called.endswith(f"llava_kd.cli train {script.with_suffix('.yaml')} --optim.lr=1 --output_dir=a b")
     assert (f"--nproc-per-node {processes}" in called) == (processes > 1)

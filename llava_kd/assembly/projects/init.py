@@ -35,7 +35,7 @@ from llava_kd.models.towers.vision_tower import text_config
 RECIPE = Path(__file__).parents[2] / "recipes" / "small"
 FEATURES = ("vision_feature_layer", "vision_feature_select_strategy")
 LAUNCHER = (
-    "python -m llava_kd.assembly.runs.supervise python -m torch.distributed.run --standalone "
+    "python -m llava_kd.assembly.runs.supervise python -m llava_kd.assembly.runs.torchrun --standalone "
     "--nproc-per-node {} -m llava_kd.cli train"
 )
 

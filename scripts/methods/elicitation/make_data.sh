@@ -7,7 +7,7 @@ CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 : "${DATA:?a LLaVA file}" "${IMAGES:?its image root}" "${TEACHER:?a stock LLaVA directory}" "${OTHER:?another one}"
 OUT="${OUT:-runs/elicited}"
 PROMPTS="${PROMPTS:-scripts/methods/elicitation/prompts.txt}"
-answer() { python -m torch.distributed.run --standalone --nproc-per-node "${NPROC:-1}" -m llava_kd.cli data answer "$@" --images "$IMAGES"; }
+answer() { python -m llava_kd.assembly.runs.torchrun --standalone --nproc-per-node "${NPROC:-1}" -m llava_kd.cli data answer "$@" --images "$IMAGES"; }
 
 answer expand --model "$TEACHER" --data "$DATA" --prompts "$PROMPTS" --temperature 0.7 --out "$OUT/asked" "$@"
 answer label --model "$TEACHER" --data "$OUT/asked/records.json" --out "$OUT/labelled" "$@"

@@ -6,5 +6,5 @@ CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 : "${TEACHER:?a stock LLaVA directory}" "${REFERENCE:?a small model of the same recipe, trained on a few percent}"
 CONFIG="${CONFIG:-scripts/stage2_sft.yaml}"
 OUT="${OUT:-runs/select}"
-exec python -m torch.distributed.run --standalone --nproc-per-node "${NPROC:-1}" -m llava_kd.cli data select "$CONFIG" --with_teacher "$TEACHER" \
+exec python -m llava_kd.assembly.runs.torchrun --standalone --nproc-per-node "${NPROC:-1}" -m llava_kd.cli data select "$CONFIG" --with_teacher "$TEACHER" \
   --reference "$REFERENCE" --keep "${KEEP:-0.5}" --group "${GROUP:-folder}" --out "$OUT" "$@"

@@ -7,7 +7,7 @@ CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 : "${STUDENT:?a stage-2 model}" "${DATA:?a LLaVA file}" "${IMAGES:?its image root}"
 OUT="${OUT:-runs/on_policy}"
 CONFIG="${CONFIG:-scripts/methods/on_policy/offline.yaml}"
-on_all() { python -m torch.distributed.run --standalone --nproc-per-node "${NPROC:-1}" -m llava_kd.cli "$@"; }
+on_all() { python -m llava_kd.assembly.runs.torchrun --standalone --nproc-per-node "${NPROC:-1}" -m llava_kd.cli "$@"; }
 stage=("$CONFIG" --student.checkpoint="$STUDENT" --data.path="$OUT/answers/records.json" --data.images="$IMAGES" "$@")
 
 on_all data answer label --relabel --model "$STUDENT" --data "$DATA" --images "$IMAGES" --out "$OUT/answers" \
