@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from llava_kd.evaluation.generation.questions import Question
@@ -75,37 +76,73 @@ def need(root: Path, name: str, benchmark: str) -> Path:
     return path
 
 
-def read_json(path: Path) -> Any:
+def read_text(path: Path) -> str:
+    """Line ends as they are; without the mark that programs of Windows put first."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a UTF-8 text ({error}); see eval/README.md for the file") from error
+
+
+def read_json(path: Path, kind: Kind) -> Any:
+    try:
+        tree = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return of_kind(tree, kind, str(path))
 
 
 def read_jsonl(path: Path) -> list[JsonDict]:
     """Objects of a JSON Lines file. ValueError names a broken line."""
     rows = []
     # Not splitlines(): a text may hold U+2028 and its like, which only that would take for line ends.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
+        rows.append(of_kind(row, dict, f"{path}, line {number}"))
     return rows
 
 
-def field_of(row: JsonDict, key: str, path: Path, number: int | str) -> Any:
-    if key not in row:
-        raise ValueError(f"{path}: entry {number} has no {key!r}; is this another release of the file?")
-    return row[key]
+NAME = str | int  # an id, as some releases write it in quotes and others not
+TRUTH = str | int | list
+Kind = type | UnionType
+_WORDS: dict[Kind, str] = {
+    str: "a text",
+    int: "a whole number",
+    list: "a list",
+    dict: "a JSON object",
+    NAME: "a text or a number",
+    TRUTH: "a text, a number or a list",
+}
+
+
+def of_kind(value: Any, kind: Kind, what: str) -> Any:
+    """`value`, of somebody else's file; ValueError where it is of another kind."""
+    if isinstance(value, kind):
+        return value
+    given = json.dumps(value)
+    given = given if len(given) <= 60 else f"{given[:57]}..."
+    raise ValueError(f"{what} must be {_WORDS[kind]}, got {given}; is this another release of the file?")
+
+
+def field_of(row: Any, key: str, path: Path, number: int | str, kind: Kind = NAME) -> Any:
+    owner = f"{path}: entry {number}"
+    if key not in of_kind(row, dict, owner):
+        raise ValueError(f"{owner} has no {key!r}; is this another release of the file?")
+    return of_kind(row[key], kind, f"{owner}: {key!r}")
 
 
 def human_answers(row: JsonDict, path: Path, number: int | str) -> list[str]:
     """The human answers of an annotation: a list of {"answer": ..} or of plain strings."""
-    answers = field_of(row, "answers", path, number)
-    return [answer["answer"] if isinstance(answer, dict) else str(answer) for answer in answers]
+    answers = field_of(row, "answers", path, number, list)
+    return [
+        str(field_of(answer, "answer", path, number) if isinstance(answer, dict) else answer)
+        for answer in answers
+    ]
 
 
 def with_image(text: str) -> str:

@@ -56,15 +56,16 @@ def read(root: Path, quirks: Quirks) -> list[Question]:
 def annotated_questions(root: Path) -> dict[str, tuple[str, str, bool]]:
     """Letter, kind, and whether it is about one image, by question id."""
     path = need(root, ANNOTATIONS, "seed_bench")
-    tree: JsonDict = read_json(path)
-    names = {number: name for name, number in field_of(tree, "question_type", path, "the file").items()}
+    tree: JsonDict = read_json(path, dict)
+    kinds = field_of(tree, "question_type", path, "top", dict)
+    names = {str(number): name for name, number in kinds.items()}
     found = {}
-    for number, row in enumerate(field_of(tree, "questions", path, "the file")):
+    for number, row in enumerate(field_of(tree, "questions", path, "top", list)):
         keys = ("question_id", "answer", "question_type_id", "data_type")
         name, answer, kind, data = (field_of(row, key, path, number) for key in keys)
         if answer not in ("A", "B", "C", "D"):
             raise ValueError(f"{path}: entry {number}: answer must be A, B, C or D, got {answer!r}")
-        found[str(name)] = (answer, str(names.get(kind, kind)), data == "image")
+        found[str(name)] = (answer, names.get(str(kind), str(kind)), data == "image")
     return found
 
 

@@ -16,6 +16,7 @@ from llava_kd.evaluation.benchmarks.base import (
     mean,
     missing_note,
     need,
+    of_kind,
     read_json,
     read_jsonl,
     with_image,
@@ -37,16 +38,17 @@ def read(root: Path, quirks: Quirks) -> list[Question]:
     questions = []
     for number, row in enumerate(read_jsonl(path), start=1):
         name = str(field_of(row, "question_id", path, number))
-        file = image_path(root / IMAGES, field_of(row, "image", path, number), owner=f"gqa {name}")
+        file = image_path(root / IMAGES, field_of(row, "image", path, number, str), owner=f"gqa {name}")
         questions.append(
-            Question(id=name, text=with_image(field_of(row, "text", path, number)), images=(file,))
+            Question(id=name, text=with_image(field_of(row, "text", path, number, str)), images=(file,))
         )
     return questions
 
 
 def score(root: Path, questions: Sequence[Question], answers: Answers, quirks: Quirks) -> Score:
     path = need(root, ANNOTATIONS, "gqa")
-    annotations = {name: row for name, row in read_json(path).items() if row.get("isBalanced", True)}
+    rows = {name: of_kind(row, dict, f"{path}: entry {name}") for name, row in read_json(path, dict).items()}
+    annotations = {name: row for name, row in rows.items() if row.get("isBalanced", True)}
     notes = [*missing_note(questions, answers)]
     asked = {question.id for question in questions}
     if unasked := [name for name in annotations if name not in asked]:
@@ -60,7 +62,8 @@ def score(root: Path, questions: Sequence[Question], answers: Answers, quirks: Q
         reading, truth = convert(answer), str(field_of(row, "answer", path, question.id))
         right = float(question.id in answers and reading == truth)
         items.append(Item(id=question.id, answer=answer, reading=reading, truth=truth, score=right))
-        structural = row.get("types", {}).get("structural", "")
+        types = field_of(row, "types", path, question.id, dict) if "types" in row else {}
+        structural = str(types.get("structural", ""))
         kinds["open" if structural == "query" else "binary"].append(right)
         kinds[f"structural {structural}"].append(right)
     return Score(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
+import io
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from llava_kd.evaluation.benchmarks.base import (
     mean,
     missing_note,
     need,
+    read_text,
     with_image,
 )
 from llava_kd.evaluation.benchmarks.paper.xlsx import write_xlsx
@@ -47,12 +49,20 @@ Row = dict[str, str]
 def read_rows(root: Path, file: str, benchmark: str) -> list[Row]:
     path = need(root, file, benchmark)
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter="\t")
-        wanted = ("index", "question", "A", "B", "image")
-        if lacking := [name for name in wanted if name not in (reader.fieldnames or ())]:
-            raise ValueError(f"{path} has no column {lacking}; is this a TSV of MMBench?")
-        return list(reader)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t")
+    columns = reader.fieldnames or ()
+    wanted = ("index", "question", "A", "B", "image")
+    if lacking := [name for name in wanted if name not in columns]:
+        raise ValueError(f"{path} has no column {lacking}; is this a TSV of MMBench?")
+    rows = list(reader)
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise ValueError(
+                f"{path}, row {number} must have {len(columns)} cells, as the header; fetch the file again"
+            )
+        if not row["index"].isdecimal():
+            raise ValueError(f"{path}, row {number}: index must be a whole number, got {row['index'][:60]!r}")
+    return rows
 
 
 def is_missing(cell: str | None, quirks: Quirks) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_kd.evaluation.benchmarks.base import (
+    NAME,
+    TRUTH,
     Answers,
     Benchmark,
     Item,
@@ -33,10 +35,10 @@ MULTIPLE_CHOICE = "multiple-choice"
 
 def _rows(root: Path) -> list[JsonDict]:
     path = need(root, QUESTIONS, "mmmu")
-    rows = read_json(path)
+    rows = read_json(path, list)
     for number, row in enumerate(rows):
-        for key in ("id", "prompt", "question_type"):
-            field_of(row, key, path, number)
+        for key, kind in (("id", NAME), ("prompt", str), ("question_type", str)):
+            field_of(row, key, path, number, kind)
     return rows
 
 
@@ -47,15 +49,26 @@ def read(root: Path, quirks: Quirks) -> list[Question]:
         if "image" not in row:
             continue
         name = str(row["id"])
-        file = image_path(root / IMAGES, row["image"], owner=f"mmmu {name}")
+        image = field_of(row, "image", root / QUESTIONS, name, str)
+        file = image_path(root / IMAGES, image, owner=f"mmmu {name}")
         questions.append(Question(id=name, text=with_image(row["prompt"]), images=(file,)))
     return questions
+
+
+def _options(root: Path, name: str, row: JsonDict) -> tuple[list[str], dict[str, str]]:
+    """Letters of a question, and their texts."""
+    path = root / QUESTIONS
+    letters = field_of(row, "all_choices", path, name, list)
+    if not letters:
+        raise ValueError(f"{path}: entry {name}: 'all_choices' must hold the letters, and is empty")
+    texts = field_of(row, "index2ans", path, name, dict)
+    return list(map(str, letters)), {letter: str(text) for letter, text in texts.items()}
 
 
 def score(root: Path, questions: Sequence[Question], answers: Answers, quirks: Quirks) -> Score:
     """Micro accuracy over every question of the answer file."""
     path = need(root, ANSWERS, "mmmu")
-    golds = read_json(path)
+    golds = read_json(path, dict)
     rows = {str(row["id"]): row for row in _rows(root)}
     if unknown := [name for name in golds if name not in rows]:
         raise ValueError(f"{root / QUESTIONS} lacks {len(unknown)} questions, the first is {unknown[0]}")
@@ -70,16 +83,16 @@ def score(root: Path, questions: Sequence[Question], answers: Answers, quirks: Q
         answer = answers.get(name, "")
         has_image = "image" in row
         unasked += not has_image
-        if gold["question_type"] == MULTIPLE_CHOICE:
-            choice = mmmu_choice(answer, row["all_choices"], row["index2ans"], guess=guess)
+        truths = field_of(gold, "ground_truth", path, name, TRUTH)
+        if field_of(gold, "question_type", path, name) == MULTIPLE_CHOICE:
+            choice = mmmu_choice(answer, *_options(root, name, row), guess=guess)
             reading = f"{choice.letter} (guess)" if choice.is_guess else choice.letter
             guessed += choice.is_guess and has_image
-            truth = gold["ground_truth"]
-            right = choice.letter in truth if isinstance(truth, list) else choice.letter == truth
+            right = choice.letter in truths if isinstance(truths, list) else choice.letter == truths
         else:
-            reading, right = answer, has_image and is_open_correct(answer, gold["ground_truth"])
-        truth = str(gold["ground_truth"])
-        items.append(Item(id=name, answer=answer, reading=reading, truth=truth, score=float(right)))
+            wanted = truths if isinstance(truths, list) else [truths]
+            reading, right = answer, has_image and is_open_correct(answer, wanted)
+        items.append(Item(id=name, answer=answer, reading=reading, truth=str(truths), score=float(right)))
         subjects[_subject(name)].append(float(right))
     notes = [*missing_note(questions, answers)]
     what = "a letter is drawn (seed 42)" if quirks.mmmu_guess else "they count as wrong"

@@ -43,8 +43,11 @@ def question_of(prompt: str) -> str:
 
 def _annotations(root: Path) -> dict[tuple[str, str], JsonDict]:
     path = need(root, ANNOTATIONS, "textvqa")
-    rows = field_of(read_json(path), "data", path, "top")
-    return {(str(row["image_id"]), row["question"].lower()): row for row in rows}
+    found = {}
+    for number, row in enumerate(field_of(read_json(path, dict), "data", path, "top", list)):
+        image, question = (field_of(row, key, path, number) for key in ("image_id", "question"))
+        found[str(image), str(question).lower()] = row
+    return found
 
 
 def read(root: Path, quirks: Quirks) -> list[Question]:
@@ -63,7 +66,7 @@ def read(root: Path, quirks: Quirks) -> list[Question]:
         seen[name] = seen.get(name, 0) + 1
         if seen[name] > 1:  # the same question twice on one image
             name = f"{name}#{seen[name]}"
-        file = image_path(root / IMAGES, field_of(row, "image", path, number), owner=f"textvqa {name}")
+        file = image_path(root / IMAGES, field_of(row, "image", path, number, str), owner=f"textvqa {name}")
         extra = {"source_id": image, "key": key[1]}
         questions.append(Question(id=name, text=with_image(text), images=(file,), extra=extra))
     return questions

@@ -40,7 +40,7 @@ def read_test(root: Path, quirks: Quirks) -> list[Question]:
     for number, row in enumerate(read_jsonl(path), start=1):
         name, image = (str(field_of(row, key, path, number)) for key in ("question_id", "image"))
         file = image_path(root / TEST_IMAGES, image, owner=f"vizwiz {name}")
-        text = with_image(field_of(row, "text", path, number))
+        text = with_image(field_of(row, "text", path, number, str))
         questions.append(Question(id=name, text=text, images=(file,), extra={"image": image}))
     return questions
 
@@ -61,9 +61,9 @@ def upload_test(
 def read_val(root: Path, quirks: Quirks) -> list[Question]:
     path = need(root, VAL_FILE, "vizwiz_val")
     questions = []
-    for number, row in enumerate(read_json(path)):
+    for number, row in enumerate(read_json(path, list)):
         image = str(field_of(row, "image", path, number))
-        text = with_image(field_of(row, "question", path, number) + UNANSWERABLE + SHORT)
+        text = with_image(field_of(row, "question", path, number, str) + UNANSWERABLE + SHORT)
         file = image_path(root / VAL_IMAGES, image, owner=f"vizwiz_val {image}")
         questions.append(Question(id=image, text=text, images=(file,)))
     return questions
@@ -72,7 +72,7 @@ def read_val(root: Path, quirks: Quirks) -> list[Question]:
 def score_val(root: Path, questions: Sequence[Question], answers: Answers, quirks: Quirks) -> Score:
     """Accuracy by the official rule, which normalises the prediction and not the humans."""
     path = need(root, VAL_FILE, "vizwiz_val")
-    rows = {str(row["image"]): row for row in read_json(path)}
+    rows = {str(row["image"]): row for row in read_json(path, list)}
     items, kinds = [], defaultdict(list)
     for question in questions:
         row = rows[question.id]

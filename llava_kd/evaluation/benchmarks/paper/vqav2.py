@@ -46,10 +46,9 @@ def read_test(root: Path, quirks: Quirks) -> list[Question]:
     questions = []
     for number, row in enumerate(read_jsonl(path), start=1):
         name = str(field_of(row, "question_id", path, number))
-        image = image_path(root / TEST_IMAGES, field_of(row, "image", path, number), owner=f"vqav2 {name}")
-        questions.append(
-            Question(id=name, text=with_image(field_of(row, "text", path, number)), images=(image,))
-        )
+        image, text = (field_of(row, key, path, number, str) for key in ("image", "text"))
+        file = image_path(root / TEST_IMAGES, image, owner=f"vqav2 {name}")
+        questions.append(Question(id=name, text=with_image(text), images=(file,)))
     return questions
 
 
@@ -59,11 +58,9 @@ def upload_test(
     """The EvalAI file: every test2015 question in its order, "" where test-dev does not ask it."""
     normalise = normalise_m4c if quirks.upload_m4c else normalise_vqa
     rows = read_jsonl(need(root, TEST_ALL, "vqav2"))
-    uploaded = [
-        {"question_id": row["question_id"], "answer": normalise(answers.get(str(row["question_id"]), ""))}
-        for row in rows
-    ]
-    known = {str(row["question_id"]) for row in rows}
+    ids = [field_of(row, "question_id", root / TEST_ALL, number) for number, row in enumerate(rows, start=1)]
+    uploaded = [{"question_id": name, "answer": normalise(answers.get(str(name), ""))} for name in ids]
+    known = set(map(str, ids))
     if lost := [question.id for question in questions if question.id not in known]:
         raise ValueError(f"{root / TEST_ALL} lacks {len(lost)} questions of test-dev, the first is {lost[0]}")
     path = out_dir / "upload_vqav2_test-dev2015.json"
@@ -74,18 +71,18 @@ def upload_test(
 def read_val(root: Path, quirks: Quirks) -> list[Question]:
     path = need(root, VAL_QUESTIONS, "vqav2_val")
     questions = []
-    for number, row in enumerate(field_of(read_json(path), "questions", path, "top")):
+    for number, row in enumerate(field_of(read_json(path, dict), "questions", path, "top", list)):
         name = str(field_of(row, "question_id", path, number))
-        file = f"COCO_val2014_{int(field_of(row, 'image_id', path, number)):012d}.jpg"
-        questions.append(
-            Question(id=name, text=with_image(row["question"] + SHORT), images=(root / VAL_IMAGES / file,))
-        )
+        text = field_of(row, "question", path, number, str)
+        file = f"COCO_val2014_{field_of(row, 'image_id', path, number, int):012d}.jpg"
+        questions.append(Question(id=name, text=with_image(text + SHORT), images=(root / VAL_IMAGES / file,)))
     return questions
 
 
 def score_val(root: Path, questions: Sequence[Question], answers: Answers, quirks: Quirks) -> Score:
     path = need(root, VAL_ANNOTATIONS, "vqav2_val")
-    annotations = {str(row["question_id"]): row for row in read_json(path)["annotations"]}
+    rows = field_of(read_json(path, dict), "annotations", path, "top", list)
+    annotations = {str(field_of(row, "question_id", path, number)): row for number, row in enumerate(rows)}
     if unknown := [q.id for q in questions if q.id not in annotations]:
         raise ValueError(f"{path} has no annotation of {len(unknown)} questions, the first is {unknown[0]}")
     items, kinds = [], defaultdict(list)
