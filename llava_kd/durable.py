@@ -122,7 +122,11 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
-    make_folder(scratch)
+    try:
+        make_folder(scratch)
+    except OSError as error:
+        error.filename = str(folder)  # which the user has named
+        raise
     try:
         yield scratch
         put_folder(scratch, folder)

@@ -67,7 +67,9 @@ def test_what_a_file_refuses_is_one_line(stage, capsys) -> None:
     capsys.readouterr()
     assert main(["train", str(config)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("llava-kd train: [Errno 21] Is a directory")
+    path = output / "metrics.jsonl"
+    advice = "a folder stands where a file must be; remove it or name another path"
+    assert lines[-1] == f"llava-kd train: {path}: Is a directory; {advice}"
     assert not any("Traceback" in line for line in lines)
 
 

@@ -37,6 +37,9 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+TALK = [{"from": "human", "value": "<image>\nQ?"}, {"from": "gpt", "value": "a"}]
+
+
 def run(model: Path, root: Path, out: Path, benchmark: str, *more: str) -> int:
     words = [f"--model={model}", f"--benchmark={benchmark}", f"--data={root}", f"--out={out}"]
     return main(["eval", *words, "--max_new_tokens=2", *more])
@@ -57,6 +60,42 @@ def test_a_missing_file(model: Path, root: Path, capsys: pytest.CaptureFixture[s
     said = refused(model, root, "pope,gqa", capsys)
     assert said == f"gqa needs {path}, which is not there; see eval/README.md for the layout"
     assert not list((root.parent / "out").rglob("answers*"))  # nothing was asked of the one that is whole
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file", "{}/gqa: Not a directory; a file stands where a folder must be; name another path"),
+        ("file/x", "{}/gqa: Not a directory; a file stands where a folder must be; name another path"),
+    ],
+)
+def test_an_out_that_no_folder_can_be(
+    model: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    assert run(model, root, tmp_path / out, "gqa") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"llava-kd eval: {message.format(tmp_path / out)}"
+
+
+def test_an_out_that_is_a_model(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_tiny_llava(tmp_path / "model", layers=1)
+    names = sorted(path.name for path in model.iterdir())
+    record = {"id": "1", "image": "gqa/images/n0.jpg", "conversations": TALK}
+    (root / "test.json").write_text(json.dumps([record]))
+    words = [f"--model={model}", f"--data={root / 'test.json'}", f"--out={model}"]
+    assert main(["eval", *words]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"llava-kd eval: {model} holds a model, which answers would change; give another --out"
+    assert sorted(path.name for path in model.iterdir()) == names
+    words[1] = f"--data={root}"
+    assert main(["eval", *words]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(f"no test file {root}; name the benchmarks of a folder with --benchmark")
+
+
+def test_names_of_benchmarks_may_have_spaces_between(model: Path, root: Path, tmp_path: Path) -> None:
+    assert run(model, root, tmp_path / "out", "pope, gqa") == 0
 
 
 def test_two_releases_of_pope(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

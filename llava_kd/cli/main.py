@@ -12,7 +12,7 @@ from llava_kd import __version__
 from llava_kd.assembly.runs.ending import at_the_end_of_the_process, broken_off, is_rank_of_several, left
 from llava_kd.assembly.runs.stopping import INTERRUPTED, end_with_torchrun, was_told
 from llava_kd.cli import canary, comparisons, datasets, models, projects, scores, settings, stages
-from llava_kd.cli.words import VERBOSE, joined, spelled
+from llava_kd.cli.words import VERBOSE, joined, refused, spelled
 
 
 def command() -> int:
@@ -51,7 +51,7 @@ def _status_after(error: Exception | KeyboardInterrupt, command: str) -> int:
             return 0  # it had nothing to save, and left before this one
         status = 1
     elif isinstance(error, OSError):  # a file, a directory, a disk
-        said = " ".join(said.split())
+        said = refused(error)
     elif isinstance(error, ImportError):  # a package that is not there
         said = f"{' '.join(said.split())}; install what is missing"
     elif isinstance(error, RecursionError):  # of other libraries' readers, as the next

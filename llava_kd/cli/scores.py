@@ -62,6 +62,9 @@ def add(commands: Commands) -> None:
 # Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.
 
 
+_TEST_FILE = "give a LLaVA .json or .jsonl file"
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     if arguments.limit is not None and not arguments.benchmark:
         raise ValueError(
@@ -74,7 +77,12 @@ def _eval(arguments: argparse.Namespace) -> int:
     levels = _levels(arguments.noise)
     look_at_model(arguments.model)
     if not arguments.benchmark:
-        look_at_file(arguments.data, "test", "give a LLaVA .json or .jsonl file")
+        hint = (
+            "name the benchmarks of a folder with --benchmark"
+            if Path(arguments.data).is_dir()
+            else _TEST_FILE
+        )
+        look_at_file(arguments.data, "test", hint)
     from llava_kd.evaluation.runner import Asking, evaluate
 
     tables = plugins(arguments)

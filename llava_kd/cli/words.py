@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -75,6 +76,30 @@ def joined(rest: Sequence[str]) -> list[str]:
         else:
             found.append(word)
     return found
+
+
+_A_FILE = "a file stands where a folder must be; name another path"
+_NO_ROOM = "free some space there or name a path on another disk, and run the same command again"
+_ADVICE = {
+    errno.EEXIST: _A_FILE,
+    errno.ENOTDIR: _A_FILE,
+    errno.EISDIR: "a folder stands where a file must be; remove it or name another path",
+    errno.EACCES: "name a path that you may use, or change its permissions",
+    errno.EPERM: "name a path that you may use, or change its permissions",
+    errno.EROFS: "name a path on a disk that can be written",
+    errno.ENOENT: "make it or name another path",
+    errno.ENOSPC: _NO_ROOM,
+    errno.EDQUOT: _NO_ROOM,
+    errno.EFBIG: _NO_ROOM,
+}
+
+
+def refused(error: OSError) -> str:
+    """In one line: the file or folder, what the system says of it, and what to do."""
+    if error.filename is None or error.strerror is None:
+        return " ".join(str(error).split())
+    advice = _ADVICE.get(error.errno or 0)
+    return f"{error.filename}: {error.strerror}" + (f"; {advice}" if advice else "")
 
 
 def is_first_rank() -> bool:

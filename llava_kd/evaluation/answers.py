@@ -92,6 +92,8 @@ def merge(directory: Path, order: Iterable[str]) -> list[dict[str, str]]:
 
 def claim(directory: Path, identity: dict[str, str | int]) -> None:
     """Mark a results directory as belonging to this model, data and setting, or refuse another's."""
+    if (directory / "config.json").is_file():
+        raise ValueError(f"{directory} holds a model, which answers would change; give another --out")
     make_folder(directory)
     path = directory / RUN
     if path.exists():

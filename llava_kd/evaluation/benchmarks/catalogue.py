@@ -40,7 +40,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {b.name: b for b in (*PAPER, *OTHER_SPLITS
 
 def find(names: str | Sequence[str], table: Mapping[str, Benchmark] = BENCHMARKS) -> list[Benchmark]:
     """Those of `table` by "pope,gqa", or a list of names; or "all" (the ten)."""
-    wanted = names.split(",") if isinstance(names, str) else list(names)
+    wanted = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
     if wanted == ["all"]:
         return list(PAPER)
     if unknown := [name for name in wanted if name not in table]:
