@@ -139,28 +139,58 @@ def test_names_and_settings_are_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prepare", "message"),
+    ("name", "content", "message"),
     [
-        (lambda path: path, "is no run and holds none"),
-        (lambda path: (write_run(path / "r") / "config.yaml").write_text("a: [") and path, "cannot be read"),
-        (lambda path: (write_run(path / "r") / "run.json").write_text("{") and path, "cannot be read"),
+        ("config.yaml", b"a: [", "config.yaml must be the settings of a run (while parsing"),
+        ("config.yaml", b"", "config.yaml must be the settings of a run; got None"),
+        ("config.yaml", b"- 1", "config.yaml must be the settings of a run; got [1]"),
+        ("run.json", b"{", "run.json must be JSON, and is cut or damaged ("),
+        ("run.json", b"[]", "run.json must hold a JSON object, got []"),
+        ("metrics.jsonl", b"x\n", "line 1 is not JSON"),
+        ("metrics.jsonl", b"\xff\0\n", "line 1 is not JSON"),
+        ("metrics.jsonl", b"null\n", "line 1 holds no figures"),
+        ("eval/summary.json", b'{"accuracy": 0', "eval/summary.json must be JSON, and is cut or damaged ("),
         (
-            lambda path: (write_run(path / "r") / "metrics.jsonl").write_text("x\n") and path,
-            "line 1 is not JSON",
+            "eval/summary.json",
+            b"{}",
+            "eval/summary.json must hold accuracy, by_type and count as `llava-kd eval`",
         ),
-        (
-            lambda path: (write_run(path / "r") / "metrics.jsonl").write_bytes(b"\xff\0\n") and path,
-            "line 1 is not JSON",
-        ),
-        (
-            lambda path: (write_run(path / "r") / "metrics.jsonl").write_text("null\n") and path,
-            "line 1 holds no figures",
-        ),
+        ("eval/summary.json", b'{"accuracy": "x", "by_type": {}, "count": 1}', "must hold accuracy, by_type"),
+        ("eval/summary.json", b'{"accuracy": 1, "by_type": [], "count": 1}', "must hold accuracy, by_type"),
     ],
 )
-def test_what_is_no_run_is_said(tmp_path: Path, capsys, prepare, message: str) -> None:
-    assert main(["report", str(prepare(tmp_path))]) == 2
-    assert message in capsys.readouterr().err
+def test_a_damaged_file_of_a_run_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, message: str
+) -> None:
+    path = write_run(tmp_path / "r") / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    assert main(["report", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert str(path) in said
+    assert said.count("\n") == 1
+
+
+def test_a_folder_without_a_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is no run and holds none" in capsys.readouterr().err
+
+
+def test_a_page_that_is_a_folder_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, page = write_run(tmp_path / "r"), tmp_path / "page.html"
+    page.mkdir()
+    assert main(["report", str(run), "--out", str(page)]) == 2
+    assert f"llava-kd report: {page}: Is a directory; a folder stands where" in capsys.readouterr().err
+
+
+def test_scores_of_benchmarks_in_a_run_do_not_stop_its_report(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    for name, tree in (("", {"model": "r", "values": {"gqa": 50.0}}), ("gqa", {"benchmark": "gqa"})):
+        (run / "eval" / name).mkdir(parents=True)
+        (run / "eval" / name / "summary.json").write_text(json.dumps(tree))
+    assert main(["report", str(run)]) == 0
+    assert find_runs([run])[0].scores == {}
 
 
 def test_a_page_needs_a_run(capsys) -> None:

@@ -99,7 +99,8 @@ def refused(error: OSError) -> str:
     if error.filename is None or error.strerror is None:
         return " ".join(str(error).split())
     advice = _ADVICE.get(error.errno or 0)
-    return f"{error.filename}: {error.strerror}" + (f"; {advice}" if advice else "")
+    path = error.filename2 or error.filename  # of a move, where to
+    return f"{path}: {error.strerror}" + (f"; {advice}" if advice else "")
 
 
 def is_first_rank() -> bool:

@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -151,22 +151,39 @@ def read_evaluated(directory: Path) -> Evaluated:
     path = directory / "summary.json"
     if not path.is_file():
         raise ValueError(f"no {path}; score the model first")
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary = read_object(path)
     answers = directory / "answers.jsonl"
     lines = read_lines(answers) if answers.is_file() else []
-    return Evaluated(
-        accuracy=float(summary["accuracy"]),
-        by_type=summary["by_type"],
-        count=int(summary["count"]),
-        seconds=float(summary.get("seconds", 0.0)),
-        versions=summary.get("versions", {}),
-        answers={line["id"]: line for line in lines},
-        by_noise=summary.get("noise", {}).get("accuracy", {}),
-    )
+    try:
+        return Evaluated(
+            accuracy=float(summary["accuracy"]),
+            by_type={str(kind): float(value) for kind, value in summary["by_type"].items()},
+            count=int(summary["count"]),
+            seconds=float(summary.get("seconds", 0.0)),
+            versions=summary.get("versions", {}),
+            answers={line["id"]: line for line in lines},
+            by_noise=summary.get("noise", {}).get("accuracy", {}),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} must hold accuracy, by_type and count as `llava-kd eval` writes them ({error!r}); score "
+            "the model again"
+        ) from error
 
 
-def _optional_json(path: Path) -> dict[str, float | str]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def read_object(path: Path) -> dict[str, Any]:
+    """Raises ValueError, naming the file, for one that holds no JSON object."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also bytes that are no text
+        raise ValueError(f"{path} must be JSON, and is cut or damaged ({error}): write it again") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {json.dumps(tree)[:60]}: write it again")
+    return tree
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}
 
 
 def _stage_logs(arm: Path) -> dict[str, list[dict[str, float]]]:

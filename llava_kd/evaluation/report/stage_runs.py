@@ -5,7 +5,6 @@ RUN/metrics.jsonl, config.yaml, run.json (once finished), eval*/**/summary.json 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,13 @@ from typing import Any
 
 import yaml
 
-from llava_kd.evaluation.report.results import Evaluated, is_comparison, read_evaluated, read_metrics
+from llava_kd.evaluation.report.results import (
+    Evaluated,
+    is_comparison,
+    read_evaluated,
+    read_metrics,
+    read_object,
+)
 
 DEEPEST = 3  # folders below the one that is named, in which runs are looked for
 
@@ -95,20 +100,24 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _read(path: Path, name: str) -> StageRun:
     try:
         settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path / 'config.yaml'} must be the settings of a run; got {settings!r:.60}")
         record = path / "run.json"
         return StageRun(
             name=name,
             directory=path,
             lines=read_metrics(path / "metrics.jsonl"),
             settings=dict(_flat(settings)),
-            record=json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None,
+            record=read_object(record) if record.is_file() else None,
             scores={
                 str(summary.parent.relative_to(path)): read_evaluated(summary.parent)
                 for summary in sorted(path.glob("eval*/**/summary.json"))
+                if not {"benchmark", "values"} & set(read_object(summary))  # the scores of benchmarks
             },
         )
-    except (yaml.YAMLError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: a file of this run cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        words = " ".join(str(error).split())
+        raise ValueError(f"{path / 'config.yaml'} must be the settings of a run ({words})") from error
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
