@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import LlavaConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
 from llava_kd.models.files.checkpoint import Parts, load_stock
+from llava_kd.models.towers.loading import load_tower
 from llava_kd.models.towers.vision_tower import (
     feature_layer,
     image_features,
@@ -21,6 +23,7 @@ from llava_kd.models.towers.vision_tower import (
     tower_fingerprint,
 )
 
+TOWER = Path(__file__).parents[1] / "scripts" / "quickstart" / "backbones" / "vision_tower"
 CASES: list[tuple[Literal["siglip", "clip"], Literal["full", "default"], int]] = [
     ("siglip", "full", 16),
     ("siglip", "default", 15),
@@ -175,3 +178,13 @@ def test_weights_below_the_computing_precision_do_not_count(student_dir: Path) -
         weight = next(p for p in it.tower.parameters() if p.dim() > 1)
         weight.copy_(weight.bfloat16().float())
     assert it.take() == before
+
+
+def test_a_tower_without_its_image_processor_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tower").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(TOWER / name, tmp_path / "tower")
+    with pytest.raises(
+        ValueError, match=r"tower must hold preprocessor_config.json, .* it is not there: copy it"
+    ):
+        load_tower(str(tmp_path / "tower"), feature_layer=-2, dtype=torch.float32)

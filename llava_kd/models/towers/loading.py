@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -104,8 +105,7 @@ def _transformers_tower(
         model = read_pretrained(kind, name, torch.float32)
     else:
         model = AutoModel.from_config(vision)
-    with readable("the image processor of", name):
-        processor = AutoImageProcessor.from_pretrained(name)
+    processor = _image_processor(name)
     model.eval()
     if source.image_size is not None:
         processor = _resized(processor, source.image_size)
@@ -114,6 +114,18 @@ def _transformers_tower(
     else:
         tell_facts(model.config, family)
     return LoadedTower(model=model, image_processor=processor)
+
+
+def _image_processor(name: str) -> BaseImageProcessor:
+    if Path(name).is_dir() and not any(
+        (Path(name) / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")
+    ):
+        raise ValueError(
+            f"vision tower {name} must hold preprocessor_config.json, which says how to prepare pictures; it "
+            "is not there: copy it from where the weights come from"
+        )
+    with readable("the image processor of", name):
+        return AutoImageProcessor.from_pretrained(name)
 
 
 def _reads_pixels(config: PreTrainedConfig) -> bool:
