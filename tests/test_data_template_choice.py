@@ -269,6 +269,46 @@ def test_an_own_system_turn_gives_way_to_a_message() -> None:
     assert ours == theirs
 
 
+# A system text in the first user turn: as Gemma 3 has it, and Mistral.
+FOLDED = {
+    "gemma": "{{ bos_token }}{% set first = messages[0]['content'] + '\\n\\n' "
+    "if messages[0]['role'] == 'system' else '' %}"
+    "{% for m in (messages[1:] if first else messages) %}<start_of_turn>"
+    "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ first if loop.first else '' }}"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+    "own": "{% set first = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' %}"
+    "{% for m in (messages[1:] if first else messages) %}{% if m['role'] == 'user' %}[INST] "
+    "{{ first if loop.first else '' }}{{ m['content'] }} [/INST]{% else %} {{ m['content'] }}{{ eos_token }}"
+    "{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+@pytest.mark.parametrize("number", [2, 4, 5])
+def test_a_system_text_opens_the_first_user_turn_where_the_models_own_template_has_it_there(
+    name: str, number: int
+) -> None:
+    tokenizer = tokenizer_of("gemma") if name == "gemma" else llama_like()
+    choice = chosen(FOLDED[name], tokenizer=tokenizer)
+    assert choice.template.name == name
+    turns = (Turn("system", "Be brief."), *TURNS, TURNS[2])[:number]
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    ours = "".join(s.text for s in choice.template.render(turns, eos_token=str(tokenizer.eos_token)))
+    texts = [
+        str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=text, tokenize=False, add_generation_prompt=turns[-1].role == "user"
+            )
+        )
+        for text in (FOLDED[name], choice.template.chat_template_for(tokenizer))
+    ]
+    bare = [text.removeprefix(tokenizer.bos_token or "").rstrip("\n") for text in texts]
+    assert ours.rstrip("\n") == bare[0] == bare[1]
+    again = chosen(choice.template.chat_template_for(tokenizer), tokenizer=tokenizer)
+    assert again.template == choice.template
+
+
 def test_a_guess_that_loses_a_system_sentence_is_refused() -> None:
     """Answers without an end, and today's date, are what our templates cannot say."""
     endless = OTHERS["default system"].replace("<|im_end|>\n" + ENDED, "\n" + ENDED)

@@ -28,13 +28,15 @@ class Template:
     `end_token` closes an answer and is a target; None is the tokenizer's own end-of-sequence token.
     With `images_only`, a user turn keeps its images and loses its words. `starts_with_bos` puts the
     beginning-of-sequence token first even if the tokenizer does not. `before_image` and `after_image`
-    enclose each image.
+    enclose each image. With `system_opens_user`, a system text stands in the first user turn, whose opening
+    `before_system` then has.
     """
 
     name: str
     system: str = ""
     before_system: str = ""
     after_system: str = ""
+    system_opens_user: bool = False
     before_user: str = ""
     before_answer: str = ""
     answer_lead: str = ""
@@ -61,13 +63,15 @@ class Template:
         if system is not None:
             first = "" if self.images_only else f"{self.before_system}{system}{self.after_system}"
         segments = [Segment(first, False)]
+        is_open = self.system_opens_user and system is not None and not self.images_only
         for turn in turns[0 if system is None else 1 :]:
             if turn.role == "user":
                 text = turn.text
                 if self.images_only:
                     text = IMAGE_PLACEHOLDER * text.count(IMAGE_PLACEHOLDER)
                 text = text.replace(IMAGE_PLACEHOLDER, self.image_text)
-                segments.append(Segment(f"{self.before_user}{text}{self.before_answer}", False))
+                before, is_open = "" if is_open else self.before_user, False
+                segments.append(Segment(f"{before}{text}{self.before_answer}", False))
             else:
                 end = eos_token if self.end_token is None else self.end_token
                 segments.append(Segment(f"{self.answer_lead}{turn.text}{end}", True))
@@ -91,6 +95,10 @@ class Template:
         if not self.images_only:
             before, after = _literal(self.before_system), _literal(self.after_system)
             system = f"{{{{ {before} }}}}{{{{ plain(messages[0]['content']) }}}}{{{{ {after} }}}}"
+        before_user = f"{{{{ {_literal(self.before_user)} }}}}"
+        if self.system_opens_user:
+            opened = "loop.index0 == 1 and messages[0]['role'] == 'system'"
+            before_user = f"{{% if not ({opened}) %}}{before_user}{{% endif %}}"
         return "".join(
             (
                 "{% macro plain(content) %}{% if content is string %}{{ content }}{% else %}"
@@ -104,7 +112,7 @@ class Template:
                 f"{{% if messages[0]['role'] == 'system' %}}{system}",
                 f"{{% else %}}{{{{ {_literal(self._default_system())} }}}}{{% endif %}}",
                 "{% for message in messages %}{% if message['role'] == 'user' %}",
-                f"{{{{ {_literal(self.before_user)} }}}}{{{{ asked(message['content']) }}}}",
+                f"{before_user}{{{{ asked(message['content']) }}}}",
                 "{% elif message['role'] == 'assistant' %}",
                 f"{{{{ {_literal(self.before_answer + self.answer_lead)} }}}}",
                 f"{{{{ plain(message['content']) }}}}{{{{ {end} }}}}{{{{ {_literal(self.after_answer)} }}}}",

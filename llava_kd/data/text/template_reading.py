@@ -132,13 +132,15 @@ def derived(reading: Reading) -> Template | None:
     if not before_user or not before.startswith(start) or IMAGE_PLACEHOLDER not in before[len(start) :]:
         return None
     before_image, _, after_image = before[len(start) :].partition(IMAGE_PLACEHOLDER)
-    before_system, system, after_system = _system(reading, start.removesuffix(before_user), before_user)
+    block = start.removesuffix(before_user)
+    before_system, system, after_system = _system(reading, block, before_user)
     is_eos = end == special_token(reading.tokenizer, "eos_token")
     template = Template(
         name=OWN,
         system=system,
         before_system=before_system,
         after_system=after_system,
+        system_opens_user=bool(before_user) and before_system.endswith(before_user) and not block,
         before_user=before_user,
         before_answer=before_answer,
         answer_lead=between.removeprefix(before_answer),
@@ -154,8 +156,11 @@ def derived(reading: Reading) -> Template | None:
 def _system(reading: Reading, block: str, before_user: str) -> tuple[str, str, str]:
     """What is before, in and after the default system turn, `block`, which no message replaces in some."""
     given = reading.text((_SECOND,), system=_SYSTEM)
-    opening = given.partition(f"{before_user}{_SECOND.text}")[0] if given is not None else ""
+    opening = given.partition(_SECOND.text)[0] if given is not None else ""
     lead, found, close = opening.partition(_SYSTEM)
+    if lead.endswith(before_user) and not block:  # it stands in the first user turn
+        return lead, "", close
+    close = close.removesuffix(before_user)
     if not found:
         return "", block, ""
     if not block:

@@ -50,6 +50,9 @@ TEMPLATES: dict[str, Template] = {
         ),
         Template(
             name="gemma",
+            before_system="<start_of_turn>user\n",  # as Gemma 3; its forerunners refuse a system turn
+            after_system="\n\n",
+            system_opens_user=True,
             before_user="<start_of_turn>user\n",
             before_answer="<end_of_turn>\n<start_of_turn>model\n",
             end_token="<end_of_turn>",
