@@ -116,6 +116,17 @@ def test_gains_are_paired_and_have_intervals(grid: Path, fake: FakeRuns) -> None
     assert found["rank"]["by_seed"]["1"] == pytest.approx(0.5)
 
 
+def test_the_order_of_arms_is_that_of_the_seeds_that_all_have(grid: Path, fake: FakeRuns) -> None:
+    """Seed 0 has the published order; the second seed of BB alone would lift it above AB."""
+    assert main(["ablate", str(grid), "--seeds=0"]) == 0
+    assert main(["ablate", str(grid), "--arms=BB", "--seeds=1"]) == 0
+    found = results(grid)
+    means = [found["arms"][arm]["tests"]["test"]["accuracy"]["mean"] for arm in ARMS]
+    assert means == pytest.approx([0.5, 0.7, 0.725])
+    assert found["rank"]["spearman"] == pytest.approx(1.0)
+    assert found["rank"]["by_seed"] == {"0": pytest.approx(1.0)}
+
+
 def test_cost_counts_a_shared_stage_once_in_all_and_whole_in_each_arm(grid: Path, fake: FakeRuns) -> None:
     """Ten steps of 1 s, or of 2 s with a teacher."""
     assert main(["ablate", str(grid)]) == 0

@@ -202,7 +202,10 @@ def _cost(plan: Plan, finished: Sequence[Scored]) -> dict:
 
 
 def _rank(grid: Grid, scored: Mapping[str, Sequence[Scored]]) -> dict | None:
-    """Agreement with the published order on the first test: of the means, and of seeds with all arms."""
+    """Agreement with the published order on the first test: of the means, and of seeds with all arms.
+
+    The means are those of the same seeds in every arm; of each arm's own seeds while none has every arm.
+    """
     test = next(iter(grid.tests))
     published = {
         name: arm.published for name, arm in grid.arms.items() if arm.published is not None and scored[name]
@@ -210,9 +213,10 @@ def _rank(grid: Grid, scored: Mapping[str, Sequence[Scored]]) -> dict | None:
     if not published:
         return None
     by_arm = {name: {one.seed: one.scores[test].accuracy for one in scored[name]} for name in published}
-    # Rounded, as two sums of the same scores may differ in their last digit, and equal arms share a rank.
-    means = [round(sum(values.values()) / len(values), 9) for values in by_arm.values()]
     seeds = [seed for seed in grid.seeds if all(seed in values for values in by_arm.values())]
+    taken = [[values[seed] for seed in seeds or values] for values in by_arm.values()]
+    # Rounded, as two sums of the same scores may differ in their last digit, and equal arms share a rank.
+    means = [round(sum(values) / len(values), 9) for values in taken]
     return {
         "test": test,
         "arms": len(published),

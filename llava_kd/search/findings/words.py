@@ -74,8 +74,9 @@ def rank_words(results: Mapping) -> str:
         )
     each = [f"{value:.2f}" for value in rank["by_seed"].values() if value is not None]
     seeds = f"; by seed {', '.join(each)}" if len(each) > 1 else ""
+    same = f" over the seeds that all have, {', '.join(rank['by_seed'])}," if rank["by_seed"] else ""
     return (
-        f"Rank correlation with the published order (Spearman, {rank['arms']} arms, means on "
+        f"Rank correlation with the published order (Spearman, {rank['arms']} arms, means{same} on "
         f"{rank['test']}): {rank['spearman']:.2f}{seeds}."
     )
 
