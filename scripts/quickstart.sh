@@ -7,8 +7,7 @@ set -euo pipefail
 CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
 source scripts/both.sh
-run="${RUN:+$(as_given "$RUN")}"
-run="${run:-runs/quickstart}"
+run="$(as_given "${RUN:-}" runs/quickstart)"
 seeds="${QUICKSTART_SEEDS:-1}"
 whole_number QUICKSTART_SEEDS "$seeds" 1
 backbones=scripts/quickstart/backbones

@@ -49,9 +49,10 @@ whole_number() {
   return 2
 }
 
-# as_given PATH: one that a user named, once the script has left their working directory by its one `cd`.
+# as_given PATH DEFAULT: one that a user named, once the script has left their working directory by its one `cd`.
 as_given() {
   case "$1" in
+    '') echo "$2" ;;
     /*) echo "$1" ;;
     *) if [ "$OLDPWD" = "$PWD" ]; then echo "$1"; else echo "$OLDPWD/$1"; fi ;;
   esac

@@ -8,10 +8,8 @@ set -euo pipefail
 CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/setup_env.sh
 source scripts/both.sh
-run="${RUN:+$(as_given "$RUN")}"
-run="${run:-runs/emoji}"
-cache="${EMOJI_CACHE:+$(as_given "$EMOJI_CACHE")}"
-cache="${cache:-$run/cache}"
+run="$(as_given "${RUN:-}" runs/emoji)"
+cache="$(as_given "${EMOJI_CACHE:-}" "$run/cache")"
 minutes="${EMOJI_MINUTES:-30}"
 whole_number EMOJI_MINUTES "$minutes" 1
 seed="${EMOJI_SEED:-0}"
