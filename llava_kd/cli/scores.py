@@ -62,9 +62,6 @@ def add(commands: Commands) -> None:
 # Commands import what they need: `llava-kd --help` should not wait for PyTorch, nor a signal for its handler.
 
 
-_TEST_FILE = "give a LLaVA .json or .jsonl file"
-
-
 def _eval(arguments: argparse.Namespace) -> int:
     if arguments.limit is not None and not arguments.benchmark:
         raise ValueError(
@@ -77,12 +74,10 @@ def _eval(arguments: argparse.Namespace) -> int:
     levels = _levels(arguments.noise)
     look_at_model(arguments.model)
     if not arguments.benchmark:
-        hint = (
-            "name the benchmarks of a folder with --benchmark"
-            if Path(arguments.data).is_dir()
-            else _TEST_FILE
-        )
-        look_at_file(arguments.data, "test", hint)
+        advice = "give a LLaVA .json or .jsonl file"
+        if Path(arguments.data).is_dir():
+            advice = "name the benchmarks of a folder with --benchmark"
+        look_at_file(arguments.data, "test", advice)
     from llava_kd.evaluation.runner import Asking, evaluate
 
     tables = plugins(arguments)
