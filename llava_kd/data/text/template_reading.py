@@ -140,7 +140,7 @@ def derived(reading: Reading) -> Template | None:
         system=system,
         before_system=before_system,
         after_system=after_system,
-        system_opens_user=bool(before_user) and before_system.endswith(before_user) and not block,
+        system_opens_user=before_system.endswith(before_user) and not block,
         before_user=before_user,
         before_answer=before_answer,
         answer_lead=between.removeprefix(before_answer),
