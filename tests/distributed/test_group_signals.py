@@ -99,3 +99,31 @@ def test_a_signal_to_the_group_costs_nothing_and_leaves_nobody(
         last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["step"]
         assert f"stopped by {number.name} after step {last}; run the same command again" in said
         assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+
+
+# Rank 1 is told to stop as it reads its stage file, while the other waits for it to join.
+STOP_EARLY = """
+import os, signal, sys
+
+def stop(event, words):
+    if event == "open" and str(words[0]) == os.environ["STAGE"]:
+        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+
+if os.environ.get("RANK") == "1":
+    sys.addaudithook(stop)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_to_one_rank_before_the_first_step_ends_all_of_them(
+    stage, tmp_path: Path, number: signal.Signals
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(STOP_EARLY)
+    config = stage("run", distilled=False, engine="auto", global_batch_size=4, max_steps=1)
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "STAGE": str(config), "SIGNAL": str(int(number))}
+    run = Run(config, config.with_suffix(""), num_ranks=2, num_workers=0, environment=environment)
+    said = run.end()
+    assert run.process.returncode == 128 + number, said
+    assert f"stopped by {number.name} outside of any step; run the same command again to continue" in said
+    assert "Traceback" not in said

@@ -49,7 +49,7 @@ def stoppable() -> Iterator[None]:
         _say(number)
         if os.environ.get("WORLD_SIZE", "1") != "1":
             # Nobody may be left to take leave of: to end Python with a group that others have left can abort.
-            os._exit(status_after(number))
+            os._exit(_status_of_rank(number))
         raise SystemExit(status_after(number))
 
     def watch() -> None:
@@ -58,7 +58,7 @@ def stoppable() -> Iterator[None]:
             if number[0] in STOPS and signal.getsignal(number[0]) is stop:
                 time.sleep(_GRACE_S)
                 if signal.getsignal(number[0]) is stop:
-                    os._exit(status_after(number[0]))
+                    os._exit(_status_of_rank(number[0]))
         os.close(reader)
 
     reader, writer = os.pipe()
@@ -101,6 +101,12 @@ def was_told() -> bool:
     while not _told_by_supervisor and SUPERVISOR in os.environ and time.monotonic() < deadline:
         time.sleep(0.02)
     return _told_by_supervisor
+
+
+def _status_of_rank(number: int) -> int:
+    """Of one that a launcher started and that was told alone: no 0, or the launcher lets the others wait."""
+    supervised = SUPERVISOR in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    return status_of_rest(number) if supervised and not was_told() else status_after(number)
 
 
 def _say(number: int) -> None:
