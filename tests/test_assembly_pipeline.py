@@ -83,7 +83,11 @@ def test_a_stage_that_was_stopped_stops_the_pipeline_which_does_not_pass_for_don
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
-        ("[1]", "must contain `stages`"),
+        ("", "must hold `key: value` lines"),
+        ("[1]", "must hold `key: value` lines"),
+        ("{seed: 1, output_dir: x}", "is a stage file, not a pipeline: run it with `llava-kd train "),
+        ("{seeds: [1]}", "must contain `stages` (a list) and optionally `command`; got seeds"),
+        ("stages: first.yaml", "`stages` must be a list"),
         ("stages: []", "must contain `stages`"),
         ("{stages: [{config: a.yaml}], step: 1}", "must contain `stages`"),
         ("stages: [{overrides: {a: 1}}]", "a stage must have `config`"),

@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import yaml
@@ -16,6 +16,7 @@ from llava_kd.assembly.runs.run_dir import differences
 from llava_kd.assembly.runs.stopping import status_of_rest
 from llava_kd.assembly.settings import load
 from llava_kd.config import TrainConfig
+from llava_kd.config.trees import read_tree
 
 _COMMAND = f"{shlex.quote(sys.executable)} -m llava_kd.cli train"
 
@@ -53,12 +54,16 @@ def read_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no pipeline file {path}; scripts/pipeline.yaml is an example")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(tree, dict) or not set(tree) <= {"stages", "command"} or not tree.get("stages"):
-        raise ValueError(f"{path} must contain `stages` (a list) and optionally `command`; got {tree!r}")
+    tree = read_tree(path)
+    if "stages" not in tree and set(tree) & {field.name for field in fields(TrainConfig)}:
+        raise ValueError(f"{path} is a stage file, not a pipeline: run it with `llava-kd train {path}`")
+    if not set(tree) <= {"stages", "command"} or not tree.get("stages"):
+        given = ", ".join(map(str, tree)) or "no key"
+        raise ValueError(f"{path} must contain `stages` (a list) and optionally `command`; got {given}")
+    if not isinstance(tree["stages"], list):
+        raise ValueError(
+            f"{path}: `stages` must be a list of entries with `config`; got {tree['stages']!r:.80}"
+        )
     stages = tuple(_stage(entry, path, overrides) for entry in tree["stages"])
     outputs = [stage.output.absolute() for stage in stages]
     if doubled := {str(output) for output in outputs if outputs.count(output) > 1}:
