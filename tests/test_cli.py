@@ -19,6 +19,7 @@ from llava_kd.assembly import train as build_train
 from llava_kd.cli import main
 
 Stage = Callable[..., Path]
+HERE = Path.cwd()
 
 
 @pytest.fixture
@@ -73,11 +74,12 @@ def test_a_missing_recipe(complaint: Callable[..., str], tmp_path: Path) -> None
         ("--student.checkpoint=/no/such/one", "the LLaVA checkpoint /no/such/one does not exist; give a"),
         (
             "--student.checkpoint=runs/no/model",
-            "runs/no/model does not exist: a stage writes it at its end; finish that stage first",
+            f"runs/no/model does not exist (looked for from {HERE}, where the command was given): a stage "
+            "writes it at its end; finish that stage first",
         ),
         (
             "--teacher.checkpoint=./no/such/model",
-            "the LLaVA checkpoint ./no/such/model does not exist; give a",
+            f"the LLaVA checkpoint ./no/such/model does not exist (looked for from {HERE}, where the command",
         ),
         (
             "--student={vision_tower: /no/tower, language_model: /no/llm}",
@@ -256,6 +258,21 @@ def test_a_tracker_that_does_not_start(
 def test_missing_data(stage: Stage, complaint: Callable[..., str], data: Path) -> None:
     assert "no data file" in complaint("train", stage("one"), *overrides(data), "--data.path=/no/file.json")
     assert "no image folder" in complaint("train", stage("two"), *overrides(data), "--data.images=/no/images")
+
+
+@pytest.mark.parametrize("path", ["no.json", "no.tar", "no.parquet"])
+def test_missing_data_of_a_relative_path_says_where_it_was_looked_for(
+    stage: Stage, complaint: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str
+) -> None:
+    config = stage("one", distilled=False)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    said = complaint("train", config, f"--data.path={path}", "--data.images=null")
+    assert path in said
+    assert f"(looked for from {elsewhere}, where the command was given)" in said
+    said = complaint("train", config, "--data.images=pictures")
+    assert f"pictures (looked for from {elsewhere}, where the command was given)" in said
 
 
 # Results ----

@@ -217,6 +217,8 @@ def test_a_finished_run_has_its_last_scores(tmp_path: Path) -> None:
     (tmp_path / "run/eval/test/summary.json").write_text(
         json.dumps({"accuracy": 0.75, "by_type": {}, "count": 4})
     )
+    (tmp_path / "run/eval/gqa").mkdir()
+    (tmp_path / "run/eval/gqa/summary.json").write_text(json.dumps({"benchmark": "gqa", "value": 50.0}))
     found = read_entry(tmp_path / "run", tree, name="run", data="a")
     assert found.failure is None
     assert found.scores == {"slice/val": 0.5, "loss/held": 2.0, "eval/eval/test": 0.75}

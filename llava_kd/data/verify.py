@@ -18,6 +18,7 @@ from llava_kd.data.sources.entries import read_entries
 from llava_kd.data.sources.llava_json import read_confined
 from llava_kd.data.sources.pictures.image_paths import named
 from llava_kd.durable import write_whole
+from llava_kd.relative import looked_from
 
 _CHUNK = 1024
 _SHOWN = 20
@@ -96,7 +97,7 @@ def verify_file(
         raise ValueError(f"{path} has no records; check that it is the file that you mean")
     root = Path(image_root).absolute()
     if not root.is_dir():
-        raise ValueError(f"no image folder {image_root}")
+        raise ValueError(f"no image folder {image_root}{looked_from(image_root)}")
 
     def read(i: int, k: int) -> bytes:
         return read_confined(root, records[i].images[k], follow_symlinks=follow_symlinks)

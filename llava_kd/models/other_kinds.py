@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from llava_kd.models.tower_source import nearest_neighbours
+from llava_kd.relative import looked_from
 
 _LFS = b"version https://git-lfs"
 _WEIGHTS = (
@@ -142,7 +143,7 @@ def existing(name: str, what: str) -> str:
     looks_like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
     if looks_like_a_path or (path.parent.is_dir() and str(path.parent) != "."):
         raise ValueError(
-            f"{what} {name} does not exist{nearest_neighbours(path)}; give a model directory or a hub id "
-            "such as org/name"
+            f"{what} {name} does not exist{nearest_neighbours(path)}{looked_from(path)}; give a model "
+            "directory or a hub id such as org/name"
         )
     return name

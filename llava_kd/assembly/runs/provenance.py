@@ -15,6 +15,7 @@ from llava_kd.checksums import meta_checksum, sealed
 from llava_kd.config import TrainConfig, dump
 from llava_kd.durable import write_text
 from llava_kd.models.files.card import provenance
+from llava_kd.relative import looked_from
 from llava_kd.training.checkpoint import Best
 
 VERSIONED = ("torch", "transformers", "numpy", "pillow")
@@ -63,8 +64,8 @@ def checked_parent(checkpoint: str | None, *, whose: str = "student") -> dict[st
     if not Path(checkpoint).is_dir():
         if Path(checkpoint).name in EXPORTS and checkpoint.count("/") != 1:
             raise ValueError(
-                f"`{whose}.checkpoint` {checkpoint} does not exist: a stage writes it at its end; finish "
-                "that stage first"
+                f"`{whose}.checkpoint` {checkpoint} does not exist{looked_from(checkpoint)}: a stage writes "
+                "it at its end; finish that stage first"
             )
         return None
     model = Path(checkpoint).resolve()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llava_kd.data.sources.conversation import TALKS, Broken
+from llava_kd.relative import looked_from
 
 _BOM = b"\xef\xbb\xbf"
 _COMPRESSED = {
@@ -45,7 +46,7 @@ def check_data_file(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give {_in_folder(path)}")
     if not path.is_file():
-        raise ValueError(f"no data file {path}; give a LLaVA .json or .jsonl file")
+        raise ValueError(f"no data file {path}{looked_from(path)}; give a LLaVA .json or .jsonl file")
     if path.suffix.lower() in _TABLES:
         raise ValueError(
             f"{path} is a table; `llava-kd init` makes records of it, and stages to train on them"

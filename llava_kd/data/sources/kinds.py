@@ -11,6 +11,7 @@ from typing import Protocol
 from llava_kd.data.sources.conversation import Source
 from llava_kd.data.sources.llava_json import LlavaJson
 from llava_kd.data.sources.tar_shards import TarShards
+from llava_kd.relative import looked_from
 
 
 class FileSource(Source, Protocol):
@@ -37,7 +38,7 @@ class Place:
         """The files that match the path, which may be a pattern, sorted. ValueError if there is none."""
         paths = sorted(glob.glob(self.path))
         if not paths:
-            raise ValueError(f"`data.path` {self.path} matches no file")
+            raise ValueError(f"`data.path` {self.path} matches no file{looked_from(self.path)}")
         return paths
 
 

@@ -14,6 +14,7 @@ from llava_kd.data.sources.entries import check_data_file, read_entries
 from llava_kd.data.sources.packed import PackedRecords
 from llava_kd.data.sources.pictures.image_paths import read_regular
 from llava_kd.data.sources.pictures.missing_images import where_instead
+from llava_kd.relative import looked_from
 
 __all__ = ["LlavaJson", "Record", "Source", "Turn", "canonical", "parse_record"]
 
@@ -83,7 +84,7 @@ class LlavaJson:
     ) -> None:
         path, root = Path(path), Path(image_root)
         if not root.is_dir():
-            raise ValueError(f"no image folder {root}")
+            raise ValueError(f"no image folder {root}{looked_from(root)}")
         check_data_file(path)
         self._name = path.name
         self._root = root.absolute()

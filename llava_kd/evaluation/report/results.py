@@ -151,8 +151,21 @@ def read_evaluated(directory: Path) -> Evaluated:
     path = directory / "summary.json"
     if not path.is_file():
         raise ValueError(f"no {path}; score the model first")
-    summary = read_object(path)
-    answers = directory / "answers.jsonl"
+    return _evaluated(path, read_object(path))
+
+
+def read_scores(run: Path) -> dict[str, Evaluated]:
+    """Of every folder below RUN/eval*, by its path in the run; those of benchmarks are left out."""
+    summaries = {path: read_object(path) for path in sorted(run.glob("eval*/**/summary.json"))}
+    return {
+        str(path.parent.relative_to(run)): _evaluated(path, summary)
+        for path, summary in summaries.items()
+        if not {"benchmark", "values"} & set(summary)
+    }
+
+
+def _evaluated(path: Path, summary: Mapping[str, Any]) -> Evaluated:
+    answers = path.with_name("answers.jsonl")
     lines = read_lines(answers) if answers.is_file() else []
     try:
         return Evaluated(

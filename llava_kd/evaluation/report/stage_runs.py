@@ -15,9 +15,9 @@ import yaml
 from llava_kd.evaluation.report.results import (
     Evaluated,
     is_comparison,
-    read_evaluated,
     read_metrics,
     read_object,
+    read_scores,
 )
 
 DEEPEST = 3  # folders below the one that is named, in which runs are looked for
@@ -109,11 +109,7 @@ def _read(path: Path, name: str) -> StageRun:
             lines=read_metrics(path / "metrics.jsonl"),
             settings=dict(_flat(settings)),
             record=read_object(record) if record.is_file() else None,
-            scores={
-                str(summary.parent.relative_to(path)): read_evaluated(summary.parent)
-                for summary in sorted(path.glob("eval*/**/summary.json"))
-                if not {"benchmark", "values"} & set(read_object(summary))  # the scores of benchmarks
-            },
+            scores=read_scores(path),
         )
     except yaml.YAMLError as error:
         words = " ".join(str(error).split())

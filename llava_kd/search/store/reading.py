@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llava_kd.evaluation.report.results import read_evaluated
+from llava_kd.evaluation.report.results import read_scores
 from llava_kd.search.findings.curves import Line, run_record, stage_log
 from llava_kd.search.running.schedule import last_line
 from llava_kd.search.store.entries import Entry, key_of, settings_of
@@ -44,10 +44,7 @@ def last_scores(lines: Sequence[Line]) -> dict[str, float]:
 
 def _tested(directory: Path) -> dict[str, float]:
     """Accuracies of `llava-kd eval` into folders eval... of the run."""
-    return {
-        f"eval/{path.parent.relative_to(directory)}": read_evaluated(path.parent).accuracy
-        for path in sorted(directory.glob("eval*/**/summary.json"))
-    }
+    return {f"eval/{name}": found.accuracy for name, found in read_scores(directory).items()}
 
 
 def _unfinished(directory: Path, lines: Sequence[Line]) -> str:
