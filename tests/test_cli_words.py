@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -116,9 +117,13 @@ MISTAKES = [
     (["eval", "--model", "a/b", "--data", "x.json", "--out", "y"], "no test file x.json"),
     (["report", "--run", "none"], "none is no run and holds none"),
     (["chat", "--model", "./none", "hi"], "no model directory ./none"),
+    (["chat", "--model", "{model}", "--image", "none.png", "hi"], "no image file none.png"),
     (["export", "./none", "--out", "x"], "./none does not exist"),
     (["convert", "./none", "--out", "x"], "./none has no config.json"),
     (["data", "verify", "--data", "none.json"], "no data file none.json"),
+    (["data", "verify", "--data", "{stage}", "--model", "{stage}"], "no model directory"),
+    (["data", "verify", "--data", "{stage}", "--report", "none/x"], "there is no none: create it"),
+    (["train", "{pipeline}"], "is a pipeline, not a stage: run it with `llava-kd run "),
     (
         ["data", "select", "{stage}", "--reference", "./none", "--keep", "0.5", "--out", "x"],
         "./none does not exist",
@@ -132,15 +137,44 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("asked", "said"), MISTAKES, ids=lambda value: " ".join(value)[:40] if value else "")
 def test_a_mistake_is_answered_before_anything_slow_is_imported(
-    stage: Callable[..., Path], tmp_path: Path, asked: list[str], said: str
+    stage: Callable[..., Path], student_dir: Path, tmp_path: Path, asked: list[str], said: str
 ) -> None:
-    path = str(stage("run"))
+    pipeline = tmp_path / "pipeline.yaml"
+    pipeline.write_text("stages: [{config: a.yaml}]")
+    paths = {"{stage}": str(stage("run")), "{model}": str(student_dir), "{pipeline}": str(pipeline)}
     if "no image folder" in said:
         asked = [*asked[:-1], str(tmp_path / "gone" / "none.csv")]
-    command = [sys.executable, "-c", PROBE, *(word.replace("{stage}", path) for word in asked)]
+    command = [sys.executable, "-c", PROBE, *(paths.get(word, word) for word in asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert said in done.stderr
     assert done.stderr.splitlines()[-1] == f"imported [] status {0 if '--help' in asked else 2}"
+
+
+SHAPES = ["data", "shapes", "--out", "made", "--num_train=2", "--num_validation=1", "--num_test=1"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "closed", "status"),
+    [
+        (["watch", "."], ">&-", 0),
+        (["watch", "none"], "2>&-", 2),
+        (SHAPES, ">/dev/null 2>&-", 0),
+        (["watch", "."], ">&3", 128 + signal.SIGPIPE),
+        (["recipes", "list"], ">&3", 0),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else None,
+)
+def test_a_stream_that_is_closed_or_that_nobody_reads_is_no_error(
+    tmp_path: Path, asked: list[str], closed: str, status: int
+) -> None:
+    """3 is a pipe whose reader has left, as after `| head -1`."""
+    (tmp_path / "config.yaml").touch()
+    reader, writer = os.pipe()
+    os.close(reader)
+    shell = ["bash", "-c", f'"$0" -m llava_kd.cli "$@" 3>&{writer} {closed}', sys.executable, *asked]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False, cwd=tmp_path, pass_fds=[writer])
+    os.close(writer)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
 def test_a_hub_id_that_is_out_of_reach_names_the_cache(

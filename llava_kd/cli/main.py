@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 
 from llava_kd import __version__
 from llava_kd.assembly.runs.ending import at_the_end_of_the_process, broken_off, is_rank_of_several, left
-from llava_kd.assembly.runs.stopping import INTERRUPTED, end_with_torchrun, was_told
+from llava_kd.assembly.runs.stopping import INTERRUPTED, end_with_torchrun, status_of_rest, was_told
 from llava_kd.cli import canary, comparisons, datasets, models, projects, scores, settings, stages
-from llava_kd.cli.words import VERBOSE, joined, refused, spelled
+from llava_kd.cli.words import VERBOSE, joined, nobody_reads, open_streams, refused, spelled
 
 
 def command() -> int:
     """`main` as all that a process does: what the installed script and `python -m llava_kd.cli` call."""
+    open_streams()
     return at_the_end_of_the_process(main())
 
 
@@ -46,6 +48,8 @@ def main(words: Sequence[str] | None = None) -> int:
 def _status_after(error: Exception | KeyboardInterrupt, command: str) -> int:
     """What is said of it, and the exit status; an error of the program itself goes on up."""
     status, said = 2, str(error)
+    if isinstance(error, BrokenPipeError) and nobody_reads():  # as a shell reports what SIGPIPE ended
+        return status_of_rest(signal.SIGPIPE)
     if isinstance(error, ConnectionError):  # another rank is gone: its message says more than a traceback
         if was_told():
             return 0  # it had nothing to save, and left before this one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -113,7 +114,32 @@ def show(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        _print_nowhere()
+
+
+def nobody_reads() -> bool:
+    """Whether the reader of what is printed has left; what is still to be printed goes nowhere then."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # no event is asked for: what remains is that the pipe is broken
+    has_left = bool(output.poll(0))
+    if has_left:
+        _print_nowhere()
+    return has_left
+
+
+def _print_nowhere() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+
+
+def open_streams() -> None:
+    """The null device in place of each stream that a shell closed (`2>&-`).
+
+    Python has None there, which libraries do not expect; an error would be printed among the results, and
+    the next file that is opened would have the stream's number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def add_plugins(command: argparse.ArgumentParser, what: str) -> None:
