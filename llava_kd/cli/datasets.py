@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from llava_kd.assembly.early import look_at_file
+from llava_kd.assembly.early import look_at_file, look_at_model
 from llava_kd.cli import curation
 from llava_kd.cli.words import Commands, add_plugins, command, count, plugins, show
 
@@ -57,6 +57,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     """Exit status 1 where something is wrong, so that a script stops before a GPU is touched."""
     if not arguments.benchmark and arguments.data.endswith((".json", ".jsonl")):
         look_at_file(arguments.data, "data", "give a LLaVA .json or .jsonl file")
+    if arguments.model:
+        look_at_model(arguments.model)
+    if arguments.report and not (folder := Path(arguments.report).parent).is_dir():
+        raise ValueError(f"the folder of --report must exist; there is no {folder}: create it")
     tables = plugins(arguments)
     if arguments.benchmark:
         from llava_kd.evaluation.benchmarks.run import describe, verify

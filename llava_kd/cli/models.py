@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from llava_kd.assembly.early import look_at_checkpoint, look_at_model, look_at_source
+from llava_kd.assembly.early import look_at_checkpoint, look_at_file, look_at_model, look_at_source
 from llava_kd.cli.words import Commands, add_plugins, command, count, plugins, show
 
 
@@ -95,6 +95,8 @@ def _push(arguments: argparse.Namespace) -> int:
 
 def _chat(arguments: argparse.Namespace) -> int:
     look_at_model(arguments.model)
+    for image in arguments.image:
+        look_at_file(image, "image", "give the file of a picture")
     from llava_kd.evaluation.generation.chat import Chat
 
     plugins(arguments)
