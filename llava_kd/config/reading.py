@@ -73,6 +73,8 @@ def _tree(path: Path, overrides: Sequence[str]) -> dict:
     tree = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     if not isinstance(tree, dict):
         raise ValueError("the file must hold `key: value` lines")
+    if "stages" in tree and set(tree) <= {"stages", "command"}:
+        raise ValueError(f"the file is a pipeline, not a stage: run it with `llava-kd run {path}`")
     for override in overrides:
         set_dotted(tree, *parse_override(override))
     return at_home(tree)
