@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,17 @@ def test_every_file_arrives_as_it_is_and_the_card_tells_the_scores(
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("test", "accuracy", 0.7216)
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-text-to-text")
     assert "| test | 0.7216 | 1200 |" in card.text
+
+
+def test_an_export_that_is_not_whole_is_refused_unsent(
+    exported: Path, hub: Hub, refused, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(exported, tmp_path / "broken")
+    (broken / "README.md").write_bytes(b"\xff")
+    assert "has no scores" in refused(broken, REPO)
+    (broken / "model.safetensors").unlink()
+    assert "has no weights (.safetensors or .gguf)" in refused(broken, REPO)
+    assert not hub.repos
 
 
 def test_the_same_command_after_a_broken_one_sends_no_weights_again(

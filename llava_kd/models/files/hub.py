@@ -50,7 +50,9 @@ def _look_at(directory: Path) -> None:
     request, card = request_of(directory), directory / "README.md"
     if request is None or not card.is_file():
         raise ValueError(f"{directory} is no export; write one first: {_EXPORT}")
-    if not request.get("scores") or "## Scores" not in card.read_text(encoding="utf-8"):
+    if not any(path.suffix in (".safetensors", ".gguf") for path in directory.iterdir()):
+        raise ValueError(f"{directory} has no weights (.safetensors or .gguf); write it again: {_EXPORT}")
+    if not request.get("scores") or b"## Scores" not in card.read_bytes():
         raise ValueError(
             f"the card of {directory} has no scores, so its quality is unknown; write it again: {_EXPORT}, "
             "of `llava-kd eval`"
