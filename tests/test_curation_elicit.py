@@ -9,7 +9,7 @@ import pytest
 
 from llava_kd.cli import main
 from llava_kd.curation.elicit.entries import OPEN, read_asked
-from llava_kd.curation.elicit.making import questions_in
+from llava_kd.curation.elicit.making import questions_in, read_prompts
 from llava_kd.data.sources.llava_json import LlavaJson
 from llava_kd.evaluation.generation.generate import Generator
 
@@ -257,3 +257,10 @@ def test_what_cannot_be_asked_is_named(shapes_dir: Path, tmp_path: Path) -> None
     assert [one.id for one in left] == ["out", "none", "3", "done"]
     with pytest.raises(ValueError, match="no usable record"):
         read_asked(written(data, entries[1:4]), image_root=tmp_path, follow_symlinks=False, which="open")
+
+
+def test_prompts_that_are_no_text_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.bin"
+    path.write_bytes(b"ask\xff")
+    with pytest.raises(ValueError, match=r"prompts\.bin must be UTF-8 text, but byte 3 is not"):
+        read_prompts(path)

@@ -133,7 +133,12 @@ def read_prompts(path: str | Path) -> list[str]:
         raise ValueError(f"no prompt file {path}; give a text file with one prompt a line")
     if path.stat().st_size > _MAX_PROMPTS_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; prompts have at most {_MAX_PROMPTS_BYTES}")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} must be UTF-8 text, but byte {error.start} is not; save it as UTF-8"
+        ) from error
     if not prompts or any(IMAGE_PLACEHOLDER in prompt for prompt in prompts):
         raise ValueError(
             f"{path} must hold prompts, one a line, without {IMAGE_PLACEHOLDER}, which is put first"
