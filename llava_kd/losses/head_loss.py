@@ -5,9 +5,9 @@ loss values and the gradient dz of the student's logits, two more products give 
 The gradient is thus complete when the forward ends; the backward multiplies it by the incoming scalar. The
 head's weight is needed in the forward only, which is when a sharding engine has it gathered.
 
-Precision: logits and dW are fp32; dz is bf16 for 16-bit products on CUDA and fp32 otherwise. fp16 as
-`logits_dtype` halves the bytes of the logits; a logit that overflows is refused: its row and the loss become
-NaN.
+Precision: logits and dW are fp32; dz is bf16 for 16-bit products on CUDA and fp32 otherwise, though a CPU
+under bf16 autocast may round what it multiplies. fp16 as `logits_dtype` halves the bytes of the logits; a
+logit that overflows is refused: its row and the loss become NaN.
 
 Shape legend: N rows, V student vocabulary, U teacher vocabulary, D student width, E teacher width,
 C rows of a chunk.
@@ -269,7 +269,8 @@ class _HeadLoss(torch.autograd.Function):
         rows: HeadRows,
         gradients: _Gradients,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(student_ND.device.type, enabled=False):
+        device = student_ND.device
+        with gemm.bf16_as_autocast_on_cpu(device), torch.autocast(device.type, enabled=False):
             loss, ce_N, kl_N = _run(student, teacher, rows, gradients)
         ctx.gradients = gradients
         ctx.mark_non_differentiable(ce_N, kl_N)

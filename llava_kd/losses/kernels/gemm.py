@@ -41,9 +41,27 @@ def product_dtype(device: torch.device) -> torch.dtype | None:
 @contextmanager
 def tf32_on_cuda(device: torch.device, is_allowed: bool) -> Iterator[None]:
     """Let fp32 products of the block round their operands to 10 bits of fraction; bf16 ones lose nothing."""
+    with _fp32_products("high" if device.type == "cuda" and is_allowed else None):
+        yield
+
+
+@contextmanager
+def bf16_as_autocast_on_cpu(device: torch.device) -> Iterator[None]:
+    """Let fp32 products of the block round their operands to bf16 where autocast would; results stay fp32.
+
+    That is what `product_dtype` does on a GPU. A processor without such products computes as before.
+    """
+    is_rounding = device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    is_rounding = is_rounding and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    with _fp32_products("medium" if is_rounding else None):
+        yield
+
+
+@contextmanager
+def _fp32_products(precision: str | None) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    if device.type == "cuda" and is_allowed:
-        torch.set_float32_matmul_precision("high")
+    if precision is not None:
+        torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
