@@ -74,7 +74,7 @@ class Watch(TorchDispatchMode):
             self.waits[_line_of_ours()] += 1
         if func.namespace == "aten" and func._opname in PRODUCTS:
             one, other = [a for a in args if isinstance(a, Tensor)][-2:]
-            is_tf32 = one.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+            is_tf32 = one.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
             precision = "tf32" if is_tf32 else str(one.dtype).removeprefix("torch.")
             self.products.append(Product(precision, (*one.shape, other.shape[-1]), _line_of_ours()))
         return out

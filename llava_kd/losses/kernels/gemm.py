@@ -41,8 +41,16 @@ def product_dtype(device: torch.device) -> torch.dtype | None:
 @contextmanager
 def tf32_on_cuda(device: torch.device, is_allowed: bool) -> Iterator[None]:
     """Let fp32 products of the block round their operands to 10 bits of fraction; bf16 ones lose nothing."""
-    with _fp32_products("high" if device.type == "cuda" and is_allowed else None):
+    if device.type != "cuda" or not is_allowed:
         yield
+        return
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 @contextmanager
@@ -52,20 +60,16 @@ def bf16_as_autocast_on_cpu(device: torch.device) -> Iterator[None]:
     That is what `product_dtype` does on a GPU. A processor without such products computes as before.
     """
     is_rounding = device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    is_rounding = is_rounding and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    with _fp32_products("medium" if is_rounding else None):
+    if not is_rounding or torch.get_autocast_dtype("cpu") != torch.bfloat16:
         yield
-
-
-@contextmanager
-def _fp32_products(precision: str | None) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    if precision is not None:
-        torch.set_float32_matmul_precision(precision)
+        return
+    products = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        products.fp32_precision = before
 
 
 def write_logits(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor) -> None:
