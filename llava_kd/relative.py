@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def looked_from(*paths: str | Path) -> str:
-    """Behind paths that lead nowhere: the folder from which they were looked for, if any is relative."""
-    if all(Path(path).is_absolute() for path in paths):
+def looked_from(path: str | Path) -> str:
+    """Behind a path that leads nowhere: the folder from which it was looked for, if it is relative."""
+    if Path(path).is_absolute():
         return ""
     return f" (looked for from {Path.cwd()}, where the command was given)"

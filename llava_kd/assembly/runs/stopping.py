@@ -47,7 +47,7 @@ def stoppable() -> Iterator[None]:
     def stop(number: int, _frame: FrameType | None) -> None:
         told.append(number)
         _say(number)
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        if _was_launched_with_others():
             # Nobody may be left to take leave of: to end Python with a group that others have left can abort.
             os._exit(_status_of_rank(number))
         raise SystemExit(status_after(number))
@@ -105,8 +105,12 @@ def was_told() -> bool:
 
 def _status_of_rank(number: int) -> int:
     """Of one that a launcher started and that was told alone: no 0, or the launcher lets the others wait."""
-    supervised = SUPERVISOR in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-    return status_of_rest(number) if supervised and not was_told() else status_after(number)
+    is_supervised = SUPERVISOR in os.environ and _was_launched_with_others()
+    return status_of_rest(number) if is_supervised and not was_told() else status_after(number)
+
+
+def _was_launched_with_others() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _say(number: int) -> None:

@@ -9,8 +9,8 @@ Shape legend: C rows of a chunk, V vocabulary, D width, W rows of a block of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,34 +38,29 @@ def product_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-@contextmanager
-def tf32_on_cuda(device: torch.device, is_allowed: bool) -> Iterator[None]:
+def tf32_on_cuda(device: torch.device, is_allowed: bool) -> AbstractContextManager[None]:
     """Let fp32 products of the block round their operands to 10 bits of fraction; bf16 ones lose nothing."""
     if device.type != "cuda" or not is_allowed:
-        yield
-        return
-    products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    products.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
+        return nullcontext()
+    return _rounding_to("tf32", torch.backends.cuda.matmul)
 
 
-@contextmanager
-def bf16_as_autocast_on_cpu(device: torch.device) -> Iterator[None]:
+def bf16_as_autocast_on_cpu(device: torch.device) -> AbstractContextManager[None]:
     """Let fp32 products of the block round their operands to bf16 where autocast would; results stay fp32.
 
     That is what `product_dtype` does on a GPU. A processor without such products computes as before.
     """
-    is_rounding = device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    if not is_rounding or torch.get_autocast_dtype("cpu") != torch.bfloat16:
-        yield
-        return
-    products = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    if device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return nullcontext()
+    if torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return nullcontext()
+    return _rounding_to("bf16", torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def _rounding_to(precision: str, products: Any) -> Iterator[None]:
     before = products.fp32_precision
-    products.fp32_precision = "bf16"
+    products.fp32_precision = precision
     try:
         yield
     finally:
