@@ -85,7 +85,7 @@ def test_a_stage_that_was_stopped_stops_the_pipeline_which_does_not_pass_for_don
     [
         ("", "must hold `key: value` lines"),
         ("[1]", "must hold `key: value` lines"),
-        ("{seed: 1, output_dir: x}", "is a stage file, not a pipeline: run it with `llava-kd train "),
+        ("{seed: 1, output_dir: x}", "is a stage, not a pipeline: run `llava-kd train "),
         ("{seeds: [1]}", "must contain `stages` (a list) and optionally `command`; got seeds"),
         ("stages: first.yaml", "`stages` must be a list"),
         ("stages: []", "must contain `stages`"),

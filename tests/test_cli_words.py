@@ -123,7 +123,7 @@ MISTAKES = [
     (["data", "verify", "--data", "none.json"], "no data file none.json"),
     (["data", "verify", "--data", "{stage}", "--model", "{stage}"], "no model directory"),
     (["data", "verify", "--data", "{stage}", "--report", "none/x"], "there is no none: create it"),
-    (["train", "{pipeline}"], "is a pipeline, not a stage: run it with `llava-kd run "),
+    (["train", "{pipeline}"], "is a pipeline, not a stage: run `llava-kd run "),
     (
         ["data", "select", "{stage}", "--reference", "./none", "--keep", "0.5", "--out", "x"],
         "./none does not exist",
@@ -148,6 +148,27 @@ def test_a_mistake_is_answered_before_anything_slow_is_imported(
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert said in done.stderr
     assert done.stderr.splitlines()[-1] == f"imported [] status {0 if '--help' in asked else 2}"
+
+
+KINDS = {
+    "train": ("stage", "{output_dir: x, student: {}}"),
+    "run": ("pipeline", "stages: [{config: a.yaml}]"),
+    "ablate": ("grid", "{stages: {}, arms: {a: [b]}}"),
+    "search": ("search", "{recipe: a.yaml, seed: 1, space: {}}"),
+}
+
+
+@pytest.mark.parametrize("own", KINDS)
+@pytest.mark.parametrize("asked", KINDS)
+def test_a_file_of_another_kind_is_sent_to_its_command(
+    asked: str, own: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, text = KINDS[own]
+    path = tmp_path / "file.yaml"
+    path.write_text(text)
+    assert main([asked, str(path)]) == 2
+    said = f"this is a {kind}, not a {KINDS[asked][0]}: run `llava-kd {own} {path}`"
+    assert (said in capsys.readouterr().err) is (asked != own)
 
 
 SHAPES = ["data", "shapes", "--out", "made", "--num_train=2", "--num_validation=1", "--num_test=1"]

@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -16,7 +16,7 @@ from llava_kd.assembly.runs.run_dir import differences
 from llava_kd.assembly.runs.stopping import status_of_rest
 from llava_kd.assembly.settings import load
 from llava_kd.config import TrainConfig
-from llava_kd.config.trees import read_tree
+from llava_kd.config.trees import check_kind, read_tree
 
 _COMMAND = f"{shlex.quote(sys.executable)} -m llava_kd.cli train"
 
@@ -55,8 +55,7 @@ def read_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     if not path.is_file():
         raise ValueError(f"no pipeline file {path}; scripts/pipeline.yaml is an example")
     tree = read_tree(path)
-    if "stages" not in tree and set(tree) & {field.name for field in fields(TrainConfig)}:
-        raise ValueError(f"{path} is a stage file, not a pipeline: run it with `llava-kd train {path}`")
+    check_kind(tree, "pipeline", path)
     if not set(tree) <= {"stages", "command"} or not tree.get("stages"):
         given = ", ".join(map(str, tree)) or "no key"
         raise ValueError(f"{path} must contain `stages` (a list) and optionally `command`; got {given}")

@@ -15,7 +15,7 @@ from draccus.utils import DraccusException
 from llava_kd.config.checks import check_section, check_value
 from llava_kd.config.objective import ObjectiveConfig, Table, stage_type
 from llava_kd.config.sections import TrainConfig
-from llava_kd.config.trees import UniqueKeyLoader, at_home, parse_override, set_dotted
+from llava_kd.config.trees import UniqueKeyLoader, at_home, check_kind, parse_override, set_dotted
 
 
 def _messages(error: BaseException) -> str:
@@ -73,8 +73,7 @@ def _tree(path: Path, overrides: Sequence[str]) -> dict:
     tree = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     if not isinstance(tree, dict):
         raise ValueError("the file must hold `key: value` lines")
-    if "stages" in tree and set(tree) <= {"stages", "command"}:
-        raise ValueError(f"the file is a pipeline, not a stage: run it with `llava-kd run {path}`")
+    check_kind(tree, "stage", path)
     for override in overrides:
         set_dotted(tree, *parse_override(override))
     return at_home(tree)

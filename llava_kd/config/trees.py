@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,27 @@ def read_tree(path: Path) -> dict:
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: the file must hold `key: value` lines")
     return at_home(tree)
+
+
+_COMMANDS = {"stage": "train", "pipeline": "run", "grid": "ablate", "search": "search"}
+
+
+def check_kind(tree: Mapping, wanted: str, path: Path) -> None:
+    """Raises ValueError where the file is plainly of another kind than `wanted`, one of `_COMMANDS`."""
+    kind = _kind(tree)
+    if kind not in (wanted, None):
+        raise ValueError(f"this is a {kind}, not a {wanted}: run `llava-kd {_COMMANDS[kind]} {path}`")
+
+
+def _kind(tree: Mapping) -> str | None:
+    keys = set(tree)
+    if "arms" in keys:
+        return "grid"
+    if "space" in keys:
+        return "search"
+    if "stages" in keys:
+        return "pipeline" if keys <= {"stages", "command"} else None
+    return "stage" if keys & {"student", "objective", "output_dir"} else None
 
 
 def at_home(tree: Any) -> Any:

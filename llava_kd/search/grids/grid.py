@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_kd.config.trees import parse_override, read_tree, set_dotted
+from llava_kd.config.trees import check_kind, parse_override, read_tree, set_dotted
 from llava_kd.search.grids.entries import listed, mapping, named, near, only
 
 _KEYS = {
@@ -90,6 +90,7 @@ def read_grid(path: str | Path, overrides: Sequence[str] = (), *, output: str | 
     if not path.is_file():
         raise ValueError(f"no ablation file {path}; see the examples in ablations/")
     tree = read_tree(path)
+    check_kind(tree, "grid", path)
     only(tree, _KEYS, f"{path}")
     for key in ("arms", "seeds", "baseline", "tests"):
         if not tree.get(key):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_kd.config.trees import parse_override, read_tree, set_dotted
+from llava_kd.config.trees import check_kind, parse_override, read_tree, set_dotted
 from llava_kd.search.grids.entries import mapping, named, near, only
 
 _KEYS = {
@@ -129,6 +129,7 @@ def read_space(
     if not path.is_file():
         raise ValueError(f"no search file {path}; docs/search.md shows an example")
     file = read_tree(path)
+    check_kind(file, "search", path)
     only(file, _KEYS, f"{path}")
     for key in ("recipe", "space", "budget"):
         if file.get(key) is None:
