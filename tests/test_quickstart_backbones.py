@@ -17,7 +17,8 @@ from transformers.models.auto.image_processing_auto import (
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "quickstart"
 SHIPPED = SCRIPTS / "backbones"
-MOST_BYTES = 9_000_000
+SHIPPED_HARD = SCRIPTS.parent / "hard" / "backbones"
+MOST_BYTES = {SHIPPED: 9_000_000, SHIPPED_HARD: 13_000_000}
 REDUCED = ("--tower-steps=2", "--tower-pictures=20", "--teacher-steps=2", "--student-steps=2", "--threads=1")
 
 # `python SCRIPT words`, in a process that has imported everything.
@@ -43,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def layouts(made: Path) -> list[Path]:
-    return [made, *([SHIPPED] if SHIPPED.exists() else [])]
+    return [made, SHIPPED, SHIPPED_HARD]
 
 
 def test_the_parts_load_and_fit_each_other(made: Path) -> None:
@@ -156,9 +157,21 @@ def test_the_hard_backbones_are_made_by_the_same_command(tmp_path: Path) -> None
         assert len(tokenizer(f" {word}")["input_ids"]) == 1, word
 
 
-def test_what_is_shipped_is_small_and_holds_no_code() -> None:
-    if not SHIPPED.exists():
-        pytest.skip("nothing is shipped yet")
-    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < MOST_BYTES
+@pytest.mark.parametrize("shipped", MOST_BYTES, ids=lambda path: path.parent.name)
+def test_what_is_shipped_is_small_and_holds_no_code(shipped: Path) -> None:
+    files = [path for path in shipped.rglob("*") if path.is_file()]
+    assert 0 < sum(path.stat().st_size for path in files) < MOST_BYTES[shipped]
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".md"}
+
+
+def test_the_hard_models_that_are_shipped_are_of_the_table(settings) -> None:
+    """An edit of a size or of how long the tower learns needs new models."""
+    setting = settings["hard"]
+    made = json.loads((SHIPPED_HARD / "made.json").read_text())["arguments"]
+    assert (made["tower_steps"], made["tower_pictures"]) == (setting.tower_steps, setting.tower_pictures)
+    for name, size in setting.llms.items():
+        config = json.loads((SHIPPED_HARD / f"{name}_llm" / "config.json").read_text())
+        assert (config["hidden_size"], config["num_hidden_layers"]) == (size.width, size.layers)
+        assert config["vocab_size"] == size.vocab_rows
+    teacher = json.loads((SHIPPED_HARD / "teacher" / "config.json").read_text())
+    assert teacher["text_config"]["hidden_size"] == setting.llms["teacher"].width

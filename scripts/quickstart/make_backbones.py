@@ -81,8 +81,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must be new or empty")
     parser.add_argument("--setting", choices=SETTINGS, default="easy", help="of the shapes data")
-    parser.add_argument("--tower-steps", type=int, default=1000)
-    parser.add_argument("--tower-pictures", type=int, default=6000)
+    parser.add_argument("--tower-steps", type=int, help="default: as many as the setting needs")
+    parser.add_argument("--tower-pictures", type=int, help="default: as many as the setting needs")
     parser.add_argument("--teacher-steps", type=int, default=300, help="text steps of the teacher's LLM")
     parser.add_argument("--student-steps", type=int, default=600, help="text steps of the student's LLM")
     parser.add_argument("--threads", type=int, default=2)
@@ -94,6 +94,8 @@ def main() -> None:
 
     start = time.monotonic()
     setting = SETTINGS[args.setting]
+    args.tower_steps = args.tower_steps or setting.tower_steps
+    args.tower_pictures = args.tower_pictures or setting.tower_pictures
     words = itertools.islice(texts(setting.shapes, seed=args.seed), 2000)
     tokenizer = make_tokenizer(words, vocab_size=setting.vocab_size)
     reading = save_tower(

@@ -45,15 +45,7 @@ llava-kd train scripts/quickstart/teacher_stage3.yaml --output_dir="$run/caption
 keep() {
   doing="scoring $run/$1/model"
   llava-kd eval --model "$run/$1/model" --data "$run/data/validation.json" --out "$run/$1/validation"
-  rm -rf "$2"
-  cp -r "$run/$1/model" "$2"
-  rm "$2/README.md"  # its paths are those of this run
-  python - "$2" <<'PY'  # half the size in the repository
-import sys
-import torch
-from transformers import LlavaForConditionalGeneration
-LlavaForConditionalGeneration.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[1])
-PY
+  python scripts/quickstart/halve_model.py "$run/$1/model" "$2"
 }
 keep last "$out"
 keep captions "${out}_captions"
