@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_llava import make_tiny_llava
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from llava_kd.data.sources.conversation import Record, Turn
@@ -77,6 +78,24 @@ def test_batched_answers_equal_stock_greedy_search(
     expected = [stock_answer(model_dir, question) for question in questions]
     assert generator.answer(questions) == expected
     assert len(set(expected)) > 1
+
+
+def test_a_prompt_ends_where_its_answer_begins(model_dir: Path, generator: Generator) -> None:
+    """Some tokenizers put an end token behind every text; behind a prompt it would end the answer."""
+    processor = copy.deepcopy(generator.processor)
+    tokenizer = processor.tokenizer
+    prompts = [render_prompt(processor, text, has_images=False) for text in ("What?", "What is it, please?")]
+    expected = model_inputs(processor, prompts, [])
+    end = tokenizer.eos_token
+    for before in ("", f"{tokenizer.pad_token} "):
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{before}$A {end}",
+            special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in (end, tokenizer.pad_token)],
+        )
+        found = model_inputs(processor, prompts, [])
+        width = expected["input_ids"].shape[1]
+        assert torch.equal(found["input_ids"][:, -width:], expected["input_ids"])
+        assert found["input_ids"].shape == found["attention_mask"].shape == (2, width + len(before.split()))
 
 
 def test_answers_do_not_depend_on_the_batch(data_json: Path, generator: Generator) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from stock_answers import stock_answers
 from tiny_llava import make_tiny_llava
 from tiny_towers import make_language_model, make_tower
+from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 from transformers import AutoProcessor, BitImageProcessor, GenerationConfig, PreTrainedTokenizerFast
 
 from llava_kd.assembly.checkpoints import export_to
@@ -183,6 +184,25 @@ def test_a_tokenizer_that_was_padding_is_saved_without(tmp_path: Path) -> None:
     assert saved["padding"] is saved["truncation"] is None
     live = json.loads(tokenizer.backend_tokenizer.to_str())
     assert live["truncation"] is not None
+
+
+def test_a_tokenizer_that_ends_every_text_is_saved_without(tmp_path: Path) -> None:
+    """Its prompts would end before their answer in all tools that read them by the processor."""
+    parts = load_stock(str(make_tiny_llava(tmp_path / "m", layers=1)))
+    backend = parts.processor.tokenizer.backend_tokenizer
+    pad, end = (backend.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>"))
+    written = TemplateProcessing(
+        single="<|endoftext|> $A <|im_end|>",
+        pair="<|endoftext|> $A <|im_end|> $B <|im_end|>",
+        special_tokens=[("<|endoftext|>", pad), ("<|im_end|>", end)],
+    )
+    backend.post_processor = Sequence([ByteLevel(trim_offsets=False), written])
+    save_stock(parts, tmp_path / "out")
+    assert parts.processor.tokenizer("a")["input_ids"][-1] == end
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    prompt = processor.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True)
+    bare = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert processor(text=[prompt])["input_ids"] == [[pad, *bare]]
 
 
 def test_a_tower_stays_shared_with_a_teacher_whose_processor_does_not_pad(

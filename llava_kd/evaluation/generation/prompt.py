@@ -104,10 +104,11 @@ def model_inputs(
 ) -> BatchFeature:
     """Left-padded ids and pixel values of rendered texts, on the CPU.
 
-    A text that a template began with the beginning-of-sequence token gets no second one. Pictures for which
-    stock code would take gigabytes become the same pixels by the transform of training.
+    A text that a template began with the beginning-of-sequence token gets no second one, and none gets an end.
+    Pictures for which stock code would take gigabytes become the same pixels by the transform of training.
     """
     bos = processor.tokenizer.bos_token
+    adds = not (bos and texts[0].startswith(bos))
     control = _control(processor)
     renamed = list(texts)
     if any(map(control.is_covered, texts)):
@@ -124,12 +125,29 @@ def model_inputs(
             "padding": True,
             "return_tensors": "pt",
             "padding_side": "left",
-            "add_special_tokens": not (bos and texts[0].startswith(bos)),
+            "add_special_tokens": adds,
         },
         images_kwargs={"return_tensors": "pt"},
     )
     for k, pixels_CHW in thin.items():
         inputs["pixel_values"][k] = pixels_CHW
+    return _without_end(inputs, _num_behind(processor.tokenizer) if adds else 0)
+
+
+def _num_behind(tokenizer: PreTrainedTokenizerFast) -> int:
+    """How many tokens it puts behind a text by itself: an end of text, as some are set for training."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
+    before = next((k for k in range(len(whole)) if whole[k : k + len(bare)] == bare), len(whole))
+    return max(len(whole) - before - len(bare), 0)
+
+
+def _without_end(inputs: BatchFeature, num_tokens: int) -> BatchFeature:
+    """A prompt goes on with its answer, so the last tokens of each left-padded row go."""
+    shape = inputs["input_ids"].shape
+    for name, value in inputs.items() if num_tokens else ():
+        if value.shape == shape:
+            inputs[name] = value[:, :-num_tokens]
     return inputs
 
 

@@ -7,15 +7,17 @@ has nothing else.
 from __future__ import annotations
 
 import copy
+import json
 
 from jinja2 import TemplateError
-from transformers import GenerationConfig, LlavaProcessor
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, LlavaProcessor, PreTrainedTokenizerFast
 
 _ANSWER = "\u2603"
 
 
 def served_processor(processor: LlavaProcessor) -> LlavaProcessor:
-    """A copy that pads on the left, as batched generation must, and whose `eos_token` ends an answer.
+    """A copy that pads on the left, as batched generation must, and whose `eos_token` ends an answer alone.
 
     Servers and evaluation tools stop at the tokenizer's own end token, which for a base model is another one
     than the end of its template's answers.
@@ -31,7 +33,22 @@ def served_processor(processor: LlavaProcessor) -> LlavaProcessor:
     if tokenizer.is_fast:  # what some earlier call padded or cut to is no part of the model
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()
+        _put_nothing_behind(tokenizer)
     return served
+
+
+def _put_nothing_behind(tokenizer: PreTrainedTokenizerFast) -> None:
+    """An end token behind each text, as some tokenizers are set for training, would end a prompt unanswered."""
+    if tokenizer.init_kwargs.get("add_eos_token"):
+        tokenizer.init_kwargs["add_eos_token"] = tokenizer.add_eos_token = False
+    backend = tokenizer.backend_tokenizer
+    tree = json.loads(backend.to_str())
+    step = tree["post_processor"] or {}
+    for one in step.get("processors", [step]):
+        for form in ("single", "pair"):
+            while one.get("type") == "TemplateProcessing" and "SpecialToken" in one[form][-1]:
+                one[form].pop()
+    backend.post_processor = Tokenizer.from_str(json.dumps(tree)).post_processor
 
 
 def served_generation(before: GenerationConfig | None, processor: LlavaProcessor) -> GenerationConfig:
