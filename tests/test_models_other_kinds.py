@@ -43,6 +43,12 @@ def mlx(folder: Path) -> Path:
     return folder
 
 
+def adapted(folder: Path) -> Path:
+    """As a merge leaves it that saves into the folder of the adapter."""
+    make_tiny_llava(folder, layers=1)
+    return files("adapter_config.json", "adapter_model.safetensors")(folder)
+
+
 def pointers(folder: Path) -> Path:
     make_tiny_llava(folder, layers=1)
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
@@ -56,6 +62,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "onnx": (files("config.json", "onnx/model.onnx"), "is a model of ONNX"),
     "openvino": (files("config.json", "openvino_model.xml"), "is a model of OpenVINO"),
     "adapter": (files("adapter_config.json", "adapter_model.safetensors"), "is an adapter of peft"),
+    "adapter beside whole weights": (adapted, "holds whole weights and an adapter of peft beside them"),
     "diffusers": (files("model_index.json", "unet/config.json"), "is a pipeline of diffusers"),
     "awq": (llava_with(quantization_config={"quant_method": "awq"}), r"is quantised \(awq\)"),
     "gptq inside": (

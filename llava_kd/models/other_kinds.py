@@ -85,7 +85,9 @@ def refuse_other_kinds(name: str, what: str) -> None:
             f"{what} {name} was fetched without its large files: {pointer.name} is a pointer of Git LFS; run "
             "`git lfs pull` there"
         )
-    if not _any("model*.safetensors", "pytorch_model*.bin")(path):
+    if is_whole := _any("model*.safetensors", "pytorch_model*.bin")(path):
+        _refuse_adapter_beside(path, what)
+    if not is_whole:
         for patterns, kind, remedy in _KINDS:
             if _any(*patterns)(path):
                 raise ValueError(f"{what} {name} is {kind}; {remedy}")
@@ -98,6 +100,15 @@ def refuse_other_kinds(name: str, what: str) -> None:
         )
     if "quantization" in config or _is_mlx(path):
         raise ValueError(f"{what} {name} is a model of MLX; {_UNQUANTISED}")
+
+
+def _refuse_adapter_beside(folder: Path, what: str) -> None:
+    """transformers puts such an adapter on the weights, merged or not, where peft is installed, and only then."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{what} {folder} holds whole weights and an adapter of peft beside them; if it is merged into them, "
+            "take adapter_config.json and adapter_model.* out of the folder, else merge it first"
+        )
 
 
 def _of_kind(path: Path) -> str:
