@@ -103,11 +103,11 @@ def refuse_other_kinds(name: str, what: str) -> None:
 
 
 def _refuse_adapter_beside(folder: Path, what: str) -> None:
-    """transformers puts such an adapter on the weights, merged or not, where peft is installed, and only then."""
+    """transformers puts it on the weights, merged or not, where peft is installed, and only then."""
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
-            f"{what} {folder} holds whole weights and an adapter of peft beside them; if it is merged into them, "
-            "take adapter_config.json and adapter_model.* out of the folder, else merge it first"
+            f"{what} {folder} holds whole weights and an adapter of peft beside them; if it is merged into "
+            "them, take adapter_config.json and adapter_model.* out of the folder, else merge it first"
         )
 
 

@@ -104,7 +104,7 @@ def model_inputs(
 ) -> BatchFeature:
     """Left-padded ids and pixel values of rendered texts, on the CPU.
 
-    A text that a template began with the beginning-of-sequence token gets no second one, and none gets an end.
+    A text that a template began with the beginning-of-sequence token gets no second, and none gets an end.
     Pictures for which stock code would take gigabytes become the same pixels by the transform of training.
     """
     bos = processor.tokenizer.bos_token

@@ -38,7 +38,7 @@ def served_processor(processor: LlavaProcessor) -> LlavaProcessor:
 
 
 def _put_nothing_behind(tokenizer: PreTrainedTokenizerFast) -> None:
-    """An end token behind each text, as some tokenizers are set for training, would end a prompt unanswered."""
+    """An end token behind each text, as some tokenizers are set for training, would end a prompt too."""
     if tokenizer.init_kwargs.get("add_eos_token"):
         tokenizer.init_kwargs["add_eos_token"] = tokenizer.add_eos_token = False
     backend = tokenizer.backend_tokenizer
