@@ -240,10 +240,11 @@ def test_messages_are_read_like_conversations() -> None:
         assert parse_record(named if "image" in one or "image_url" in one else named | kept, 0) == plain
 
 
-@pytest.mark.parametrize("name", ["images\\0_0.png", "./images/0_0.png", "absolute"])
+@pytest.mark.parametrize("name", ["images\\0_0.png", "./images/0_0.png", "absolute", "file://"])
 def test_image_paths_as_other_tools_write_them(tmp_path: Path, name: str) -> None:
     path = write_dataset(tmp_path, [entry(0)])
-    raw = entry(0) | {"image": str(tmp_path / "images/0_0.png") if name == "absolute" else name}
+    absolute = str(tmp_path / "images/0_0.png")
+    raw = entry(0) | {"image": {"absolute": absolute, "file://": f"file://{absolute}"}.get(name, name)}
     path.write_text(json.dumps([raw]))
     source = LlavaJson(path, tmp_path)
     assert source.image_bytes(0, 0) == (tmp_path / "images/0_0.png").read_bytes()

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 IMAGE_KEYS = ("image", "images")
 _SHOWN = 80
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_LOCAL = "file://"  # before the absolute path, as in talks for Qwen-VL
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
@@ -20,6 +21,7 @@ def image_path(given: object) -> str:
     if not isinstance(given, str) or not given:
         raise ValueError(f"`image` must be a path or a list of paths, got {str(given)[:_SHOWN]!r}")
     shown = repr(given[:_SHOWN])
+    given = given.removeprefix(_LOCAL)
     if given.startswith("data:"):
         raise ValueError(
             f"the image {shown} is written into the text; save it as a file below the image root, or use "
