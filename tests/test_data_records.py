@@ -123,6 +123,17 @@ BAD = {
         lambda raw: [raw.update(video="a.mp4", image=""), _turn(0, value="<video>\nWhat?")(raw)],
         "it has a `video`, and only images are read",
     ),
+    "answer that is not to be trained on": (
+        lambda raw: raw["conversations"].extend(
+            [{"from": "human", "value": "?"}, {"from": "gpt", "value": "No.", "loss": False}]
+        ),
+        "turn 3 is an answer with `loss` False, which is to be left out of the loss",
+    ),
+    "answer of no weight": (_turn(1, weight=0), "turn 1 is an answer with `weight` 0"),
+    "boxes beside the talk": (
+        lambda raw: [raw.update(objects={"bbox": [[1, 2, 3, 4]]}), _turn(1, value="At <bbox>.")(raw)],
+        "its text has <bbox> in the place of an entry of `objects`, which is not read",
+    ),
     "number as answer": (_turn(1, value=3), "the text of turn 1 is 3 of type int; write it as a string"),
     "image and images": (lambda raw: raw.update(images=["b.jpg"]), "not both"),
 }
@@ -219,6 +230,14 @@ def test_a_conversation_may_be_the_json_of_a_column_of_texts() -> None:
         parse_record(raw | {"conversations": "[{'from': 'human'}]"}, 0)
     with pytest.raises(ValueError, match="no conversations, got str"):
         parse_record(raw | {"conversations": "What is it?"}, 0)
+
+
+def test_an_answer_that_counts_is_read_as_any_other() -> None:
+    raw, marked = entry(0, rounds=2), entry(0, rounds=2)
+    marked["conversations"][1]["loss"] = True
+    marked["conversations"][3].update(weight=1, loss=None)
+    marked["conversations"][0]["weight"] = 0
+    assert parse_record(marked, 0) == parse_record(raw, 0)
 
 
 def test_messages_are_read_like_conversations() -> None:

@@ -9,7 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from llava_kd.data.sources.pictures.image_paths import IMAGE_KEYS, image_path
-from llava_kd.data.sources.pictures.lost_pictures import check_media, check_no_picture_is_lost
+from llava_kd.data.sources.pictures.lost_pictures import (
+    check_boxes,
+    check_media,
+    check_no_picture_is_lost,
+)
 
 IMAGE_PLACEHOLDER = "<image>"
 # Fields that hold lists and are kept, as JSON: which words of the answers are private, and what the pictures
@@ -17,6 +21,8 @@ IMAGE_PLACEHOLDER = "<image>"
 PRIVATE_SPANS, OCR_TOKENS = LISTS = ("private_spans", "ocr_tokens")
 _ERRORS_SHOWN = 10
 _ID_SHOWN = 80
+# By which other tools leave an answer out of the loss, with a value that counts as false.
+_LOSS_MARKS = ("loss", "loss_scale", "weight", "train", "trainable")
 Role = Literal["system", "user", "assistant"]
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -107,6 +113,7 @@ def parse_record(raw: object, position: int) -> Record:
         check_media(raw)
         given = _talk(raw)
         turns, inside = _turns(given)
+        check_boxes(raw, [turn.text for turn in turns])
         first = _first_question(turns)
         images = _images(raw) or tuple(image for said in inside[first:] for image in said)
         if not images:
@@ -170,11 +177,22 @@ def _turns(talk: object) -> tuple[list[Turn], list[list[str]]]:
         if not isinstance(speaker, str) or speaker not in ROLES:
             shown = repr(speaker)[:_ID_SHOWN]
             raise ValueError(f"turn {number} has the unknown role {shown}; roles are {sorted(ROLES)}")
+        if ROLES[speaker] == "assistant":
+            _check_counts(said, number)
         content = said["value"] if said.get("value") is not None else said.get("content")
         text, images = _content(content, number)
         turns.append(Turn(ROLES[speaker], _whole(text, f"turn {number}").strip()))
         inside.append(images)
     return turns, inside
+
+
+def _check_counts(said: dict, number: int) -> None:
+    for mark in _LOSS_MARKS:
+        if (value := said.get(mark)) is not None and not value:
+            raise ValueError(
+                f"turn {number} is an answer with `{mark}` {value}, which is to be left out of the loss, and "
+                "every answer of a record is trained on; end the talk before it, or leave the record out"
+            )
 
 
 def _talk(raw: dict) -> Any:

@@ -19,7 +19,7 @@ from llava_kd.relative import looked_from
 __all__ = ["LlavaJson", "Record", "Source", "Turn", "canonical", "parse_record"]
 
 _CACHED_FROM_BYTES = 8 << 20
-_LAYOUT = 2
+_LAYOUT = 3
 
 
 def read_confined(root: Path, image: str, *, follow_symlinks: bool) -> bytes:

@@ -30,7 +30,7 @@ from llava_kd.data.sources.packed import PackedRecords
 from llava_kd.data.sources.tar_walk import walk
 
 _CACHED_FROM_BYTES = 64 << 20
-_LAYOUT = 2
+_LAYOUT = 3
 _SHOWN = 10
 _Place = tuple[int, int, int]  # shard, offset, size
 

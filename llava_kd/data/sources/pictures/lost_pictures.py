@@ -1,4 +1,7 @@
-"""Entries that mean a picture and give none that is read. Unseen, they would be trained on as text alone."""
+"""Entries that mean a picture, or a place in one, and give none that is read.
+
+Unseen, they would be trained on as text alone, or for a placeholder as the answer.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ _FILE = r"[^\n<>]+\.(?:jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|p[pgbn]m)"
 _IS_FILE = re.compile(_FILE, re.IGNORECASE)
 _IN_TEXT = re.compile(rf"<img>\s*{_FILE}\s*</img>", re.IGNORECASE)
 _CLOSING = "</image>"  # of an element of that name, in a talk about such files
+_BOXES = ("<bbox>", "<ref-object>")  # of ms-swift, in the place of what `objects` holds
 _SHOWN = 80
 
 
@@ -22,6 +26,17 @@ def check_media(raw: Mapping[str, object]) -> None:
         raise ValueError(
             f"it has a `{found}`, and only images are read; leave such records out, or give frames of it as "
             "`images`"
+        )
+
+
+def check_boxes(raw: Mapping[str, object], texts: Iterable[str]) -> None:
+    """ValueError for a talk with placeholders of boxes that stand beside it."""
+    if not raw.get("objects"):
+        return
+    if found := next((mark for text in texts for mark in _BOXES if mark in text), None):
+        raise ValueError(
+            f"its text has {found} in the place of an entry of `objects`, which is not read; write the names "
+            "and boxes into the text"
         )
 
 
