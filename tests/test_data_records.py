@@ -232,6 +232,17 @@ def test_a_conversation_may_be_the_json_of_a_column_of_texts() -> None:
         parse_record(raw | {"conversations": "What is it?"}, 0)
 
 
+def test_a_conversation_may_be_a_column_for_each_key_of_a_turn() -> None:
+    """As `datasets` keeps what it was told is a Sequence of mappings."""
+    raw = entry(0, rounds=2)
+    turns = raw["conversations"]
+    columns = {key: [turn[key] for turn in turns] for key in turns[0]}
+    assert parse_record(raw | {"conversations": columns}, 0) == parse_record(raw, 0)
+    columns["value"].pop()
+    with pytest.raises(ValueError, match="no conversations, got dict"):
+        parse_record(raw | {"conversations": columns}, 0)
+
+
 def test_an_answer_that_counts_is_read_as_any_other() -> None:
     raw, marked = entry(0, rounds=2), entry(0, rounds=2)
     marked["conversations"][1]["loss"] = True

@@ -196,8 +196,12 @@ def _check_counts(said: dict, number: int) -> None:
 
 
 def _talk(raw: dict) -> Any:
-    """As given, or read from the JSON that tables keep in a column of texts."""
+    """As given, or as tables hold it: the JSON in a column of texts, or a column for each key of a turn."""
     talk = next((raw[key] for key in TALKS if raw.get(key)), None)
+    if isinstance(talk, dict):
+        columns = {key: column for key, column in talk.items() if isinstance(column, list)}
+        if len({len(column) for column in columns.values()}) == 1:
+            return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     if isinstance(talk, str) and talk.lstrip().startswith("["):
         try:
             return json.loads(talk) or None
