@@ -44,6 +44,35 @@ def said(found: list[dict]) -> list[tuple[str, str, str]]:
 EXPECTED = [(image, f"<image>\n{question}", answer) for image, question, answer in ROWS]
 
 
+TORN = {
+    "a comma": ("a.png,What?,red, or blue", r"row 3, has 4 cells under 3 columns: ' or blue' would be lost"),
+    "a quote": ('a.png,What?,"STOP', r"double quote is never closed, .*: 'STOP\\nc.png,Is it\?,no\\n"),
+}
+
+
+@pytest.mark.parametrize("kind", TORN)
+def test_a_row_that_is_torn_or_takes_in_others_is_refused(tmp_path: Path, kind: str) -> None:
+    row, words = TORN[kind]
+    path = tmp_path / "t.csv"
+    path.write_text(f"image,question,answer\nb.png,What?,blue,,\n{row}\nc.png,Is it?,no\n")
+    with pytest.raises(ValueError, match=words):
+        read_rows(path)
+
+
+def test_a_list_of_texts_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "metadata.jsonl"
+    boxes = {"bbox": [[1, 2, 3, 4]]}
+    lines = [
+        {"file_name": "a.png", "text": ["a cat", "a pet"]},
+        {"file_name": "b.png", "text": "a dog", "objects": boxes},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names, rows = read_rows(path)
+    found, faults = to_records(rows, choose_columns(path, names, {}, "What?"))
+    assert faults == ["row 1 must have one text as text, got ['a cat', 'a pet']; write a row for each"]
+    assert said(found) == [("b.png", "<image>\nWhat?", "a dog")]
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "with a mark of Excel"])
 def test_a_csv_is_read_whatever_cuts_its_cells(tmp_path: Path, delimiter: str, mark: str) -> None:

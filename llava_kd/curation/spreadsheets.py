@@ -25,6 +25,10 @@ ALIASES = {
     "answer": ("answer", "text", "caption", "response", "label"),
 }
 
+_LAST = "\U00100002"  # a row that is put behind a table: it is the last one if no cell takes it in
+_LISTED = "\U00100003"  # before what a line of JSON has in the place of a text
+_SHOWN = 40
+
 Row = tuple[int, dict[str, str]]  # its number in the file, as a spreadsheet shows it, and its cells
 
 
@@ -108,6 +112,12 @@ def to_records(rows: Sequence[Row], columns: Columns) -> tuple[list[dict], list[
         if empty := [name for name, cell in cells.items() if not cell.strip()]:
             faults.append(f"row {number} has no {' and no '.join(empty)}")
             continue
+        if listed := [name for name, cell in cells.items() if cell.startswith(_LISTED)]:
+            shown = cells[listed[0]].removeprefix(_LISTED)[:_SHOWN]
+            faults.append(
+                f"row {number} must have one text as {listed[0]}, got {shown}; write a row for each"
+            )
+            continue
         text = question.replace(IMAGE_PLACEHOLDER, "").strip()
         said = [
             ("human", f"{IMAGE_PLACEHOLDER}\n{text}"),
@@ -142,9 +152,16 @@ def _csv(path: Path) -> list[list[str]]:
     first = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=first.count)
     try:
-        return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+        *cells, last = csv.reader(io.StringIO(f"{text}\n{_LAST}", newline=""), delimiter=delimiter)
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV file: {error}") from None
+    if last != [_LAST]:
+        begun = next((cell for cell in reversed(last) if _LAST in cell), "")
+        raise ValueError(
+            f"{path} has a cell whose double quote is never closed, so it takes in all rows below: "
+            f"{begun[:_SHOWN]!r}; close it, or write a quote of the text as two"
+        )
+    return cells
 
 
 def _xlsx(path: Path) -> list[list[str]]:
@@ -173,11 +190,15 @@ def _named(path: Path, cells: list[list[str]]) -> tuple[list[str], list[Row]]:
     names = [name.strip() for name in cells[head]]
     if doubled := sorted({name for name in names if name and names.count(name) > 1}):
         raise ValueError(f"{path} has the column {', '.join(doubled)} twice; rename one")
-    rows = [
-        (number, dict(zip(names, row, strict=False)))
-        for number, row in enumerate(cells[head + 1 :], start=head + 2)
-        if any(cell.strip() for cell in row)
-    ]
+    rows = []
+    for number, row in enumerate(cells[head + 1 :], start=head + 2):
+        if beyond := [cell for cell in row[len(names) :] if cell.strip()]:
+            raise ValueError(
+                f"{path}, row {number}, has {len(row)} cells under {len(names)} columns: "
+                f"{beyond[0][:_SHOWN]!r} would be lost; put a text that holds the delimiter in double quotes"
+            )
+        if any(cell.strip() for cell in row):
+            rows.append((number, dict(zip(names, row, strict=False))))
     return [name for name in names if name], rows
 
 
@@ -193,9 +214,13 @@ def _json_lines(path: Path) -> tuple[list[str], list[Row]]:
             raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
         if not isinstance(tree, dict):
             raise ValueError(f'{path}, line {number}, must be an object such as {{"file_name": ...}}')
-        rows.append((number, {str(key): str(value) for key, value in tree.items() if value is not None}))
+        rows.append((number, {str(key): _cell(value) for key, value in tree.items() if value is not None}))
         names |= dict.fromkeys(map(str, tree))
     return list(names), rows
+
+
+def _cell(value: object) -> str:
+    return f"{_LISTED}{value}" if isinstance(value, list | dict) else str(value)
 
 
 def _is_flat(path: Path) -> bool:
