@@ -171,6 +171,20 @@ def test_more_than_nine_images_come_in_order(tmp_path: Path) -> None:
     assert source.record(0).id == "r"
 
 
+def test_images_that_an_entry_names_come_in_its_order_and_no_others(tmp_path: Path) -> None:
+    raw = entry(0, images=2)
+    names = {"left": encoded_image(1), "right": encoded_image(2), "mask": encoded_image(3)}
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for key, images in (("a", ["x/a.right.png", "a.left.png"]), ("b", ["coco/1.png", "coco/2.png"])):
+            for name, data in list(names.items())[: 3 if key == "a" else 2]:
+                add(archive, f"{key}.{name}.png", data)
+            add(archive, f"{key}.json", json.dumps(raw | {"image": images}).encode())
+    source = TarShards([tmp_path / "a.tar"])
+    assert source.faults == ()
+    assert [source.image_bytes(0, k) for k in range(2)] == [names["right"], names["left"]]
+    assert [source.image_bytes(1, k) for k in range(2)] == [names["left"], names["right"]]
+
+
 def test_bad_records_of_a_shard_keep_their_places(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         add(archive, "r.jpg", encoded_image())

@@ -1,8 +1,9 @@
 """Tar shards in the WebDataset layout, read at random by offset.
 
 A record is the members that share a key, the name up to the first dot of its last part: `KEY.json` holds the
-LLaVA entry, and `KEY.jpg`, or `KEY.0.jpg`, `KEY.1.png`, ... its images in the order of the placeholders. As
-in img2dataset's shards, `KEY.txt`, or `caption` in the .json, may stand in the place of a talk.
+LLaVA entry, and `KEY.jpg`, or `KEY.0.jpg`, `KEY.1.png`, ... its images in the order of the placeholders, or
+those that the entry names by their file names, in its order. As in img2dataset's shards, `KEY.txt`, or
+`caption` in the .json, may stand in the place of a talk.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from llava_kd.data.sources.conversation import (
 )
 from llava_kd.data.sources.entries import loads
 from llava_kd.data.sources.packed import PackedRecords
+from llava_kd.data.sources.pictures.image_paths import IMAGE_KEYS
 from llava_kd.data.sources.tar_walk import walk
 
 _CACHED_FROM_BYTES = 64 << 20
@@ -159,9 +161,19 @@ def _entry(path: Path, key: str, members: dict[str, tarfile.TarInfo]) -> tuple[d
             raw = loads(_bytes(path, members["json"]))
         except ValueError as error:
             raise ValueError(f"has a .json that {error}") from None
+    images = _as_named(raw, images)
     if isinstance(raw, dict) and not any(talk in raw for talk in TALKS):
         raw = {"id": key, "conversations": _captioned(path, raw, members.get("txt"), len(images))}
     return entry_with_images(raw, key, [member.name.lstrip("/") for member in images]), images
+
+
+def _as_named(raw: object, images: list[tarfile.TarInfo]) -> list[tarfile.TarInfo]:
+    """The images that the entry names, in its order; as they are where it names others, or none."""
+    given = next((raw[key] for key in IMAGE_KEYS if raw.get(key)), None) if isinstance(raw, dict) else None
+    names = [given] if isinstance(given, str) else given if isinstance(given, list) else []
+    members = {member.name.rpartition("/")[2]: member for member in images}
+    named = [members.get(str(name).rpartition("/")[2]) for name in names]
+    return [member for member in named if member is not None] if named and None not in named else images
 
 
 def _captioned(path: Path, raw: dict, text: tarfile.TarInfo | None, images: int) -> list[dict]:
