@@ -129,6 +129,10 @@ BAD = {
         ),
         "turn 3 is an answer with `loss` False, which is to be left out of the loss",
     ),
+    "pictures by number in another order": (
+        _turn(0, value=None, content=[{"type": "image", "index": k} for k in (1, 0)]),
+        "its image parts have the numbers [1, 0], and pictures are read in their order",
+    ),
     "answer of no weight": (_turn(1, weight=0), "turn 1 is an answer with `weight` 0"),
     "boxes beside the talk": (
         lambda raw: [raw.update(objects={"bbox": [[1, 2, 3, 4]]}), _turn(1, value="At <bbox>.")(raw)],

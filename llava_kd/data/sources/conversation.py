@@ -113,6 +113,7 @@ def parse_record(raw: object, position: int) -> Record:
         check_media(raw)
         given = _talk(raw)
         turns, inside = _turns(given)
+        _check_numbers(given)
         check_boxes(raw, [turn.text for turn in turns])
         first = _first_question(turns)
         images = _images(raw) or tuple(image for said in inside[first:] for image in said)
@@ -184,6 +185,21 @@ def _turns(talk: object) -> tuple[list[Turn], list[list[str]]]:
         turns.append(Turn(ROLES[speaker], _whole(text, f"turn {number}").strip()))
         inside.append(images)
     return turns, inside
+
+
+def _check_numbers(talk: Iterable[dict]) -> None:
+    """ValueError where image parts number their pictures (`index`, as of `datasets`) in another order."""
+    parts = [part for said in talk if isinstance(said.get("content"), list) for part in said["content"]]
+    shown = [
+        part["index"]
+        for part in parts
+        if isinstance(part, dict) and part.get("type") == "image" and isinstance(part.get("index"), int)
+    ]
+    if shown != list(range(len(shown))):
+        raise ValueError(
+            f"its image parts have the numbers {shown[:_ERRORS_SHOWN]}, and pictures are read in their order, "
+            "each once; list them as the talk shows them"
+        )
 
 
 def _check_counts(said: dict, number: int) -> None:
