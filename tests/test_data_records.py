@@ -131,7 +131,7 @@ BAD = {
     ),
     "pictures by number in another order": (
         _turn(0, value=None, content=[{"type": "image", "index": k} for k in (1, 0)]),
-        "its image parts have the numbers [1, 0], and pictures are read in their order",
+        "its image parts have the numbers [1, 0], and pictures are read in order",
     ),
     "answer of no weight": (_turn(1, weight=0), "turn 1 is an answer with `weight` 0"),
     "boxes beside the talk": (

@@ -197,7 +197,7 @@ def _check_numbers(talk: Iterable[dict]) -> None:
     ]
     if shown != list(range(len(shown))):
         raise ValueError(
-            f"its image parts have the numbers {shown[:_ERRORS_SHOWN]}, and pictures are read in their order, "
+            f"its image parts have the numbers {shown[:_ERRORS_SHOWN]}, and pictures are read in order, "
             "each once; list them as the talk shows them"
         )
 
