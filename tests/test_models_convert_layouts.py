@@ -310,6 +310,13 @@ def _next(original: Original, out: Path) -> Path:
     return source
 
 
+def _tower_elsewhere(original: Original, out: Path) -> Path:
+    source = llava15(original, out)
+    own = {f"model.vision_tower.{name}": tensor for name, tensor in original.vision.items()}
+    save_file(load_file(source / "model.safetensors") | own, source / "model.safetensors")
+    return source
+
+
 def _quantised(original: Original, out: Path) -> Path:
     source = tiny_parts(original, out)
     path = source / "language_model/pytorch_model.bin"
@@ -362,6 +369,15 @@ REFUSED: dict[str, tuple[Callable[[Original, Path], Path], str]] = {
     "openelm": (_openelm, "is of type 'openelm', which this transformers has no code for"),
     "another": (_another_model, "is a 'qwen2_vl' model"),
     "gguf": (_gguf, "holds a GGUF file"),
+    "trained tower": (
+        _changed(llava15, unfreeze_mm_vision_tower=True),
+        r"was trained together with its vision tower .*, and has no weights of it",
+    ),
+    "tunable tower": (
+        _changed(llava15, mm_tunable_parts="mm_vision_tower,mm_mlp_adapter,mm_language_model"),
+        "was trained together with its vision tower",
+    ),
+    "tower elsewhere": (_tower_elsewhere, r"has the weight model.vision_tower\..* or they would be left out"),
     "two layers": (_changed(llava15, mm_vision_select_layer=[-2, -3]), "must be one layer"),
 }
 

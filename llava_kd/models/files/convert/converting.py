@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from llava_kd.models.files.checkpoint import Parts
 from llava_kd.models.files.convert.assembly import Pieces, assemble
 from llava_kd.models.files.convert.layouts import PART_FOLDERS, Layout, read_layout
@@ -16,6 +18,7 @@ from llava_kd.models.reading import read_json
 # What LLaVA's code puts around a picture, and adds to a tokenizer in this order when it loads.
 IMAGE_MARKS = ("<im_start>", "<im_end>")
 _IMAGE_PATCH = "<im_patch>"
+_TOWER, _PROJECTOR = "model.vision_tower.vision_tower.", "model.mm_projector."
 _LLAVA_KEYS = ("mm_", "tune_", "use_mm", "freeze_", "unfreeze_", "image_", "tokenizer_", "vision_", "s2")
 
 
@@ -107,7 +110,7 @@ def _part_folders(source: Path) -> tuple[dict[str, dict], dict[str, dict]]:
 def _llava(source: Path, tree: Mapping, vision_tower: str | None) -> Pieces:
     """LLaVA's: one state; the tower by name, or with weights of its own where it was trained."""
     state = read_state(source)
-    projector = below(state, "model.mm_projector.")
+    projector = below(state, _PROJECTOR)
     tower = vision_tower or tree.get("mm_vision_tower")
     if not projector:
         raise ValueError(
@@ -134,7 +137,7 @@ def _llava(source: Path, tree: Mapping, vision_tower: str | None) -> Pieces:
         tokenizers=(str(source),),
         tower=str(tower),
         tower_config=None,
-        tower_state=below(state, "model.vision_tower.vision_tower."),
+        tower_state=_own_tower(source, tree, state),
         projector=projector,
         projector_kind=tree.get("mm_projector_type"),
         layer=tree.get("mm_vision_select_layer", -2),
@@ -143,6 +146,25 @@ def _llava(source: Path, tree: Mapping, vision_tower: str | None) -> Pieces:
         added_tokens=marks if tree.get("mm_use_im_start_end") else (),
         version=tree.get("transformers_version"),
     )
+
+
+def _own_tower(source: Path, tree: Mapping, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Empty where the tower that the config names was frozen. ValueError where a trained one is lost."""
+    parts = {"vision_tower": _TOWER, "mm_projector": _PROJECTOR}
+    for part, prefix in parts.items():
+        if lost := sorted(name for name in state if part in name and not name.startswith(prefix)):
+            raise ValueError(
+                f"{source} has the weight {lost[0]}, and LLaVA's code names those of that part {prefix}*; "
+                "rename them, or they would be left out"
+            )
+    own = below(state, _TOWER)
+    tuned = tree.get("unfreeze_mm_vision_tower") or "vision_tower" in str(tree.get("mm_tunable_parts"))
+    if tuned and not own:
+        raise ValueError(
+            f"{source} was trained together with its vision tower (config.json says so), and has no weights "
+            f"of it ({_TOWER}*): an incomplete checkpoint? Its projector would not fit another tower"
+        )
+    return own
 
 
 def _text_type(kind: str) -> str:
