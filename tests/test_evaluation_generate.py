@@ -263,6 +263,26 @@ def test_a_directory_with_another_runs_answers_is_refused(
         evaluate(model_dir, data_json, tmp_path / "out", asking=Asking(max_new_tokens=5, progress=False))
 
 
+def test_answers_about_other_pictures_are_not_taken_for_those_about_these(
+    model_dir: Path, data_json: Path, tmp_path: Path
+) -> None:
+    """The same questions in a file in which the path of a picture was corrected."""
+    asking, out = Asking(max_new_tokens=4, progress=False), tmp_path / "out"
+    evaluate(model_dir, data_json, out, asking=asking)
+    records = json.loads(data_json.read_text())
+    records[3]["image"] = "images/4.png"
+    (tmp_path / "test.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=r"answers of another run.*pictures"):
+        evaluate(model_dir, tmp_path / "test.json", out, image_root=data_json.parent, asking=asking)
+    shutil.copytree(data_json.parent, tmp_path / "moved")
+    moved = tmp_path / "moved" / "test.json"
+    assert evaluate(model_dir, moved, out, asking=asking)["count"] == 11
+    run = json.loads((out / "run.json").read_text())
+    del run["pictures"]  # as before this was written down
+    (out / "run.json").write_text(json.dumps(run))
+    assert evaluate(model_dir, moved, out, asking=asking)["count"] == 11
+
+
 def test_a_damaged_line_in_the_middle_is_named(model_dir: Path, data_json: Path, tmp_path: Path) -> None:
     evaluate(model_dir, data_json, tmp_path, asking=Asking(max_new_tokens=4, progress=False))
     path = tmp_path / "answers.jsonl"

@@ -20,6 +20,7 @@ MAIN = "answers.jsonl"
 ERROR = "error"  # key of an answer that could not be given: why
 CUT = "cut"  # key of an answer that did not end: after how many tokens it was cut off
 RUN = "run.json"
+PICTURES = "pictures"  # key of a run's identity that those of version 0.1 lack
 
 
 def answers_file(directory: Path, rank: int = 0) -> Path:
@@ -98,6 +99,7 @@ def claim(directory: Path, identity: dict[str, str | int]) -> None:
     path = directory / RUN
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
+        found.setdefault(PICTURES, identity.get(PICTURES))
         changed = [key for key in {**identity, **found} if found.get(key) != identity.get(key)]
         if changed:
             lines = ", ".join(f"{key} {found.get(key)!r} there, {identity.get(key)!r} now" for key in changed)

@@ -16,12 +16,18 @@ from typing import NotRequired, TypedDict
 import torch
 
 from llava_kd.durable import write_text
-from llava_kd.evaluation.answers import ERROR, answers_file, claim, mend, merge, read_all
+from llava_kd.evaluation.answers import ERROR, PICTURES, answers_file, claim, mend, merge, read_all
 from llava_kd.evaluation.generation.generate import Generator, generate, pictures
 from llava_kd.evaluation.generation.model_directory import model_directory
 from llava_kd.evaluation.generation.noise import Noise, check_levels
 from llava_kd.evaluation.generation.prompt import check_template
-from llava_kd.evaluation.generation.questions import Question, check_images, fingerprint, read_llava_json
+from llava_kd.evaluation.generation.questions import (
+    Question,
+    check_images,
+    fingerprint,
+    pictures_fingerprint,
+    read_llava_json,
+)
 from llava_kd.evaluation.generation.ranks import Ranks, join_ranks
 from llava_kd.evaluation.generation.writing import GREEDY, Writing
 from llava_kd.evaluation.scorers.exact import score_exact
@@ -212,6 +218,7 @@ def answer_questions(
     identity: dict[str, str | int] = {
         "model": model.fingerprint,
         "data": fingerprint(questions),
+        PICTURES: pictures_fingerprint(questions),
         "max_new_tokens": max_new_tokens,
         "dtype": model.dtype,
         **writing.identity,

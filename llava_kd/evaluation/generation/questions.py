@@ -60,6 +60,15 @@ def fingerprint(questions: Iterable[Question]) -> str:
     return digest.hexdigest()[:16]
 
 
+def pictures_fingerprint(questions: Iterable[Question]) -> str:
+    """Hash of which picture belongs to which question, by the names of their files, wherever they lie."""
+    digest = hashlib.sha256()
+    for question in questions:
+        names = [i.name if isinstance(i, Path) else hashlib.sha256(i).hexdigest() for i in question.images]
+        digest.update(json.dumps([question.id, *names]).encode())
+    return digest.hexdigest()[:16]
+
+
 def check_questions(questions: list[Question], source: str | Path) -> None:
     """Refuse an empty list, ids that occur twice, and texts whose placeholders do not match the images."""
     if not questions:
