@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_kd.evaluation.scorers.choice import mmbench_option, mmmu_choice, scienceqa_option
+from llava_kd.evaluation.scorers.exact import is_correct
 from llava_kd.evaluation.scorers.open_answer import is_open_correct, matches_gold, normalise_open
 from llava_kd.evaluation.scorers.vqa_text import (
     CONTRACTIONS,
@@ -38,6 +39,12 @@ def vectors(group: str) -> list[dict]:
         pytest.skip(f"no published vectors at {VECTORS}")
     groups = {g["id"]: g["cases"] for g in json.loads(VECTORS.read_text(encoding="utf-8"))["groups"]}
     return groups[group]
+
+
+def test_exact_answers_are_compared_as_composed_unicode() -> None:
+    """A file written on macOS may hold a letter and its accent apart, which most tokenizers join."""
+    assert is_correct("gr\u00fcn.", "Gru\u0308n")
+    assert not is_correct("grun", "Gru\u0308n")
 
 
 def test_published_vqa_normalisation() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ class ExactScore:
 
 
 def normalise(answer: str) -> str:
-    """Lower case, without outer space and final periods: a model may write a sentence for a word."""
-    return answer.strip().lower().rstrip(".").strip()
+    """Lower case, without outer space and final periods: a model may write a sentence for a word.
+
+    In composed Unicode, which is all that many tokenizers read and write.
+    """
+    return unicodedata.normalize("NFC", answer).strip().lower().rstrip(".").strip()
 
 
 def is_correct(answer: str, truth: str) -> bool:
