@@ -283,6 +283,14 @@ def test_answers_about_other_pictures_are_not_taken_for_those_about_these(
     assert evaluate(model_dir, moved, out, asking=asking)["count"] == 11
 
 
+def test_repeated_ids_and_talks_of_several_answers_stay_apart(tmp_path: Path) -> None:
+    """The second answer of `a` and the second record of that id, as LLaVA's files repeat them."""
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    records = [{"id": "a", "conversations": turns * 2}, {"id": "a", "conversations": turns}]
+    (tmp_path / "test.json").write_text(json.dumps(records))
+    assert [question.id for question in read_llava_json(tmp_path / "test.json")] == ["a#1", "a#2", "a#2#2"]
+
+
 def test_a_damaged_line_in_the_middle_is_named(model_dir: Path, data_json: Path, tmp_path: Path) -> None:
     evaluate(model_dir, data_json, tmp_path, asking=Asking(max_new_tokens=4, progress=False))
     path = tmp_path / "answers.jsonl"

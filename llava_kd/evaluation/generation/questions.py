@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from llava_kd.data.sources.conversation import IMAGE_PLACEHOLDER, Record
@@ -152,8 +152,23 @@ def read_llava_json(
             len(source),
             shown,
         )
+    questions = _told_apart(questions)
     check_questions(questions, path)
     return questions
+
+
+def _told_apart(questions: Iterable[Question]) -> list[Question]:
+    """The second answer of record A is A#2, and so is the second record of id A: the later one is A#2#2."""
+    seen: set[str] = set()
+    result = []
+    for question in questions:
+        name, times = question.id, 1
+        while name in seen:
+            times += 1
+            name = f"{question.id}#{times}"
+        seen.add(name)
+        result.append(question if name == question.id else replace(question, id=name))
+    return result
 
 
 def questions_of(record: Record, images: list[Path], owner: str) -> list[Question]:
