@@ -308,6 +308,17 @@ def test_textvqa_answers_of_llavas_scripts_share_ids(root: Path) -> None:
     assert notes == []
 
 
+def test_answers_under_another_key_are_no_empty_answers(root: Path) -> None:
+    questions = BENCHMARKS["pope"].read(root, Quirks())
+    rows = [{"question_id": q.id, "text": None if k == 0 else "Yes"} for k, q in enumerate(questions)]
+    answers, _ = match_answers(questions, rows)
+    assert set(answers) == {q.id for q in questions[1:]}
+    rows[2] = {"question_id": questions[2].id, "outputs": "Yes"}
+    words = r"answer 3, of question '3', must have `answer` or `text`; got \['outputs', 'question_id'\]"
+    with pytest.raises(ValueError, match=words):
+        match_answers(questions, rows)
+
+
 def test_verify_passes_whole_files_and_names_what_is_missing(root: Path, tmp_path: Path) -> None:
     assert all(not found.problems for found in verify("all", root).values())
     empty = verify(["pope", "mme"], tmp_path)

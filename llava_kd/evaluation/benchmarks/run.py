@@ -190,12 +190,19 @@ def match_answers(
         by_source.setdefault((source, _words(question.text)), []).append(question.id)
     answers: dict[str, str] = {}
     doubles, strangers = [], []
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         given = str(row.get("id", row.get("question_id", "")))
+        if "answer" not in row and "text" not in row:
+            raise ValueError(
+                f"answer {number}, of question {given!r}, must have `answer` or `text`; got {sorted(row)}"
+            )
+        said = row.get("answer", row.get("text"))
+        if said is None:  # as other tools write one that could not be given
+            continue
         told = by_source.get((given, _words(str(row.get("prompt", "")))), [given] if given in ids else [])
         free = [name for name in told if name not in answers]
         if free:
-            answers[free[0]] = str(row.get("answer", row.get("text", "")))
+            answers[free[0]] = str(said)
         else:
             (doubles if told else strangers).append(given)
     notes = []
