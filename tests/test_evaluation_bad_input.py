@@ -136,6 +136,18 @@ def test_annotations_without_answer_id(tmp_path: Path) -> None:
     assert note.startswith("3 annotations lack answer_id")
 
 
+def test_pope_takes_no_lost_picture_for_a_yes(model: Path, root: Path) -> None:
+    """Its rule reads an empty answer as yes, which half of its questions have."""
+    (root / "pope/val2014/COCO_val2014_000000000000.jpg").unlink()
+    out = root.parent / "pope"
+    assert run(model, root, out, "pope") == 0
+    lost = {a["id"] for a in read_lines(out / "pope/answers.jsonl") if "error" in a}
+    scored = [json.loads(line) for line in (out / "pope/scored.jsonl").read_text().splitlines()]
+    found = {(item["id"] in lost, item["reading"], item["score"]) for item in scored if item["id"] in lost}
+    assert len(lost) == 2
+    assert found == {(True, "none", 0.0)}
+
+
 @pytest.mark.parametrize("is_there", [True, False], ids=["cut", "missing"])
 def test_a_picture_that_cannot_be_read_counts_as_wrong_and_is_asked_again_once_mended(
     model: Path,

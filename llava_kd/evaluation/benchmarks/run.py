@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from llava_kd.durable import write_text
+from llava_kd.evaluation.answers import ERROR
 from llava_kd.evaluation.benchmarks.base import Benchmark, Quirks, Score, read_jsonl
 from llava_kd.evaluation.benchmarks.catalogue import BENCHMARKS, find
 from llava_kd.evaluation.benchmarks.published import AVG7, AVG10, average
@@ -77,11 +78,9 @@ def evaluate_benchmarks(
             max_new_tokens=asking.max_new_tokens or benchmark.max_new_tokens,
             progress=asking.progress,
         )
-        given = {answer["id"]: answer["answer"] for answer in answers}
         if ranks.rank == 0:
-            fault = unreadable(answers)
             summaries[benchmark.name] = _finish(
-                benchmark, root, folder, asked, given, quirks, seconds, fault, is_whole=asking.limit is None
+                benchmark, root, folder, asked, answers, quirks, seconds, is_whole=asking.limit is None
             )
     if ranks.rank == 0:
         found = _all_of(model, out_dir, table) | summaries
@@ -113,20 +112,20 @@ def _finish(
     root: Path,
     folder: Path,
     questions: Sequence[Question],
-    answers: Mapping[str, str],
+    answers: Sequence[Mapping[str, str]],
     quirks: Quirks,
     seconds: float,
-    fault: str,
     *,
     is_whole: bool,
 ) -> BenchmarkSummary:
     """Upload file, score, scored.jsonl and summary.json of one benchmark."""
-    upload = None
+    upload, fault = None, unreadable(answers)
+    given = {answer["id"]: answer["answer"] for answer in answers}
+    # POPE's rule reads an empty answer as yes, so one about no picture must not be there at all.
+    seen = {answer["id"]: answer["answer"] for answer in answers if ERROR not in answer}
     if benchmark.upload is not None:
-        upload = str(benchmark.upload(root, questions, answers, quirks, folder))
-    score = (
-        score_answers(benchmark, root, questions, answers, quirks) if benchmark.score is not None else None
-    )
+        upload = str(benchmark.upload(root, questions, given, quirks, folder))
+    score = score_answers(benchmark, root, questions, seen, quirks) if benchmark.score is not None else None
     notes = [] if benchmark.notes == "" else [benchmark.notes]
     if fault:
         notes.insert(0, fault)
