@@ -15,7 +15,7 @@ from tiny_towers import LANGUAGE_MODELS, make_language_model, make_tower
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from llava_kd.batch import Inputs
-from llava_kd.models.files.checkpoint import Parts, compose, save_stock
+from llava_kd.models.files.checkpoint import Parts, compose, load_stock, save_stock
 from llava_kd.models.language_model import load_language_model
 from llava_kd.models.mllm import MLLM
 
@@ -52,6 +52,32 @@ def our_logits(parts: Parts, inputs: Inputs, features_INE: torch.Tensor) -> torc
     prediction = MLLM(parts.stock).eval()(inputs, features_INE)
     assert prediction.bias_V is None
     return prediction.hidden_BTD @ prediction.head_VD.T
+
+
+@torch.no_grad()
+def test_a_head_of_its_own_stays_where_the_config_says_that_it_is_tied(tower: str, tmp_path: Path) -> None:
+    """As training that saves the head apart leaves it, with adapters on it for one."""
+    directory = make_language_model("qwen2", tmp_path / "llm")
+    state = load_file(directory / "model.safetensors")
+    state["lm_head.weight"] = torch.randn_like(state["model.embed_tokens.weight"])
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    parts = compose(vision_tower=tower, language_model=str(directory))
+    rows = len(state["lm_head.weight"])
+    for found in (parts, None):
+        if found is None:
+            save_stock(parts, tmp_path / "saved")
+            found = load_stock(str(tmp_path / "saved"))
+        assert torch.equal(found.head.weight[:rows], state["lm_head.weight"])
+        embedding = found.stock.get_input_embeddings().weight
+        assert torch.equal(embedding[:rows], state["model.embed_tokens.weight"])
+    again = load_file(tmp_path / "saved/model.safetensors")  # a student that is continued
+    config = tmp_path / "saved/config.json"
+    config.write_text(
+        config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true')
+    )
+    save_stock(load_stock(str(tmp_path / "saved")), tmp_path / "twice")
+    assert torch.equal(load_stock(str(tmp_path / "twice")).head.weight[:rows], state["lm_head.weight"])
+    assert set(load_file(tmp_path / "twice/model.safetensors")) == set(again)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -138,7 +139,20 @@ def read_pretrained(kind: type, name: str, dtype: torch.dtype) -> PreTrainedMode
         raise ValueError(
             f"{name} lacks {len(missing)} weights of a {type(model).__name__}: {missing[:3]} ..."
         )
+    _say_untied(model)
     return model
+
+
+def _say_untied(model: PreTrainedModel) -> None:
+    """Where the files hold a head of its own, transformers reads it although the config says that it is tied.
+
+    The config must not say so then, or the head is left out where the model is put together or saved.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.weight is model.get_input_embeddings().weight:
+        return
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 def read_json(path: Path) -> dict:
