@@ -160,12 +160,13 @@ def read_llava_json(
 def _told_apart(questions: Iterable[Question]) -> list[Question]:
     """The second answer of record A is A#2, and so is the second record of id A: the later one is A#2#2."""
     seen: set[str] = set()
+    last: dict[str, int] = {}
     result = []
     for question in questions:
-        name, times = question.id, 1
+        name = question.id
         while name in seen:
-            times += 1
-            name = f"{question.id}#{times}"
+            last[question.id] = last.get(question.id, 1) + 1
+            name = f"{question.id}#{last[question.id]}"
         seen.add(name)
         result.append(question if name == question.id else replace(question, id=name))
     return result
