@@ -69,6 +69,7 @@ def _turn(number: int, **changes: object) -> Callable[[dict], None]:
 BAD = {
     "no conversations": (_without("conversations"), "no conversations"),
     "empty conversations": (lambda raw: raw.update(conversations=[]), "no conversations"),
+    "empty columns": (lambda raw: raw.update(conversations={"from": [], "value": []}), "no conversations"),
     "conversations as text": (lambda raw: raw.update(conversations="[]"), "no conversations; give"),
     "turn that is no object": (lambda raw: raw["conversations"].append("?"), "turn 2 must be an object"),
     "too many placeholders": (_turn(0, value="<image><image>\nWhat?"), "got 2 for 1 images"),

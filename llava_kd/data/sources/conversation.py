@@ -217,7 +217,8 @@ def _talk(raw: dict) -> Any:
     if isinstance(talk, dict):
         columns = {key: column for key, column in talk.items() if isinstance(column, list)}
         if len({len(column) for column in columns.values()}) == 1:
-            return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            rows = zip(*columns.values(), strict=True)
+            return [dict(zip(columns, row, strict=True)) for row in rows] or None
     if isinstance(talk, str) and talk.lstrip().startswith("["):
         try:
             return json.loads(talk) or None
