@@ -199,13 +199,14 @@ def test_the_file_of_the_docs_works(tmp_path: Path, monkeypatch, capsys) -> None
     assert "3 arms x 3 seeds: 15 stages (24 without sharing)" in capsys.readouterr().out
 
 
-def test_the_results_that_come_with_a_grid_are_of_its_stages(monkeypatch) -> None:
+@pytest.mark.parametrize(("name", "seeds"), [("stages", [0, 1, 2, 3, 4]), ("hard", [0])])
+def test_the_results_that_come_with_a_grid_are_of_its_stages(name, seeds, monkeypatch) -> None:
     """Else `--with` refuses them: an edit of the grid, its recipes or a model needs new results."""
     monkeypatch.chdir(ROOT)
-    grid = read_grid(ROOT / "ablations" / "stages.yaml")
-    scored = read_elsewhere(grid, make_plan(grid), [ROOT / "ablations" / "results" / "stages.json"])
+    grid = read_grid(ROOT / "ablations" / f"{name}.yaml")
+    scored = read_elsewhere(grid, make_plan(grid), [ROOT / "ablations" / "results" / f"{name}.json"])
     pairs = {(one.arm, one.seed) for one in scored}
-    assert pairs >= {(arm, seed) for arm in ("PT-SFT-SFT", "DPT-SFT-DFT") for seed in grid.seeds}
+    assert pairs >= {(arm, seed) for arm in ("PT-SFT-SFT", "DPT-SFT-DFT") for seed in seeds}
 
 
 def test_the_published_column_is_the_papers() -> None:
