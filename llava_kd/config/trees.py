@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+_COMMANDS = {"stage": "train", "pipeline": "run", "grid": "ablate", "search": "search"}
+
 
 class UniqueKeyLoader(yaml.SafeLoader):
     """Safe YAML loader that refuses a key given twice: plain YAML lets the second win in silence."""
@@ -34,9 +36,6 @@ def read_tree(path: Path) -> dict:
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: the file must hold `key: value` lines")
     return at_home(tree)
-
-
-_COMMANDS = {"stage": "train", "pipeline": "run", "grid": "ablate", "search": "search"}
 
 
 def check_kind(tree: Mapping, wanted: str, path: Path) -> None:

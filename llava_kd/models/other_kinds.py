@@ -85,9 +85,9 @@ def refuse_other_kinds(name: str, what: str) -> None:
             f"{what} {name} was fetched without its large files: {pointer.name} is a pointer of Git LFS; run "
             "`git lfs pull` there"
         )
-    if is_whole := _any("model*.safetensors", "pytorch_model*.bin")(path):
+    if _any("model*.safetensors", "pytorch_model*.bin")(path):
         _refuse_adapter_beside(path, what)
-    if not is_whole:
+    else:
         for patterns, kind, remedy in _KINDS:
             if _any(*patterns)(path):
                 raise ValueError(f"{what} {name} is {kind}; {remedy}")

@@ -44,10 +44,13 @@ def _put_nothing_behind(tokenizer: PreTrainedTokenizerFast) -> None:
     backend = tokenizer.backend_tokenizer
     tree = json.loads(backend.to_str())
     step = tree["post_processor"] or {}
-    for one in step.get("processors", [step]):
-        for form in ("single", "pair"):
-            while one.get("type") == "TemplateProcessing" and "SpecialToken" in one[form][-1]:
-                one[form].pop()
+    templates = [one for one in step.get("processors", [step]) if one.get("type") == "TemplateProcessing"]
+    ended = [one[form] for one in templates for form in ("single", "pair") if "SpecialToken" in one[form][-1]]
+    if not ended:  # to build a tokenizer of a hundred thousand words takes a second
+        return
+    for pieces in ended:
+        while "SpecialToken" in pieces[-1]:
+            pieces.pop()
     backend.post_processor = Tokenizer.from_str(json.dumps(tree)).post_processor
 
 
